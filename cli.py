@@ -1,0 +1,58 @@
+"""How every command of this repository starts and ends: strict flags, one-line errors, exit status.
+
+Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 a bug (traceback).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Wrong input from the user: the message says what was given, what is allowed and what to do."""
+
+
+def is_main_process() -> bool:
+    """True for the one process that prints and writes (rank 0 under torchrun, or the only one)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line and name the way to the help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable:
+    """An argparse `type`: an int or float in [low, high], or in (low, high] if `above`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (low < value if above else low <= value) or not value <= high:
+            bound = "above" if above else "at least"
+            upper = f" and at most {high:g}" if high != float("inf") else ""
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r}; want {name} {bound} {low:g}{upper}")
+        return value
+
+    return parse
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call `main()`; turn wrong input into one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        if is_main_process():
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
