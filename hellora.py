@@ -132,10 +132,11 @@ def uniform(seed: int, name: str, size: int) -> np.ndarray:
     return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def draw_A(seed: int, name: str, r: int, fan_in: int) -> Tensor:
-    """lora_A [r, in] of one matrix, uniform in +-1 / sqrt(in): Kaiming with a = sqrt(5), as PEFT and LoRI."""
-    u = torch.from_numpy(uniform(seed, name, r * fan_in))
-    return ((2 * u - 1) / math.sqrt(fan_in)).view(r, fan_in)
+def init_A(A: Tensor, seed: int, name: str) -> None:
+    """Fill lora_A [r, in] of one matrix, uniform in +-1 / sqrt(in): Kaiming with a = sqrt(5), as PEFT and LoRI."""
+    if not A.is_meta:  # a model that is only counted
+        u = torch.from_numpy(uniform(seed, name, A.numel())).view(A.shape)
+        A.copy_((2 * u - 1) / math.sqrt(A.shape[1]))
 
 
 class LoRALinear(nn.Linear):
@@ -254,7 +255,7 @@ def attach(model: MoETransformer, hot: Tensor, r: int, alpha: float, *, targets:
         for path in TARGETS[targets]:
             name = f"layers.{i}.{path}"
             adapted = LoRALinear(model.get_submodule(name), r, alpha)
-            adapted.lora_A.data.copy_(draw_A(seed, name, r, adapted.in_features))
+            init_A(adapted.lora_A.data, seed, name)
             model.set_submodule(name, adapted)
         ids = hot[i].nonzero().flatten().tolist()
         if not ids:  # `greedy` may leave a layer without
@@ -263,7 +264,7 @@ def attach(model: MoETransformer, hot: Tensor, r: int, alpha: float, *, targets:
         layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), r, alpha)
         for projection, lora in layer.mlp.experts.lora.items():
             for e, A in zip(ids, lora.lora_A.data, strict=True):
-                A.copy_(draw_A(seed, f"layers.{i}.mlp.experts.{e}.{projection}", *A.shape))
+                init_A(A, seed, f"layers.{i}.mlp.experts.{e}.{projection}")
     model.adapter = Adapter(r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
 
 

@@ -1,0 +1,348 @@
+"""The method: selection, adapters, merging, saving; against peft, against a plain loop, and against the paper."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import hellora
+from cli import InputError
+from config import MoEConfig
+from model import Experts, MoETransformer, hub_views, init_weights, route
+
+L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
+CONFIG = {
+    "model_type": "olmoe",
+    "vocab_size": 53,
+    "hidden_size": D,
+    "intermediate_size": F_,
+    "num_hidden_layers": L,
+    "num_attention_heads": 5,
+    "num_experts": E,
+    "num_experts_per_tok": K,
+}
+HOT = torch.zeros(L, E, dtype=torch.bool)
+HOT[0, [1, 4, 5, 9, 11]] = True
+HOT[1, [0, 2, 3, 6, 10]] = True
+
+
+def fresh_model() -> MoETransformer:
+    model = MoETransformer(MoEConfig.from_dict(CONFIG))
+    init_weights(model, std=0.15, seed=3)
+    return model
+
+
+def randomise_adapters(model: MoETransformer, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 53, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+# ------------------------------------------------------------------------------------------------- selection
+
+COUNTS = torch.tensor([[5, 9, 0, 5, 1], [0, 1, 7, 3, 7]])
+
+
+@pytest.mark.parametrize(
+    "policy, num_hot, expected",
+    [
+        ("hot", 2, [[0, 1], [2, 4]]),  # 5 = 5 in layer 0: the lower id
+        ("hot", 3, [[0, 1, 3], [2, 3, 4]]),
+        ("model-hot", 2, [[1, 3], [1, 3]]),  # sums 5 10 7 8 8: 1, then the lower of 3 and 4
+        ("cold", 2, [[2, 4], [0, 1]]),
+        ("cold", 3, [[0, 2, 4], [0, 1, 3]]),  # 5 = 5: the lower id again
+        ("greedy", 2, [[0, 1], [2, 4]]),
+        ("greedy", 1, [[1], [2]]),
+        ("all", None, [[0, 1, 2, 3, 4]] * 2),
+    ],
+)
+def test_policies_choose_by_hand_made_counts_and_ties_go_to_the_lower_id(policy, num_hot, expected):
+    hot = hellora.select_experts(policy, COUNTS, num_hot)
+    assert hot.dtype == torch.bool
+    assert [row.nonzero().flatten().tolist() for row in hot] == expected
+
+
+def test_hot_set_is_chosen_layer_by_layer_and_the_one_set_for_all_layers_differs():
+    counts = torch.tensor([[9, 1, 0, 0], [0, 1, 5, 0]])
+    assert hellora.select_experts("hot", counts, 1).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    assert hellora.select_experts("model-hot", counts, 1).tolist() == [[1, 0, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("coverage", [0.1, 0.45, 0.5, 0.9, 1.0])
+def test_coverage_takes_the_smallest_set_that_reaches_it(coverage):
+    hot = hellora.select_experts("coverage", COUNTS, None, coverage=coverage)
+    for counts, chosen in zip(COUNTS.tolist(), hot.tolist(), strict=True):
+        ranked = sorted(counts, reverse=True)
+        needed = next(n for n in range(1, 6) if sum(ranked[:n]) >= coverage * sum(counts) - 1e-9)
+        taken = [count for count, is_hot in zip(counts, chosen, strict=True) if is_hot]
+        assert sorted(taken, reverse=True) == ranked[:needed]
+
+
+def test_greedy_spends_one_budget_on_the_largest_shares_of_any_layer():
+    counts = torch.tensor([[97, 1, 1, 1], [25, 26, 24, 25]])
+    hot = hellora.select_experts("greedy", counts, 2)
+    assert hot.tolist() == [[True, False, False, False], [True, True, False, True]]
+
+
+def test_random_is_seeded_blind_to_counts_and_of_the_right_size():
+    big = torch.arange(16 * 64).view(16, 64)
+    first = hellora.select_experts("random", big, 8, seed=1)
+    assert torch.equal(first, hellora.select_experts("random", big.flip(1), 8, seed=1))
+    assert not torch.equal(first, hellora.select_experts("random", big, 8, seed=2))
+    assert (first.sum(-1) == 8).all()
+
+
+@pytest.mark.parametrize(
+    "policy, counts, num_hot, coverage, says",
+    [
+        ("hottest", COUNTS, 1, None, "choose from"),
+        ("hot", COUNTS, 0, None, "want 1..5"),
+        ("hot", COUNTS, 6, None, "want 1..5"),
+        ("hot", COUNTS, None, None, "want 1..5"),
+        ("hot", -COUNTS, 1, None, "negative"),
+        ("hot", COUNTS * math.nan, 1, None, "non-finite"),
+        ("hot", COUNTS * 0, 1, None, "no token"),
+        ("coverage", COUNTS, None, None, "coverage is None"),
+        ("coverage", COUNTS, None, 1.5, "at most 1"),
+    ],
+)
+def test_wrong_selection_input_is_named(policy, counts, num_hot, coverage, says):
+    with pytest.raises(InputError, match=says):
+        hellora.select_experts(policy, counts, num_hot, coverage=coverage)
+
+
+# -------------------------------------------------------------------------------------------------- adapters
+
+
+def test_lora_linear_equals_peft_in_values_and_gradients():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(13, 29)
+    theirs = peft.tuners.lora.Linear(copy.deepcopy(base), "a", peft.LoraConfig(), r=5, lora_alpha=14)
+    ours = hellora.LoRALinear(base.requires_grad_(False), r=5, alpha=14)
+    ours.lora_A.data.copy_(theirs.lora_A["a"].weight.data)
+    ours.lora_B.data.normal_()
+    theirs.lora_B["a"].weight.data.copy_(ours.lora_B.data)
+    x = torch.randn(7, 13)
+    for module in (ours, theirs):
+        module(x).square().sum().backward()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
+    assert torch.allclose(ours.lora_A.grad, theirs.lora_A["a"].weight.grad, rtol=1e-4)
+    assert torch.allclose(ours.lora_B.grad, theirs.lora_B["a"].weight.grad, rtol=1e-4)
+    assert base.weight.grad is None
+
+
+def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
+    """Every expert on every token, one at a time, adapters merged into a copy of its weights.  [T, D] -> [T, D]"""
+    weights, selected = route(block.gate(x), block.top_k, block.norm_topk_prob)
+    experts, y = block.experts, torch.zeros_like(x)
+    for e in range(E):
+        row = experts.expert_ids.index(e)
+        gate, up = experts.gate_up_proj[row].chunk(2)
+        W = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj[row]}
+        if e in hot:
+            for p, lora in experts.lora.items():
+                i = hot.index(e)
+                W[p] = W[p] + ALPHA / R * lora.lora_B[i] @ lora.lora_A[i]
+        out = (F.silu(x @ W["gate_proj"].T) * (x @ W["up_proj"].T)) @ W["down_proj"].T
+        y = y + (weights * (selected == e)).sum(-1, keepdim=True) * out
+    return y
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
+def test_hot_experts_equal_a_plain_loop_in_values_and_gradients(dtype, tolerance):
+    """float32 takes grouped_mm; float64, which grouped_mm refuses, takes the plain path of grouped_linear."""
+    model = fresh_model()
+    hellora.attach(model, HOT, R, ALPHA)
+    randomise_adapters(model)
+    model.to(dtype)
+    x = torch.randn(17, D, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    for layer, hot in zip(model.layers, HOT, strict=True):
+        block, ids = layer.mlp, hot.nonzero().flatten().tolist()
+        parameters = [p for p in block.parameters() if p.requires_grad]
+        assert len(parameters) == 2 + 3 * 2  # gate, and A and B of three projections
+        ours, theirs = block(x)[0], plain_moe(block, x, ids)
+        assert torch.allclose(ours, theirs, atol=tolerance)
+        for g, h in zip(
+            torch.autograd.grad(ours.square().sum(), parameters),
+            torch.autograd.grad(theirs.square().sum(), parameters),
+            strict=True,
+        ):
+            assert torch.allclose(g, h, atol=tolerance * h.abs().max().item())
+
+
+@pytest.mark.parametrize("targets, adapted", [("all", 5), ("gate", 1), ("pure", 0)])
+def test_only_adapters_train_and_they_sit_where_asked(targets, adapted, ids):
+    model = fresh_model()
+    hellora.attach(model, HOT, R, ALPHA, targets=targets)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert len(trained) == L * 2 * (adapted + 3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    loss, _ = model(ids, labels=ids)
+    (loss / ids.numel()).backward()
+    optimizer.step()
+    hellora.detach(model)
+    reference = hub_views(fresh_model())  # by the hub's key: attach has reordered the stacks
+    assert all(torch.equal(view, reference[key]) for key, view in hub_views(model).items())
+
+
+def test_function_is_unchanged_at_step_0(ids):
+    model = fresh_model()
+    logits, selected = model(ids)
+    hellora.attach(model, HOT, R, ALPHA)
+    adapted_logits, adapted_selected = model(ids)
+    assert torch.allclose(logits, adapted_logits, atol=1e-6)
+    assert torch.equal(selected, adapted_selected)
+
+
+@pytest.mark.parametrize("targets", ["all", "gate", "pure"])
+def test_merged_logits_equal_adapter_logits(targets, ids):
+    model = fresh_model()
+    base, _ = model(ids)
+    hellora.attach(model, HOT, R, ALPHA, targets=targets)
+    randomise_adapters(model)
+    adapted, _ = model(ids)
+    hellora.merge(model)
+    merged, _ = model(ids)
+    assert (adapted - base).abs().max() > 1e-2
+    assert torch.allclose(merged, adapted, atol=1e-5 * adapted.abs().max().item())
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+def test_merging_changes_hot_experts_and_no_cold_one(ids):
+    model, reference = fresh_model(), hub_views(fresh_model())
+    hellora.attach(model, HOT, R, ALPHA, targets="pure")
+    randomise_adapters(model)
+    hellora.merge(model)
+    changed = {key for key, view in hub_views(model).items() if not torch.equal(view, reference[key])}
+    assert changed == {
+        f"model.layers.{i}.mlp.experts.{e}.{p}.weight"
+        for i, e in HOT.nonzero().tolist()
+        for p in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
+def test_a_batch_without_hot_experts_gives_zero_gradients_not_none(ids):
+    model = fresh_model()
+    _, selected = model(ids)
+    cold = torch.zeros(L, E, dtype=torch.bool)
+    for i in range(L):  # adapt exactly the experts that this batch never reaches
+        cold[i] = torch.bincount(selected[i, :1, :2].flatten(), minlength=E) == 0
+    hellora.attach(model, cold, R, ALPHA, targets="pure")
+    loss, selected = model(ids[:1, :2], labels=ids[:1, :2])
+    assert not any(bool(cold[i][selected[i]].any()) for i in range(L))
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_lora_A_depends_on_seed_and_name_only_and_fills_its_interval():
+    def draw(seed: int, name: str) -> torch.Tensor:
+        A = torch.empty(8, 400)
+        hellora.init_A(A, seed, name)
+        return A
+
+    assert torch.equal(draw(3, "layers.0.mlp.gate"), draw(3, "layers.0.mlp.gate"))
+    assert not torch.equal(draw(3, "layers.0.mlp.gate"), draw(4, "layers.0.mlp.gate"))
+    assert not torch.equal(draw(3, "layers.0.mlp.gate"), draw(3, "layers.1.mlp.gate"))
+    A, bound = draw(3, "x"), 1 / math.sqrt(400)
+    assert A.abs().max() <= bound
+    assert A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    # An expert's A is its own: the same whether its neighbours are adapted or not.
+    few, every = fresh_model(), fresh_model()
+    hellora.attach(few, HOT, R, ALPHA, seed=7)
+    hellora.attach(every, torch.ones_like(HOT), R, ALPHA, seed=7)
+    hot_A = few.layers[0].mlp.experts.lora["up_proj"].lora_A
+    assert torch.equal(hot_A, every.layers[0].mlp.experts.lora["up_proj"].lora_A[HOT[0]])
+
+
+def test_uniform_is_the_top_24_bits_of_pcg64():
+    words = np.random.PCG64(np.random.SeedSequence([5, 0x352441C2])).random_raw(9)  # crc32 of b"abc"
+    assert hellora.uniform(5, "abc", 9).tolist() == [(int(w) >> 40) / 2**24 for w in words]
+
+
+def test_detach_then_attach_elsewhere_is_the_same_as_attaching_there_at_once(ids):
+    once, twice = fresh_model(), fresh_model()
+    hellora.attach(twice, HOT, R, ALPHA)
+    hellora.detach(twice)
+    assert type(twice.layers[0].mlp.experts) is Experts
+    for model in (once, twice):
+        hellora.attach(model, ~HOT, R, ALPHA)
+        randomise_adapters(model)
+    assert torch.allclose(once(ids)[0], twice(ids)[0], atol=1e-5)
+    with pytest.raises(InputError, match="already"):
+        hellora.attach(twice, HOT, R, ALPHA)
+
+
+# --------------------------------------------------------------------------------------------- save and load
+
+
+def saved(folder, model: MoETransformer) -> None:
+    hellora.save_adapter(hellora.adapter_state(model), folder, model.adapter, model="tiny", method="hellora")
+
+
+def test_a_loaded_adapter_gives_the_same_logits_to_the_last_bit(tmp_path, ids):
+    model, other = fresh_model(), fresh_model()
+    hellora.attach(model, HOT, R, ALPHA, targets="gate", seed=5)
+    randomise_adapters(model)
+    saved(tmp_path, model)
+    hellora.load_adapter(other, tmp_path)
+    assert torch.equal(model(ids)[0], other(ids)[0])
+    assert other.adapter == model.adapter
+
+
+def test_adapter_file_holds_hot_experts_only(tmp_path):
+    model = fresh_model()
+    hellora.attach(model, HOT, R, ALPHA, targets="pure")
+    saved(tmp_path, model)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == int(HOT.sum()) * 3 * R * (D + F_)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda f: (f / "adapter.json").unlink(), "adapter.json is missing"),
+        (lambda f: (f / "adapter.safetensors").unlink(), "missing"),
+        (lambda f: (f / "adapter.json").write_text("{"), "damaged"),
+        (lambda f: (f / "adapter.json").write_text("{}"), "does not fit"),
+        (lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40), "damaged"),
+        (lambda f: edit(f, hot=[[0], [99]]), "does not fit"),
+        (lambda f: edit(f, hot=[[0]]), "does not fit"),
+        (lambda f: edit(f, r=8), "is \\(5, 4, 24\\), the model wants \\(5, 8, 24\\)"),
+        (lambda f: edit(f, targets="pure"), "unexpected"),
+        (lambda f: save_file({"a": torch.ones(1)}, f / "adapter.safetensors"), "unexpected"),
+    ],
+)
+def test_a_damaged_or_foreign_adapter_is_refused(tmp_path, damage, says):
+    model = fresh_model()
+    hellora.attach(model, HOT, R, ALPHA)
+    saved(tmp_path, model)
+    damage(tmp_path)
+    with pytest.raises(InputError, match=says):
+        hellora.load_adapter(fresh_model(), tmp_path)
+
+
+def edit(folder, **changes) -> None:
+    about = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps(about | changes))
+
+
+def test_rank_and_expert_list_are_checked():
+    with pytest.raises(InputError, match="want 1..24"):
+        hellora.attach(fresh_model(), HOT, 25, ALPHA)
+    with pytest.raises(InputError, match="the expert list is for"):
+        hellora.attach(fresh_model(), HOT[:1], R, ALPHA)
+    with pytest.raises(InputError, match="targets 'most' is unknown"):
+        hellora.attach(fresh_model(), HOT, R, ALPHA, targets="most")
