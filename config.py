@@ -101,3 +101,38 @@ class MoEConfig:
                 f"config.json: num_experts_per_tok {config.num_experts_per_tok}, want 1..{config.num_experts}"
             )
         return config
+
+
+# config.json of the paper's backbones, for counting without weights (`reproduce.py params`).
+PRESETS = {
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "vocab_size": 50304,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 50279,
+        "pad_token_id": 1,
+    },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 2,
+    },
+}
