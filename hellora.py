@@ -5,33 +5,28 @@
     ...                                                 # train whatever still requires a gradient
     save_adapter(model, "run/adapter")                  # or merge(model): the adapter becomes part of the weights
 
-An adapted matrix computes y = W x + (alpha / r) B A x with W frozen (LoRA, section 4.1; HELLoRA, eq. 3). The paper
-writes x W + x A B, with A [in, r]; as in every checkpoint ours are the transposes: lora_A [r, in], lora_B [out, r].
-The factors of a layer's hot experts are stacked. `attach` moves these experts to the front of the stacks, so the
-rows they compute are a contiguous prefix of the sorted rows, cold experts cost nothing, and W + BA is never formed.
+`select_experts` turns routing counts into a mask; `attach` puts the factor pairs of lora.py where the mask says, and
+moves the hot experts to the front of the stacks: the rows they compute are then one contiguous prefix, and cold
+experts cost nothing.
 
-Dimensions: L layers, E experts a layer, n hot experts of one layer, r rank, D hidden_size, F intermediate_size of
-an expert, T tokens, R rows routed, S rows of them that reach a hot expert.
+Dimensions: L layers, E experts a layer.
 """
 
 import json
-import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cli import InputError
-from model import Experts, MoETransformer, grouped_linear
+from lora import KINDS, LoRAExperts, LoRALinear, init_A, uniform
+from model import Experts, MoETransformer
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
     "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
@@ -119,107 +114,6 @@ def select_experts(
     return {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}[policy](counts, num_hot)
 
 
-# --------------------------------------------------------------------------------------------------- adapters
-
-
-def uniform(seed: int, name: str, size: int) -> np.ndarray:
-    """`size` float32 numbers u in [0, 1) that depend on (seed, name) alone, not on device or library version.
-
-    u = (w >> 40) / 2^24 for the 64-bit words w of numpy's PCG64 seeded with SeedSequence([seed, crc32(name)]): raw
-    bits are the one thing numpy promises to keep; torch's generators promise nothing.
-    """
-    words = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw(size)
-    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-
-
-def init_A(A: Tensor, seed: int, name: str) -> None:
-    """Fill lora_A [r, in] of one matrix, uniform in +-1 / sqrt(in): Kaiming with a = sqrt(5), as PEFT and LoRI."""
-    if not A.is_meta:  # a model that is only counted
-        u = torch.from_numpy(uniform(seed, name, A.numel())).view(A.shape)
-        A.copy_((2 * u - 1) / math.sqrt(A.shape[1]))
-
-
-class LoRALinear(nn.Linear):
-    """y = W x + (alpha / r) B A x, W frozen.  [..., in] -> [..., out]"""
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        # float32 whatever the base: thousands of small updates would be lost in bfloat16
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # step 0 is the base model
-        self.scaling = alpha / r
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return super().forward(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
-
-    def delta(self) -> Tensor:
-        """(alpha / r) B A, for merging.  [out, in]"""
-        return self.scaling * self.lora_B @ self.lora_A
-
-
-class StackedLoRA(nn.Module):
-    """(alpha / r) B_e A_e x for the n hot experts of one projection.  x [S, in], offsets [n] -> [S, out]"""
-
-    def __init__(self, n: int, fan_in: int, fan_out: int, r: int, alpha: float, device: torch.device) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(n, r, fan_in, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(n, fan_out, r, device=device))
-        self.scaling = alpha / r
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        low = grouped_linear(x, self.lora_A.to(x.dtype), offsets)  # [S, r]
-        return self.scaling * grouped_linear(low, self.lora_B.to(x.dtype), offsets)
-
-    def delta(self) -> Tensor:
-        """(alpha / r) B_e A_e of every hot expert, for merging.  [n, out, in]"""
-        return self.scaling * self.lora_B @ self.lora_A
-
-
-class LoRAExperts(Experts):
-    """Experts whose first n rows of the stack are hot and adapted.
-
-    The adapters take part in every step, even when no token reaches a hot expert: their gradient is then zero, not
-    None. FSDP2 reduces only parameters that have a gradient on a rank; skipping would silently mix up experts.
-    """
-
-    def __init__(self, base: Experts, n: int, r: int, alpha: float) -> None:
-        nn.Module.__init__(self)
-        self.gate_up_proj, self.down_proj, self.expert_ids = (
-            base.gate_up_proj,
-            base.down_proj,
-            base.expert_ids,
-        )
-        self.register_buffer("rows", base.rows, persistent=False)
-        _, D, F_ = base.down_proj.shape
-        device = base.down_proj.device
-        shapes = {"gate_proj": (D, F_), "up_proj": (D, F_), "down_proj": (F_, D)}
-        self.lora = nn.ModuleDict({p: StackedLoRA(n, *shapes[p], r, alpha, device) for p in shapes})
-        self.num_hot = n
-
-    def gate_up(self, x: Tensor, offsets: Tensor) -> Tensor:
-        y = super().gate_up(x, offsets)  # [R, 2F]
-        offsets = offsets[: self.num_hot]
-        x = x[: int(offsets[-1])]  # [S, D] the hot rows come first
-        y[: len(x)] += torch.cat([self.lora[p](x, offsets) for p in ("gate_proj", "up_proj")], dim=-1)
-        return y
-
-    def down(self, x: Tensor, offsets: Tensor) -> Tensor:
-        y = super().down(x, offsets)  # [R, D]
-        offsets = offsets[: self.num_hot]
-        x = x[: int(offsets[-1])]  # [S, F]
-        y[: len(x)] += self.lora["down_proj"](x, offsets)
-        return y
-
-    def delta(self) -> tuple[Tensor, Tensor]:
-        """What merging adds to the hot rows of the two stacks.  [n, 2F, D], [n, D, F]"""
-        gate, up, down = (self.lora[p].delta() for p in ("gate_proj", "up_proj", "down_proj"))
-        return torch.cat((gate, up), dim=1), down
-
-
 # ------------------------------------------------------------------------------------- attach, merge, save, load
 
 
@@ -227,6 +121,7 @@ class LoRAExperts(Experts):
 class Adapter:
     """What is attached to a model; `adapter.json` holds it."""
 
+    kind: str  # key of lora.KINDS
     r: int
     alpha: float
     targets: str  # key of TARGETS
@@ -234,8 +129,17 @@ class Adapter:
     hot: list[list[int]]  # adapted experts of every layer
 
 
-def attach(model: MoETransformer, hot: Tensor, r: int, alpha: float, *, targets: str = "all", seed: int = 0) -> None:
-    """Freeze the model, then put LoRA on the hot experts (hot [L, E] bool) and on the modules of `targets`.
+def attach(
+    model: MoETransformer,
+    hot: Tensor,
+    r: int,
+    alpha: float,
+    *,
+    kind: str = "lora",
+    targets: str = "all",
+    seed: int = 0,
+) -> None:
+    """Freeze the model, then put factor pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
     The function computed does not change: B starts at zero. Raises InputError for a wrong r, targets or shape, and
     if the model has an adapter already.
@@ -250,22 +154,23 @@ def attach(model: MoETransformer, hot: Tensor, r: int, alpha: float, *, targets:
     limit = min(model.config.hidden_size, model.config.intermediate_size)
     if not 1 <= r <= limit:
         raise InputError(f"rank {r}; want 1..{limit}, the smaller side of an expert's matrices")
+    linear_pair, stacked_pair = KINDS[kind]
     model.requires_grad_(False)
     for i, layer in enumerate(model.layers):
         for path in TARGETS[targets]:
             name = f"layers.{i}.{path}"
-            adapted = LoRALinear(model.get_submodule(name), r, alpha)
+            adapted = linear_pair(model.get_submodule(name), r, alpha)
             init_A(adapted.lora_A.data, seed, name)
             model.set_submodule(name, adapted)
         ids = hot[i].nonzero().flatten().tolist()
         if not ids:  # `greedy` may leave a layer without
             continue
         move_to_front(layer.mlp.experts, ids)
-        layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), r, alpha)
-        for projection, lora in layer.mlp.experts.lora.items():
-            for e, A in zip(ids, lora.lora_A.data, strict=True):
+        layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), stacked_pair, r, alpha)
+        for projection, pair in layer.mlp.experts.lora.items():
+            for e, A in zip(ids, pair.lora_A.data, strict=True):
                 init_A(A, seed, f"layers.{i}.mlp.experts.{e}.{projection}")
-    model.adapter = Adapter(r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
+    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
 
 
 def move_to_front(experts: Experts, ids: list[int]) -> None:
@@ -298,13 +203,13 @@ def detach(model: MoETransformer) -> None:
 
 @torch.no_grad()
 def merge(model: MoETransformer) -> None:
-    """W <- W + (alpha / r) B A for every adapted matrix, in float32; then the adapters are gone."""
+    """Fold every adapter into its weight (W + (alpha / r) B A for LoRA), in float32; then the adapters are gone."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
-            module.weight.copy_(module.weight.float() + module.delta())
+            module.weight.copy_(module.merged())
         elif isinstance(module, LoRAExperts):
-            for stack, delta in zip((module.gate_up_proj, module.down_proj), module.delta(), strict=True):
-                stack[: module.num_hot] = (stack[: module.num_hot].float() + delta).to(stack.dtype)
+            for name, W in module.hot_weights().items():  # views of the stacks
+                W.copy_(module.lora[name].merged(W))
     detach(model)
 
 
@@ -342,7 +247,7 @@ def load_adapter(model: MoETransformer, folder: str | Path) -> None:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({error})") from None
     except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(f"{folder}: does not fit this model ({type(error).__name__}: {error})") from None
-    attach(model, hot, adapter.r, adapter.alpha, targets=adapter.targets, seed=adapter.seed)
+    attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
     ours = {name: parameter.data for name, parameter in model.named_parameters() if "lora_" in name}
     for name in sorted(ours.keys() ^ state.keys()):
         raise InputError(f"{folder}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import hellora
+import lora
 from cli import InputError
 from config import MoEConfig
 from model import Experts, MoETransformer, hub_views, init_weights, route
@@ -130,7 +131,7 @@ def test_lora_linear_equals_peft_in_values_and_gradients():
     torch.manual_seed(0)
     base = torch.nn.Linear(13, 29)
     theirs = peft.tuners.lora.Linear(copy.deepcopy(base), "a", peft.LoraConfig(), r=5, lora_alpha=14)
-    ours = hellora.LoRALinear(base.requires_grad_(False), r=5, alpha=14)
+    ours = lora.LoRALinear(base.requires_grad_(False), r=5, alpha=14)
     ours.lora_A.data.copy_(theirs.lora_A["a"].weight.data)
     ours.lora_B.data.normal_()
     theirs.lora_B["a"].weight.data.copy_(ours.lora_B.data)
@@ -152,9 +153,9 @@ def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
         gate, up = experts.gate_up_proj[row].chunk(2)
         W = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj[row]}
         if e in hot:
-            for p, lora in experts.lora.items():
+            for p, pair in experts.lora.items():
                 i = hot.index(e)
-                W[p] = W[p] + ALPHA / R * lora.lora_B[i] @ lora.lora_A[i]
+                W[p] = W[p] + ALPHA / R * pair.lora_B[i] @ pair.lora_A[i]
         out = (F.silu(x @ W["gate_proj"].T) * (x @ W["up_proj"].T)) @ W["down_proj"].T
         y = y + (weights * (selected == e)).sum(-1, keepdim=True) * out
     return y
@@ -250,7 +251,7 @@ def test_a_batch_without_hot_experts_gives_zero_gradients_not_none(ids):
 def test_lora_A_depends_on_seed_and_name_only_and_fills_its_interval():
     def draw(seed: int, name: str) -> torch.Tensor:
         A = torch.empty(8, 400)
-        hellora.init_A(A, seed, name)
+        lora.init_A(A, seed, name)
         return A
 
     assert torch.equal(draw(3, "layers.0.mlp.gate"), draw(3, "layers.0.mlp.gate"))
@@ -269,7 +270,7 @@ def test_lora_A_depends_on_seed_and_name_only_and_fills_its_interval():
 
 def test_uniform_is_the_top_24_bits_of_pcg64():
     words = np.random.PCG64(np.random.SeedSequence([5, 0x352441C2])).random_raw(9)  # crc32 of b"abc"
-    assert hellora.uniform(5, "abc", 9).tolist() == [(int(w) >> 40) / 2**24 for w in words]
+    assert lora.uniform(5, "abc", 9).tolist() == [(int(w) >> 40) / 2**24 for w in words]
 
 
 def test_detach_then_attach_elsewhere_is_the_same_as_attaching_there_at_once(ids):

@@ -1,0 +1,174 @@
+"""Factor pairs beside frozen weights: LoRA on a linear layer, and on the hot experts of a stack.
+
+y = W x + (alpha / r) B A x with W frozen (LoRA, section 4.1; HELLoRA, eq. 3). The paper writes x W + x A B, with
+A [in, r]; as in every checkpoint ours are the transposes: lora_A [r, in], lora_B [out, r]. The factors of a layer's
+hot experts are stacked, [n, r, in] and [n, out, r]; W + BA is never formed in training.
+
+Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R rows routed (sorted,
+the hot experts' first), S of them that reach a hot expert.
+"""
+
+import math
+import zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import Experts, grouped_linear
+
+
+def uniform(seed: int, name: str, size: int) -> np.ndarray:
+    """`size` float32 numbers u in [0, 1) that depend on (seed, name) alone, not on device or library version.
+
+    u = (w >> 40) / 2^24 for the 64-bit words w of numpy's PCG64 seeded with SeedSequence([seed, crc32(name)]): raw
+    bits are the one thing numpy promises to keep; torch's generators promise nothing.
+    """
+    words = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw(size)
+    return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def init_A(A: Tensor, seed: int, name: str) -> None:
+    """Fill lora_A [r, in] of one matrix, uniform in +-1 / sqrt(in): Kaiming with a = sqrt(5), as PEFT and LoRI."""
+    if not A.is_meta:  # a model that is only counted
+        u = torch.from_numpy(uniform(seed, name, A.numel())).view(A.shape)
+        A.copy_((2 * u - 1) / math.sqrt(A.shape[1]))
+
+
+def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Euclidean norm of every row of W + s B A, from low-rank products: BA is never formed.  [..., out]
+
+    |W_i + s (BA)_i|^2 = |W_i|^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T
+    """
+    W = W.float()
+    cross = (W @ A.mT * B).sum(-1)  # [..., out]
+    square = (B @ (A @ A.mT) * B).sum(-1)  # [..., out]
+    return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()
+
+
+class LoRALinear(nn.Linear):
+    """y = W x + (alpha / r) B A x, W frozen.  [..., in] -> [..., out]"""
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        # float32 whatever the base: thousands of small updates would be lost in bfloat16
+        self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # step 0 is the base model
+        self.scaling = alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        return super().forward(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """The weight that computes the same without an adapter.  float32 [out, in]"""
+        return self.weight.float() + self.scaling * self.lora_B @ self.lora_A
+
+
+class DoRALinear(LoRALinear):
+    """y = m (W + s B A) x / |W + s B A|, norm and magnitude m per output row (DoRA, eq. 5), W frozen.
+
+    The norm is a constant in the backward pass (DoRA, section 4.3), and m starts as the norm of W.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+        super().__init__(base, r, alpha)
+        self.lora_m = nn.Parameter(base.weight.detach().float().norm(dim=-1))
+
+    def scale(self) -> Tensor:
+        with torch.no_grad():
+            norm = row_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
+        return self.lora_m / norm  # [out]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.bias is None:
+            return self.scale().to(x.dtype) * y
+        return self.scale().to(x.dtype) * (y - self.bias) + self.bias
+
+    def merged(self) -> Tensor:
+        return self.scale()[:, None] * super().merged()
+
+
+class StackedLoRA(nn.Module):
+    """y_e = W_e x + (alpha / r) B_e A_e x for the n hot experts of one projection; W_e x comes from the caller."""
+
+    def __init__(self, W: Tensor, r: int, alpha: float) -> None:
+        """W [n, out, in]: the hot experts' weights, for their sizes."""
+        super().__init__()
+        n, fan_out, fan_in = W.shape
+        self.lora_A = nn.Parameter(torch.empty(n, r, fan_in, device=W.device))
+        self.lora_B = nn.Parameter(torch.zeros(n, fan_out, r, device=W.device))
+        self.scaling = alpha / r
+
+    def forward(self, x: Tensor, Wx: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+        """x [S, in], Wx [S, out], W [n, out, in], offsets [n] ends of the experts' rows -> [S, out]"""
+        low = grouped_linear(x, self.lora_A.to(x.dtype), offsets)  # [S, r]
+        return Wx + self.scaling * grouped_linear(low, self.lora_B.to(x.dtype), offsets)
+
+    def merged(self, W: Tensor) -> Tensor:
+        """The weights that compute the same without an adapter.  float32 [n, out, in]"""
+        return W.float() + self.scaling * self.lora_B @ self.lora_A
+
+
+class StackedDoRA(StackedLoRA):
+    """DoRA on the n hot experts of one projection: see DoRALinear."""
+
+    def __init__(self, W: Tensor, r: int, alpha: float) -> None:
+        super().__init__(W, r, alpha)
+        self.lora_m = nn.Parameter(W.detach().float().norm(dim=-1))  # [n, out]
+
+    def scale(self, W: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = row_norm(W, self.lora_A, self.lora_B, self.scaling)
+        return self.lora_m / norm  # [n, out]
+
+    def forward(self, x: Tensor, Wx: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+        counts = offsets.diff(prepend=offsets.new_zeros(1))
+        rows = torch.arange(len(W), device=x.device).repeat_interleave(counts, output_size=len(x))  # [S]
+        return self.scale(W).to(x.dtype)[rows] * super().forward(x, Wx, W, offsets)
+
+    def merged(self, W: Tensor) -> Tensor:
+        return self.scale(W)[..., None] * super().merged(W)
+
+
+class LoRAExperts(Experts):
+    """Experts whose first n rows of the stack are hot and adapted, each projection by a pair of its own.
+
+    The adapters take part in every step, even when no token reaches a hot expert: their gradient is then zero, not
+    None. FSDP2 reduces only parameters that have a gradient on a rank; skipping would silently mix up experts.
+    """
+
+    def __init__(self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj, self.expert_ids = base.gate_up_proj, base.down_proj, base.expert_ids
+        self.register_buffer("rows", base.rows, persistent=False)
+        self.num_hot = n
+        self.lora = nn.ModuleDict({name: pair(W, r, alpha) for name, W in self.hot_weights().items()})
+
+    def hot_weights(self) -> dict[str, Tensor]:
+        """The frozen weights of the hot experts, as views.  [n, F, D] twice, [n, D, F]"""
+        gate, up = self.gate_up_proj[: self.num_hot].chunk(2, dim=1)
+        return {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj[: self.num_hot]}
+
+    def adapt(self, x: Tensor, y: Tensor, offsets: Tensor, *names: str) -> Tensor:
+        """Replace the hot rows of y = W x [R, out] by what the pairs `names`, side by side, make of them."""
+        offsets, weights = offsets[: self.num_hot], self.hot_weights()
+        S = int(offsets[-1])  # the hot rows come first
+        parts = zip(names, y[:S].chunk(len(names), dim=-1), strict=True)
+        y[:S] = torch.cat([self.lora[name](x[:S], Wx, weights[name], offsets) for name, Wx in parts], dim=-1)
+        return y
+
+    def gate_up(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return self.adapt(x, super().gate_up(x, offsets), offsets, "gate_proj", "up_proj")  # [R, 2F]
+
+    def down(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return self.adapt(x, super().down(x, offsets), offsets, "down_proj")  # [R, D]
+
+
+KINDS = {"lora": (LoRALinear, StackedLoRA), "dora": (DoRALinear, StackedDoRA)}
