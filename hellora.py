@@ -12,6 +12,7 @@ experts cost nothing.
 Dimensions: L layers, E experts a layer.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cli import InputError
-from lora import KINDS, LoRAExperts, LoRALinear, init_A, uniform
+from config import MoEConfig
+from lora import KINDS, LoRAExperts, LoRALinear, init_A, sparsify, uniform
 from model import Experts, MoETransformer
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
@@ -127,6 +129,7 @@ class Adapter:
     targets: str  # key of TARGETS
     seed: int  # of lora_A
     hot: list[list[int]]  # adapted experts of every layer
+    sha256_A: str | None = None  # of a frozen lora_A, which is drawn again on loading and not stored
 
 
 def attach(
@@ -170,7 +173,19 @@ def attach(
         for projection, pair in layer.mlp.experts.lora.items():
             for e, A in zip(ids, pair.lora_A.data, strict=True):
                 init_A(A, seed, f"layers.{i}.mlp.experts.{e}.{projection}")
-    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
+    sha256_A = freeze_A(model) if kind == "lori" else None
+    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot], sha256_A)
+
+
+def freeze_A(model: MoETransformer) -> str:
+    """Leave every lora_A as it was drawn (LoRI, §3.1).  -> SHA-256 of all of them, in the order of their names"""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name.endswith("lora_A"):
+            parameter.requires_grad_(False)
+            if not parameter.is_meta:
+                digest.update(parameter.detach().cpu().numpy().astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def move_to_front(experts: Experts, ids: list[int]) -> None:
@@ -214,13 +229,12 @@ def merge(model: MoETransformer) -> None:
 
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
-    """The adapter's tensors by name, whole and on the CPU (a collective under FSDP: every rank must call it)."""
-    state = {}
+    """The adapter's trained tensors by name, whole and on the CPU (a collective under FSDP: all ranks must call it)."""
+    state = {name: buffer for name, buffer in model.named_buffers() if name.endswith("positions")}
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            state[name] = whole.detach().cpu().contiguous()
-    return state
+        if "lora_" in name and parameter.requires_grad:
+            state[name] = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
@@ -231,30 +245,50 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **abo
     (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
+def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
+    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a missing or damaged file."""
     folder = Path(folder)
     try:
         about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-        adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
-        hot = torch.zeros(len(model.layers), model.config.num_experts, dtype=torch.bool)
-        for row, ids in zip(hot, adapter.hot, strict=True):
-            row[ids] = True
         state = load_file(folder / "adapter.safetensors")
+        return Adapter(*(about[key] for key in Adapter.__dataclass_fields__)), state
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not an adapter, or a damaged one ({error})") from None
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise InputError(f"{folder}: does not fit this model ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
+
+
+def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
+    """An Adapter's lists of experts as a mask for this model.  -> bool [L, E]"""
+    mask = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.bool)
+    if len(hot) != len(mask) or not all(0 <= e < config.num_experts for ids in hot for e in ids):
+        raise InputError(
+            f"the adapter is for {len(hot)} layers and expert {max(map(max, filter(None, hot)), default=-1)}; "
+            f"the model has {len(mask)} layers of {config.num_experts} experts"
+        )
+    for row, ids in zip(mask, hot, strict=True):
+        row[ids] = True
+    return mask
+
+
+def load_adapter(model: MoETransformer, folder: str | Path) -> None:
+    """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
+    adapter, state = read_adapter(folder)
+    hot = hot_mask(adapter.hot, model.config)
     attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
-    ours = {name: parameter.data for name, parameter in model.named_parameters() if "lora_" in name}
-    for name in sorted(ours.keys() ^ state.keys()):
+    if model.adapter != adapter:
+        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
+    positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
+    if positions:
+        sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})
+    ours = {n: p.data for n, p in model.named_parameters() if "lora_" in n and p.requires_grad}
+    for name in sorted(ours.keys() ^ (state.keys() - positions.keys())):
         raise InputError(f"{folder}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
-    for name, tensor in state.items():
-        if tensor.shape != ours[name].shape:
-            raise InputError(f"{folder}: {name} is {tuple(tensor.shape)}, the model wants {tuple(ours[name].shape)}")
-        ours[name].copy_(tensor)
+    for name, tensor in ours.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
+            raise InputError(f"{folder}: {name} is {shapes}")
+        tensor.copy_(state[name])
 
 
 def count_parameters(model: MoETransformer) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from model import Experts, grouped_linear
 
@@ -171,4 +172,40 @@ class LoRAExperts(Experts):
         return self.adapt(x, super().down(x, offsets), offsets, "down_proj")  # [R, D]
 
 
-KINDS = {"lora": (LoRALinear, StackedLoRA), "dora": (DoRALinear, StackedDoRA)}
+KINDS = {  # what trains in a pair -> its classes
+    "lora": (LoRALinear, StackedLoRA),  # A and B
+    "dora": (DoRALinear, StackedDoRA),  # A, B and a magnitude per output row
+    "lori": (LoRALinear, StackedLoRA),  # B alone: all of it, or a few entries (`sparsify`)
+}
+
+
+class Scatter(nn.Module):
+    """A matrix that is zero except at `positions`: values [m] -> B of the given shape, and back."""
+
+    def __init__(self, positions: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("positions", positions)  # int64 [m] into the flat matrix
+        self.shape = shape
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.shape.numel()).index_copy(0, self.positions, values).view(self.shape)
+
+    def right_inverse(self, B: Tensor) -> Tensor:
+        return B.flatten()[self.positions]
+
+
+def sparsify(model: nn.Module, positions: dict[str, Tensor]) -> None:
+    """Keep of every lora_B only the entries at `positions` (by the name of its module), as one vector of values.
+
+    What trains, its gradient, its moments in the optimizer and its file then have the size of the entries kept: a
+    mask over a dense B would save none of it. `module.lora_B` stays readable, as the whole matrix.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoRALinear | StackedLoRA):
+            continue
+        kept = positions.get(name, ())
+        if len(kept):
+            scatter = Scatter(kept.to(module.lora_B.device), module.lora_B.shape)
+            parametrize.register_parametrization(module, "lora_B", scatter, unsafe=True)  # changes the shape
+        else:  # nothing of this matrix trains: it stays zero
+            module.lora_B.requires_grad_(False)

@@ -34,8 +34,10 @@ from tqdm import tqdm
 import cli
 import data
 import hellora
+import lori
 import profile
 from cli import InputError
+from lora import sparsify
 from model import MoETransformer, load_model, read_config, resolve
 
 
@@ -65,11 +67,20 @@ class Method:
     """A method is a row: which experts, and what trains in a factor pair."""
 
     experts: str  # key of hellora.POLICIES
+    kind: str = "lora"  # key of lora.KINDS
+    sparse: bool = False  # a second stage trains a tenth of B, chosen by a first that trained all of it
+    share: float | None = None  # default of --k as a share of the experts
 
 
 METHODS = {
     "lora": Method(experts="all"),
+    "dora": Method(experts="all", kind="dora"),
+    "lori-d": Method(experts="all", kind="lori"),
+    "lori-s": Method(experts="all", kind="lori", sparse=True),
     "hellora": Method(experts="hot"),
+    "hellori-d": Method(experts="hot", kind="lori"),
+    "hellori-s": Method(experts="hot", kind="lori", sparse=True),
+    "moe-sieve": Method(experts="hot", share=0.25),
 }
 
 
@@ -158,10 +169,10 @@ def shard(model: MoETransformer, device: torch.device) -> None:
 
 
 def global_step(
-    model: MoETransformer, items: list[data.Encoded], micro_batch: int, pad_id: int, rank: int, world: int
+    model: MoETransformer, items: list[data.Encoded], micro_batch: int, rank: int, world: int
 ) -> tuple[Tensor, int, int]:
     """Gradients of one global batch's mean loss.  -> loss in nats per target token, target tokens, all tokens"""
-    device = model.embed_tokens.weight.device
+    device, pad_id = model.embed_tokens.weight.device, model.config.pad_token_id or 0
     targets = sum(len(item.ids) - item.prompt_length for item in items)
     mine = data.micro_batches(items, micro_batch, rank, world)
     total = torch.zeros((), device=device)
@@ -180,113 +191,142 @@ def global_step(
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse_flags(argv)
+    method = METHODS[args.method]
     folder = resolve(args.model)
     config = read_config(folder)
-    num_hot = args.k or config.num_experts_per_tok
+    num_hot = args.k or (int(method.share * config.num_experts) if method.share else config.num_experts_per_tok)
     if num_hot > config.num_experts:
         raise InputError(f"--k {args.k}: want 1..{config.num_experts}, the experts of a layer of {args.model}")
     out = Path(args.out or f"runs/{args.task}-{args.method}{'' if args.k is None else f'-k{args.k}'}-seed{args.seed}")
-    settings = vars(args) | {"out": str(out)}
-    claim(out, settings)
+    claim(out, vars(args) | {"out": str(out)})
 
     rank, world, device = start_processes()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(args.task, "train", args.train_data)
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
-    pad_id = config.pad_token_id or 0
-    steps_per_epoch = -(-len(items) // args.batch)
-    steps = args.steps or args.epochs * steps_per_epoch
     say(f"{args.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens")
 
-    start = time.perf_counter()
-    model = load_model(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
+    began = time.perf_counter()
+    model = load_model(folder, dtype, device)
     counted = count(model, items, args, rank, world)
-    seconds_profile = time.perf_counter() - start
-    hot = hellora.select_experts(
-        args.experts,
-        counted.counts,
-        None if args.experts in ("all", "coverage") else num_hot,
-        coverage=args.coverage,
-        seed=args.seed,
-    )
-    hellora.attach(model, hot, args.rank, args.alpha, targets=args.targets, seed=args.seed)
-    say(*hellora.report(model))
-    trainable, total = hellora.count_parameters(model)
-    coverage = float((counted.counts * hot).sum() / counted.counts.sum())
-    say(
-        f"adapted experts take {coverage:.1%} of the routed tokens; "
-        f"{steps:,} steps of {args.batch} examples, {world} process{'es' * (world > 1)}"
-    )
-    if world > 1:
-        shard(model, device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-
-    log = (out / "log.jsonl").open("w", encoding="utf-8") if rank == 0 else None
-    bar = tqdm(total=steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
-    records, examples_seen, tokens_seen, began = [], 0, 0, time.perf_counter()
-    model.train()
-    for step in range(1, steps + 1):
-        epoch, place = divmod(step - 1, steps_per_epoch)
-        chosen = data.global_batches(len(items), args.batch, args.seed, epoch)[place]
-        loss, targets, tokens = global_step(model, [items[i] for i in chosen], args.micro_batch, pad_id, rank, world)
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        optimizer.step()
-        optimizer.zero_grad()
-        examples_seen, tokens_seen = examples_seen + len(chosen), tokens_seen + tokens
-        seconds = time.perf_counter() - began
-        record = {
-            "step": step,
-            "loss": loss.item(),
-            "grad_norm": norm.item(),
-            "lr": args.lr,
-            "targets": targets,
-            "samples_per_s": examples_seen / seconds,
-            "tokens_per_s": tokens_seen / seconds,
-            "seconds": seconds,
-        }
-        records.append(record)
-        if log:
-            print(json.dumps(record), file=log, flush=True)
-        bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['samples_per_s']:.1f} samples/s", refresh=False)
-        bar.update()
-        if bar.disable and (step == 1 or step % max(1, steps // 20) == 0):
-            left = seconds / step * (steps - step)
-            say(
-                f"step {step:5d}/{steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.3f}  "
-                f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  {left:.0f} s left"
-            )
-    bar.close()
-    state = hellora.adapter_state(model)
-    result = {
-        "method": args.method,
-        "task": args.task,
-        "trainable": trainable,
-        "trainable_percent": 100 * trainable / total,
-        "hot_share": coverage,
-        "steps": steps,
-        "first_loss": records[0]["loss"],
-        "last_loss": records[-1]["loss"],
-        "samples_per_s": records[-1]["samples_per_s"],
-        "tokens_per_s": records[-1]["tokens_per_s"],
-        "seconds_profile": seconds_profile,
-        "seconds_train": records[-1]["seconds"],
-        "processes": world,
-    }
+    seconds_profile = time.perf_counter() - began
     if rank == 0:
-        hellora.save_adapter(state, out / "adapter", model.adapter, model=args.model, method=args.method)
+        profile.save_profile(counted, out / "profile.json", args.model, args.task)
+    takes_all = args.experts in ("all", "coverage")  # no number of experts to ask for
+    hot = hellora.select_experts(
+        args.experts, counted.counts, None if takes_all else num_hot, coverage=args.coverage, seed=args.seed
+    )
+    share = float((counted.counts * hot).sum() / counted.counts.sum())
+
+    def stage(name: str, model: MoETransformer, positions: dict[str, Tensor] | None) -> dict:
+        """Attach, shard and train; the adapter is saved in the run folder, or in a folder of the stage's own."""
+        kind, targets = method.kind, args.targets
+        hellora.attach(model, hot, args.rank, args.alpha, kind=kind, targets=targets, seed=args.seed)
+        if positions is not None:
+            sparsify(model, positions)
+        say(*hellora.report(model), f"adapted experts take {share:.1%} of the routed tokens")
+        trainable, total = hellora.count_parameters(model)
+        if world > 1:
+            shard(model, device)
+        result = fit(model, items, args, out / name, rank, world)
+        state = hellora.adapter_state(model)
+        if rank == 0:
+            about = {"model": args.model, "method": args.method}
+            hellora.save_adapter(state, out / name / "adapter", model.adapter, **about)
+        return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result
+
+    if method.sparse:
+        say("stage D: all of B trains, to find the tenth of its entries that matters")
+        positions = lori.top_entries(stage("stage-d", model, None)["state"])
+        model = load_model(folder, dtype, device)
+        say("stage S: these entries alone, from zero, under the same A")
+        result = stage("", model, positions)
+    else:
+        result = stage("", model, None)
+    del result["state"]
+    about = {"method": args.method, "task": args.task, "adapted_share": share, "processes": world}
+    result = about | result | {"seconds_profile": seconds_profile}
+    if rank == 0:
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw_loss(records, out / "loss.png", f"{args.method} on {args.task}")
     say(
-        f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {steps} steps, "
-        f"{result['samples_per_s']:.1f} samples/s, {result['seconds_train']:.0f} s; adapter in {out / 'adapter'}"
+        f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
+        f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; "
+        f"adapter in {out / 'adapter'}"
     )
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     return result
+
+
+def fit(
+    model: MoETransformer, items: list[data.Encoded], args: argparse.Namespace, out: Path, rank: int, world: int
+) -> dict:
+    """Train whatever requires a gradient; log.jsonl and loss.png go to `out`.  -> losses, steps and speed"""
+    steps_per_epoch = -(-len(items) // args.batch)
+    steps = args.steps or args.epochs * steps_per_epoch
+    say(f"{steps:,} steps of {args.batch} examples, {world} process{'es' * (world > 1)}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    log = None
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        log = (out / "log.jsonl").open("w", encoding="utf-8")
+    bar = tqdm(total=steps, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
+    losses, examples_seen, tokens_seen, began = [], 0, 0, time.perf_counter()
+    model.train()
+    for step in range(1, steps + 1):
+        epoch, place = divmod(step - 1, steps_per_epoch)
+        batch = [items[i] for i in data.global_batches(len(items), args.batch, args.seed, epoch)[place]]
+        loss, targets, tokens = global_step(model, batch, args.micro_batch, rank, world)
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        optimizer.zero_grad()
+        examples_seen, tokens_seen = examples_seen + len(batch), tokens_seen + tokens
+        seconds = time.perf_counter() - began
+        losses.append(loss.item())
+        record = {
+            "step": step,
+            "loss": losses[-1],  # nats per target token, mean over the global batch
+            "grad_norm": norm.item(),  # before clipping
+            "lr": args.lr,
+            "target_tokens": targets,
+            "samples_per_s": examples_seen / seconds,
+            "tokens_per_s": tokens_seen / seconds,
+            "seconds": seconds,
+        }
+        if log:
+            print(json.dumps(record), file=log, flush=True)
+        bar.set_postfix_str(f"loss {losses[-1]:.4f}, {examples_seen / seconds:.1f} samples/s", refresh=False)
+        bar.update()
+        if bar.disable and (step == 1 or step % max(1, steps // 20) == 0):
+            say(
+                f"step {step:5d}/{steps}  loss {losses[-1]:.4f}  grad norm {record['grad_norm']:.3f}  "
+                f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
+                f"{seconds / step * (steps - step):.0f} s left"
+            )
+    bar.close()
+    if log:
+        log.close()
+        draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
+    return {
+        "steps": steps,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "samples_per_s": examples_seen / seconds,
+        "tokens_per_s": tokens_seen / seconds,
+        "seconds": seconds,
+        "optimizer_bytes": state_bytes(optimizer),
+    }
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of AdamW's two moments on this process."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(local.nbytes for t in tensors for local in [t.to_local() if isinstance(t, DTensor) else t])
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -338,16 +378,15 @@ def count(
     return profile.profile_routing(model, batches)
 
 
-def draw_loss(records: list[dict], path: Path, title: str) -> None:
+def draw_loss(losses: list[float], path: Path, title: str) -> None:
     """The loss of every step and its running mean over a twentieth of the run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    losses = torch.tensor([record["loss"] for record in records], dtype=torch.float64)
     width = max(1, len(losses) // 20)
-    mean = losses.unfold(0, width, 1).mean(-1)
+    mean = torch.tensor(losses).unfold(0, width, 1).mean(-1)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="one step")
     axes.plot(range(width, len(losses) + 1), mean, color="tab:blue", label=f"mean of {width} steps")

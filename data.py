@@ -1,0 +1,417 @@
+"""Tasks: where their text is, how it is prompted, what is a target; and batches of similar length.
+
+    examples = load_examples("gsm8k", "train", "my_copy.jsonl")      # without a path: download once, or generate
+    items = encode(examples, load_tokenizer(folder, config), config.eos_token_id)
+    for chosen in global_batches(len(items), 128, seed=0, epoch=0):  # the same on every process
+        for part in micro_batches([items[i] for i in chosen], 16, rank, world):
+            batch = collate(part, pad_id)
+
+`TASKS` is the table of tasks, `FORMATS` says how their rows become prompt and target. The tiny tasks have the rows
+of their big brothers and share their formats. Prompts follow LoRI, on whose code the paper's numbers rest; each
+difference is a line that starts with "DEVIATION from LoRI".
+
+Dimensions: B sequences, S positions.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+import cli
+from cli import InputError
+from config import MoEConfig
+from tiny import tasks
+
+TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model reads and what it should write."""
+
+    id: str  # row number of the file from 0, or HumanEval's task_id
+    prompt: str
+    target: str  # empty where there is nothing to imitate: HumanEval problems, HEx-PHI instructions
+    row: Row  # the public record as read
+
+
+# --------------------------------------------------------------------------------------------------- formats
+
+
+def text(row: Row, *columns: str) -> str:
+    """The first of these columns that the row has, which must hold text that is not blank."""
+    value = next((row[column] for column in columns if column in row), None) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"no text as {' or '.join(map(repr, columns))} in {row!r:.100}")
+    return value
+
+
+def gsm8k(row: Row) -> tuple[str, str]:
+    """GSM8K: the question and a request to reason; the worked answer with a sentence in place of '####'."""
+    question, answer = text(row, "question"), text(row, "answer")
+    if not re.search(r"####.*\d", answer):
+        raise InputError("'answer' has no '#### number'")
+    # DEVIATION from LoRI: calculator annotations such as <<48/2=24>> are removed; LoRI trains on them.
+    answer = re.sub(r"<<.*?>>", "", answer)
+    # DEVIATION from LoRI: one space before the number; LoRI adds a second one to that of the file.
+    target = answer.replace("####", "The final answer is:")
+    task = "Answer the above question. First think step by step and then answer the final number."
+    return f"{question}\n{task}\n", target
+
+
+def alpaca(row: Row) -> tuple[str, str]:
+    """Alpaca: an instruction, with or without an input, and the output, which may be empty."""
+    instruction, extra, output = text(row, "instruction"), row.get("input") or "", row.get("output")
+    if not isinstance(extra, str) or not isinstance(output, str):
+        raise InputError(f"'input' is {extra!r:.60} and 'output' {output!r:.60}, want text")
+    # DEVIATION from LoRI: its template, without the 20 stray spaces before every line and the one after "request.".
+    paired = ", paired with an input that provides further context" if extra.strip() else ""
+    prompt = f"Below is an instruction that describes a task{paired}. "
+    prompt += f"Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+    prompt += f"### Input:\n{extra}\n\n" if paired else ""
+    return f"{prompt}### Response:\n", output
+
+
+def humaneval(row: Row) -> tuple[str, str]:
+    """HumanEval: the head of a function to continue, stripped as LoRI and bigcode do; the tests stay in the row."""
+    for column in ("task_id", "entry_point", "test"):
+        text(row, column)
+    return text(row, "prompt").strip(), ""
+
+
+def hexphi(row: Row) -> tuple[str, str]:
+    """HEx-PHI: an instruction to a helpful and safe assistant (not the template of training, as in LoRI)."""
+    instruction = text(row, "instruction", "prompt", "forbidden_prompt", "instructions")
+    # DEVIATION from LoRI: a space between the two sentences; LoRI's prompt reads "assistant.Always".
+    system = "You are a helpful assistant. Always answer as helpfully as possible, while being safe."
+    return f"{system}\n\nHuman: {instruction}\n\nAssistant:", ""
+
+
+FORMATS = {  # benchmark -> split -> what turns a row into prompt and target, or raises InputError
+    "gsm8k": {"train": gsm8k, "test": gsm8k},
+    "humaneval": {"train": alpaca, "test": humaneval},
+    "hexphi": {"train": alpaca, "test": hexphi},
+}
+WANTED = {
+    gsm8k: 'GSM8K rows {"question": text, "answer": text with "#### number"}',
+    alpaca: 'Alpaca rows {"instruction": text, "input": text or "", "output": text}',
+    humaneval: 'HumanEval rows {"task_id", "prompt", "entry_point", "test": text}',
+    hexphi: "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column",
+}
+
+# ------------------------------------------------------------------------------------- tasks and their files
+
+
+@dataclass(frozen=True)
+class Download:
+    """A public file, pinned."""
+
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where the rows of both splits come from: a generator, a file to download, or advice where to get the file."""
+
+    benchmark: str  # how its test split is prompted and scored: key of FORMATS
+    train: Callable[[], list[Row]] | Download | str
+    test: Callable[[], list[Row]] | Download | str
+
+
+GITHUB = "https://raw.githubusercontent.com"
+GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+HUMANEVAL = f"{GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz"
+
+TASKS = {
+    "tiny-math": Task(
+        "gsm8k",
+        lambda: tasks.math_rows(TINY_TRAIN, "train", seed=0),
+        lambda: tasks.math_rows(TINY_TEST, "test", seed=0),
+    ),
+    "tiny-code": Task(
+        "humaneval", lambda: tasks.code_rows(TINY_TRAIN, seed=0), lambda: tasks.code_problems(TINY_TEST, seed=0)
+    ),
+    "tiny-safety": Task(
+        "hexphi", lambda: tasks.safety_rows(TINY_TRAIN, seed=0), lambda: tasks.safety_prompts(TINY_TEST, seed=0)
+    ),
+    "gsm8k": Task(
+        "gsm8k",
+        train=Download(f"{GSM8K}/train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        test=Download(f"{GSM8K}/test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    ),
+    "codealpaca": Task(
+        "humaneval",
+        train="get code_alpaca_20k.json from huggingface.co/datasets/sahil2801/CodeAlpaca-20k",
+        test=Download(HUMANEVAL, "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
+    ),
+    "saferpaca": Task(
+        "hexphi",
+        train="get data/training/saferpaca_Instructions_2000.json from github.com/vinid/safety-tuned-llamas",
+        test="HEx-PHI is gated: ask for access at huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI",
+    ),
+}
+
+
+def fetch(file: Download, instead: str) -> Path:
+    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded if it is not there as pinned."""
+    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
+    path = folder / f"{file.sha256[:8]}-{file.url.rsplit('/', 1)[-1]}"
+    try:
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
+            return path
+        with urllib.request.urlopen(file.url, timeout=30) as reply:
+            content = reply.read()
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise InputError(f"{file.url}: what came is not the file with sha256 {file.sha256}; {instead}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
+            (Path(part) / path.name).write_bytes(content)
+            (Path(part) / path.name).replace(path)
+    except (OSError, HTTPException) as error:
+        raise InputError(f"cannot get {file.url} into {folder} ({error}); {instead}") from None
+    return path
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, unpacked if its name ends in .gz."""
+    content = b""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # spreadsheets begin their files with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not encoded in UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Row]]:
+    """(place, row) for each record of a csv file; its first line names the columns, unless they are given."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), fieldnames=columns, strict=True)
+    rows = []
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
+            rows.append((place, row))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not csv ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def json_rows(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object a line."""
+    content = read_text(path)
+    try:
+        whole = json.loads(content)
+    except ValueError as error:
+        whole = None
+        if content.lstrip().startswith("["):
+            raise InputError(f"{path}: not a JSON list ({error})") from None
+    if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+        columns = {name: column for name, column in whole.items() if column}
+        if len({len(column) for column in columns.values()}) > 1:
+            raise InputError(f"{path}: its lists differ in length")
+        whole = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(whole, list):
+        return [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
+    rows = []
+    for i, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside JSON strings
+        if line.strip():
+            try:
+                rows.append((f"{path}, line {i}", json.loads(line)))
+            except ValueError as error:
+                raise InputError(f"{path}, line {i}: not JSON ({getattr(error, 'msg', error)})") from None
+    return rows
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a .csv or JSON file (also .gz), or of a folder of headerless category_N.csv."""
+    if not path.is_dir():
+        return csv_rows(path) if path.name.removesuffix(".gz").endswith(".csv") else json_rows(path)
+    files = {int(m[1]): file for file in path.glob("*.csv") if (m := re.fullmatch(r"category_(\d+)\.csv", file.name))}
+    if not files:
+        raise InputError(f"{path}: a folder without category_N.csv, not a file")
+    return [
+        (place, row | {"category": str(number)})
+        for number in sorted(files)
+        for place, row in csv_rows(files[number], ["instruction"])
+    ]
+
+
+def say(message: str) -> None:
+    """A remark on the data, from the main process, on stderr: stdout belongs to the results."""
+    if cli.is_main_process():
+        print(message, file=sys.stderr)
+
+
+def load_examples(task: str, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
+    """The examples of a split, from a local file in the public format if `path` is given; the first `limit` of them.
+
+    split: "train" or "test". The test split of code tasks holds HumanEval problems, of safety tasks instructions.
+    Raises InputError if there is no file, naming where to get one, or a row is not as the format wants it.
+    """
+    source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
+    instead = f"pass a copy of it with --{'train' if split == 'train' else 'eval'}-data FILE"
+    if path is None and isinstance(source, Download):
+        path = fetch(source, instead)
+    elif path is None and isinstance(source, str):
+        raise InputError(f"task {task}: no {split} file can be downloaded; {source}, then {instead}")
+
+    try:
+        rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())] if path is None else read_rows(Path(path))
+    except InputError as error:
+        raise InputError(f"{error}; want {WANTED[read]}") from None
+    examples = []
+    for i, (place, row) in enumerate(rows):
+        try:
+            prompt, target = read(row)
+        except InputError as error:
+            raise InputError(f"{place}: {error}; want {WANTED[read]}") from None
+        # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
+        # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
+        if split == "test" or target.strip():
+            examples.append(Example(row["task_id"] if read is humaneval else str(i), prompt, target, row))
+    if not examples:
+        raise InputError(f"{path}: no rows with text; want {WANTED[read]}")
+    if len({example.id for example in examples}) < len(examples):
+        raise InputError(f"{path}: a task_id stands there twice; want HumanEval problems with a task_id of their own")
+    if len(examples) < len(rows):
+        say(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
+    return examples[:limit]
+
+
+# --------------------------------------------------------------------------------------- tokens and batches
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """ids = prompt + target + eos; the first `prompt_length` are given, the others are learnt."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
+    """tokenizer.json of a checkpoint folder; InputError if it is missing, broken, or does not fit the config."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{folder} has no tokenizer.json; want the fast tokenizer of the model, as the hub stores it")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= largest < config.vocab_size:
+        raise InputError(f"{path}: its ids go up to {largest}, but config.json says vocab_size {config.vocab_size}")
+    if config.eos_token_id is None or tokenizer.id_to_token(config.eos_token_id) is None:
+        raise InputError(f"{path}: eos_token_id {config.eos_token_id} of config.json is no token of it")
+    tokenizer.no_truncation()  # files may ask for either; lengths are decided here
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each text, without special tokens: for training and for decoding."""
+    # DEVIATION from LoRI: no BOS before HumanEval prompts either; LoRI has it there, but nowhere in training.
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_length: int = 512) -> list[Encoded]:
+    """Token ids of prompt, target and EOS, at most `max_length`; says how many examples had to be cut.
+
+    As in LoRI, a pair that is too long loses its prompt after the first max_length // 2 tokens, then the end of its
+    target. Raises InputError for an example without a target.
+    """
+    for example in examples:
+        if not example.target.strip():
+            raise InputError(f"example {example.id} has an empty target: there is nothing to learn")
+    # Prompt and target are tokenized apart: decoding starts from the tokens of the prompt alone, and a token across
+    # the border would never occur there.
+    prompts = tokenize([example.prompt for example in examples], tokenizer)
+    targets = tokenize([example.target for example in examples], tokenizer)
+    items, cut = [], 0
+    for prompt, target in zip(prompts, targets, strict=True):
+        target = [*target, eos_id]
+        if len(prompt) + len(target) > max_length:
+            cut += 1
+            prompt = prompt[: max_length // 2]
+            # The EOS goes with the end of the target: an unfinished answer must not teach to stop.
+            # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
+            target = target[: max_length - len(prompt)]
+        items.append(Encoded(prompt + target, len(prompt)))
+    if cut:
+        say(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
+    return items
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded sequences."""
+
+    input_ids: Tensor  # [B, S] int64
+    lengths: Tensor  # [B] int64, real tokens of each
+    labels: Tensor  # [B, S] int64: the token each position should predict; -100 on the prompt and on padding
+
+
+def collate(items: list[Encoded], pad_id: int) -> Batch:
+    """Pad B >= 1 items on the right to the longest one."""
+    ids = [torch.tensor(item.ids) for item in items]
+    labels = [  # position s predicts s + 1
+        torch.tensor([-100] * (item.prompt_length - 1) + item.ids[item.prompt_length :] + [-100]) for item in items
+    ]
+    lengths = torch.tensor([len(item.ids) for item in items])
+    return Batch(pad_sequence(ids, True, pad_id), lengths, pad_sequence(labels, True, -100))
+
+
+def sample(items: list, fraction: float, seed: int) -> list:
+    """A random part of the items in their order, at least one; the same for the same seed."""
+    count = max(1, round(fraction * len(items)))
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(items))[:count]
+    return [items[i] for i in sorted(chosen)]
+
+
+def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The indices 0..n-1 in an order of this seed and epoch, in batches: the same on every process."""
+    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
+    # DEVIATION from LoRI: the last, smaller batch counts too; LoRI drops it.
+    return [order[start : start + batch_size] for start in range(0, n, batch_size)]
+
+
+def micro_batches(items: list[Encoded], micro_batch: int, rank: int, world: int) -> list[list[Encoded]]:
+    """This rank's part of a global batch, in lists of at most `micro_batch` items of similar length.
+
+    The ranks together get every item once, each the same number of lists (some empty if there are too few items).
+    """
+    items = sorted(items, key=lambda item: len(item.ids))
+    pieces = world * math.ceil(len(items) / (world * micro_batch))
+    bounds = [i * len(items) // pieces for i in range(pieces + 1)]  # nearly equal
+    # Neighbours in length go to different ranks, which so wait little for each other.
+    return [items[bounds[i] : bounds[i + 1]] for i in range(rank, pieces, world)]

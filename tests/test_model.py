@@ -1,0 +1,646 @@
+"""model.py and config.py against transformers' OLMoE and Mixtral, and against plainer formulas."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cli import InputError
+from config import MoEConfig
+from model import (
+    TINY,
+    Experts,
+    KVCache,
+    MoETransformer,
+    SparseMoE,
+    grouped_linear,
+    init_weights,
+    load_model,
+    read_config,
+    resolve,
+    save_model,
+)
+
+B, S = 5, 11  # sequences and positions; all sizes of one model are different, see conftest.py
+LENGTHS = torch.tensor([7, 11, 1, 4, 9])  # real tokens of each sequence, right padding after them
+SHORT = torch.tensor([7, 9, 1, 4, 9])  # the same where every sequence is padded
+UNALIGNED = {"hidden_size": 30, "intermediate_size": 14, "num_attention_heads": 5, "num_key_value_heads": 5}
+
+MODELS = {
+    "olmoe": ("olmoe", {}),
+    "olmoe, weights of the chosen experts sum to 1": ("olmoe", {"norm_topk_prob": True}),
+    "olmoe, q, k, v clipped": ("olmoe", {"clip_qkv": 0.5}),
+    "olmoe, tied embeddings": ("olmoe", {"tie_word_embeddings": True}),
+    "olmoe, sizes that grouped_mm refuses": ("olmoe", UNALIGNED),
+    "mixtral": ("mixtral", {}),
+    "mixtral, tied embeddings": ("mixtral", {"tie_word_embeddings": True}),
+    "mixtral, window of 4, eager": ("mixtral", {"sliding_window": 4}),
+    "mixtral, window of 4, sdpa": ("mixtral", {"sliding_window": 4, "attn_implementation": "sdpa"}),
+    "mixtral, window longer than the sequence": ("mixtral", {"sliding_window": 64}),
+}
+every_model = pytest.mark.parametrize("family, changes", MODELS.values(), ids=MODELS)
+both_families = pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+padded_or_not = pytest.mark.parametrize("lengths", [None, LENGTHS, SHORT], ids=["full", "ragged", "short"])
+
+
+def random_ids(vocab_size: int, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def is_real(lengths: Tensor | None) -> Tensor:
+    """True at real tokens [B, S]"""
+    return torch.ones(B, S, dtype=torch.bool) if lengths is None else torch.arange(S) < lengths[:, None]
+
+
+def ask_transformers(hf, ids: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [B, S, V], chosen experts [L, B, S, K] and router logits [L, B, S, E] of transformers' model"""
+    routers, hooks = [], []
+    for layer in hf.model.layers:
+        hooks.append(layer.mlp.gate.register_forward_hook(lambda module, args, out: routers.append(out)))
+    mask = None if lengths is None else (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    logits = hf(ids, attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    router_logits, _, chosen = (torch.stack(parts).unflatten(1, ids.shape) for parts in zip(*routers, strict=True))
+    return logits, chosen, router_logits
+
+
+def rewrite_config(folder: Path, **changes) -> None:
+    """Change config.json; a value of ... removes the key."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def copied(olmoe, tmp_path) -> Path:
+    """An OLMoE checkpoint folder that the test may damage."""
+    return Path(shutil.copytree(olmoe.folder, tmp_path / "checkpoint"))
+
+
+# ------------------------------------------------------------------------------------------------- forward
+
+
+@every_model
+@padded_or_not
+@torch.no_grad()
+def test_logits_and_chosen_experts_equal_those_of_transformers(make_checkpoint, family, changes, lengths):
+    checkpoint = make_checkpoint(family, **changes)
+    model = load_model(checkpoint.folder)
+    ids = random_ids(model.config.vocab_size, B, S)
+    logits, selected, router_logits = model(ids, lengths, output_router_logits=True)
+    want_logits, want_selected, want_router_logits = ask_transformers(checkpoint.hf, ids, lengths)
+    real = is_real(lengths)
+    assert want_logits.std() > 0.5  # else 1e-4 would prove little
+    assert logits.shape == want_logits.shape and selected.shape == want_selected.shape
+    torch.testing.assert_close(logits[real], want_logits[real], atol=1e-4, rtol=0)
+    assert torch.equal(selected[:, real], want_selected[:, real])
+    torch.testing.assert_close(router_logits, want_router_logits[:, real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("setting", [{"clip_qkv": 0.5}, {"norm_topk_prob": True}, {"sliding_window": 4}], ids=str)
+@torch.no_grad()
+def test_each_setting_compared_above_changes_the_logits(make_checkpoint, setting):
+    family = "mixtral" if "sliding_window" in setting else "olmoe"
+    ids = random_ids(50, B, S)
+    plain, changed = (ask_transformers(make_checkpoint(family, **c).hf, ids)[0] for c in ({}, setting))
+    assert (plain - changed).abs().max() > 0.1
+
+
+@both_families
+@torch.no_grad()
+def test_selected_experts_are_minus_one_exactly_at_padding(make_checkpoint, family):
+    model = load_model(make_checkpoint(family).folder)
+    _, selected = model(random_ids(50, B, S), LENGTHS)
+    assert torch.equal(selected >= 0, is_real(LENGTHS)[None, :, :, None].expand_as(selected))
+    assert set(selected[selected < 0].tolist()) == {-1}
+
+
+@both_families
+@torch.no_grad()
+def test_the_content_and_the_amount_of_padding_change_nothing(make_checkpoint, family):
+    model = load_model(make_checkpoint(family).folder)
+    ids, other = random_ids(50, B, S), random_ids(50, B, S + 6, seed=1)
+    other[:, :S] = torch.where(is_real(LENGTHS), ids, other[:, :S])
+    logits, selected = model(ids, LENGTHS)
+    more_logits, more_selected = model(other, LENGTHS)
+    real = is_real(LENGTHS)
+    torch.testing.assert_close(more_logits[:, :S][real], logits[real], atol=1e-5, rtol=0)
+    assert torch.equal(more_selected[:, :, :S], selected)
+
+
+@torch.no_grad()
+def test_no_padding_token_is_multiplied_by_an_expert_or_the_head(olmoe):
+    model, rows = load_model(olmoe.folder), []
+    for module in (model.layers[1].mlp.experts, model.layers[1].self_attn.q_proj, model.lm_head):
+        module.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model(random_ids(50, B, S), LENGTHS)
+    T, K = int(LENGTHS.sum()), model.config.num_experts_per_tok
+    assert rows == [T, T * K, T]
+
+
+@both_families
+@torch.no_grad()
+def test_last_only_gives_the_logits_of_the_last_real_token(make_checkpoint, family):
+    model = load_model(make_checkpoint(family).folder)
+    ids = random_ids(50, B, S)
+    for lengths in (None, LENGTHS):
+        every, _ = model(ids, lengths)
+        last, _ = model(ids, lengths, last_only=True)
+        ends = [S] * B if lengths is None else lengths.tolist()
+        torch.testing.assert_close(last, torch.stack([every[b, n - 1] for b, n in enumerate(ends)]))
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_rotary_angles_equal_those_of_transformers_to_the_last_bit_far_from_the_start(make_checkpoint, family):
+    checkpoint = make_checkpoint(family)
+    places = torch.arange(32768)
+    cos, sin = checkpoint.hf.model.rotary_emb(torch.zeros(1), places[None])  # [1, S, Dh]
+    layout = load_model(checkpoint.folder).layout(1, len(places), None, None)
+    assert torch.equal(layout.cos[:, 0], cos[0])
+    assert torch.equal(layout.sin[:, 0], sin[0])
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+
+def plain_moe(moe: SparseMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Every expert computes every token; the K largest probabilities of a token weigh the sum, the rest are 0."""
+    probs = (x @ moe.gate.weight.T).softmax(-1)  # [T, E]
+    selected = probs.sort(descending=True, stable=True).indices[:, : moe.top_k]
+    weights = torch.zeros_like(probs).scatter(1, selected, probs.gather(1, selected))
+    if moe.norm_topk_prob:
+        weights = weights / weights.sum(1, keepdim=True)
+    gate_up = torch.einsum("efd,td->tef", moe.experts.gate_up_proj, x)
+    gate, up = gate_up.split(gate_up.shape[-1] // 2, dim=-1)
+    outputs = torch.einsum("edf,tef->ted", moe.experts.down_proj, gate * gate.sigmoid() * up)
+    return torch.einsum("te,ted->td", weights, outputs), selected
+
+
+@both_families
+def test_the_moe_block_equals_the_sum_over_all_experts_in_values_and_gradients(make_checkpoint, family):
+    moe = load_model(make_checkpoint(family).folder, torch.float64).layers[1].mlp
+    x = torch.randn(13, moe.gate.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    upstream = torch.randn_like(x)
+    inputs = [x, *moe.parameters()]
+    y, selected, _ = moe(x)
+    want, want_selected = plain_moe(moe, x)
+    assert torch.equal(selected, want_selected)
+    # The probabilities are rounded to float32, whatever the model's dtype.
+    torch.testing.assert_close(y, want, atol=1e-6, rtol=1e-6)
+    grads, want_grads = torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(want, inputs, upstream)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(grad, want_grad, atol=1e-6, rtol=1e-6)
+
+
+GROUPED = [
+    (torch.float32, 12, 20, True),
+    (torch.bfloat16, 16, 24, True),
+    (torch.float32, 12, 18, False),
+    (torch.float32, 14, 20, False),
+    (torch.bfloat16, 12, 24, False),
+    (torch.float64, 12, 20, False),
+]
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 9, 0, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("dtype, fan_in, fan_out, fast", GROUPED, ids=str)
+def test_grouped_linear_equals_one_product_per_group_on_both_of_its_paths(
+    monkeypatch, dtype, fan_in, fan_out, fast, counts
+):
+    calls, grouped_mm = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), fan_in, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(len(counts), fan_out, fan_in, generator=generator).to(dtype).requires_grad_()
+    upstream = torch.randn(sum(counts), fan_out, generator=generator).to(dtype)
+    y = grouped_linear(x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    assert bool(calls) == fast
+    assert y.shape == (sum(counts), fan_out) and y.dtype == dtype
+    x_grad, weight_grad = torch.autograd.grad(y, (x, weight), upstream)  # raises if an idle group had none
+    start = 0
+    for g, count in enumerate(counts):
+        rows = slice(start, start := start + count)
+        w, tolerance = weight[g].double(), {"atol": 0.1, "rtol": 0.02} if dtype == torch.bfloat16 else {}
+        want = [x[rows].double() @ w.T, upstream[rows].double() @ w, upstream[rows].double().T @ x[rows].double()]
+        for got, expected in zip((y[rows], x_grad[rows], weight_grad[g]), want, strict=True):
+            torch.testing.assert_close(got, expected.to(dtype), **tolerance)
+
+
+@torch.no_grad()
+def test_ties_of_the_router_go_to_the_experts_that_transformers_takes(make_checkpoint, tmp_path):
+    hf = make_checkpoint("olmoe", norm_topk_prob=True).hf
+    original = {name: p.clone() for name, p in hf.named_parameters() if name.endswith("mlp.gate.weight")}
+    try:
+        for name, gate in hf.named_parameters():
+            if name in original:
+                gate[3] = gate[5]  # two equal experts
+                gate[1] = gate[6]
+        hf.model.layers[2].mlp.gate.weight.zero_()  # all experts equal
+        hf.save_pretrained(tmp_path)
+        ids = random_ids(61, B, S)
+        logits, selected = load_model(tmp_path)(ids)
+        want_logits, want_selected, _ = ask_transformers(hf, ids)
+    finally:
+        for name, p in hf.named_parameters():
+            if name in original:
+                p.copy_(original[name])
+    assert torch.equal(selected, want_selected)
+    assert all(len(set(experts)) == 3 for experts in selected.flatten(0, 2).tolist())
+    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+
+
+def test_an_expert_without_rows_gets_a_zero_gradient(olmoe):
+    model = load_model(olmoe.folder)
+    ids = random_ids(61, 1, 1)
+    loss, selected = model(ids, labels=ids)
+    loss.backward()
+    for layer, chosen in zip(model.layers, selected, strict=True):
+        idle = sorted(set(range(7)) - set(chosen.flatten().tolist()))
+        assert len(idle) == 4
+        for parameter in layer.mlp.experts.parameters():
+            touched = parameter.grad.flatten(1).abs().amax(1) > 0
+            assert not touched[idle].any() and touched.sum() == 3
+
+
+@pytest.mark.parametrize("shape, lengths", [((1, 1), [0]), ((3, 2), [0, 0, 0]), ((0, 5), [])], ids=str)
+@pytest.mark.parametrize("changes", [{}, UNALIGNED], ids=["grouped_mm", "plain"])
+def test_a_batch_without_a_real_token_has_loss_zero_and_zero_gradients(make_checkpoint, changes, shape, lengths):
+    model = load_model(make_checkpoint("olmoe", **changes).folder)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    loss, selected = model(ids, lengths, labels=torch.full(shape, -100))
+    loss.backward()
+    assert loss == 0 and selected.shape == (4, *shape, 3) and (selected == -1).all()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@both_families
+@torch.no_grad()
+def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(make_checkpoint, tmp_path, family):
+    checkpoint = make_checkpoint(family)
+    model = load_model(checkpoint.folder)
+    ids = random_ids(50, B, S)
+    before = model(ids, LENGTHS, output_router_logits=True)
+    for i, layer in enumerate(model.layers):
+        experts = layer.mlp.experts
+        order = torch.randperm(len(experts.rows), generator=torch.Generator().manual_seed(i)).tolist()
+        for parameter in experts.parameters():
+            parameter.copy_(parameter[order])
+        experts.set_order(order)
+        assert order != sorted(order)
+    after = model(ids, LENGTHS, output_router_logits=True)
+    assert torch.equal(after[1], before[1])
+    for got, want in zip(after[::2], before[::2], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    save_model(model, tmp_path)
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, checkpoint.folder))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], original[key]) for key in saved)
+
+
+# --------------------------------------------------------------------------------------- loss and gradients
+
+
+@every_model
+@padded_or_not
+def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(make_checkpoint, family, changes, lengths):
+    checkpoint = make_checkpoint(family, **changes)
+    model = load_model(checkpoint.folder)
+    ids, labels = random_ids(50, B, S), random_ids(50, B, S, seed=1)
+    labels[:, :2] = -100  # a prompt
+    labels[~is_real(lengths)] = -100
+    loss, _ = model(ids, lengths, labels=labels)
+    loss.backward()
+    want_logits, _, _ = ask_transformers(checkpoint.hf, ids, lengths)
+    want = F.cross_entropy(want_logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    checkpoint.hf.zero_grad()
+    want.backward()
+    torch.testing.assert_close(loss, want, atol=1e-3, rtol=1e-6)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    want_grads = {name.removeprefix("model."): p.grad for name, p in checkpoint.hf.named_parameters()}
+    assert grads.keys() == want_grads.keys()
+    for name, grad in grads.items():
+        scale = want_grads[name].abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+@torch.no_grad()
+def test_the_head_runs_only_where_there_is_a_label_or_on_last_tokens(olmoe):
+    model, rows = load_model(olmoe.folder), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    ids = random_ids(61, B, S)
+    labels = torch.full((B, S), -100)
+    labels[0, 3:5] = labels[3, 1] = 7
+    model(ids, LENGTHS, labels=labels)
+    model(ids, LENGTHS, last_only=True)
+    assert rows == [3, B]
+
+
+# ------------------------------------------------------------------------------------------------ KV cache
+
+FEEDS = {  # tokens that each of three sequences gets at each call
+    "ragged prompts, then single tokens": [[4, 1, 7], [1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    "sequences that end early": [[4, 1, 7], [1, 1, 1], [1, 0, 1], [0, 0, 1]],
+    "prompts in ragged chunks": [[3, 1, 4], [1, 3, 3], [2, 1, 4], [1, 1, 1]],
+    "a long chunk beside a full sequence": [[9, 1, 2], [1, 7, 4], [0, 1, 1]],
+    "equal lengths": [[5, 5, 5], [1, 1, 1], [2, 2, 2]],
+}
+
+
+@pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 3}], ids=["full attention", "window of 3"])
+@both_families
+@torch.no_grad()
+def test_decoding_with_the_cache_equals_the_forward_without_it(make_checkpoint, family, changes, feed):
+    if family == "olmoe" and changes:
+        changes = {"clip_qkv": 0.5}  # OLMoE has no window
+    checkpoint = make_checkpoint(family, **changes)
+    model = load_model(checkpoint.folder)
+    totals = torch.tensor(feed).sum(0)  # [3]
+    texts = [random_ids(50, int(n), seed=i) for i, n in enumerate(totals)]
+    cache = KVCache(model.config, 3, int(totals.max()), dtype=torch.float32, device="cpu")
+    logits, chosen, done = [[], [], []], [[], [], []], [0, 0, 0]
+    for counts in feed:
+        ids = torch.zeros(3, max(counts), dtype=torch.int64)
+        for i, n in enumerate(counts):
+            ids[i, :n] = texts[i][done[i] : done[i] + n]
+        ragged = None if len(set(counts)) == 1 else torch.tensor(counts)
+        step_logits, step_chosen = model(ids, ragged, cache=cache)
+        for i, n in enumerate(counts):
+            logits[i].append(step_logits[i, :n])
+            chosen[i].append(step_chosen[:, i, :n])
+            done[i] += n
+    assert torch.equal(cache.lengths, totals)
+    for i, text in enumerate(texts):
+        want_logits, want_chosen, _ = ask_transformers(checkpoint.hf, text[None])
+        torch.testing.assert_close(torch.cat(logits[i]), want_logits[0], atol=1e-4, rtol=0)
+        assert torch.equal(torch.cat(chosen[i], dim=1), want_chosen[:, 0])
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+
+@every_model
+@torch.no_grad()
+def test_transformers_loads_what_save_model_wrote(make_checkpoint, tmp_path, family, changes):
+    checkpoint = make_checkpoint(family, **changes)
+    save_model(load_model(checkpoint.folder), tmp_path)
+    hf, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert type(hf) is type(checkpoint.hf)
+    assert not any(report.values())  # no missing, unexpected, mis-shaped key and no other complaint
+    want = checkpoint.hf.state_dict()
+    assert hf.state_dict().keys() == want.keys()
+    assert all(torch.equal(tensor, want[key]) for key, tensor in hf.state_dict().items())
+    ids = random_ids(50, B, S)
+    torch.testing.assert_close(hf(ids).logits, checkpoint.hf(ids).logits, atol=1e-4, rtol=0)
+
+
+@every_model
+def test_a_saved_and_loaded_model_is_the_same_to_the_last_bit(make_checkpoint, tmp_path, family, changes):
+    model = load_model(make_checkpoint(family, **changes).folder)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    ids = random_ids(50, B, S)
+    assert torch.equal(model(ids)[0], again(ids)[0])
+
+
+def test_tied_embeddings_stay_one_parameter(make_checkpoint):
+    model = load_model(make_checkpoint("olmoe", tie_word_embeddings=True).folder)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_saving_over_a_sharded_checkpoint_leaves_only_the_new_one(olmoe, tmp_path):
+    olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    model = load_model(tmp_path)
+    init_weights(model, std=0.1, seed=1)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(hf.lm_head.weight, model.lm_head.weight)
+
+
+@both_families
+def test_a_sharded_checkpoint_of_transformers_loads_to_the_same_weights(make_checkpoint, tmp_path, family):
+    checkpoint = make_checkpoint(family)
+    checkpoint.hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    one, many = load_model(checkpoint.folder), load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
+
+
+@both_families
+@torch.no_grad()
+def test_bfloat16_agrees_with_transformers_on_the_likeliest_token(make_checkpoint, family):
+    checkpoint = make_checkpoint(family)
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16, attn_implementation="eager")
+    model = load_model(checkpoint.folder, torch.bfloat16)
+    ids = random_ids(50, 40, S)
+    logits, _ = model(ids)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.argmax(-1) == hf(ids).logits.argmax(-1)).float().mean() > 0.95
+    loss, _ = model(ids, labels=ids)
+    want = F.cross_entropy(hf(ids).logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_save_model_writes_the_dtype_asked_for_and_says_so_in_the_config(olmoe, tmp_path, dtype):
+    save_model(load_model(olmoe.folder), tmp_path, dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
+    assert AutoConfig.from_pretrained(tmp_path).dtype == dtype
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == dtype
+
+
+@both_families
+@torch.no_grad()
+def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoint, tmp_path, family):
+    checkpoint = make_checkpoint(family, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
+    folders = [checkpoint.folder, tmp_path / "transformers 4", tmp_path / "saved"]
+    shutil.copytree(folders[0], folders[1])
+    rewrite_config(folders[1], rope_parameters=..., rope_theta=500.0, rope_scaling=None, dtype=..., torch_dtype="float32")
+    save_model(load_model(folders[0]), folders[2])
+    written = json.loads((folders[2] / "config.json").read_text())
+    assert written["rope_theta"] == 500.0 and written["rope_parameters"]["rope_theta"] == 500.0
+    ids = random_ids(50, B, S)
+    want = checkpoint.hf(ids).logits
+    for folder in folders:
+        assert read_config(folder).rope_theta == 500.0
+        torch.testing.assert_close(load_model(folder)(ids)[0], want, atol=1e-4, rtol=0)
+        hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        torch.testing.assert_close(hf(ids).logits, want, atol=1e-4, rtol=0)
+
+
+def test_a_missing_rms_norm_eps_means_one_in_a_hundred_thousand(olmoe, copied):
+    rewrite_config(copied, rms_norm_eps=...)
+    assert load_model(copied).layers[0].input_layernorm.eps == olmoe.hf.config.rms_norm_eps == 1e-5
+    rewrite_config(copied, rms_norm_eps=1e-3)
+    assert load_model(copied).layers[0].self_attn.k_norm.eps == 1e-3
+
+
+def test_init_weights_repeats_with_its_seed_and_has_the_asked_spread(olmoe):
+    models = [MoETransformer(read_config(olmoe.folder)) for _ in range(3)]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        init_weights(model, std=0.3, seed=seed)
+    first, same, other = ([p.detach() for p in model.parameters()] for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    for a, b in zip(first, other, strict=True):
+        if a.dim() == 1:
+            assert (a == 1).all()
+        else:
+            assert not torch.equal(a, b)
+            assert abs(a.std().item() / 0.3 - 1) < 0.2
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def error_of(action, *args) -> str:
+    """The one-line InputError that `action(*args)` raises."""
+    with pytest.raises(InputError) as caught:
+        action(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change_weights(folder: Path, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
+
+
+def test_a_missing_shard_is_named(olmoe, tmp_path):
+    olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    message = error_of(load_model, tmp_path)
+    assert shard.name in message and "missing" in message
+
+
+def test_a_folder_without_weights_is_refused(copied):
+    (copied / "model.safetensors").unlink()
+    assert "model.safetensors" in error_of(load_model, copied)
+
+
+def test_a_missing_key_is_named(copied):
+    change_weights(copied, lambda tensors: tensors.pop(DOWN))
+    message = error_of(load_model, copied)
+    assert DOWN in message and "1 missing" in message and "0 unexpected" in message
+
+
+def test_an_unexpected_key_is_named(copied):
+    change_weights(copied, lambda tensors: tensors.update({"model.layers.9.odd": torch.zeros(2)}))
+    message = error_of(load_model, copied)
+    assert "model.layers.9.odd" in message and "0 missing" in message and "1 unexpected" in message
+
+
+def test_a_mis_shaped_key_is_named_with_both_shapes(copied):
+    change_weights(copied, lambda tensors: tensors.update({DOWN: tensors[DOWN].T.contiguous()}))
+    message = error_of(load_model, copied)
+    assert DOWN in message and "(20, 48)" in message and "(48, 20)" in message
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(copied, part):
+    file = copied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
+    assert "model.safetensors" in error_of(load_model, copied)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}', "\xff"], ids=repr)
+def test_an_index_that_is_none_is_refused(copied, text):
+    (copied / "model.safetensors.index.json").write_text(text, encoding="latin-1")
+    assert "model.safetensors.index.json" in error_of(load_model, copied)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "llama"},
+        {"model_type": ...},
+        {"hidden_act": "gelu"},
+        {"attention_bias": True},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}},
+        {"hidden_size": ...},
+        {"num_experts": ...},
+        {"rope_parameters": ..., "rope_theta": ...},
+        {"num_experts_per_tok": 8},
+        {"num_experts_per_tok": 0},
+    ],
+    ids=str,
+)
+def test_a_config_that_this_forward_does_not_compute_is_refused_by_naming_the_key(copied, changes):
+    rewrite_config(copied, **changes)
+    message = error_of(load_model, copied)
+    key, value = list(changes.items())[-1]
+    assert key in message or "rope_type" in message
+    if not isinstance(value, dict) and value is not ...:
+        assert str(value) in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\xff"], ids=repr)
+def test_a_config_that_is_no_json_object_is_refused(copied, text):
+    (copied / "config.json").write_text(text, encoding="latin-1")
+    assert str(copied / "config.json") in error_of(load_model, copied)
+
+
+def test_a_path_that_is_no_checkpoint_folder_is_refused(tmp_path):
+    assert str(tmp_path) in error_of(load_model, tmp_path)
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"")
+    assert "weights.bin" in error_of(load_model, file)
+    assert "config.json" in error_of(load_model, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-folder", "./a/b/c", "two words", ""])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    assert repr(name) in error_of(load_model, name)
+
+
+def test_resolve_knows_the_embedded_model_and_local_folders(olmoe):
+    assert resolve("tiny") == TINY
+    assert resolve(olmoe.folder) == resolve(str(olmoe.folder)) == olmoe.folder
+
+
+def test_configs_of_the_hub_are_read_with_their_published_values():
+    olmoe = MoEConfig.from_dict(  # what the public OLMoE-1B-7B-0924 says, without rms_norm_eps as some revisions
+        {
+            "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
+            "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+            "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "rope_theta": 10000.0,
+            "rope_scaling": None, "eos_token_id": 50279, "pad_token_id": 1, "hidden_act": "silu",
+        }
+    )  # fmt: skip
+    mixtral = MoEConfig.from_dict(  # Mixtral-8x7B-v0.1
+        {
+            "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+            "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
+            "eos_token_id": [2, 7], "hidden_act": "silu",
+        }
+    )  # fmt: skip
+    assert (olmoe.head_dim, olmoe.norm_topk_prob, olmoe.family.qk_norm, olmoe.rms_norm_eps) == (128, False, True, 1e-5)
+    assert (mixtral.head_dim, mixtral.norm_topk_prob, mixtral.family.qk_norm) == (128, True, False)
+    assert (mixtral.num_experts, mixtral.eos_token_id, mixtral.pad_token_id) == (8, 2, None)
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in MoETransformer(config).parameters()) for config in (olmoe, mixtral)]
+    assert sizes == [6_919_161_856, 46_702_792_704]  # the parameters of the public checkpoints

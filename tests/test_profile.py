@@ -1,0 +1,366 @@
+"""profile.py: what it counts is what transformers' router chooses, for real tokens, in one process or two."""
+
+import json
+import math
+import random
+
+import matplotlib.image
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import cli
+import data
+import hellora
+import profile
+from model import load_model, read_config
+
+LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
+WARMUP = dict(r=3, alpha=7.0, lr=0.05, seed=3)  # a rate at which the second step already routes otherwise
+
+
+def make_items(vocab_size: int) -> list[data.Encoded]:
+    """Random token ids; half of each sequence is its prompt, and the one of length 1 has no target."""
+    draw = random.Random(5)
+    return [data.Encoded([draw.randrange(2, vocab_size) for _ in range(n)], max(1, n // 2)) for n in LENGTHS]
+
+
+def make_batches(items: list[data.Encoded], size: int, pad_id: int = 1) -> list[data.Batch]:
+    return [data.collate(items[i : i + size], pad_id) for i in range(0, len(items), size)]
+
+
+@pytest.fixture(params=["olmoe", "mixtral"])
+def checkpoint(request):
+    return request.getfixturevalue(request.param)
+
+
+def plain_routing(hf, items: list[data.Encoded], top_k: int, renormalise: bool) -> tuple[list, list]:
+    """Counts and gate mass, token by token, from transformers' router logits of each sequence alone."""
+    counts, mass = ([[0] * hf.config.num_local_experts for _ in range(hf.config.num_hidden_layers)] for _ in range(2))
+    for item in items:
+        with torch.no_grad():
+            layers = hf(torch.tensor([item.ids]), output_router_logits=True).router_logits
+        for layer, router_logits in enumerate(layers):
+            for logits in router_logits.tolist():  # of one token
+                exps = [math.exp(x) for x in logits]
+                chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
+                total = sum(exps[e] for e in chosen) if renormalise else sum(exps)
+                for e in chosen:
+                    counts[layer][e] += 1
+                    mass[layer][e] += exps[e] / total
+    return counts, mass
+
+
+def test_counts_and_gate_mass_are_those_of_transformers_router(checkpoint):
+    config = read_config(checkpoint.folder)
+    hf, items = checkpoint.hf, make_items(config.vocab_size)
+    hf.config.num_local_experts = config.num_experts
+    counted = profile.profile_routing(load_model(checkpoint.folder), make_batches(items, 3))
+    renormalise = config.model_type == "mixtral"
+    counts, mass = plain_routing(hf, items, config.num_experts_per_tok, renormalise)
+    assert counted.counts.dtype == torch.int64 and counted.counts.tolist() == counts
+    assert counted.gate_mass.dtype == torch.float64
+    torch.testing.assert_close(counted.gate_mass, torch.tensor(mass, dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    assert (counted.num_tokens, counted.num_experts_per_tok) == (sum(LENGTHS), config.num_experts_per_tok)
+    assert profile.count_experts(load_model(checkpoint.folder), make_batches(items, 3)).tolist() == counts
+
+
+def test_every_layer_routes_every_real_token_to_k_experts(checkpoint):
+    model = load_model(checkpoint.folder)
+    counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 2))
+    assert counted.counts.sum(-1).tolist() == [sum(LENGTHS) * model.config.num_experts_per_tok] * len(model.layers)
+
+
+def test_padding_is_never_counted_whatever_stands_there(olmoe):
+    model = load_model(olmoe.folder)
+    items = make_items(model.config.vocab_size)
+    alone = profile.profile_routing(model, make_batches(items, 1))
+    for pad_id in (1, 37):
+        (batch,) = make_batches(items, len(items), pad_id)
+        wider = data.Batch(F.pad(batch.input_ids, (0, 6), value=pad_id), batch.lengths, F.pad(batch.labels, (0, 6)))
+        for padded in (batch, wider):
+            counted = profile.profile_routing(model, [padded])
+            assert counted.counts.equal(alone.counts) and counted.num_tokens == alone.num_tokens
+            torch.testing.assert_close(counted.gate_mass, alone.gate_mass, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_of_batches_add_up(olmoe):
+    model = load_model(olmoe.folder)
+    first, second, third = make_batches(make_items(model.config.vocab_size), 3)
+    parts = [profile.profile_routing(model, [batch]) for batch in (first, second, third)]
+    whole = profile.profile_routing(model, iter([first, second, third]))
+    assert whole.counts.equal(sum(part.counts for part in parts))
+    assert whole.num_tokens == sum(part.num_tokens for part in parts)
+    torch.testing.assert_close(whole.gate_mass, sum(part.gate_mass for part in parts))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_model_as_it_was_and_runs_no_lm_head(olmoe, training):
+    model = load_model(olmoe.folder).train(training)
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
+    assert sum(rows) == 0
+    assert all(module.training is training for module in model.modules())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_no_token_at_all_is_an_input_error(olmoe):
+    model = load_model(olmoe.folder)
+    with pytest.raises(cli.InputError, match="no token"):
+        profile.profile_routing(model, [])
+    with pytest.raises(cli.InputError, match="no token"):
+        profile.profile_warmup(model, [], **WARMUP)
+    assert model.adapter is None
+
+
+# ----------------------------------------------------------------------------------------------------- warm-up
+
+
+def plain_warmup(model, batches: list[data.Batch], r: int, alpha: float, lr: float, seed: int) -> list:
+    """The same steps from whole logits and torch's mean cross-entropy, counted token by token."""
+    config = model.config
+    everything = torch.ones(config.num_hidden_layers, config.num_experts, dtype=torch.bool)
+    hellora.attach(model, everything, r, alpha, seed=seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    counts = [[0] * config.num_experts for _ in range(config.num_hidden_layers)]
+    for batch in batches:
+        logits, selected_experts = model(batch.input_ids, batch.lengths)
+        for layer, rows in enumerate(selected_experts.tolist()):
+            for e in (e for row, n in zip(rows, batch.lengths, strict=True) for token in row[:n] for e in token):
+                counts[layer][e] += 1
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).backward()
+        optimizer.step()
+    hellora.detach(model)
+    return counts
+
+
+def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(checkpoint):
+    model = load_model(checkpoint.folder)
+    batches = make_batches(make_items(model.config.vocab_size), 4)
+    before = profile.profile_routing(model, batches)
+    warm = profile.profile_warmup(model, batches, **WARMUP)
+    assert warm.counts.tolist() == plain_warmup(load_model(checkpoint.folder), batches, **WARMUP)
+    assert warm.counts.sum(-1).equal(before.counts.sum(-1)) and not warm.counts.equal(before.counts)
+    first = profile.profile_warmup(model, batches[:1], **WARMUP)  # nothing is learnt yet when the first step counts
+    assert first.counts.equal(profile.count_experts(model, batches[:1]))
+
+
+def test_warmup_leaves_the_base_as_it_was(olmoe):
+    model = load_model(olmoe.folder)
+    items = make_items(model.config.vocab_size)
+    (batch,) = make_batches(items, len(items))
+    names, logits = list(model.state_dict()), model(batch.input_ids, batch.lengths)[0]
+    profile.profile_warmup(model, [batch, batch], **WARMUP)
+    assert list(model.state_dict()) == names
+    assert model(batch.input_ids, batch.lengths)[0].equal(logits)
+    profile.profile_warmup(model, [batch], **WARMUP)  # no adapter is left that would forbid another one
+
+
+# ----------------------------------------------------------------------------------------------- two processes
+
+
+def count_in_process(rank: int, world: int, folder, out) -> None:
+    """Half of the base's batches, all different in number and size, and this process's part of two warm-ups."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=world)
+    model = load_model(folder)
+    items = make_items(model.config.vocab_size)
+    base = profile.profile_routing(model, make_batches(items, 2)[rank::world])
+    steps = profile.warmup_batches(items, 3, 1, 0, rank, world)
+    warm = profile.profile_warmup(model, steps, **WARMUP)
+    uneven = profile.profile_warmup(model, make_batches(items, 2)[: 3 - 2 * rank], **WARMUP)
+    torch.save([vars(counted) for counted in (base, warm, uneven)], out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_get_the_totals_of_one(olmoe, tmp_path):
+    torch.multiprocessing.spawn(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2)
+    model = load_model(olmoe.folder)
+    items = make_items(model.config.vocab_size)
+    alone = [
+        profile.profile_routing(model, make_batches(items, 2)),
+        profile.profile_warmup(model, profile.warmup_batches(items, 3, 1, 0, 0, 1), **WARMUP),
+    ]
+    for rank in (0, 1):
+        *found, uneven = torch.load(tmp_path / f"{rank}.pt")
+        for one, two in zip(alone, found, strict=True):
+            assert two["counts"].equal(one.counts) and two["num_tokens"] == one.num_tokens == sum(LENGTHS)
+            torch.testing.assert_close(two["gate_mass"], one.gate_mass, rtol=1e-3, atol=1e-3)
+        assert uneven["num_tokens"] == sum(LENGTHS[:6]) + sum(LENGTHS[:2])  # 3 batches there, 1 here: nobody waits
+
+
+def test_warmup_batches_cut_the_same_steps_for_any_number_of_processes():
+    items = make_items(50)
+    whole = profile.warmup_batches(items, 3, 1, 0, 0, 1)
+    parts = [profile.warmup_batches(items, 3, 1, 0, rank, 2) for rank in (0, 1)]
+    assert [len(batch.lengths) for batch in whole] == [3, 3, 1] and [len(part) for part in parts] == [3, 2]
+    for step, batch in enumerate(whole):
+        mine = [length for part in parts for cut in part[step : step + 1] for length in cut.lengths.tolist()]
+        assert sorted(mine) == sorted(batch.lengths.tolist())
+
+
+# --------------------------------------------------------------------------------------------- what counts say
+
+
+def test_top_share_and_entropy_have_their_closed_forms():
+    uniform, one_expert, halves = [3] * 8, [0, 0, 0, 9, 0, 0, 0, 0], [4, 0, 16, 32, 0, 8, 2, 2]
+    counts = torch.tensor([uniform, one_expert, halves])
+    assert profile.top_share(counts, 3).tolist() == pytest.approx([3 / 8, 1, 7 / 8])
+    bits = 1 / 2 + 2 / 4 + 3 / 8 + 4 / 16 + 2 * 5 / 32  # of p = 1/2, 1/4, 1/8, 1/16, 1/32, 1/32
+    assert profile.entropy(counts).tolist() == pytest.approx([1, 0, bits / 3])
+    assert profile.top_share(counts, 8).tolist() == [1, 1, 1]
+
+
+def test_jaccard_is_shared_experts_over_all_experts_of_two_hot_sets():
+    draw = random.Random(1)
+    sets = [[{e for e in range(6) if draw.random() < 0.5} for _ in range(9)] for _ in range(2)]
+    sets[0][3] = sets[1][3] = set()
+    sets[0][4], sets[1][4] = {1, 2}, {3, 5}
+    hot_a, hot_b = (torch.tensor([[e in hot for e in range(6)] for hot in layers]) for layers in sets)
+    wanted = [len(a & b) / len(a | b) if a | b else 1 for a, b in zip(*sets, strict=True)]
+    assert profile.jaccard(hot_a, hot_b).tolist() == pytest.approx(wanted)
+    assert wanted[3:5] == [1, 0] and profile.jaccard(hot_a, hot_a).tolist() == [1] * 9
+
+
+def test_table_names_share_entropy_hottest_and_coldest_of_every_layer():
+    counts = torch.tensor([[1, 5, 2, 2], [4, 1, 4, 1], [0, 0, 0, 10]])
+    header, *layers, last = profile.table(counts, 1)
+    assert header.split() == ["layer", "top", "1", "of", "4", "entropy", "hottest", "coldest"]
+    assert [line.split() for line in layers] == [
+        ["0", "50.0", "%", "0.880", "1", "2", "3", "0", "0", "2"],  # equal counts: the lower id first
+        ["1", "40.0", "%", "0.861", "0", "2", "1", "3", "1", "3"],
+        ["2", "100.0", "%", "0.000", "3", "0", "1", "2", "0", "1"],
+    ]
+    assert last == "top 1 of 4: 63.3 % of the routed tokens, mean of the layers (uniform 25.0 %)"
+
+
+@pytest.mark.parametrize("layers, experts, num_hot", [(4, 64, 8), (32, 8, 2), (1, 3, 3)])
+def test_plot_draws_a_wide_picture_of_any_model(tmp_path, layers, experts, num_hot):
+    counts = torch.arange(layers * experts).view(layers, experts) ** 2
+    profile.plot(counts, num_hot, "a title", tmp_path / "profile.png")
+    picture = matplotlib.image.imread(tmp_path / "profile.png")
+    assert picture.shape[1] >= 1200 and picture.std() > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------- the file
+
+GOOD = {
+    "model": "m", "task": "t", "num_tokens": 5, "num_experts_per_tok": 2,
+    "counts": [[5, 1, 4], [0, 5, 5]], "gate_mass": [[2.5, 0.1, 1.25], [0, 1.0, 2.0]],
+}  # fmt: skip
+
+
+def write(folder, text: str):
+    path = folder / "a profile.json"
+    path.write_text(text)
+    return path
+
+
+def test_a_saved_profile_loads_equal_and_holds_the_documented_keys(olmoe, tmp_path):
+    model = load_model(olmoe.folder)
+    counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
+    path = tmp_path / "new folder" / "profile.json"
+    profile.save_profile(counted, path, "a model", "a task")
+    loaded = profile.load_profile(path)
+    assert loaded.counts.equal(counted.counts) and loaded.gate_mass.equal(counted.gate_mass)
+    assert (loaded.num_tokens, loaded.num_experts_per_tok) == (counted.num_tokens, counted.num_experts_per_tok)
+    about = json.loads(path.read_text())
+    assert about.keys() == GOOD.keys() and (about["model"], about["task"]) == ("a model", "a task")
+    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
+
+
+BAD = {
+    "no JSON": ("{", "not readable as JSON"),
+    "no object": ("[1]", "want an object"),
+    "deep": ("[" * 100_000, "not readable as JSON"),
+    "no counts": ({"counts": None}, "counts is None; want list"),
+    "no model": ({"model": 3}, "model is 3; want str"),
+    "tokens are true": ({"num_tokens": True}, "num_tokens is True; want int"),
+    "tokens are 5.0": ({"num_tokens": 5.0}, "num_tokens is 5.0; want int"),
+    "no token": ({"num_tokens": 0}, "must be above 0"),
+    "K of 0": ({"num_experts_per_tok": 0}, "must be above 0"),
+    "endless tokens": ({"num_tokens": 10**400}, "num_tokens"),
+    "no layer": ({"counts": [], "gate_mass": []}, "no table"),
+    "no expert": ({"counts": [[], []], "gate_mass": [[], []]}, "no table"),
+    "one row": ({"counts": [5, 1, 4]}, "no table"),
+    "ragged": ({"counts": [[5, 1, 4], [5, 5]]}, "no tables"),
+    "half a token": ({"counts": [[5, 1, 4], [0.5, 4.5, 5]]}, "whole numbers"),
+    "text": ({"counts": [[5, 1, 4], [0, "5", 5]]}, "no tables"),
+    "null": ({"gate_mass": [[2.5, 0.1, None], [0, 1.0, 2.0]]}, "no tables"),
+    "too large": ({"counts": [[5, 1, 4], [0, 10**30, 5]]}, "no tables"),
+    "shapes differ": ({"gate_mass": [[2.5, 0.1], [0, 1.0]]}, r"shape \(2, 3\), gate_mass \(2, 2\)"),
+    "negative count": ({"counts": [[5, 1, 4], [-1, 6, 5]]}, "counts of layer 1, expert 0 is -1"),
+    "negative mass": ({"gate_mass": [[2.5, -0.1, 1], [0, 1, 2]]}, "gate_mass of layer 0, expert 1 is -0.1"),
+    "NaN": ({"gate_mass": [[2.5, 0.1, 1], [0, 1, math.nan]]}, "gate_mass of layer 1, expert 2 is nan"),
+    "NaN counts": ({"counts": [[5, 1, 4], [0, math.nan, 5]]}, "whole numbers"),
+    "infinite": ({"gate_mass": [[math.inf, 0.1, 1], [0, 1, 2]]}, "gate_mass of layer 0, expert 0 is inf"),
+    "row sum": ({"counts": [[5, 1, 4], [0, 5, 6]]}, "counts of layer 1 sum to 11, not to 5 tokens x 2 experts"),
+}
+
+
+@pytest.mark.parametrize("change, problem", BAD.values(), ids=BAD)
+def test_a_file_that_no_counting_can_have_written_is_refused_by_name(tmp_path, change, problem):
+    path = write(tmp_path, change if isinstance(change, str) else json.dumps(GOOD | change))
+    with pytest.raises(cli.InputError, match=problem) as error:
+        profile.load_profile(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_good_file_loads_and_a_missing_one_or_a_folder_is_refused(tmp_path):
+    assert profile.load_profile(write(tmp_path, json.dumps(GOOD))).counts.tolist() == GOOD["counts"]
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(cli.InputError, match=str(path)):
+            profile.load_profile(path)
+
+
+def test_a_profile_of_another_model_is_refused(olmoe):
+    config = read_config(olmoe.folder)
+    L, E, K = config.num_hidden_layers, config.num_experts, config.num_experts_per_tok
+    for layers, experts, top_k in ((L, E, K), (L + 1, E, K), (L, E - 1, K), (L, E, K + 1)):
+        counted = profile.RoutingProfile(torch.ones(layers, experts), torch.ones(layers, experts), 5, top_k)
+        if (layers, experts, top_k) == (L, E, K):
+            profile.check_fits(counted, config, "p.json")
+        else:
+            wrong = f"p.json is of a model with {layers} layers of {experts} experts, {top_k} a token"
+            with pytest.raises(cli.InputError, match=wrong):
+                profile.check_fits(counted, config, "p.json")
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+FLAGS = {
+    "k": (["--k", "65"], "--k 65: want 1..64"),
+    "plot": (["--plot", "p.txt"], "--plot p.txt: want a file that ends in .png"),
+    "sample": (["--sample", "0"], "--sample: got '0'"),
+    "train data": (["--train-data", "none.jsonl"], "none.jsonl"),
+    "model": (["--model", "no/such/model"], "no/such/model"),
+    "rank": (["--warmup", "lora", "--rank", "49", "--sample", "0.001"], "rank 49; want 1..48"),
+}
+
+
+@pytest.mark.parametrize("flags, problem", FLAGS.values(), ids=FLAGS)
+def test_wrong_flags_end_in_one_line_and_leave_no_file(tmp_path, flags, problem):
+    with pytest.raises(cli.InputError, match=problem) as error:
+        profile.main(["--out", str(tmp_path / "profile.json"), *flags])
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_the_counting(tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "load_model", None)  # not reached
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "profile.json"):
+        with pytest.raises(cli.InputError, match=str(out)):
+            profile.main(["--out", str(out), "--sample", "0.001"])
+
+
+def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path, capsys):
+    out, picture = tmp_path / "made" / "profile.json", tmp_path / "profile.svg"
+    flags = ["--warmup", "lora", "--rank", "4", "--sample", "0.004", "--batch", "3", "--k", "5"]
+    counted = profile.main([*flags, "--out", str(out), "--plot", str(picture)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-6:] == list(profile.table(counted.counts, 5))
+    assert profile.load_profile(out).counts.equal(counted.counts)
+    assert picture.read_text().startswith("<?xml")
