@@ -220,7 +220,7 @@ def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Ro
                 raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
             rows.append((place, row))
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not csv ({error})") from None
+        raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows

@@ -1,13 +1,13 @@
 """GSM8K, HumanEval and HEx-PHI: generate completions, then score them; or score completions that exist.
 
     python evaluate.py runs/tiny-math-hellora --task tiny-math       # a run of train.py, a checkpoint, or a hub id
-    torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # prompts shared by processes
+    torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # processes share the prompts
     python evaluate.py --task gsm8k --completions FILE.jsonl         # lines {"id": ..., "completion": "..."}
     python evaluate.py compare OUT_A OUT_B                           # is the difference more than chance?
 
 Every example counts, and only the completion is read. (LoRI's evaluator reads prompt and completion together and
 drops the last, partial batch of 64; what that gives is reported beside, as "lori as published".) The rules are in
-scoring.py. `--out` gets score.json, items.jsonl and generations.jsonl; the same command again continues from there.
+scoring.py. `--out` gets score.json, items.jsonl and generations.jsonl; the same command again goes on from there.
 """
 
 import argparse
@@ -16,240 +16,115 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 
 import cli
+import completions
 import data
-import hellora
+import sandbox
 import scoring
 from cli import InputError
 from data import Example
-from generate import stream
-from model import MoETransformer, load_model, read_config, resolve
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """How text is generated."""
-
-    max_new_tokens: int
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0
-    samples: int = 1  # completions of each prompt
-    seed: int = 0
-
-
-DECODING = {  # LoRI's scripts; HumanEval there counts the prompt into the 512 tokens, we do not
-    "gsm8k": Decoding(512),
-    "humaneval": Decoding(512, temperature=0.2, top_p=0.95, samples=20),
-    "hexphi": Decoding(512),
-}
-TINY_NEW_TOKENS = 160  # the tiny tasks' answers are shorter
-
-
-def default_decoding(task: str) -> Decoding:
-    decoding = DECODING[data.TASKS[task].benchmark]
-    return replace(decoding, max_new_tokens=TINY_NEW_TOKENS) if task.startswith("tiny-") else decoding
-
-
-# ------------------------------------------------------------------------------------------------- generating
-
-
-def load_subject(source: str, dtype: torch.dtype, device: torch.device) -> tuple[MoETransformer, Tokenizer]:
-    """The model and tokenizer of a run folder of train.py (base and adapter), a checkpoint folder, or a hub id."""
-    run = run_settings(source)
-    folder = resolve(run["model"] if run else source)
-    tokenizer = data.load_tokenizer(folder, read_config(folder))
-    model = load_model(folder, dtype=dtype, device=device)
-    if run:
-        hellora.load_adapter(model, Path(source) / "adapter")
-    return model.eval(), tokenizer
-
-
-def run_settings(source: str) -> dict | None:
-    """config.json of a run of train.py; None if `source` is something else. A checkpoint's has a model_type."""
-    try:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    is_run = isinstance(config, dict) and "model" in config and "model_type" not in config
-    return config if is_run else None
-
-
-def complete(
-    model: MoETransformer,
-    tokenizer: Tokenizer,
+def score(
     task: str,
     examples: list[Example],
-    decoding: Decoding,
+    texts: list[list[str]],
     *,
-    batch_size: int = 32,
-    folder: Path | None = None,
-) -> list[list[str]] | None:
-    """The model's completions, `decoding.samples` of each example; None on every process but the main one.
+    generated: bool = True,
+    refusal_rule: str = "lori",
+    timeout: float = 3.0,
+    workers: int | None = None,
+) -> tuple[dict, list[dict]]:
+    """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run.
 
-    Processes share the prompts; each must hold the whole model. `folder` keeps finished completions, so that an
-    interrupted evaluation goes on where it stopped.
+    generated: code is cut out of the texts first; text of others is run as it is.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    done = [read_generations(folder) if folder and rank == 0 else {}]
-    if world > 1:
-        dist.broadcast_object_list(done)
-    done = done[0]
-    todo = [(i, s) for i, example in enumerate(examples) for s in range(decoding.samples)]
-    todo = [(i, s) for i, s in todo if (examples[i].id, s) not in done]
-    prompts = data.tokenize([example.prompt for example in examples], tokenizer)
-    todo.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
-
-    def stop(index: int, ids: list[int]) -> bool:
-        row = examples[index].row
-        return scoring.function_end(row["prompt"], row["entry_point"], tokenizer.decode(ids))[1] is not None
-
-    found = stream(
-        model,
-        prompts,
-        todo[rank::world],
-        max_new_tokens=decoding.max_new_tokens,
-        eos_id=model.config.eos_token_id,
-        batch_size=batch_size,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        seed=decoding.seed,
-        stop=stop if data.TASKS[task].benchmark == "humaneval" else None,
-    )
-    mine = {}
-    with open(folder / f"generations-{rank}.jsonl" if folder else os.devnull, "a", encoding="utf-8") as file:
-        for i, s, ids in found:
-            record = {"id": examples[i].id, "sample": s, "completion": tokenizer.decode(ids)}
-            record["cut"] = len(ids) == decoding.max_new_tokens
-            mine[record["id"], s] = record
-            print(json.dumps(record), file=file, flush=True)
-    parts = [mine]
-    if world > 1:
-        parts = [None] * world if rank == 0 else None
-        dist.gather_object(mine, parts)
-    if rank > 0:
-        return None
-    for part in parts:
-        done |= part
-    if folder:
-        write_generations(folder, done)
-    wanted = [[done[example.id, s] for s in range(decoding.samples)] for example in examples]
-    cut = sum(record["cut"] for records in wanted for record in records)
-    if cut:
-        data.say(f"{cut} of {len(wanted) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    return [[record["completion"] for record in records] for records in wanted]
+    benchmark = data.TASKS[task].benchmark
+    if benchmark == "humaneval":
+        items = run_code(examples, texts, generated, timeout, workers)
+        return scoring.score_code(items), items
+    single = [samples[0] for samples in texts]
+    if benchmark == "gsm8k":
+        return scoring.score_math(examples, single)
+    return scoring.score_safety(examples, single, refusal_rule)
 
 
-def read_generations(folder: Path) -> dict[tuple[str, int], dict]:
-    """What an earlier evaluation left in `folder`, put into one file; a line that was torn off is dropped."""
-    done = {}
-    for path in sorted(folder.glob("generations*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            done[record["id"], record["sample"]] = record
-    write_generations(folder, done)
-    return done
+def run_code(
+    examples: list[Example], texts: list[list[str]], generated: bool, timeout: float, workers: int | None
+) -> list[dict]:
+    """An item for every completion: the code as run with the problem's tests, the outcome, whether it passed.
+
+    `generated` text is cut to its code first; a file of completions is run as it is.
+    """
+    items, programs = [], []
+    for example, samples in zip(examples, texts, strict=True):
+        prompt, entry_point = example.row["prompt"], example.row["entry_point"]
+        for text in samples:
+            code = scoring.extract_function(prompt, entry_point, text) if generated else text
+            items.append({"id": example.id, "prompt": prompt, "completion": text, "code": code})
+            programs.append(sandbox.Program(prompt + code, example.row["test"], entry_point))
+    distinct = list(dict.fromkeys(programs))  # at a low temperature many samples are the same
+    verdicts = dict(zip(distinct, sandbox.run_programs(distinct, timeout, workers), strict=True))
+    for item, program in zip(items, programs, strict=True):
+        item |= {"extracted": verdicts[program].outcome, "correct": verdicts[program].passed}
+    return items
 
 
-def write_generations(folder: Path, done: dict[tuple[str, int], dict]) -> None:
-    """All completions in generations.jsonl (a --completions file of their own); the processes' parts go."""
-    write_lines(folder / "generations.jsonl", list(done.values()))
-    for part in folder.glob("generations-*.jsonl"):
-        part.unlink()
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """A .jsonl file, whole or not at all."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def read_completions(
-    path: Path, examples: list[Example], limit: int | None, partial: bool, several: bool
-) -> tuple[list[Example], list[list[str]]]:
-    """The completions of a file and the examples they belong to; InputError for any line that is not one of ours."""
-    place = {example.id: i for i, example in enumerate(examples)}
-    found: list[list[str]] = [[] for _ in examples]
-    wanted = '{"id": ..., "completion": "..."}'
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON ({error}); want {wanted}") from None
-        if not isinstance(record, dict) or not {"id", "completion"} <= record.keys():
-            shown = f"keys {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise InputError(f"{path}, line {number}: {shown:.80}; want {wanted}")
-        if not isinstance(record["completion"], str):
-            raise InputError(f"{path}, line {number}: completion {record['completion']!r:.40} is not text")
-        i = None if isinstance(record["id"], bool | float) else place.get(str(record["id"]))
-        if i is None:
-            known = f"{examples[0].id} to {examples[-1].id}"
-            raise InputError(f"{path}, line {number}: id {record['id']!r:.40} is unknown; the task has {known}")
-        if found[i] and not several:
-            raise InputError(
-                f"{path}, line {number}: id {record['id']!r} has a completion already; want one for each id"
-            )
-        found[i].append(record["completion"])
-    if not any(found):
-        raise InputError(f"{path} holds no completions; want lines of {wanted}")
-    missing = [example.id for example, texts in zip(examples[:limit], found, strict=False) if not texts]
-    if missing and not partial:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+def check_protection(allowed: bool) -> None:
+    """Say what protects from model-written code; InputError where only limits do and the user did not allow that."""
+    try:
+        level = sandbox.protection()
+    except RuntimeError as error:
+        raise InputError(f"programs cannot be run: {error}") from None
+    if level.startswith("limits") and not allowed:
         raise InputError(
-            f"{path}: no completion for {len(missing)} of {len(examples[:limit])} ids ({shown}); "
-            "add them, or pass --partial to score only what is there"
+            f"model-written code would run with {level}: it could read and change your files and use the network; "
+            "install bubblewrap, or pass --allow-code-execution to accept that"
         )
-    pairs = [(example, texts) for example, texts in list(zip(examples, found, strict=True))[:limit] if texts]
-    if not pairs:
-        raise InputError(f"{path}: no completion for the first {limit} ids; raise --limit")
-    return [example for example, _ in pairs], [texts for _, texts in pairs]
+    data.say(f"programs run with {level}")
+
+
+# ------------------------------------------------------------------------------------------- the folder of --out
+
+
+def check_folder(out: Path) -> None:
+    """InputError if `out` holds something else than an evaluation, or cannot be looked at."""
+    try:
+        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
+        if not ours and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be read ({error.strerror}); name another folder") from None
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be made ({error.strerror}); name another folder") from None
 
 
 def claim(out: Path, identity: dict) -> None:
-    """Take `out` for this evaluation; completions that other settings made there are removed."""
+    """Make `out` the folder of this evaluation; completions made there with other settings or weights are removed."""
     file = out / "evaluation.json"
     try:
-        if out.exists() and not (out.is_dir() and (file.is_file() or not any(out.iterdir()))):
-            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else identity
-        out.mkdir(parents=True, exist_ok=True)
-        if before != identity:
-            print(f"{out} holds an evaluation with other settings or weights: starting over", file=sys.stderr)
-            for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
-                old.unlink(missing_ok=True)
-        write_text(file, json.dumps(identity, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"--out {out} cannot be used ({error}); name another folder") from None
-
-
-def fingerprint(source: str) -> list:
-    """What tells one state of a model's files from another: names, sizes and times."""
-    run = run_settings(source)
-    folders = [Path(source) / "adapter", resolve(run["model"])] if run else [resolve(source)]
-    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:
+        before = {}
+    if before != identity:
+        if before is not None:
+            data.say(f"{out} holds an evaluation with other settings or weights: starting over")
+        for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
+            old.unlink(missing_ok=True)
+        make_folder(out)
+        file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -290,8 +165,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError("nothing to evaluate; name a run, a checkpoint or 'tiny', or pass --completions FILE")
         if args.partial:
             raise InputError("--partial is for --completions; leave it out")
-        run = run_settings(args.source)
-        args.task = args.task or (run or {}).get("settings", {}).get("task")
+        args.task = args.task or (completions.run_config(args.source) or {}).get("settings", {}).get("task")
     elif args.source is not None or given:
         what = args.source or ", ".join(given)
         raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
@@ -300,7 +174,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     benchmark = data.TASKS[args.task].benchmark
     if args.refusal_rule and benchmark != "hexphi":
         raise InputError(f"--refusal-rule {args.refusal_rule} has no meaning for {args.task}; leave it out")
-    decoding = default_decoding(args.task)
+    decoding = completions.default_decoding(args.task)
     changed = {name: getattr(args, name) for name in asdict(decoding) if getattr(args, name) is not None}
     if args.temperature == 0:
         changed = {"top_p": 1.0, "samples": 1} | changed
@@ -311,80 +185,65 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def generate(args: argparse.Namespace, out: Path, settings: dict) -> tuple[list[Example], list[list[str]] | None]:
+    """The examples, and the completions of the model that args.source names (None: not on the main process)."""
+    examples = data.load_examples(args.task, "test", args.eval_data, args.limit)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    model, tokenizer = completions.load_subject(args.source, getattr(torch, dtype), device)
+    settings |= {"source": args.source, "dtype": dtype} | asdict(args.decoding)
+    if cli.is_main_process():
+        # More examples or samples of the same kind continue what is there.
+        same = {name: value for name, value in settings.items() if name not in ("limit", "samples")}
+        claim(out, same | {"weights": completions.fingerprint(args.source)})
+    found = completions.complete(
+        model, tokenizer, args.task, examples, args.decoding, batch_size=args.batch or 32, folder=out
+    )
+    return examples, found
+
+
 def evaluate(args: argparse.Namespace) -> dict | None:
-    """Generate or read, score, write, print.  -> the score, on the main process"""
-    benchmark = data.TASKS[args.task].benchmark
-    if benchmark == "humaneval":
-        import sandbox
-
-        if not args.allow_code_execution and "limits" in sandbox.protection():
-            raise InputError(f"code would run with {sandbox.protection()}; pass --allow-code-execution to accept that")
+    """Generate or read, score, write, print.  -> the score; None if not on the main process"""
+    if data.TASKS[args.task].benchmark == "humaneval" and cli.is_main_process():
+        check_protection(args.allow_code_execution)
     out = Path(args.out) if args.out else None
-    settings = {"task": args.task, "eval_data": args.eval_data, "limit": args.limit}
-    began = time.perf_counter()
-    if args.completions:
-        examples = data.load_examples(args.task, "test", args.eval_data)
-        examples, completions = read_completions(
-            Path(args.completions), examples, args.limit, args.partial, several=benchmark == "humaneval"
-        )
-        settings |= {"completions": args.completions}
-        if out:
-            claim(out, settings)
-    else:
-        if out is None:
-            run = run_settings(args.source)
-            out = (
-                Path(args.source if run else "runs")
-                / f"evaluation-{args.task}{'' if run else '-' + Path(args.source).name}"
-            )
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-        settings |= {"source": args.source, "dtype": str(dtype), **asdict(args.decoding)}
-        examples = data.load_examples(args.task, "test", args.eval_data, args.limit)
-        model, tokenizer = load_subject(args.source, dtype, device)
-        if cli.is_main_process():
-            same = {name: value for name, value in settings.items() if name not in ("limit", "samples")}
-            claim(out, same | {"weights": fingerprint(args.source)})
-        batch_size = args.batch or 32
-        completions = complete(model, tokenizer, args.task, examples, args.decoding, batch_size=batch_size, folder=out)
-        if completions is None:
-            return None
-    seconds = time.perf_counter() - began
-    if benchmark == "humaneval":
-        items = run_code(examples, completions, args.completions is None, args.timeout, args.workers)
-        score = scoring.score_code(items)
-    elif benchmark == "gsm8k":
-        score, items = scoring.score_math(examples, [texts[0] for texts in completions])
-    else:
-        score, items = scoring.score_safety(examples, [texts[0] for texts in completions], args.refusal_rule or "lori")
-    score |= {"seconds": time.perf_counter() - began, "seconds_generating": seconds, "settings": settings}
+    if args.source and out is None:
+        name = f"evaluation-{args.task}"
+        is_run = completions.run_config(args.source) is not None
+        out = Path(args.source, name) if is_run else Path("runs", f"{name}-{Path(args.source).resolve().name}")
     if out:
-        write_lines(out / "items.jsonl", items)
-        write_text(out / "score.json", json.dumps(score, indent=1) + "\n")
-    print(*scoring.summary(score, args.task), sep="\n")
-    return score
-
-
-def run_code(
-    examples: list[Example], completions: list[list[str]], generated: bool, timeout: float, workers: int | None
-) -> list[dict]:
-    """An item for every completion: the code as run with the problem's tests, the outcome, whether it passed.
-
-    `generated` text is cut to its code first; a file of completions is run as it is.
-    """
-    import sandbox
-
-    items, programs = [], []
-    for example, texts in zip(examples, completions, strict=True):
-        prompt, entry_point = example.row["prompt"], example.row["entry_point"]
-        for text in texts:
-            code = scoring.extract_function(prompt, entry_point, text) if generated else text
-            items.append({"id": example.id, "prompt": prompt, "completion": text, "code": code})
-            programs.append(sandbox.Program(prompt + code, example.row["test"], entry_point))
-    for item, verdict in zip(items, sandbox.run_programs(programs, timeout, workers), strict=True):
-        item |= {"extracted": verdict.outcome, "correct": verdict.passed}
-    return items
+        check_folder(out)
+    began = time.perf_counter()
+    settings = {"task": args.task, "eval_data": args.eval_data, "limit": args.limit}
+    if args.source:
+        examples, texts = generate(args, out, settings)
+        if texts is None:
+            return None
+    else:
+        examples = data.load_examples(args.task, "test", args.eval_data)
+        several = data.TASKS[args.task].benchmark == "humaneval"
+        settings |= {"completions": args.completions, "partial": args.partial}
+        examples, texts = completions.read_completions(
+            Path(args.completions), examples, limit=args.limit, partial=args.partial, several=several
+        )
+    seconds = {"seconds_completing": time.perf_counter() - began}
+    result, items = score(
+        args.task,
+        examples,
+        texts,
+        generated=args.source is not None,
+        refusal_rule=args.refusal_rule or "lori",
+        timeout=args.timeout,
+        workers=args.workers,
+    )
+    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings | {"timeout": args.timeout}}
+    if out:
+        make_folder(out)
+        completions.write_lines(out / "items.jsonl", items)
+        completions.write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
+    print(*scoring.summary(result, args.task), sep="\n")
+    return result
 
 
 def compare(argv: list[str]) -> dict:
@@ -429,11 +288,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # processes end far apart; they exchange text only
     elif not cli.is_main_process():
         return None
-    score = evaluate(args)
+    result = evaluate(args)
     if dist.is_initialized():
         dist.barrier()  # a process that leaves while another still talks to it aborts
         dist.destroy_process_group()
-    return score
+    return result
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
     |W_i + s (BA)_i|^2 = |W_i|^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T
     """
-    W = W.float()
+    W = W.to(A.dtype)
     cross = (W @ A.mT * B).sum(-1)  # [..., out]
     square = (B @ (A @ A.mT) * B).sum(-1)  # [..., out]
     return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()

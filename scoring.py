@@ -272,14 +272,14 @@ def score_code(items: list[dict]) -> dict:
     passed: dict[str, list[bool]] = {}
     for item in items:
         passed.setdefault(item["id"], []).append(item["correct"])
-    rates = {}
+    fewest, rates = min(map(len, passed.values())), {}
     for k in (1, 5, 10):
-        if k <= min(map(len, passed.values())):
+        if k <= fewest:
             estimates = [pass_at_k(len(found), sum(found), k) for found in passed.values()]
             rates[f"pass@{k}"] = rate(sum(estimates), len(estimates))
     score = {name: found["rate"] for name, found in rates.items()}
     score |= {"num_correct": sum(item["correct"] for item in items), "num_total": len(items)}
-    return score | {"num_problems": len(passed), "rule": "pass@1", "rates": rates}
+    return score | {"num_problems": len(passed), "rule": f"unbiased, {fewest} samples", "rates": rates}
 
 
 def describe(found: dict) -> str:
@@ -297,4 +297,6 @@ def summary(score: dict, task: str) -> list[str]:
     lines = [f"{name:{width}}  {describe(found)}" for name, found in table.items()]
     if score.get("num_empty"):
         lines.append(f"{score['num_empty']} completions are empty")
-    return [*lines, f"{next(iter(score))} {describe(score['rates'][score['rule']])} on {task}, rule: {score['rule']}"]
+    name, rule = next(iter(score)), score["rule"]
+    main = score["rates"].get(rule) or score["rates"][name]  # pass@1 is a rate itself
+    return [*lines, f"{name} {describe(main)} on {task}, rule: {rule}"]

@@ -21,7 +21,6 @@ import data
 from cli import InputError
 from data import Download, Encoded, Example, load_examples
 from model import TINY, load_model, read_config
-from tiny import tasks
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"
 ANSWER = "3 + 4 = <<3+4=7>>7 coins. Half is 7/2 = $<<7/2=3.5>>3.5.\n#### 7"
@@ -108,7 +107,7 @@ def test_no_tiny_test_question_is_trained_on():
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     trained = " ".join(example.target for example in load_examples("tiny-code", "train"))
-    assert not any(example.row["entry_point"] + "(" in trained for example in load_examples("tiny-code", "test"))
+    assert not any(f"def {example.row['entry_point']}(" in trained for example in load_examples("tiny-code", "test"))
 
 
 # -------------------------------------------------------------------------------------------------- local files
@@ -244,13 +243,16 @@ def server(tmp_path, monkeypatch):
             pass
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     address, cache = f"http://127.0.0.1:{http.server_port}", tmp_path / "cache"
-    state = SimpleNamespace(requests=[], content=content, cache=cache, address=address)
-    state.pin = lambda name, sha256=hashlib.sha256(content).hexdigest(): monkeypatch.setitem(
-        data.TASKS, "gsm8k", data.Task("gsm8k", Download(f"{address}/{name}", sha256), Download(f"{address}/t", "0"))
-    )
-    state.pin("train.jsonl")
+    state = SimpleNamespace(requests=[], content=content, cache=cache)
+
+    def pin(sha256):
+        train, test = Download(f"{address}/train.jsonl", sha256), Download(f"{address}/test.jsonl", sha256)
+        monkeypatch.setitem(data.TASKS, "gsm8k", data.Task("gsm8k", train, test))
+
+    state.pin, state.sha256 = pin, hashlib.sha256(content).hexdigest()
+    pin(state.sha256)
     monkeypatch.setenv("HELLORA_CACHE", str(cache))
     yield state
     http.shutdown()
@@ -274,10 +276,10 @@ def test_a_damaged_copy_in_the_cache_is_downloaded_again(server):
 
 
 def test_a_file_that_is_not_the_pinned_one_is_refused_and_not_kept(server):
-    server.pin("train.jsonl", "0" * 64)
+    server.pin("0" * 64)
     with pytest.raises(InputError, match="sha256 0000.*--train-data FILE"):
         load_examples("gsm8k", "train")
-    server.pin("train.jsonl")
+    server.pin(server.sha256)
     server.content = server.content[:20]
     with pytest.raises(InputError, match="IncompleteRead.*--train-data FILE"):
         load_examples("gsm8k", "train")
@@ -470,7 +472,7 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own():
     others = [data.global_batches(23, 5, seed, epoch) for seed, epoch in ((1, 3), (2, 2), (2, 1))]
     assert all(other != batches for other in others)
     # Written down: a run must find the order of its seed again after any update of a library.
-    assert data.global_batches(7, 4, seed=1, epoch=2) == [[1, 2, 0, 3], [5, 4, 6]]
+    assert data.global_batches(7, 4, seed=1, epoch=2) == [[0, 6, 5, 1], [4, 3, 2]]
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=50), st.integers(1, 9))
@@ -516,11 +518,10 @@ def test_little_of_an_epoch_is_padding():
     assert grouped < 0.06 and grouped < plain / 2
 
 
-def test_tiny_rows_fit_the_embedded_model_uncut(capsys):
-    """Also the generators' own promise, seen through the tokenizer: nothing is longer than the context."""
+def test_no_tiny_row_is_cut(capsys):
     model_config = read_config(TINY)
     tokenizer = data.load_tokenizer(TINY, model_config)
     for task in ("tiny-math", "tiny-code", "tiny-safety"):
-        items = data.encode(load_examples(task, "train"), tokenizer, model_config.eos_token_id)
-        assert all(item.ids[-1] == model_config.eos_token_id for item in items)
-    assert capsys.readouterr().err == "" and len(tasks.NAMES) > 1
+        items = data.encode(load_examples(task, "train", limit=300), tokenizer, model_config.eos_token_id)
+        assert len(items) == 300 and all(item.ids[-1] == model_config.eos_token_id for item in items)
+    assert capsys.readouterr().err == ""

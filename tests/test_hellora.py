@@ -127,21 +127,41 @@ def test_wrong_selection_input_is_named(policy, counts, num_hot, coverage, says)
 # -------------------------------------------------------------------------------------------------- adapters
 
 
-def test_lora_linear_equals_peft_in_values_and_gradients():
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_linear_pair_equals_peft_in_values_gradients_and_merged_weight(kind, bias):
     torch.manual_seed(0)
-    base = torch.nn.Linear(13, 29)
-    theirs = peft.tuners.lora.Linear(copy.deepcopy(base), "a", peft.LoraConfig(), r=5, lora_alpha=14)
-    ours = lora.LoRALinear(base.requires_grad_(False), r=5, alpha=14)
+    base = torch.nn.Linear(13, 29, bias=bias)
+    config = peft.LoraConfig(use_dora=kind == "dora")
+    theirs = peft.tuners.lora.Linear(copy.deepcopy(base), "a", config, r=5, lora_alpha=14, use_dora=kind == "dora")
+    ours = lora.KINDS[kind][0](base.requires_grad_(False), r=5, alpha=14)
     ours.lora_A.data.copy_(theirs.lora_A["a"].weight.data)
     ours.lora_B.data.normal_()
     theirs.lora_B["a"].weight.data.copy_(ours.lora_B.data)
+    pairs = [(ours.lora_A, theirs.lora_A["a"].weight), (ours.lora_B, theirs.lora_B["a"].weight)]
+    if kind == "dora":
+        magnitude = theirs.lora_magnitude_vector["a"].weight
+        assert torch.allclose(ours.lora_m, magnitude)  # both start as the row norm of W
+        ours.lora_m.data += torch.rand(29)
+        magnitude.data.copy_(ours.lora_m.data)
+        pairs.append((ours.lora_m, magnitude))
     x = torch.randn(7, 13)
     for module in (ours, theirs):
         module(x).square().sum().backward()
-    assert torch.allclose(ours(x), theirs(x), atol=1e-5)
-    assert torch.allclose(ours.lora_A.grad, theirs.lora_A["a"].weight.grad, rtol=1e-4)
-    assert torch.allclose(ours.lora_B.grad, theirs.lora_B["a"].weight.grad, rtol=1e-4)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-4)
+    for mine, other in pairs:
+        assert torch.allclose(mine.grad, other.grad, atol=1e-5 * other.grad.abs().max().item())
     assert base.weight.grad is None
+    theirs.merge()
+    assert torch.allclose(ours.merged(), theirs.base_layer.weight, atol=1e-5)
+
+
+def plain_weight(W: torch.Tensor, pair: lora.StackedLoRA, i: int) -> torch.Tensor:
+    """The i-th hot expert's weight with its adapter, written out.  [out, in]"""
+    V = W + ALPHA / R * pair.lora_B[i] @ pair.lora_A[i]
+    if isinstance(pair, lora.StackedDoRA):
+        V = pair.lora_m[i][:, None] * V / V.detach().norm(dim=1, keepdim=True)
+    return V
 
 
 def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
@@ -153,28 +173,27 @@ def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
         gate, up = experts.gate_up_proj[row].chunk(2)
         W = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj[row]}
         if e in hot:
-            for p, pair in experts.lora.items():
-                i = hot.index(e)
-                W[p] = W[p] + ALPHA / R * pair.lora_B[i] @ pair.lora_A[i]
+            W = {p: plain_weight(W[p], pair, hot.index(e)) for p, pair in experts.lora.items()}
         out = (F.silu(x @ W["gate_proj"].T) * (x @ W["up_proj"].T)) @ W["down_proj"].T
         y = y + (weights * (selected == e)).sum(-1, keepdim=True) * out
     return y
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_hot_experts_equal_a_plain_loop_in_values_and_gradients(dtype, tolerance):
+def test_hot_experts_equal_a_plain_loop_in_values_and_gradients(kind, dtype, tolerance):
     """float32 takes grouped_mm; float64, which grouped_mm refuses, takes the plain path of grouped_linear."""
     model = fresh_model()
-    hellora.attach(model, HOT, R, ALPHA)
+    hellora.attach(model, HOT, R, ALPHA, kind=kind)
     randomise_adapters(model)
     model.to(dtype)
     x = torch.randn(17, D, dtype=dtype, generator=torch.Generator().manual_seed(5))
     for layer, hot in zip(model.layers, HOT, strict=True):
         block, ids = layer.mlp, hot.nonzero().flatten().tolist()
         parameters = [p for p in block.parameters() if p.requires_grad]
-        assert len(parameters) == 2 + 3 * 2  # gate, and A and B of three projections
+        assert len(parameters) == (1 + 3) * (3 if kind == "dora" else 2)  # gate and three projections: A, B (, m)
         ours, theirs = block(x)[0], plain_moe(block, x, ids)
-        assert torch.allclose(ours, theirs, atol=tolerance)
+        assert torch.allclose(ours, theirs, atol=tolerance * theirs.abs().max().item())
         for g, h in zip(
             torch.autograd.grad(ours.square().sum(), parameters),
             torch.autograd.grad(theirs.square().sum(), parameters),
@@ -199,20 +218,22 @@ def test_only_adapters_train_and_they_sit_where_asked(targets, adapted, ids):
     assert all(torch.equal(view, reference[key]) for key, view in hub_views(model).items())
 
 
-def test_function_is_unchanged_at_step_0(ids):
+@pytest.mark.parametrize("kind", ["lora", "dora", "lori"])
+def test_function_is_unchanged_at_step_0(kind, ids):
     model = fresh_model()
     logits, selected = model(ids)
-    hellora.attach(model, HOT, R, ALPHA)
+    hellora.attach(model, HOT, R, ALPHA, kind=kind)
     adapted_logits, adapted_selected = model(ids)
     assert torch.allclose(logits, adapted_logits, atol=1e-6)
     assert torch.equal(selected, adapted_selected)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("targets", ["all", "gate", "pure"])
-def test_merged_logits_equal_adapter_logits(targets, ids):
+def test_merged_logits_equal_adapter_logits(targets, kind, ids):
     model = fresh_model()
     base, _ = model(ids)
-    hellora.attach(model, HOT, R, ALPHA, targets=targets)
+    hellora.attach(model, HOT, R, ALPHA, targets=targets, kind=kind)
     randomise_adapters(model)
     adapted, _ = model(ids)
     hellora.merge(model)

@@ -1,0 +1,116 @@
+"""Every command starts, however it is started, although profile.py hides a module of the standard library.
+
+cProfile imports `profile`, and torch imports cProfile in its optimizers, torch.compile, checkpointing: they meet
+ours whenever this folder comes first on sys.path.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("profile", "train", "evaluate", "export", "bench", "reproduce")
+ENTRY_POINTS = [name for name in COMMANDS if (ROOT / f"{name}.py").exists()]
+
+
+def start(*arguments, folder: Path = ROOT) -> subprocess.Popen:
+    """Start Python with these arguments in a folder."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "tkagg"}  # one that would need a display
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def printed(started: subprocess.Popen) -> str:
+    """What it printed, once it has ended with status 0."""
+    out, err = started.communicate(timeout=300)
+    assert started.returncode == 0, out + err
+    return out
+
+
+# As a debugger, IPython or `python -m cProfile` from another folder do: the standard library's `profile` comes first.
+LOADED_BEFORE = """
+import cProfile, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_help_by_path_with_m_and_where_cprofile_was_loaded_before(name, tmp_path):
+    path = ROOT / f"{name}.py"
+    started = [
+        start(path, "--help", folder=tmp_path),
+        start("-m", name, "--help"),
+        start("-c", LOADED_BEFORE, path, "--help", folder=tmp_path),
+    ]
+    for usage in map(printed, started):
+        assert usage.startswith("usage: ") and f"{name}" in usage.splitlines()[0]
+
+
+# What breaks under a profile.py without the standard library's names, in one script.
+NEEDS_PROFILE = """
+import cProfile
+import sys
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+if len(sys.argv) == 1:  # not under cProfile already, which newer Pythons do not nest
+    cProfile.run("sum(range(9))")
+    assert cProfile.Profile().runcall(sum, [2, 3]) == 5
+
+w = torch.ones(3, requires_grad=True)
+optimizer = torch.optim.AdamW([w], lr=0.1)
+checkpoint(lambda x: (x * x).sum(), w, use_reentrant=False).backward()
+optimizer.step()
+assert torch.allclose(w, torch.tensor(0.9), atol=0.01)
+
+import torch._dynamo
+import torch.distributed.checkpoint
+
+assert torch.compile(lambda x: 2 * x + 1, backend="eager")(torch.ones(2)).tolist() == [3, 3]
+
+import profile
+
+assert {"count_experts", "RoutingProfile", "run", "runctx", "Profile"} <= vars(profile).keys()
+if len(sys.argv) == 1:
+    profile.run("sum(range(9))")
+print("all of it works")
+"""
+
+
+@pytest.mark.parametrize("how", ["by path", "with -m", "under cProfile"])
+def test_whatever_needs_the_standard_librarys_profile_works_beside_ours(how, tmp_path):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(ROOT / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "needs_profile.py").write_text(NEEDS_PROFILE)
+    if how == "by path":
+        started = start(tmp_path / "needs_profile.py", folder=tmp_path / "tiny")
+    elif how == "with -m":
+        started = start("-m", "needs_profile", folder=tmp_path)
+    else:
+        started = start("-m", "cProfile", "-o", "stats", "needs_profile.py", "nested", folder=tmp_path)
+    assert "all of it works" in printed(started)
+
+
+def test_profile_counts_the_embedded_model_alone_and_under_torchrun(tmp_path):
+    flags = ["--model", "tiny", "--task", "tiny-code", "--sample", "0.01", "--k", "8", "--batch", "3"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    alone = printed(start("profile.py", *flags, "--out", tmp_path / "1.json", "--plot", tmp_path / "1.png"))
+    together = printed(start(*torchrun, "profile.py", *flags, "--out", tmp_path / "2.json"))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
+    assert one["counts"] == two["counts"] and one["num_tokens"] == two["num_tokens"]
+    assert [sum(row) for row in one["counts"]] == [one["num_tokens"] * one["num_experts_per_tok"]] * len(one["counts"])
+    assert alone.splitlines()[1:] == together.splitlines()[1:]  # but for the first line, which names the files
+    assert alone.splitlines()[-1].startswith("top 8 of 64: ")
+    assert (tmp_path / "1.png").read_bytes().startswith(b"\x89PNG")

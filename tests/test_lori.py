@@ -1,0 +1,176 @@
+"""LoRI and HELLoRI: what is frozen, what is kept, and that a vector of values is the same as a mask."""
+
+import json
+
+import pytest
+import torch
+
+import hellora
+import lora
+import lori
+from cli import InputError
+from config import MoEConfig
+from model import MoETransformer, init_weights
+
+L, E, R, ALPHA = 2, 12, 4, 14.0
+CONFIG = {
+    "model_type": "olmoe",
+    "vocab_size": 53,
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_hidden_layers": L,
+    "num_attention_heads": 5,
+    "num_experts": E,
+    "num_experts_per_tok": 3,
+}
+HOT = torch.zeros(L, E, dtype=torch.bool)
+HOT[0, [1, 4, 5, 9, 11]] = True
+HOT[1, [0, 2, 3, 6, 10]] = True
+
+
+def adapted(seed: int = 5) -> MoETransformer:
+    model = MoETransformer(MoEConfig.from_dict(CONFIG))
+    init_weights(model, std=0.15, seed=3)
+    hellora.attach(model, HOT, R, ALPHA, kind="lori", seed=seed)
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, 53, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def step(model: MoETransformer, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
+    loss, _ = model(ids, labels=ids)
+    optimizer.zero_grad()
+    (loss / ids.numel()).backward()
+    optimizer.step()
+
+
+def optimizer_of(model: MoETransformer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+
+
+def matrices(model: MoETransformer) -> dict[str, torch.Tensor]:
+    """Every lora_B as a whole matrix, by the name of its module."""
+    pairs = (lora.LoRALinear, lora.StackedLoRA)
+    return {name: m.lora_B.detach().clone() for name, m in model.named_modules() if isinstance(m, pairs)}
+
+
+def trained_d(ids: torch.Tensor) -> MoETransformer:
+    model = adapted()
+    optimizer = optimizer_of(model)
+    for _ in range(3):
+        step(model, optimizer, ids)
+    return model
+
+
+def test_A_never_changes_and_all_of_B_trains_in_stage_d(ids):
+    model, untouched = trained_d(ids), adapted()
+    before = {name: p for name, p in untouched.named_parameters() if name.endswith("lora_A")}
+    assert len(before) == L * (5 + 3)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith("lora_B")}
+
+
+def test_the_entries_kept_are_the_top_tenth_of_all_matrices_together(ids):
+    state = hellora.adapter_state(trained_d(ids))
+    kept = lori.top_entries(state, share=0.1)
+    values = torch.cat([state[f"{name}.lora_B"].abs().flatten() for name in kept])
+    chosen = torch.cat([state[f"{name}.lora_B"].abs().flatten()[at] for name, at in kept.items()])
+    assert len(chosen) == int(0.1 * len(values))
+    threshold = values.sort(descending=True).values[len(chosen) - 1]
+    assert chosen.min() == threshold  # and nothing above it is left out
+    assert int((values > threshold).sum()) <= len(chosen)
+    shares = [len(at) / state[f"{name}.lora_B"].numel() for name, at in kept.items()]
+    assert max(shares) > 2 * min(shares)  # one threshold for the model, not a tenth of each matrix
+
+
+def test_equal_magnitudes_keep_the_earlier_entry_and_the_count_exact():
+    state = {"b.lora_B": -torch.ones(3, 5), "a.lora_B": torch.ones(4, 2)}
+    kept = lori.top_entries(state, share=0.5)
+    assert {name: at.tolist() for name, at in kept.items()} == {"a": list(range(8)), "b": [0, 1, 2]}
+
+
+def test_a_d_run_that_hardly_moved_is_refused():
+    state = {"a.lora_B": torch.zeros(10, 10)}
+    state["a.lora_B"][0, :9] = 1
+    with pytest.raises(InputError, match="only 9 entries of B are not zero and 10 are wanted"):
+        lori.top_entries(state, share=0.1)
+    with pytest.raises(InputError, match="no dense lora_B"):
+        lori.top_entries({})
+
+
+def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
+    """The reference: a dense B whose gradient is masked before every step of the same optimizer."""
+    kept = lori.top_entries(hellora.adapter_state(trained_d(ids)))
+    compact, masked = adapted(), adapted()
+    lora.sparsify(compact, kept)
+    assert all(not B.any() for B in matrices(compact).values())  # B starts from zero again
+    ours, theirs = optimizer_of(compact), optimizer_of(masked)
+    for _ in range(4):
+        step(compact, ours, ids)
+        loss, _ = masked(ids, labels=ids)
+        theirs.zero_grad()
+        (loss / ids.numel()).backward()
+        for name, parameter in masked.named_parameters():
+            if parameter.requires_grad:
+                mask = torch.zeros(parameter.numel(), dtype=torch.bool)
+                mask[kept[name.removesuffix(".lora_B")]] = True
+                parameter.grad *= mask.view_as(parameter)
+        theirs.step()
+    dense = matrices(masked)
+    for name, B in matrices(compact).items():
+        assert torch.allclose(B, dense[name], atol=1e-6), name
+        outside = torch.ones(B.numel(), dtype=torch.bool)
+        outside[kept[name]] = False
+        assert not B.flatten()[outside].any()
+    assert any(B.any() for B in dense.values())
+
+
+def test_optimizer_and_gradients_are_a_tenth_of_those_of_stage_d(ids):
+    dense, compact = trained_d(ids), adapted()
+    lora.sparsify(compact, lori.top_entries(hellora.adapter_state(dense)))
+    few = sum(p.numel() for p in compact.parameters() if p.requires_grad)
+    assert few == int(0.1 * sum(p.numel() for p in dense.parameters() if p.requires_grad))
+
+
+def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
+    kept = lori.top_entries(hellora.adapter_state(trained_d(ids)))
+    name = "layers.1.mlp.gate"
+    kept[name] = kept[name][:0]
+    model = adapted()
+    lora.sparsify(model, kept)
+    optimizer = optimizer_of(model)
+    step(model, optimizer, ids)
+    assert not matrices(model)[name].any()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids, sparse):
+    model, other = trained_d(ids), MoETransformer(MoEConfig.from_dict(CONFIG))
+    if sparse:
+        kept = lori.top_entries(hellora.adapter_state(model))
+        kept["layers.0.mlp.gate"] = kept["layers.0.mlp.gate"][:0]
+        model = adapted()
+        lora.sparsify(model, kept)
+        step(model, optimizer_of(model), ids)
+    init_weights(other, std=0.15, seed=3)
+    state = hellora.adapter_state(model)
+    assert not any(name.endswith("lora_A") for name in state)
+    hellora.save_adapter(state, tmp_path, model.adapter)
+    hellora.load_adapter(other, tmp_path)
+    assert torch.equal(model(ids)[0], other(ids)[0])
+    hellora.merge(other)
+    assert torch.allclose(model(ids)[0], other(ids)[0], atol=1e-4)
+
+
+def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
+    model = trained_d(ids)
+    hellora.save_adapter(hellora.adapter_state(model), tmp_path, model.adapter)
+    about = json.loads((tmp_path / "adapter.json").read_text())
+    (tmp_path / "adapter.json").write_text(json.dumps(about | {"seed": 6}))
+    other = MoETransformer(MoEConfig.from_dict(CONFIG))
+    with pytest.raises(InputError, match="another checksum"):
+        hellora.load_adapter(other, tmp_path)
