@@ -293,7 +293,8 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     for i, (place, row) in enumerate(rows):
         try:
             prompt, target = read(row)
-        except InputError as error:
+            (prompt + target).encode()  # JSON can escape half a character, which no tokenizer takes
+        except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}; want {WANTED[read]}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.

@@ -3,11 +3,14 @@
     verdicts = run_programs([Program(code, test, entry_point), ...])  # one Verdict each, in the same order
     print(protection())                                               # which of the two levels below is in force
 
-Verdicts are those of openai/human-eval (human_eval/execution.py) for code + "\\n" + test + "\\n" + "check(<entry point>)", but
-program and test never share an interpreter. Inside a sandbox (sandbox_inside.py) run three processes: a *supervisor* that
-starts the others, keeps the time and kills what is left; a *candidate*, forked before anyone has read anything, that
-runs `code` and then answers calls; a *checker* that runs `test` on a stand-in for the candidate. Only the checker can write
-the verdict, and only JSON passes between the two: arguments one way, results (and arguments changed in place) the other.
+Verdicts are those of openai/human-eval (human_eval/execution.py) for `code`, `test` and `check(<entry point>)` in one
+file, but program and test never share an interpreter. Three processes run in a sandbox (sandbox_inside.py):
+
+    supervisor   starts the two others, keeps the time, kills what is left
+    candidate    forked before anyone has read anything: runs `code`, then answers calls
+    checker      runs `test` on a stand-in for the candidate; it alone can write the verdict
+
+Only JSON passes between candidate and checker: arguments one way, results (and arguments changed in place) the other.
 So whatever a program does to itself (exit early, print, patch builtins, `assert` or `check`, search frames, memory or
 descriptors) passes no test that its answers do not pass, and the expected values are not there to be read.
 
@@ -19,13 +22,14 @@ same as there: a name that a test does not define is the program's (HumanEval/32
 Protection, tried for real before it is claimed:
 
 - always: limits on time, CPU, memory per process, file size, open files, processes and (on Linux) threads; no
-  privileges, and as root a user id of its own; no environment, no input, output thrown away, a temporary folder that is
-  removed;
-- "namespaces": no network; of the disk the interpreter's folders, read-only, and a small /tmp in memory; a program sees
-  and signals only its own processes, and the kernel ends them all with the supervisor;
-- "limits only" (Linux without namespaces; macOS, untested): files and network are open to it as to the user, as root
-  as to nobody in particular. Without root it can also signal every process of that user and debug those the system
-  allows, this one included: forge verdicts, end the run, or end its supervisor and leave processes behind.
+  privileges, and as root a user id of its own; an empty environment but for a folder to write to, which is removed
+  afterwards; nothing to read from, output thrown away;
+- "namespaces": no network; of the disk the interpreter's folders, read-only, and a small /tmp in memory; a program
+  sees and signals only its own processes, and the kernel ends them all with the supervisor;
+- "limits only" (Linux without namespaces; macOS, untested): os.remove, os.kill and the like are None, as in the
+  reference, against accidents. Files and network are open to it as to the user, as root as to nobody in particular.
+  Without root it can also signal every process of that user and debug those the system allows, this one included:
+  forge verdicts, end the run, or end its supervisor and leave processes behind.
 
 Never from a bug in the kernel (system calls are not filtered) or in the JSON reader, from side channels, from answers
 installed beside the interpreter, from many processes that fill the memory together. Code that is hostile, and not just
@@ -113,20 +117,27 @@ def _level() -> Level:
     raise RuntimeError(f"no sandbox starts here: {verdict.outcome}{hint if os.geteuid() == 0 else ''}")
 
 
+def _visible_paths() -> list[str]:
+    """What a Python needs of the disk, without folders inside others of the list."""
+    paths = {sys.prefix, sys.base_prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"}
+    paths = [path for path in {*paths, "/etc/ld.so.cache", "/usr/share/zoneinfo"} if os.path.exists(path)]
+    return sorted(path for path in paths if not any(path.startswith(f"{other}/") for other in paths))
+
+
 def _levels() -> list[Level]:
     """What may work on this system, strongest first."""
     levels = []
     if LINUX and (bwrap := shutil.which("bwrap")):
         spaces = "--unshare-net --unshare-pid --unshare-ipc --unshare-uts --as-pid-1 --die-with-parent"
         command = f"{spaces} --dev /dev --size {sandbox_inside.DISK} --tmpfs /tmp".split()
-        for path in [*sandbox_inside.visible_paths(), sandbox_inside.__file__]:
+        for path in [*_visible_paths(), sandbox_inside.__file__]:
             command += ["--dir", os.path.dirname(path), "--ro-bind", path, path]  # --dir: for everyone to enter
         levels.append(Level("bubblewrap", [bwrap, *command]))
     if LINUX and (unshare := shutil.which("unshare")):
-        command = [unshare, *"--net --pid --ipc --uts --mount --fork --kill-child".split()]
-        if os.geteuid() == 0:  # without a user namespace every program gets a user id of its own
-            levels.append(Level("unshare", command))
-        levels.append(Level("unshare", [*command, "--user", "--map-root-user"]))
+        # root does without a user namespace, so that every program can get a user id, and its limits, of its own
+        user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+        spaces = "--net --pid --ipc --uts --mount --fork --kill-child".split()
+        levels.append(Level("unshare", [unshare, *spaces, *user]))
     return [*levels, Level("", [])]
 
 
@@ -137,7 +148,7 @@ def _run(level: Level, program: Program, timeout: float) -> Verdict:
     """Start one sandbox and wait for its verdict."""
     with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as folder:
         uid = FIRST_UID + 2 * next(_counter) % NUM_UIDS
-        inside = [sandbox_inside.__file__, level.tool, folder, str(timeout), str(uid)]
+        inside = [sandbox_inside.__file__, level.tool, folder, str(timeout), str(uid), *_visible_paths()]
         # numpy's threads would not fit the limits; an interpreter may need its loader path
         env = {"OMP_NUM_THREADS": "1", "TMPDIR": folder, "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
         with subprocess.Popen(

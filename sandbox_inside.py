@@ -1,6 +1,6 @@
 """What runs inside a sandbox: supervisor, candidate and checker (sandbox.py says who they are and why).
 
-    python -I sandbox_inside.py TOOL FOLDER TIMEOUT UID < task.json    # writes the outcome to stdout
+    python -I sandbox_inside.py TOOL FOLDER TIMEOUT UID [VISIBLE ...] < task.json    # writes the outcome to stdout
 
 Every program starts this file anew, so it imports little: what one branch needs is imported there. Below the line
 "candidate" nothing is trusted; the checker believes no message to be more than data.
@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS =
 # -------------------------------------------------------------------------------------------- supervisor
 
 
-def supervise(tool: str, folder: str, timeout: str, uid: str) -> None:
+def supervise(tool: str, folder: str, timeout: str, uid: str, *visible: str) -> None:
     """Start candidate and checker, write the outcome to stdout, leave no process."""
     if LINUX:
         with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
@@ -42,13 +42,14 @@ def supervise(tool: str, folder: str, timeout: str, uid: str) -> None:
         _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become our children
         _prctl(PR_SET_DUMPABLE, 0)  # a process of the same user cannot debug us or read our memory
     if tool == "unshare":
-        _enter_private_root(folder)
+        _enter_private_root(folder, visible)
     work = "/tmp" if tool else folder
     if os.getuid() == 0:
         with suppress(OSError):  # a namespace that knows one user
             os.chown(work, int(uid), int(uid))
     requests, replies = os.pipe(), os.pipe()
-    candidate = _fork(_serve, (requests[0], replies[1]), work, int(uid), timeout)  # no text, no verdict to inherit
+    serve = _serve if tool else _serve_guarded
+    candidate = _fork(serve, (requests[0], replies[1]), work, int(uid), timeout)  # no text, no verdict to inherit
     task, verdict = os.dup(0), os.pipe()
     checker = _fork(_judge, (task, requests[1], replies[0], verdict[1]), "/", int(uid) + 1, timeout)
     for fd in (requests[0], *replies, verdict[1]):  # requests[1] stays open: its end would end the candidate
@@ -119,15 +120,8 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(f"prctl {option}")
 
 
-def visible_paths() -> list[str]:
-    """What a Python needs of the disk, without folders inside others of the list."""
-    paths = {sys.prefix, sys.base_prefix, "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"}
-    paths = [path for path in {*paths, "/etc/ld.so.cache", "/usr/share/zoneinfo"} if os.path.exists(path)]
-    return sorted(path for path in paths if not any(path.startswith(f"{other}/") for other in paths))
-
-
-def _enter_private_root(root: str) -> None:
-    """In a mount namespace of our own: make the folder `root` a disk in memory with what Python needs; enter it."""
+def _enter_private_root(root: str, visible: tuple[str, ...]) -> None:
+    """In a mount namespace of our own: make the folder `root` a disk in memory that shows `visible`, and enter it."""
     import ctypes
 
     def mount(source: str, target: str, flags: int, data: str = "") -> None:
@@ -136,7 +130,7 @@ def _enter_private_root(root: str) -> None:
             raise OSError(f"mount {source} on {target}")
 
     mount("tmpfs", root, MS_NOSUID | MS_NODEV, f"size={DISK},mode=755")
-    for path in [*visible_paths(), "/dev/null", "/dev/urandom"]:
+    for path in (*visible, "/dev/null", "/dev/urandom"):
         os.makedirs(root + (path if os.path.isdir(path) else os.path.dirname(path)), exist_ok=True)
         if not os.path.isdir(path):
             open(root + path, "w").close()
@@ -256,6 +250,19 @@ OPERATIONS = {
     "next": next,
 }
 
+DANGEROUS = """kill killpg system fork forkpty posix_spawn posix_spawnp execv execve remove unlink rmdir removedirs rename
+renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink"""  # functions of os
+
+
+def _serve_guarded(requests: int, replies: int) -> None:
+    """Where files and processes of others are in reach: take away what an accident needs, as the reference does."""
+    import subprocess
+
+    for name in DANGEROUS.split():
+        setattr(os, name, None)
+    subprocess.Popen = None
+    _serve(requests, replies)
+
 
 def _serve(requests: int, replies: int) -> None:
     """Run the program, then do what the checker asks."""
@@ -320,8 +327,8 @@ def _judge(task: int, requests: int, replies: int, verdict: int) -> None:
         os._exit(0)  # no `except` or `finally` of the test comes between
 
     def ask(operation: str, *arguments, **keywords):
-        request = [operation, [_encode(argument, name_object) for argument in arguments], _encode(keywords, name_object)]
-        with suppress(OSError):
+        request = [operation, [_encode(argument, refer) for argument in arguments], _encode(keywords, refer)]
+        with suppress(OSError):  # nobody reads any more: the answer will say so
             outgoing.write(json.dumps(request).encode() + b"\n")
             outgoing.flush()
         line = incoming.readline(ANSWER)
@@ -334,7 +341,7 @@ def _judge(task: int, requests: int, replies: int, verdict: int) -> None:
             _change(argument, _decode(after, stand_in))
         return _decode(first, stand_in)
 
-    def name_object(value):
+    def refer(value):
         if isinstance(value, _Remote):
             return {"object": [value._key]}
         raise TypeError(f"a test cannot hand a {type(value).__name__} to the program")

@@ -16,10 +16,10 @@ from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()
 
-# Pairwise different, so that a swapped axis fails; multiples of 4, so that grouped_mm takes them.
+# Pairwise different, so that a swapped axis fails; multiples of 8, so that grouped_mm takes them.
 SIZES = {
     "olmoe": dict(
-        vocab_size=61, hidden_size=48, intermediate_size=20, num_hidden_layers=4, num_attention_heads=6,
+        vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
         num_key_value_heads=2, num_experts=7, num_experts_per_tok=3, eos_token_id=0, pad_token_id=1,
     ),
     "mixtral": dict(

@@ -58,21 +58,22 @@ def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_an
 
 
 def test_alpaca_is_prompted_by_the_published_template_with_and_without_input(tmp_path):
-    without = {"instruction": "Say hi.", "input": None, "output": "Hi."}
-    path = write(tmp_path / "a.jsonl", [ALPACA_ROW, without, {k: v for k, v in without.items() if k != "input"}])
-    first, second, third = load_examples("codealpaca", "train", path)
+    without = {"instruction": "Say hi.", "output": "Hi."}
+    rows = [ALPACA_ROW, without, without | {"input": None}, without | {"input": " \n"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    first, second, *others = load_examples("codealpaca", "train", path)
     assert first.prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd {a} to b.\n\n### Input:\n"
         "a=1, b=2\n\n\n### Response:\n"
     )
-    assert second.prompt == third.prompt
+    assert {example.prompt for example in others} == {second.prompt}
     assert second.prompt == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay hi.\n\n### Response:\n"
     )
     assert [first.target, second.target] == ["3", "Hi."]
-    assert texts(load_examples("saferpaca", "train", path)) == texts([first, second, third])
+    assert texts(load_examples("saferpaca", "train", path)) == texts([first, second, *others])
 
 
 def test_humaneval_prompts_are_stripped_and_keep_their_id_and_their_tests(tmp_path):
@@ -190,6 +191,7 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "open quote": ("saferpaca", "test", "a.csv", 'prompt\nx\n"y\n', ["line 3", "not csv"]),
     "uneven columns": ("codealpaca", "train", "a.json", '{"instruction": ["x"], "output": ["y", "z"]}', ["length"]),
     "latin-1": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n".encode() + "Zoë".encode("latin-1"), ["line 2", "UTF-8"]),
+    "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
     "not gzip": ("codealpaca", "test", "a.jsonl.gz", json.dumps(PROBLEM), ["gzip", "HumanEval rows"]),
     "cut gzip": ("codealpaca", "test", "a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], ["read", "HumanEval rows"]),
     "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),

@@ -1,5 +1,6 @@
 """model.py and config.py against transformers' OLMoE and Mixtral, and against plainer formulas."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,12 @@ def ask_transformers(hf, ids: Tensor, lengths: Tensor | None = None) -> tuple[Te
         hook.remove()
     router_logits, _, chosen = (torch.stack(parts).unflatten(1, ids.shape) for parts in zip(*routers, strict=True))
     return logits, chosen, router_logits
+
+
+def load_transformers(folder: Path, **settings):
+    """transformers' model of a folder, with its plainest attention and experts"""
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, **plain, **settings)
 
 
 def rewrite_config(folder: Path, **changes) -> None:
@@ -234,27 +241,22 @@ def test_grouped_linear_equals_one_product_per_group_on_both_of_its_paths(
             torch.testing.assert_close(got, expected.to(dtype), **tolerance)
 
 
+@pytest.mark.parametrize("norm_topk_prob", [False, True])
 @torch.no_grad()
-def test_ties_of_the_router_go_to_the_experts_that_transformers_takes(make_checkpoint, tmp_path):
-    hf = make_checkpoint("olmoe", norm_topk_prob=True).hf
-    original = {name: p.clone() for name, p in hf.named_parameters() if name.endswith("mlp.gate.weight")}
-    try:
-        for name, gate in hf.named_parameters():
-            if name in original:
-                gate[3] = gate[5]  # two equal experts
-                gate[1] = gate[6]
-        hf.model.layers[2].mlp.gate.weight.zero_()  # all experts equal
-        hf.save_pretrained(tmp_path)
-        ids = random_ids(61, B, S)
-        logits, selected = load_model(tmp_path)(ids)
-        want_logits, want_selected, _ = ask_transformers(hf, ids)
-    finally:
-        for name, p in hf.named_parameters():
-            if name in original:
-                p.copy_(original[name])
-    assert torch.equal(selected, want_selected)
-    assert all(len(set(experts)) == 3 for experts in selected.flatten(0, 2).tolist())
-    torch.testing.assert_close(logits, want_logits, atol=1e-4, rtol=0)
+def test_ties_of_the_router_go_to_the_experts_that_transformers_takes(make_checkpoint, norm_topk_prob):
+    checkpoint = make_checkpoint("olmoe", norm_topk_prob=norm_topk_prob)
+    moe, hf = load_model(checkpoint.folder).layers[1].mlp, copy.deepcopy(checkpoint.hf.model.layers[1].mlp)
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.randint(-1, 2, moe.gate.weight.shape, generator=generator).float()  # whole numbers: exact sums
+    gate[[3, 1]] = gate[[5, 6]]  # two pairs of equal experts
+    moe.gate.weight.copy_(gate)
+    hf.gate.weight.copy_(gate)
+    x = torch.randint(-1, 2, (90, moe.gate.in_features), generator=generator).float()
+    x[:7] = 0.0  # all experts equal
+    y, selected, router_logits = moe(x)
+    assert torch.equal(selected, hf.gate(x)[2])
+    assert all(len(set(experts)) == 3 for experts in selected.tolist())
+    torch.testing.assert_close(y, hf(x[None])[0], atol=1e-5, rtol=1e-5)
 
 
 def test_an_expert_without_rows_gets_a_zero_gradient(olmoe):
@@ -394,9 +396,7 @@ def test_decoding_with_the_cache_equals_the_forward_without_it(make_checkpoint, 
 def test_transformers_loads_what_save_model_wrote(make_checkpoint, tmp_path, family, changes):
     checkpoint = make_checkpoint(family, **changes)
     save_model(load_model(checkpoint.folder), tmp_path)
-    hf, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager"
-    )
+    hf, report = load_transformers(tmp_path, output_loading_info=True)
     assert type(hf) is type(checkpoint.hf)
     assert not any(report.values())  # no missing, unexpected, mis-shaped key and no other complaint
     want = checkpoint.hf.state_dict()
@@ -422,15 +422,11 @@ def test_tied_embeddings_stay_one_parameter(make_checkpoint):
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
-def test_saving_over_a_sharded_checkpoint_leaves_only_the_new_one(olmoe, tmp_path):
+def test_saving_beside_the_shards_of_another_checkpoint_is_refused(olmoe, tmp_path):
     olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
-    model = load_model(tmp_path)
-    init_weights(model, std=0.1, seed=1)
-    save_model(model, tmp_path)
-    again = load_model(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(hf.lm_head.weight, model.lm_head.weight)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert str(tmp_path) in error_of(save_model, load_model(olmoe.folder), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 @both_families
@@ -446,7 +442,7 @@ def test_a_sharded_checkpoint_of_transformers_loads_to_the_same_weights(make_che
 @torch.no_grad()
 def test_bfloat16_agrees_with_transformers_on_the_likeliest_token(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
-    hf = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.bfloat16, attn_implementation="eager")
+    hf = load_transformers(checkpoint.folder, dtype=torch.bfloat16)
     model = load_model(checkpoint.folder, torch.bfloat16)
     ids = random_ids(50, 40, S)
     logits, _ = model(ids)
@@ -463,7 +459,7 @@ def test_save_model_writes_the_dtype_asked_for_and_says_so_in_the_config(olmoe, 
     save_model(load_model(olmoe.folder), tmp_path, dtype=dtype)
     assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {dtype}
     assert AutoConfig.from_pretrained(tmp_path).dtype == dtype
-    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == dtype
+    assert load_transformers(tmp_path, dtype="auto").dtype == dtype
 
 
 @both_families
@@ -481,7 +477,7 @@ def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoin
     for folder in folders:
         assert read_config(folder).rope_theta == 500.0
         torch.testing.assert_close(load_model(folder)(ids)[0], want, atol=1e-4, rtol=0)
-        hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        hf = load_transformers(folder)
         torch.testing.assert_close(hf(ids).logits, want, atol=1e-4, rtol=0)
 
 
@@ -554,7 +550,7 @@ def test_an_unexpected_key_is_named(copied):
 def test_a_mis_shaped_key_is_named_with_both_shapes(copied):
     change_weights(copied, lambda tensors: tensors.update({DOWN: tensors[DOWN].T.contiguous()}))
     message = error_of(load_model, copied)
-    assert DOWN in message and "(20, 48)" in message and "(48, 20)" in message
+    assert DOWN in message and "(40, 48)" in message and "(48, 40)" in message
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])

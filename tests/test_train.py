@@ -1,0 +1,196 @@
+"""The training loop: the same run on one process and on two, what a run folder holds, and wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import hellora
+import profile
+import train
+from cli import InputError
+from model import TINY, load_model, read_config
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(out: Path, *flags: str, processes: int = 1) -> list[dict]:
+    """Train through the command a user types; the records of log.jsonl."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["train.py", "--out", str(out), "--batch", "7", "--steps", "3", "--lr", "1e-3", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--method", "hellora", "--k", "3", "--micro-batch", "2"),  # 7 examples: 3 and 4 of them, in 2 micro-batches
+        ("--method", "hellori-s", "--batch", "1"),  # the second process never has an example
+        ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora", "--sample", "0.01"),
+    ],
+)
+def test_two_processes_give_the_losses_and_the_adapter_of_one(tmp_path, flags):
+    one = run(tmp_path / "one", *flags)
+    two = run(tmp_path / "two", *flags, processes=2)
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], abs=1e-5)
+    assert [record["grad_norm"] for record in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-4)
+    ours, theirs = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_same_seed_same_bits_and_another_seed_another_run(tmp_path):
+    flags = ["--steps", "2", "--batch", "5", "--sample", "0.01"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        train.main([*flags, "--out", str(tmp_path / name), "--seed", seed])
+    a, b, c = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a if name.endswith("lora_A"))
+
+
+def test_a_run_learns_and_its_folder_holds_what_the_design_of_a_run_says(tmp_path):
+    result = train.main(["--steps", "12", "--batch", "16", "--k", "4", "--out", str(tmp_path / "run")])
+    assert result["last_loss"] < 0.8 * result["first_loss"]
+    files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {
+        "config.json",
+        "profile.json",
+        "log.jsonl",
+        "loss.png",
+        "result.json",
+        "adapter/adapter.json",
+        "adapter/adapter.safetensors",
+    }
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    assert settings["model"] == "tiny" and settings["settings"]["rank"] == 8
+    about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
+    counts = profile.load_profile(tmp_path / "run/profile.json").counts
+    hot = hellora.select_experts("hot", counts, 4)
+    assert about["hot"] == [row.nonzero().flatten().tolist() for row in hot]
+    model = load_model(TINY)
+    hellora.load_adapter(model, tmp_path / "run/adapter")
+    assert sum(t.numel() for t in hellora.adapter_state(model).values()) == result["trainable"]
+
+
+def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch():
+    """Against torch's cross-entropy on the full logits, one example at a time; the gradients likewise."""
+    model = load_model(TINY)
+    tokenizer = data.load_tokenizer(TINY, model.config)
+    items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
+    hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
+    loss, targets, tokens = train.global_step(model, items, micro_batch=2, rank=0, world=1)
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    nll, count = 0.0, 0
+    for item in items:
+        logits, _ = model(torch.tensor([item.ids]))
+        written = torch.tensor(item.ids[item.prompt_length :])
+        nll = nll + torch.nn.functional.cross_entropy(logits[0, item.prompt_length - 1 : -1], written, reduction="sum")
+        count += len(written)
+    (nll / count).backward()
+    assert (targets, tokens) == (count, sum(len(item.ids) for item in items))
+    assert loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name
+
+
+def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
+    for task, lr, epochs in (("gsm8k", 4e-4, 3), ("codealpaca", 2e-3, 2), ("saferpaca", 4e-4, 1)):
+        args = train.parse_flags(["--task", task])
+        settings = (args.lr, args.epochs, args.batch, args.rank, args.alpha, args.sample)
+        assert settings == (lr, epochs, 128, 32, 64.0, 0.1)
+    config = read_config(TINY)
+    assert config.num_experts_per_tok == 8  # so that k is 8 where it is not given
+
+
+GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--task", "chess"], "invalid choice: 'chess'"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--k", "0"], "want a whole number at least 1"),
+        (["--k", "65"], "want 1..64"),
+        (["--k", "eight"], "got 'eight'"),
+        (["--method", "lora", "--k", "8"], "no meaning"),
+        (["--experts", "coverage"], "go together"),
+        (["--coverage", "0.5"], "go together"),
+        (["--experts", "coverage", "--coverage", "1.5"], "at most 1"),
+        (["--steps", "5", "--epochs", "1"], "contradict"),
+        (["--steps", "-1"], "got '-1'"),
+        (["--rank", "1000"], "rank 1000"),
+        (["--lr", "nan"], "got 'nan'"),
+        (["--sample", "0"], "got '0'"),
+        (["--seed", "-3"], "got '-3'"),
+        (["--unknown"], "--unknown"),
+        (["--meth", "lora"], "--meth"),
+        (["--task", "gsm8k", "--train-data", "{folder}/absent.jsonl"], "absent.jsonl"),
+        (["--task", "gsm8k", "--train-data", "{folder}/empty.jsonl"], "empty.jsonl"),
+        (["--task", "gsm8k", "--train-data", "{folder}/broken.jsonl"], "line 2"),
+        (["--task", "gsm8k", "--train-data", "{folder}/columns.jsonl"], "question"),
+        (["--profile", "{folder}/absent.json"], "absent.json"),
+        (["--profile", "{folder}/nan.json"], "nan.json"),
+        (["--profile", "{folder}/other.json"], "other.json"),
+    ],
+)
+def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text(GOOD_ROW + '{"question": "And\n' + GOOD_ROW)
+    (tmp_path / "columns.jsonl").write_text('{"q": "How many?", "a": "#### 1"}\n')
+    about = {"model": "m", "task": "t", "num_tokens": 1, "num_experts_per_tok": 1}
+    other = about | {"counts": [[1, 0]], "gate_mass": [[0.5, 0.0]]}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    (tmp_path / "nan.json").write_text(json.dumps(other | {"counts": [[float("nan"), 0]]}))
+    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
+    with pytest.raises(InputError) as caught:
+        train.main([*flags, "--out", str(tmp_path / "run")])
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_input_ends_in_one_line_and_exit_status_2():
+    command = [sys.executable, "train.py", "--method", "magic"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("a file")
+    for out in ("mine", "file"):
+        with pytest.raises(InputError, match="not a run of train.py"):
+            train.main(["--steps", "1", "--out", str(tmp_path / out)])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    settings = vars(train.parse_flags([])) | {"out": "x"}
+    train.claim(tmp_path / "run", settings)
+    train.claim(tmp_path / "run", settings)  # the same run again
+    with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
+        train.claim(tmp_path / "run", settings | {"rank": 4})
+
+
+def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):
+    (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="model-00002-of-00002.safetensors is missing"):
+        train.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")])
