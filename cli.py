@@ -1,4 +1,4 @@
-"""How every command of this repository starts and ends: strict flags, one-line errors, exit status.
+"""How every command of this repository starts and ends: strict flags, processes, one-line errors, exit status.
 
 Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 a bug (traceback).
 """
@@ -8,9 +8,29 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
+import torch.distributed as dist
+
 
 class InputError(ValueError):
     """Wrong input from the user: the message says what was given, what is allowed and what to do."""
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes, if any.  -> rank, number of processes, device"""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def say(*lines: str) -> None:
+    """Print lines from the main process only."""
+    if is_main_process():
+        print(*lines, sep="\n", flush=True)
 
 
 def is_main_process() -> bool:

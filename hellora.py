@@ -271,6 +271,18 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
     return mask
 
 
+def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
+    """A file of expert lists, one list a layer (or an adapter.json, which has them as `hot`).  -> bool [L, E]"""
+    try:
+        about = json.loads(Path(path).read_text(encoding="utf-8"))
+        hot = about["hot"] if isinstance(about, dict) else about
+        return hot_mask([[int(e) for e in ids] for ids in hot], config)
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: want a JSON list of expert ids for every layer ({error})") from None
+
+
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:
     """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
     adapter, state = read_adapter(folder)
@@ -298,12 +310,13 @@ def count_parameters(model: MoETransformer) -> tuple[int, int]:
 
 
 def report(model: MoETransformer) -> Iterator[str]:
-    """Lines that say what got an adapter: experts of every layer, modules, trainable parameters and their share."""
+    """Lines that say what trains: experts of every layer, other modules, parameters and their share."""
     trainable, total = count_parameters(model)
-    adapter, E = model.adapter, model.config.num_experts
-    for i, ids in enumerate(adapter.hot):
-        shown = "all" if len(ids) == E else " ".join(map(str, ids))
-        yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
-    modules = ", ".join(path.rsplit(".")[-1] for path in TARGETS[adapter.targets]) or "none"
-    yield f"rank {adapter.r}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
+    adapter, E = getattr(model, "adapter", None), model.config.num_experts
+    if adapter is not None:
+        for i, ids in enumerate(adapter.hot):
+            shown = "all" if len(ids) == E else " ".join(map(str, ids))
+            yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
+        modules = ", ".join(path.rsplit(".")[-1] for path in TARGETS[adapter.targets]) or "none"
+        yield f"rank {adapter.r}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
     yield f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)"

@@ -11,10 +11,15 @@ one A and used under another: a defect, not followed here. HELLoRA says "10 % of
 takes one threshold for the whole model; we follow LoRI.
 """
 
+import argparse
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from cli import InputError
+from config import MoEConfig
+from hellora import Adapter, hot_mask, read_adapter
 
 
 def top_entries(state: dict[str, Tensor], share: float = 0.1) -> dict[str, Tensor]:
@@ -36,3 +41,17 @@ def top_entries(state: dict[str, Tensor], share: float = 0.1) -> dict[str, Tenso
     chosen[flat.argsort(descending=True, stable=True)[:keep]] = True
     parts = zip(names, chosen.split(sizes), strict=True)
     return {name.removesuffix(".lora_B"): part.nonzero().flatten() for name, part in parts}
+
+
+def read_mask(args: argparse.Namespace, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+    """The finished D run of --mask: its Adapter and tensors. Raises InputError if stage S would not continue it."""
+    adapter, state = read_adapter(Path(args.mask) / "adapter")
+    if adapter.kind != "lori":
+        raise InputError(f"--mask {args.mask} is a run of kind {adapter.kind}; want one of lori-d or hellori-d")
+    asked = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets, "seed": args.seed}
+    there = {"rank": adapter.r, "alpha": adapter.alpha, "targets": adapter.targets, "seed": adapter.seed}
+    for name, value in asked.items():
+        if value != there[name]:
+            raise InputError(f"--mask {args.mask} has {name} {there[name]}, this run {value}; they must agree")
+    hot_mask(adapter.hot, config)
+    return adapter, state

@@ -183,6 +183,21 @@ def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tens
     return routing_weights.to(router_logits.dtype), selected_experts
 
 
+def load_balancing_loss(router_logits: Tensor, top_k: int, form: str = "concat") -> Tensor:
+    """E * sum_e f_e P_e: f_e the selections of expert e per token, P_e its mean probability.  [L, T, E] -> []
+
+    "concat" is the hub's (and OLMoE's pre-training) form: tokens of all layers count together, so layers may cancel
+    each other; its minimum is top_k. "layer" is the mean over layers of Switch's form (HELLoRA, eq. 1), f_e a share
+    of the selections: its minimum is 1, and no layer can hide behind another.
+    """
+    L, _, E = router_logits.shape
+    P = router_logits.softmax(-1, dtype=torch.float32)  # [L, T, E]
+    f = torch.zeros_like(P).scatter(-1, P.topk(top_k, dim=-1).indices, 1.0)  # [L, T, E]
+    if form == "concat":
+        return E * (f.mean((0, 1)) * P.mean((0, 1))).sum()
+    return E * (f.mean(1) * P.mean(1)).sum() / (L * top_k)
+
+
 class SparseMoE(nn.Module):
     """A token's output is the weighted sum of its K experts' outputs."""
 

@@ -195,7 +195,7 @@ def _encode(value, other: Callable):
     if value is None or kind in (bool, float, str):
         return value
     if isinstance(value, int):
-        return int(value) if abs(value) < 1 << 63 else {"int": [hex(value)]}  # hex has no limit of digits
+        return int(value) if -(1 << 63) < value < 1 << 63 else {"int": [hex(value)]}  # hex has no limit of digits
     if isinstance(value, (float, str)):
         return float(value) if isinstance(value, float) else str.__str__(value)
     for name, base in COLLECTIONS.items():
@@ -250,15 +250,16 @@ OPERATIONS = {
     "next": next,
 }
 
-DANGEROUS = """kill killpg system fork forkpty posix_spawn posix_spawnp execv execve remove unlink rmdir removedirs rename
-renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink"""  # functions of os
+# functions of os
+DANGEROUS = """kill killpg system fork forkpty posix_spawn posix_spawnp execv execve remove unlink rmdir removedirs
+rename renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink""".split()
 
 
 def _serve_guarded(requests: int, replies: int) -> None:
     """Where files and processes of others are in reach: take away what an accident needs, as the reference does."""
     import subprocess
 
-    for name in DANGEROUS.split():
+    for name in DANGEROUS:
         setattr(os, name, None)
     subprocess.Popen = None
     _serve(requests, replies)

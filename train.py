@@ -16,7 +16,7 @@ Dimensions: L layers, E experts a layer, B sequences of a micro-batch, S positio
 
 import argparse
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
@@ -36,122 +36,12 @@ import data
 import hellora
 import lori
 import profile
-from cli import InputError
+from cli import InputError, say, start_processes
 from lora import sparsify
-from model import MoETransformer, load_model, read_config, resolve
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a task: Table 1 of the paper for the real ones, ours for the miniature."""
-
-    lr: float
-    epochs: int
-    batch: int = 128
-    r: int = 32
-    alpha: float = 64.0
-
-
-RECIPES = {
-    "gsm8k": Recipe(lr=4e-4, epochs=3),
-    "codealpaca": Recipe(lr=2e-3, epochs=2),
-    "saferpaca": Recipe(lr=4e-4, epochs=1),
-    "tiny-math": Recipe(lr=3e-3, epochs=3, batch=32, r=8, alpha=16.0),
-    "tiny-code": Recipe(lr=3e-3, epochs=3, batch=32, r=8, alpha=16.0),
-    "tiny-safety": Recipe(lr=3e-3, epochs=3, batch=32, r=8, alpha=16.0),
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method is a row: which experts, and what trains in a factor pair."""
-
-    experts: str  # key of hellora.POLICIES
-    kind: str = "lora"  # key of lora.KINDS
-    sparse: bool = False  # a second stage trains a tenth of B, chosen by a first that trained all of it
-    share: float | None = None  # default of --k as a share of the experts
-
-
-METHODS = {
-    "lora": Method(experts="all"),
-    "dora": Method(experts="all", kind="dora"),
-    "lori-d": Method(experts="all", kind="lori"),
-    "lori-s": Method(experts="all", kind="lori", sparse=True),
-    "hellora": Method(experts="hot"),
-    "hellori-d": Method(experts="hot", kind="lori"),
-    "hellori-s": Method(experts="hot", kind="lori", sparse=True),
-    "moe-sieve": Method(experts="hot", share=0.25),
-}
-
-
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Fine-tune a mixture of experts with adapters on the experts the task uses.")
-    parser.add_argument("--model", default="tiny", help="'tiny' (embedded), a checkpoint folder, or a hub id")
-    parser.add_argument("--task", default="tiny-math", choices=list(RECIPES), help="what to learn")
-    parser.add_argument("--train-data", help="a local copy of the task's training file")
-    parser.add_argument("--method", default="hellora", choices=list(METHODS), help="which experts, and what trains")
-    parser.add_argument("--k", type=cli.number(int, 1), help="hot experts per layer (default: experts per token)")
-    parser.add_argument("--experts", choices=hellora.POLICIES, help="choose the experts otherwise than the method does")
-    parser.add_argument("--coverage", type=cli.number(float, 0, 1, above=True), help="share, for --experts coverage")
-    parser.add_argument("--targets", default="all", choices=list(hellora.TARGETS), help="modules beside the experts")
-    parser.add_argument("--rank", type=cli.number(int, 1), help="LoRA rank r (default: by task)")
-    parser.add_argument(
-        "--alpha", type=cli.number(float, 0, above=True), help="scaling is alpha / r (default: by task)"
-    )
-    parser.add_argument("--lr", type=cli.number(float, 0, above=True), help="learning rate (default: by task)")
-    parser.add_argument("--epochs", type=cli.number(int, 1), help="passes over the data (default: by task)")
-    parser.add_argument("--steps", type=cli.number(int, 1), help="optimizer steps, in place of --epochs")
-    parser.add_argument(
-        "--batch", type=cli.number(int, 1), help="examples a step, over all processes (default: by task)"
-    )
-    parser.add_argument("--micro-batch", type=cli.number(int, 1), default=16, help="examples a forward pass")
-    parser.add_argument("--max-length", type=cli.number(int, 8), default=512, help="tokens an example may have")
-    parser.add_argument("--clip", type=cli.number(float, 0, above=True), default=1.0, help="largest gradient norm")
-    parser.add_argument("--profile", help="profile.json to choose the experts from (default: count them now)")
-    parser.add_argument("--sample", type=cli.number(float, 0, 1, above=True), default=0.1, help="share of data counted")
-    parser.add_argument(
-        "--warmup", default="none", choices=("none", "lora"), help="count on the base, or during a LoRA warm-up"
-    )
-    parser.add_argument("--seed", type=cli.number(int, 0, 2**31 - 1), default=0, help="of every random choice")
-    parser.add_argument("--out", help="run folder (default: runs/TASK-METHOD...)")
-    args = parser.parse_args(argv)
-
-    recipe, args.experts = RECIPES[args.task], args.experts or METHODS[args.method].experts
-    for name, default in (("rank", recipe.r), ("alpha", recipe.alpha), ("lr", recipe.lr), ("batch", recipe.batch)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
-    if args.steps and args.epochs:
-        raise InputError("--steps and --epochs contradict each other; give one of them")
-    if args.steps is None and args.epochs is None:
-        args.epochs = recipe.epochs
-    if args.k is not None and args.experts in ("all", "coverage"):
-        raise InputError(
-            f"--k {args.k} has no meaning with --method {args.method} --experts {args.experts}; leave it out"
-        )
-    if (args.coverage is not None) != (args.experts == "coverage"):
-        raise InputError("--coverage and --experts coverage go together; give both or neither")
-    return args
-
+from model import MoETransformer, load_balancing_loss, load_model, read_config, resolve, save_model
+from settings import METHODS, hot_experts_per_layer, parse_flags
 
 # ------------------------------------------------------------------------------------------------ processes
-
-
-def start_processes() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, if any.  -> rank, world size, device"""
-    cuda = torch.cuda.is_available()
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, device
-
-
-def say(*lines: str) -> None:
-    """Print from the main process only."""
-    if cli.is_main_process():
-        print(*lines, sep="\n", flush=True)
 
 
 def shard(model: MoETransformer, device: torch.device) -> None:
@@ -168,25 +58,58 @@ def shard(model: MoETransformer, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------- one step
 
 
+@dataclass
+class Step:
+    """What one global batch gave, summed over micro-batches and processes."""
+
+    loss: Tensor  # nats per target token
+    aux_loss: Tensor  # load-balancing loss, mean over the tokens; 0 if it is off
+    counts: Tensor  # [L, E] tokens that chose each expert
+    target_tokens: int
+    tokens: int
+
+
 def global_step(
-    model: MoETransformer, items: list[data.Encoded], micro_batch: int, rank: int, world: int
-) -> tuple[Tensor, int, int]:
-    """Gradients of one global batch's mean loss.  -> loss in nats per target token, target tokens, all tokens"""
-    device, pad_id = model.embed_tokens.weight.device, model.config.pad_token_id or 0
+    model: MoETransformer,
+    items: list[data.Encoded],
+    micro_batch: int,
+    rank: int,
+    world: int,
+    *,
+    aux_loss: float | None = None,
+    aux_form: str = "layer",
+) -> Step:
+    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the balance."""
+    config, device = model.config, model.embed_tokens.weight.device
     targets = sum(len(item.ids) - item.prompt_length for item in items)
+    tokens = sum(len(item.ids) for item in items)
     mine = data.micro_batches(items, micro_batch, rank, world)
-    total = torch.zeros((), device=device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # loss, auxiliary loss
+    counts = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.int64, device=device)
     for i, part in enumerate(mine):
         if world > 1:
             model.set_requires_gradient_sync(i == len(mine) - 1)  # reduce once a step, not once a micro-batch
         # A process whose share is empty still takes part, since the others wait for it: one token, no target.
+        pad_id = config.pad_token_id or 0
         batch = data.collate(part or [data.Encoded([pad_id], 1)], pad_id)
-        loss, _ = model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))
-        (loss * world / targets).backward()  # FSDP averages over processes: times world is the sum
-        total += loss.detach()
+        nll, selected, router_logits = model(
+            batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_router_logits=True
+        )
+        loss = nll / targets
+        if part:
+            totals[0] += loss.detach()
+            chosen = selected.flatten(1)  # [L, B * S * K], -1 at padding
+            counts.scatter_add_(1, chosen.clamp(min=0), (chosen >= 0).long())
+            if aux_loss:  # a mean over micro-batches, weighted by tokens: each is balanced by itself, as in the hub
+                share = int(batch.lengths.sum()) / tokens
+                balance = share * load_balancing_loss(router_logits, config.num_experts_per_tok, aux_form)
+                totals[1] += balance.detach()
+                loss = loss + aux_loss * balance
+        (loss * world).backward()  # FSDP averages over processes: times world is the sum
     if world > 1:
-        dist.all_reduce(total)
-    return total / targets, targets, sum(len(item.ids) for item in items)
+        dist.all_reduce(totals)
+        dist.all_reduce(counts)
+    return Step(totals[0], totals[1], counts.cpu(), targets, tokens)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -194,70 +117,113 @@ def main(argv: list[str] | None = None) -> dict:
     method = METHODS[args.method]
     folder = resolve(args.model)
     config = read_config(folder)
-    num_hot = args.k or (int(method.share * config.num_experts) if method.share else config.num_experts_per_tok)
-    if num_hot > config.num_experts:
-        raise InputError(f"--k {args.k}: want 1..{config.num_experts}, the experts of a layer of {args.model}")
-    out = Path(args.out or f"runs/{args.task}-{args.method}{'' if args.k is None else f'-k{args.k}'}-seed{args.seed}")
-    claim(out, vars(args) | {"out": str(out)})
+    num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
+    masked = lori.read_mask(args, config) if args.mask else None
+    out = Path(args.out)
+    claim(out, vars(args))
 
     rank, world, device = start_processes()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(args.task, "train", args.train_data)
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
     say(f"{args.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens")
 
-    began = time.perf_counter()
+    # A frozen base may be bfloat16; weights that train, adapters too, are float32.
+    dtype = torch.bfloat16 if device.type == "cuda" and method.experts else torch.float32
     model = load_model(folder, dtype, device)
-    counted = count(model, items, args, rank, world)
-    seconds_profile = time.perf_counter() - began
-    if rank == 0:
-        profile.save_profile(counted, out / "profile.json", args.model, args.task)
-    takes_all = args.experts in ("all", "coverage")  # no number of experts to ask for
-    hot = hellora.select_experts(
-        args.experts, counted.counts, None if takes_all else num_hot, coverage=args.coverage, seed=args.seed
-    )
-    share = float((counted.counts * hot).sum() / counted.counts.sum())
+    about = {"method": args.method, "task": args.task, "processes": world}
+    hot = None
+    if method.experts:
+        hot, share, seconds = choose_experts(model, items, args, num_hot, masked, rank, world)
+        about |= {"adapted_share": share, "seconds_profile": seconds}
 
-    def stage(name: str, model: MoETransformer, positions: dict[str, Tensor] | None) -> dict:
-        """Attach, shard and train; the adapter is saved in the run folder, or in a folder of the stage's own."""
-        kind, targets = method.kind, args.targets
-        hellora.attach(model, hot, args.rank, args.alpha, kind=kind, targets=targets, seed=args.seed)
+    def stage(name: str, model: MoETransformer, positions: dict[str, Tensor] | None = None) -> dict:
+        """Attach, shard, train and save, in the run folder or in a folder of the stage's own."""
+        if hot is None:
+            model.requires_grad_(True)
+        else:
+            kind, targets = method.kind, args.targets
+            hellora.attach(model, hot, args.rank, args.alpha, kind=kind, targets=targets, seed=args.seed)
         if positions is not None:
             sparsify(model, positions)
-        say(*hellora.report(model), f"adapted experts take {share:.1%} of the routed tokens")
+        say(*hellora.report(model))
         trainable, total = hellora.count_parameters(model)
         if world > 1:
             shard(model, device)
         result = fit(model, items, args, out / name, rank, world)
-        state = hellora.adapter_state(model)
-        if rank == 0:
-            about = {"model": args.model, "method": args.method}
-            hellora.save_adapter(state, out / name / "adapter", model.adapter, **about)
-        return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result
+        if hot is None:
+            save_whole(model, out / name / "model", folder, rank)
+            state = {}
+        else:
+            state = hellora.adapter_state(model)
+            if rank == 0:
+                names = {"model": args.model, "method": args.method}
+                hellora.save_adapter(state, out / name / "adapter", model.adapter, **names)
+        sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
+        return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result | sizes
 
     if method.sparse:
-        say("stage D: all of B trains, to find the tenth of its entries that matters")
-        positions = lori.top_entries(stage("stage-d", model, None)["state"])
-        model = load_model(folder, dtype, device)
+        if masked is None:
+            say("stage D: all of B trains, to find the tenth of its entries that matters")
+            positions = lori.top_entries(stage("stage-d", model)["state"])
+            model = load_model(folder, dtype, device)
+        else:
+            positions = lori.top_entries(masked[1])
         say("stage S: these entries alone, from zero, under the same A")
         result = stage("", model, positions)
     else:
-        result = stage("", model, None)
+        result = stage("", model)
     del result["state"]
-    about = {"method": args.method, "task": args.task, "adapted_share": share, "processes": world}
-    result = about | result | {"seconds_profile": seconds_profile}
+    result = about | result
     if rank == 0:
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(
         f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
-        f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; "
-        f"adapter in {out / 'adapter'}"
+        f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
     )
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
     return result
+
+
+def choose_experts(
+    model: MoETransformer,
+    items: list[data.Encoded],
+    args: argparse.Namespace,
+    num_hot: int,
+    masked: tuple[hellora.Adapter, dict] | None,
+    rank: int,
+    world: int,
+) -> tuple[Tensor, float, float]:
+    """Count, choose, and write profile.json.  -> hot bool [L, E], their share of the routed tokens, seconds"""
+    began = time.perf_counter()
+    counted = count(model, items, args, rank, world)
+    if rank == 0:
+        profile.save_profile(counted, Path(args.out) / "profile.json", args.model, args.task)
+    if masked is not None:
+        hot = hellora.hot_mask(masked[0].hot, model.config)
+    elif args.experts in hellora.POLICIES:
+        number = None if args.experts in ("all", "coverage") else num_hot
+        options = {"coverage": args.coverage, "seed": args.seed}
+        hot = hellora.select_experts(args.experts, counted.counts, number, **options)
+    else:
+        hot = hellora.read_hot(args.experts, model.config)
+    share = float((counted.counts * hot).sum() / counted.counts.sum())
+    say(f"adapted experts take {share:.1%} of the routed tokens")
+    return hot, share, time.perf_counter() - began
+
+
+@torch.no_grad()
+def save_whole(model: MoETransformer, folder: Path, base: Path, rank: int) -> None:
+    """Write the fine-tuned weights in the hub's layout (a collective under FSDP), with the tokenizer of the base."""
+    state = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    if rank == 0:
+        whole = MoETransformer(model.config)
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(state[name])
+        save_model(whole, folder)
+        shutil.copy(base / "tokenizer.json", folder / "tokenizer.json")
 
 
 def fit(
@@ -280,24 +246,27 @@ def fit(
     for step in range(1, steps + 1):
         epoch, place = divmod(step - 1, steps_per_epoch)
         batch = [items[i] for i in data.global_batches(len(items), args.batch, args.seed, epoch)[place]]
-        loss, targets, tokens = global_step(model, batch, args.micro_batch, rank, world)
+        aux = {"aux_loss": args.router_aux_loss, "aux_form": args.router_aux_form}
+        done = global_step(model, batch, args.micro_batch, rank, world, **aux)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
-        examples_seen, tokens_seen = examples_seen + len(batch), tokens_seen + tokens
+        examples_seen, tokens_seen = examples_seen + len(batch), tokens_seen + done.tokens
         seconds = time.perf_counter() - began
-        losses.append(loss.item())
+        losses.append(done.loss.item())
         record = {
             "step": step,
             "loss": losses[-1],  # nats per target token, mean over the global batch
             "grad_norm": norm.item(),  # before clipping
             "lr": args.lr,
-            "target_tokens": targets,
+            "target_tokens": done.target_tokens,
             "samples_per_s": examples_seen / seconds,
             "tokens_per_s": tokens_seen / seconds,
             "seconds": seconds,
         }
+        if args.router_aux_loss:
+            record["aux_loss"] = done.aux_loss.item()
         if log:
             print(json.dumps(record), file=log, flush=True)
         bar.set_postfix_str(f"loss {losses[-1]:.4f}, {examples_seen / seconds:.1f} samples/s", refresh=False)

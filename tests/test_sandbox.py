@@ -1,5 +1,6 @@
 """Programs that are right pass, programs that are wrong fail whatever they try, and nothing outside notices."""
 
+import json
 import os
 import socket
 import subprocess
@@ -33,10 +34,12 @@ def level(request, monkeypatch) -> sandbox.Level:
     return request.param
 
 
-def outcomes(codes: dict[str, str] | list[str], test: str = CHECK, timeout: float = 10.0) -> dict[str, str]:
-    """Run every code against one test; the outcomes by name."""
+def outcomes(codes: dict | list, test: str | None = None, timeout: float = 10.0, workers=None) -> dict[str, str]:
+    """Run every code, or (code, test), against its test, else `test`, else CHECK; the outcomes by name."""
     codes = codes if isinstance(codes, dict) else {code: code for code in codes}
-    verdicts = sandbox.run_programs([Program(dedent(code), test, "f") for code in codes.values()], timeout, progress=False)
+    pairs = [(code, CHECK) if isinstance(code, str) else code for code in codes.values()]
+    programs = [Program(dedent(code), test or its_test, "f") for code, its_test in pairs]
+    verdicts = sandbox.run_programs(programs, timeout, workers, progress=False)
     assert all(verdict.passed == (verdict.outcome == "passed") for verdict in verdicts)
     return {name: verdict.outcome for name, verdict in zip(codes, verdicts, strict=True)}
 
@@ -44,104 +47,290 @@ def outcomes(codes: dict[str, str] | list[str], test: str = CHECK, timeout: floa
 # ------------------------------------------------------------------------ the verdict of the reference scorer
 
 
-# (code, test): judged by the sandbox and by exec() of the whole, which is what openai/human-eval does
-HONEST = {
-    "right": ("def f(x): return x * x + 1", CHECK),
-    "wrong": ("def f(x): return x * x", CHECK),
-    "syntax": ("def f(x: return 1", CHECK),
-    "unterminated string": ('def f(x):\n    """never closed\n    return x * x + 1', CHECK),
-    "missing name": ("def g(x): return x * x + 1", CHECK),
-    "raises": ("def f(x): raise ValueError(x)", CHECK),
-    "raises on import": ("def f(x): return x * x + 1\n1 / 0", CHECK),
-    "system exit": ("def f(x): raise SystemExit", CHECK),
-    "main guard does not run": ("def f(x): return x * x + 1\nif __name__ == '__main__': 1 / 0", CHECK),
-    "recursion": ("def f(x): return f(x)", CHECK),
-    "float for int": ("def f(x): return x * x + 1.0", CHECK),
-    "list is not tuple": ("def f(x): return [x]", "def check(f): assert f(2) == (2,)"),
-    "nested": ("def f(x): return {x: [(x, None)], 'k': {x}}", "def check(f): assert f(2) == {'k': {2}, 2: [(2, None)]}"),
-    "type": ("def f(x): return (1.5, b'a', 2j, True)", "def check(f): assert [type(v) for v in f(0)] == "
-             "[float, bytes, complex, bool]"),
-    "infinity": ("def f(x): return [float('inf'), -0.0]", "def check(f): assert str(f(0)) == '[inf, -0.0]'"),
-    "nan": ("def f(x): return float('nan')", "def check(f): assert f(0) == f(0)"),
-    "huge integer": ("def f(x): return 7 ** 9999", "def check(f): assert f(0) == 7 ** 9999"),
-    "text": ("def f(x): return x[::-1]", "def check(f): assert f('a\\n\\ud800\\u00e9\\u4e2d') == '\\u4e2d\\u00e9\\ud800\\na'"),
-    "range": ("def f(x): return range(x)", "def check(f): assert f(3) == range(3) and f(3) != [0, 1, 2]"),
-    "generator": ("def f(x): yield from range(x)", "def check(f): assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]"),
-    "map": ("def f(x): return map(str, x)", "def check(f): assert tuple(f([1, 2])) == ('1', '2')"),
-    "keys": ("def f(x): return {x: 1}.keys()", "def check(f): assert sorted(f(4)) == [4] and len(f(4)) == 1 and 4 in f(4)"),
-    "empty generator": ("def f(x): return iter(())", "def check(f): assert list(f(1)) == []"),
-    "subclasses": ("import collections as c\nf = lambda x: [c.Counter(x), c.defaultdict(int, a=1), c.OrderedDict(b=2)]",
-                   "def check(f): assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}]"),
-    "enum": ("import enum\nclass E(enum.IntEnum):\n    A = 3\ndef f(x): return E.A", "def check(f): assert f(0) == 3"),
-    "text enum": ("import enum\nclass E(str, enum.Enum):\n    A = 'a'\ndef f(x): return E.A", "def check(f): assert f(0) == 'a'"),
-    "named tuple": ("import collections\nP = collections.namedtuple('P', 'x y')\ndef f(x): return P(x, 2)",
-                    "def check(f): assert f(1) == (1, 2)"),
-    "fraction": ("from fractions import Fraction\ndef f(x): return Fraction(x, 2)", "def check(f): assert f(7) == 3.5"),
-    "decimal": ("from decimal import Decimal\ndef f(x): return Decimal(x) / 2", "def check(f): assert f(7) == 3.5"),
-    "decimal is no float": ("from decimal import Decimal\ndef f(x): return Decimal(x)", "def check(f): assert f(7) - 0.5 < 7"),
-    "truth": ("def f(x): return (i for i in ())", "def check(f): assert f(0)"),
-    "changed argument": ("def f(x): x.sort(); return x", "def check(f):\n    v = [2, 1]\n    f(v)\n    assert v == [1, 2]"),
-    "changed dict": ("def f(x): x.pop('a')", "def check(f):\n    v = {'a': 1, 'b': 2}\n    f(v)\n    assert v == {'b': 2}"),
-    "keeps state": ("n = []\ndef f(x): n.append(x); return len(n)", "def check(f): assert [f(0), f(0)] == [1, 2]"),
-    "caught": ("def f(x): raise KeyError(x)", "def check(f):\n    try: f(1)\n    except KeyError: return\n    assert False"),
-    "wrong exception": ("def f(x): raise KeyError(x)", "def check(f):\n    try: f(1)\n    except IndexError: pass"),
-    "own exception": ("class E(Exception): pass\ndef f(x): raise E", "def check(f):\n    try: f(1)\n    except Exception: pass"),
-    "helper of the program": ("import math\ndef g(x): return x + 1\ndef f(x): return x", "def check(f):\n    assert math.floor"
-                              "(g(f(1)) + 0.5) == 2 and g.__name__ == 'g'"),
-    "absent helper": ("def f(x): return x", "def check(f): assert g(f(1)) == 2"),
-    "closure": ("def f(x): return lambda y: x + y", "def check(f): assert f(1)(2) == 3"),
-    "object": ("class C:\n    def __init__(self, x): self.x = x\n    def get(self): return self.x\nf = C",
-               "def check(f):\n    c = f(4)\n    assert c.get() == c.x == 4"),
-    "object back": ("class C: pass\nstore = C()\ndef f(x=None): return store if x is None else x is store",
-                    "def check(f): assert f(f())"),
-    "keyword": ("def f(x, *, y): return x - y", "def check(f): assert f(5, y=2) == 3"),
-    "missing attribute": ("f = object()", "def check(f): assert f.nothing"),
-    "test with its own names": ("LIMIT = 5\ndef f(x): return x", "LIMIT = 7\ndef g(y): return y + LIMIT\n"
-                                "def check(f):\n    assert g(f(1)) == 8"),
-    "test that raises": ("def f(x): return x", "def check(f): return undefined_name"),
-    "test without check": ("def f(x): return x", "x = 1"),
-    "input": ("def f(x): return input()", CHECK),
-}  # fmt: skip
+def parse(text: str) -> dict[str, tuple[str, str]]:
+    """name -> (code, test) of "## name" entries; what follows a line "#" is the test, else CHECK."""
+    entries = [entry.partition("\n") for entry in text.strip().removeprefix("## ").split("\n## ")]
+    programs = {name: body.partition("\n#\n") for name, _, body in entries}
+    return {name: (code, test or CHECK) for name, (code, _, test) in programs.items()}
 
 
-def reference(code: str, test: str) -> bool:
-    """exec() of one file in an interpreter of its own, as human_eval/execution.py does."""
-    script = "import sys\ntry: exec(sys.argv[1], {})\nexcept BaseException: sys.exit(1)"
-    command = [sys.executable, "-I", "-c", script, f"{code}\n{test}\ncheck(f)"]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+HONEST = parse(r"""
+## right
+def f(x): return x * x + 1
+## wrong
+def f(x): return x * x
+## syntax
+def f(x: return 1
+## unterminated string
+def f(x):
+    '''never closed
+    return x * x + 1
+## missing name
+def g(x): return x * x + 1
+## raises
+def f(x): raise ValueError(x)
+## raises on import
+def f(x): return x * x + 1
+1 / 0
+## system exit
+def f(x): raise SystemExit
+## main guard does not run
+def f(x): return x * x + 1
+if __name__ == '__main__': 1 / 0
+## recursion
+def f(x): return f(x)
+## float for int
+def f(x): return x * x + 1.0
+## list is not tuple
+def f(x): return [x]
+#
+def check(f): assert f(2) == (2,)
+## nested
+def f(x): return {x: [(x, None)], 'k': {x}}
+#
+def check(f): assert f(2) == {'k': {2}, 2: [(2, None)]}
+## type
+def f(x): return (1.5, b'a', 2j, True)
+#
+def check(f): assert [type(v) for v in f(0)] == [float, bytes, complex, bool]
+## infinity
+def f(x): return [float('inf'), -0.0]
+#
+def check(f): assert str(f(0)) == '[inf, -0.0]'
+## nan
+def f(x): return float('nan')
+#
+def check(f): assert f(0) == f(0)
+## huge integer
+def f(x): return 7 ** 9999
+#
+def check(f): assert f(0) == 7 ** 9999
+## text
+def f(x): return x[::-1]
+#
+def check(f): assert f('a\n\ud800\u00e9\u4e2d') == '\u4e2d\u00e9\ud800\na'
+## range
+def f(x): return range(x)
+#
+def check(f): assert f(3) == range(3) and f(3) != [0, 1, 2]
+## generator
+def f(x): yield from range(x)
+#
+def check(f): assert list(f(3)) == [0, 1, 2] and f(3) != [0, 1, 2]
+## map
+def f(x): return map(str, x)
+#
+def check(f): assert tuple(f([1, 2])) == ('1', '2')
+## keys
+def f(x): return {x: 1}.keys()
+#
+def check(f): assert sorted(f(4)) == [4] and len(f(4)) == 1 and 4 in f(4)
+## empty generator
+def f(x): return iter(())
+#
+def check(f): assert list(f(1)) == []
+## subclasses
+import collections as c
+f = lambda x: [c.Counter(x), c.defaultdict(int, a=1), c.OrderedDict(b=2)]
+#
+def check(f): assert f('aab') == [{'a': 2, 'b': 1}, {'a': 1}, {'b': 2}]
+## enum
+import enum
+class E(enum.IntEnum):
+    A = 3
+def f(x): return E.A
+#
+def check(f): assert f(0) == 3
+## text enum
+import enum
+class E(str, enum.Enum):
+    A = 'a'
+def f(x): return E.A
+#
+def check(f): assert f(0) == 'a'
+## named tuple
+import collections
+P = collections.namedtuple('P', 'x y')
+def f(x): return P(x, 2)
+#
+def check(f): assert f(1) == (1, 2)
+## fraction
+from fractions import Fraction
+def f(x): return Fraction(x, 2)
+#
+def check(f): assert f(7) == 3.5
+## decimal
+from decimal import Decimal
+def f(x): return Decimal(x) / 2
+#
+def check(f): assert f(7) == 3.5
+## decimal is no float
+from decimal import Decimal
+def f(x): return Decimal(x)
+#
+def check(f): assert f(7) - 0.5 < 7
+## truth
+def f(x): return (i for i in ())
+#
+def check(f): assert f(0)
+## changed argument
+def f(x): x.sort(); return x
+#
+def check(f):
+    v = [2, 1]
+    f(v)
+    assert v == [1, 2]
+## changed dict
+def f(x): x.pop('a')
+#
+def check(f):
+    v = {'a': 1, 'b': 2}
+    f(v)
+    assert v == {'b': 2}
+## keeps state
+n = []
+def f(x): n.append(x); return len(n)
+#
+def check(f): assert [f(0), f(0)] == [1, 2]
+## caught
+def f(x): raise KeyError(x)
+#
+def check(f):
+    try: f(1)
+    except KeyError: return
+    assert False
+## wrong exception
+def f(x): raise KeyError(x)
+#
+def check(f):
+    try: f(1)
+    except IndexError: pass
+## own exception
+class E(Exception): pass
+def f(x): raise E
+#
+def check(f):
+    try: f(1)
+    except Exception: pass
+## helper of the program
+import math
+def g(x): return x + 1
+def f(x): return x
+#
+def check(f):
+    assert math.floor(g(f(1)) + 0.5) == 2 and g.__name__ == 'g'
+## absent helper
+def f(x): return x
+#
+def check(f): assert g(f(1)) == 2
+## closure
+def f(x): return lambda y: x + y
+#
+def check(f): assert f(1)(2) == 3
+## object
+class C:
+    def __init__(self, x): self.x = x
+    def get(self): return self.x
+f = C
+#
+def check(f):
+    c = f(4)
+    assert c.get() == c.x == 4
+## object back
+class C: pass
+store = C()
+def f(x=None): return store if x is None else x is store
+#
+def check(f): assert f(f())
+## keyword
+def f(x, *, y): return x - y
+#
+def check(f): assert f(5, y=2) == 3
+## missing attribute
+f = object()
+#
+def check(f): assert f.nothing
+## test with its own names
+LIMIT = 5
+def f(x): return x
+#
+LIMIT = 7
+def g(y): return y + LIMIT
+def check(f):
+    assert g(f(1)) == 8
+## test that raises
+def f(x): return x
+#
+def check(f): return undefined_name
+## test without check
+def f(x): return x
+#
+x = 1
+## input
+def f(x): return input()
+""")
 
 
-EXPECTED = {}  # computed once for all levels
+def reference(programs: list[tuple[str, str]]) -> list[bool]:
+    """Plain exec() of each program as one file, as human_eval/execution.py does (without its time limit)."""
+    script = """
+import json, sys
+def passes(program):
+    try: exec(program, {})
+    except BaseException: return False
+    return True
+result = [passes(program) for program in json.loads(sys.argv[1])]
+sys.__stdout__.write(json.dumps(result))"""
+    files = json.dumps([f"{code}\n{test}\ncheck(f)" for code, test in programs])
+    done = subprocess.run([sys.executable, "-I", "-c", script, files], stdin=subprocess.DEVNULL, capture_output=True)
+    return json.loads(done.stdout)
 
 
 def test_verdicts_are_those_of_exec_in_one_interpreter(level):
-    if not EXPECTED:
-        EXPECTED.update({name: reference(code, test) for name, (code, test) in HONEST.items()})
-        assert 10 < sum(EXPECTED.values()) < len(HONEST) - 10
+    expected = dict(zip(HONEST, reference([*HONEST.values()]), strict=True))
+    assert 10 < sum(expected.values()) < len(HONEST) - 10
     verdicts = sandbox.run_programs([Program(*pair, "f") for pair in HONEST.values()], 10.0, progress=False)
     got = {name: verdict for name, verdict in zip(HONEST, verdicts, strict=True)}
-    assert {name: verdict.passed for name, verdict in got.items()} == EXPECTED, got
+    assert {name: verdict.passed for name, verdict in got.items()} == expected, got
 
 
 def test_outcomes_say_why(level):
-    got = outcomes(
-        {
-            "assert": "def f(x): return 0",
-            "error": "def f(x): return {}['a b']",
-            "long": "def f(x): raise ValueError('long\\n' * 10**6)",
-            "silent": "class E(Exception):\n    def __str__(self): raise self\ndef f(x): raise E",
-            "unpicklable": "def f(x): raise Exception(lambda: 0, open('/dev/null'))",
-            "exit": "import os\ndef f(x): os._exit(0)",
-            "signal": "import ctypes\ndef f(x): ctypes.string_at(0)",
-            "memory": "def f(x): return bytearray(10 * 2**30)",
-        }
-    )
+    got = outcomes(parse(r"""
+## assert
+def f(x): return 0
+## error
+def f(x): return {}['a b']
+## long
+def f(x): raise ValueError('long\n' * 10**6)
+## silent
+class E(Exception):
+    def __str__(self): raise self
+def f(x): raise E
+## unpicklable
+def f(x): raise Exception(lambda: 0, open('/dev/null'))
+## exit
+import os
+def f(x): os._exit(0)
+## signal
+import ctypes
+def f(x): ctypes.string_at(0)
+## processor
+def f(x):
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (1, 2))
+    while True: pass
+## memory
+def f(x): return bytearray(10 * 2**30)
+## large
+def f(x): return 'x' * (70 << 20)
+"""), timeout=60.0)  # fmt: skip
     assert got["assert"] == "failed: AssertionError: assert f(3) == 10"
     assert got["error"].startswith("failed: KeyError") and "a b" in got["error"]
     assert got["long"].startswith("failed: ValueError: long long") and len(got["long"]) < 300
     assert got["silent"].startswith("failed: ") and got["unpicklable"].startswith("failed: ")
     assert got["exit"] == "failed: ended itself with exit status 0"
-    assert got["signal"] == "crashed: SIGSEGV"
+    assert (got["signal"], got["processor"]) == ("crashed: SIGSEGV", "crashed: SIGXCPU")
+    assert got["large"] == "failed: the answer is too large"
     assert not LINUX or got["memory"].startswith("failed: MemoryError")
 
 
@@ -153,7 +342,7 @@ def test_a_test_that_hands_over_a_function_is_refused_in_words(level):
 # ---------------------------------------------------------------------------- verdicts that cannot be faked
 
 
-EQUAL = """
+YES = """
 class Yes:
     def __eq__(self, other): return True
     def __ne__(self, other): return False
@@ -161,94 +350,218 @@ class Yes:
     __hash__ = lambda self: 0
     __sub__ = __rsub__ = __abs__ = __call__ = __getitem__ = __round__ = lambda self, *a: self
 """
-CHEATS = {
-    "_exit on import": "import os\nos._exit(0)",
-    "_exit when called": "import os\ndef f(x): os._exit(0)",
-    "exit on import": "import sys\nsys.exit(0)",
-    "exit when called": "def f(x): exit(0)",
-    "system exit": "def f(x): raise SystemExit(0)",
-    "system exit on import": "raise SystemExit",
-    "exec of another program": "import os\ndef f(x): os.execv('/bin/true', ['true'])",
-    "says so": "import os, sys\nfor s in ('passed', 'passed\\n'):\n    print(s); print(s, file=sys.stderr)\n    "
-               "os.write(1, s.encode())\ndef f(x): return 'passed'",
-    "says so at exit": "import atexit, os, sys\natexit.register(lambda: (print('passed'), os._exit(0)))\nsys.exit()",
-    "writes everywhere": "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed')\n    except OSError: pass\n"
-                         "def f(x): return 0",
-    "forged messages": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[\"value\", true, null]\\n' * 9)\n"
-                       "    except OSError: pass",
-    "forged objects": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[\"value\", {\"object\": [1]}, null]\\n' * 99)\n"
-                      "    except OSError: pass",
-    "forged module": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[\"value\", {\"module\": [\"os\"]}, null]\\n' * 9)\n"
-                     "    except OSError: pass",
-    "malformed messages": "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{}\\n[[[\\n' + b'[' * 9**5 + b'\\n')\n"
-                          "    except OSError: pass",
-    "own check": "def f(x): return 0\ndef check(f): pass",
-    "own assertion": "import builtins\nclass E(BaseException):\n    def __new__(c, *a): raise SystemExit(0)\n"
-                     "builtins.AssertionError = AssertionError = E\ndef f(x): return 0",
-    "own exec": "import builtins\nbuiltins.exec = builtins.compile = builtins.eval = lambda *a, **k: None\ndef f(x): return 0",
-    "own print and type": "import builtins\nfor n in ('isinstance', 'type', 'len', 'abs', 'all', 'hasattr'):\n"
-                          "    setattr(builtins, n, lambda *a: True)\ndef f(x): return 0",
-    "patched builtins": "__builtins__['AssertionError'] = SystemExit\n__builtins__['__build_class__'] = None\n"
-                        "def f(x): return 0",
-    "asserts off": "import sys, ctypes\nsys.flags = None\n__debug__1 = False\ndef f(x): return 0",
-    "trace": "import sys, os\ndef t(frame, event, arg):\n    if event == 'exception': os._exit(0)\n    return t\n"
-             "sys.settrace(t)\nsys.setprofile(lambda *a: None)\ndef f(x): return 0",
-    "frames": "import sys, gc\ndef f(x):\n    g = sys._getframe()\n    while g:\n        for d in (g.f_globals, g.f_locals):\n"
-              "            for k, v in list(d.items()):\n                if callable(v) and k not in ('f', 'sys', 'gc'):\n"
-              "                    d[k] = lambda *a, **k: 'passed'\n        g = g.f_back\n    return 0",
-    "frames for the answer": "import sys, gc\ndef f(x):\n    for o in gc.get_objects():\n        if isinstance(o, str) and "
-                             "'assert f(3)' in o: return 10\n    return 'assert' in repr(sys._getframe(1).f_locals)",
-    "harness": "import __main__\nfor k in list(vars(__main__)):\n    if not k.startswith('__'): setattr(__main__, k, lambda *a, "
-               "**k: 'passed')\ndef f(x): return 0",
-    "json": "import json\njson.dumps = lambda *a, **k: 'passed'\ndef f(x): return 0",
-    "always equal": EQUAL + "def f(x): return Yes()",
-    "always equal, inside": EQUAL + "def f(x): return [Yes()]",
-    "always equal, integer": EQUAL + "class Int(Yes, int): __hash__ = int.__hash__\ndef f(x): return Int(0)",
-    "always equal, callable": EQUAL + "f = Yes()",
-    "always equal, meta": EQUAL + "class Meta(Yes, type): pass\nclass f(metaclass=Meta):\n    def __new__(c, x): return c",
-    "thread": "import threading, os\nthreading.Thread(target=lambda: os._exit(0)).start()\ndef f(x): return 0",
-    "closed descriptors": "import os\nos.closerange(0, 64)\ndef f(x): return 0",
-    "signals": "import signal, os\nsignal.signal(signal.SIGALRM, lambda *a: os._exit(0))\nsignal.setitimer(0, 0.01)\n"
-               "def f(x):\n    while True: pass",
-    "fork": "import os\ndef f(x):\n    if os.fork(): os._exit(0)\n    return 0",
-    "test's text": "import os, sys\ndef f(x):\n    for pid in filter(str.isdigit, os.listdir('/proc')):\n        for fd in range(9):\n"
-                   "            try: open(f'/proc/{pid}/fd/{fd}', 'wb').write(b'passed')\n            except OSError: pass\n"
-                   "    return 0",
-    "memory of others": "import os\ndef f(x):\n    for pid in (os.getppid(), os.getpid() + 1):\n        "
-                        "open(f'/proc/{pid}/mem', 'r+b')\n    return 10 if x == 3 else 26",
-}  # fmt: skip
+CHEATS = {name: (YES if "Yes" in code else "") + code for name, (code, _) in parse(r"""
+## _exit on import
+import os
+os._exit(0)
+## _exit when called
+import os
+def f(x): os._exit(0)
+## exit on import
+import sys
+sys.exit(0)
+## exit when called
+def f(x): exit(0)
+## system exit
+def f(x): raise SystemExit(0)
+## system exit on import
+raise SystemExit
+## exec of another program
+import os
+def f(x): os.execv('/bin/true', ['true'])
+## says so
+import os, sys
+for s in ('passed', 'passed\n'):
+    print(s); print(s, file=sys.stderr)
+    os.write(1, s.encode())
+def f(x): return 'passed'
+## says so at exit
+import atexit, os, sys
+atexit.register(lambda: (print('passed'), os._exit(0)))
+sys.exit()
+## writes everywhere
+import os
+for fd in range(64):
+    try: os.write(fd, b'passed')
+    except OSError: pass
+def f(x): return 0
+## forged messages
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'["value", true, null]\n' * 9)
+    except OSError: pass
+## forged objects
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'["value", {"object": [1]}, null]\n' * 99)
+    except OSError: pass
+## forged module
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'["value", {"module": ["os"]}, null]\n' * 9)
+    except OSError: pass
+## malformed messages
+import os
+for fd in range(3, 64):
+    try: os.write(fd, b'{}\n[[[\n' + b'[' * 9**5 + b'\n')
+    except OSError: pass
+## own check
+def f(x): return 0
+def check(f): pass
+## own assertion
+import builtins
+class E(BaseException):
+    def __new__(c, *a): raise SystemExit(0)
+builtins.AssertionError = AssertionError = E
+def f(x): return 0
+## own exec
+import builtins
+builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
+def f(x): return 0
+## own print and type
+import builtins
+for n in ('isinstance', 'type', 'len', 'abs', 'all', 'hasattr'):
+    setattr(builtins, n, lambda *a: True)
+def f(x): return 0
+## patched builtins
+__builtins__['AssertionError'] = SystemExit
+__builtins__['__build_class__'] = None
+def f(x): return 0
+## asserts off
+import sys
+sys.flags = None
+sys.argv[:] = ['python', '-O']
+def f(x): return 0
+## trace
+import sys, os
+def t(frame, event, arg):
+    if event == 'exception': os._exit(0)
+    return t
+sys.settrace(t)
+sys.setprofile(lambda *a: None)
+def f(x): return 0
+## frames
+import sys, gc
+def f(x):
+    g = sys._getframe()
+    while g:
+        for d in (g.f_globals, g.f_locals):
+            for k, v in list(d.items()):
+                if callable(v) and k not in ('f', 'sys', 'gc'):
+                    d[k] = lambda *a, **k: 'passed'
+        g = g.f_back
+    return 0
+## frames for the answer
+import sys, gc
+def f(x):
+    for o in gc.get_objects():
+        if isinstance(o, str) and 'assert f(3)' in o: return 10
+    return 'assert' in repr(sys._getframe(1).f_locals)
+## harness
+import __main__
+for k in list(vars(__main__)):
+    if not k.startswith('__'): setattr(__main__, k, lambda *a, **k: 'passed')
+def f(x): return 0
+## json
+import json
+json.dumps = lambda *a, **k: 'passed'
+def f(x): return 0
+## always equal
+def f(x): return Yes()
+## always equal, inside
+def f(x): return [Yes()]
+## always equal, integer
+class Int(Yes, int): __hash__ = int.__hash__
+def f(x): return Int(0)
+## always equal, callable
+f = Yes()
+## always equal, meta
+class Meta(Yes, type): pass
+class f(metaclass=Meta):
+    def __new__(c, x): return c
+## thread
+import threading, os
+threading.Thread(target=lambda: os._exit(0)).start()
+def f(x): return 0
+## closed descriptors
+import os
+os.closerange(0, 64)
+def f(x): return 0
+## signals
+import signal, os
+signal.signal(signal.SIGALRM, lambda *a: os._exit(0))
+signal.setitimer(0, 0.01)
+def f(x):
+    while True: pass
+## fork
+import os
+def f(x):
+    if os.fork(): os._exit(0)
+    return 0
+## test's text
+import os, sys
+def f(x):
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        for fd in range(9):
+            try: open(f'/proc/{pid}/fd/{fd}', 'wb').write(b'passed')
+            except OSError: pass
+    return 0
+## memory of others
+import os
+def f(x):
+    for pid in (os.getppid(), os.getpid() + 1):
+        open(f'/proc/{pid}/mem', 'r+b')
+    return x * x + 1
+## debugger
+import ctypes, os
+def f(x):
+    libc = ctypes.CDLL(None)
+    attached = [libc.ptrace(16, pid, 0, 0) == 0 for pid in (os.getppid(), os.getpid() + 1)]
+    return x * x + 1 if any(attached) else 0
+## descriptors of others
+import ctypes, os
+def f(x):
+    libc = ctypes.CDLL(None)
+    taken = [libc.syscall(438, libc.syscall(434, pid, 0), 1, 0) >= 0 for pid in (os.getppid(), os.getpid() + 1)]
+    return x * x + 1 if any(taken) else 0
+""").items()}  # fmt: skip
 
 
 def test_no_trick_passes_a_test_that_its_answers_do_not_pass(level):
-    got = outcomes(CHEATS, timeout=3.0)
+    got = outcomes(CHEATS)
     assert not [name for name, outcome in got.items() if outcome == "passed"]
     # and the judge did speak: tricks that only change the candidate are judged by the answer it gives
     assert got["own check"] == got["patched builtins"] == "failed: AssertionError: assert f(3) == 10"
 
 
 def test_a_program_that_does_odd_things_and_answers_right_passes(level):
-    got = outcomes(
-        {
-            "builtins": "import builtins\nbuiltins.AssertionError = None\nbuiltins.abs = None\ndef f(x): return x * x + 1",
-            "output": "print('x' * 10**6)\ndef f(x): print('failed'); return x * x + 1",
-            "signals": """
-                import signal
-                for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM): signal.signal(s, signal.SIG_IGN)
-                def f(x): return x * x + 1""",
-            "thread": """
-                import threading, time
-                threading.Thread(target=lambda: time.sleep(99)).start()
-                def f(x): return x * x + 1""",
-            "at exit": "import atexit, time\natexit.register(time.sleep, 99)\ndef f(x): return x * x + 1",
-            "own files": """
-                import os, tempfile
-                def f(x):
-                    with open('here', 'w') as a, tempfile.NamedTemporaryFile('w', delete=False) as b: a.write('y')
-                    return x * x + (os.listdir('.') != [] and open('here').read() == 'y')""",
-        }
-    )
-    if os.geteuid() != 0 and not level.tool:
-        del got["thread"]  # the limit of processes counts all of the user's: no threads
+    got = outcomes(parse(r"""
+## builtins
+import builtins
+builtins.AssertionError = builtins.print = None
+def f(x): return x * x + 1
+## output
+print('x' * 10**6)
+def f(x): print('failed'); return x * x + 1
+## signals
+import signal
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM): signal.signal(number, signal.SIG_IGN)
+def f(x): return x * x + 1
+## thread
+import threading, time
+try: threading.Thread(target=lambda: time.sleep(99)).start()
+except RuntimeError: pass  # where the limit counts all processes of the user
+def f(x): return x * x + 1
+## at exit
+import atexit, time
+atexit.register(time.sleep, 99)
+def f(x): return x * x + 1
+## own files
+import os, tempfile
+def f(x):
+    with open('here', 'w') as a, tempfile.NamedTemporaryFile('w', delete=False) as b: a.write('y')
+    return x * x + (os.listdir('.') != [] and open('here').read() == 'y')
+"""))  # fmt: skip
     assert set(got.values()) == {"passed"}, got
 
 
@@ -265,31 +578,70 @@ def names_of_processes() -> set[str]:
     return names
 
 
+def gone(name: str, seconds: float = 5.0) -> bool:
+    """No process of that name is left, or will be in a moment."""
+    deadline = time.monotonic() + seconds
+    while name in names_of_processes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return name not in names_of_processes()
+
+
 def test_what_never_ends_is_timed_out_and_leaves_no_process(level):
-    called = "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.prctl(15, b'left-behind', 0, 0, 0)\n"
-    codes = {
-        "loop": "def f(x):\n    while True: pass",
-        "sleep": "import time\ntime.sleep(99)",
-        "output": "def f(x):\n    while True: print('x' * 10**6)",
-        "answers": "def f(x):\n    while True: yield x\ndef g(x): pass",
-        "deaf": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except Exception: pass\n"
-        "def f(x):\n    while True: pass",
-        "swallow": "def f(x):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
-        "threads": "import threading\ndef g():\n    while True: pass\ndef f(x):\n    threading.Thread(target=g).start()\n    g()",
-        "bomb": called + "def f(x):\n    while True: libc.fork()",
-        "daemon": called + "def f(x):\n    if libc.fork() == 0:\n        libc.setsid()\n        if libc.fork() == 0:\n"
-        "            while True: pass\n        libc._exit(0)\n    while True: pass",
-    }
+    codes = parse(r"""
+## loop
+def f(x):
+    while True: pass
+## sleep
+import time
+time.sleep(99)
+## output
+def f(x):
+    while True: print('x' * 10**6)
+## answers
+def f(x):
+    while True: yield x
+## deaf
+import signal
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_IGN)
+def f(x):
+    while True: pass
+## swallows
+def f(x):
+    while True:
+        try:
+            while True: pass
+        except BaseException: pass
+## threads
+import threading
+def g():
+    while True: pass
+def f(x):
+    try: threading.Thread(target=g).start()
+    except RuntimeError: pass  # where the limit counts all processes of the user
+    g()
+## bomb
+import ctypes
+libc = ctypes.CDLL(None)
+libc.prctl(15, b'left-behind', 0, 0, 0)
+def f(x):
+    while True: libc.fork()
+## daemon
+import ctypes
+libc = ctypes.CDLL(None)
+libc.prctl(15, b'left-behind', 0, 0, 0)
+def f(x):
+    if libc.fork() == 0:
+        libc.setsid()
+        if libc.fork() == 0:
+            while True: pass
+        libc._exit(0)
+    while True: pass
+""")
     start = time.monotonic()
-    got = outcomes(codes, "def check(f): assert list(f(1)) == 1", timeout=1.0)
-    if os.geteuid() != 0 and not level.tool:
-        got.pop("threads")
+    got = outcomes(codes, timeout=1.0, workers=len(codes), test="def check(f): assert [*f(1)] == 1")
     assert set(got.values()) == {"timed out"}, got
     assert time.monotonic() - start < 30.0
-    deadline = time.monotonic() + 5.0
-    while "left-behind" in names_of_processes() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert "left-behind" not in names_of_processes()
+    assert not LINUX or gone("left-behind")
 
 
 def test_a_daemon_does_not_outlive_a_program_that_passes(level):
@@ -304,7 +656,7 @@ def test_a_daemon_does_not_outlive_a_program_that_passes(level):
             libc._exit(0)
         def f(x): return x * x + 1"""
     assert outcomes([code]) == {code: "passed"}
-    assert "daemon-left" not in names_of_processes()
+    assert not LINUX or gone("daemon-left")
 
 
 def test_limits_hold_and_stay(level):
@@ -373,8 +725,13 @@ def test_files_outside_are_safe_and_invisible_as_far_as_claimed(level, tmp_path)
     claims_files = sandbox.protection().startswith("namespaces: no network, private mounts")
     assert claims_files == bool(level.tool)
     if claims_files:
-        code += f"\n        attempt(path.write_text, 'written')\n        open('/tmp/x', 'w')\n{'':8}folders = os.listdir('/')"
-        test = "def check(f): assert f(0) is False and home() is False and 'home' not in folders and 'proc' not in folders"
+        code += """
+        attempt(path.write_text, 'written')
+        open('/tmp/x', 'w')
+        folders = os.listdir('/')"""
+        test = (
+            "def check(f): assert f(0) is False and home() is False and 'home' not in folders and 'proc' not in folders"
+        )
     else:
         test = "def check(f): pass"
     assert outcomes([code], test) == {code: "passed"}
@@ -394,7 +751,9 @@ def test_read_only_folders_stay_as_they_are(level):
     assert bool(level.tool) == sandbox.protection().startswith("namespaces")
     if level.tool or os.geteuid() == 0:
         assert outcomes([code], "def check(f): assert f(0) == []") == {code: "passed"}
-    written = [Path(folder, "written-by-a-program") for folder in (sys.prefix, sys.base_prefix, "/usr/lib", "/", "/dev")]
+    written = [
+        Path(folder, "written-by-a-program") for folder in (sys.prefix, sys.base_prefix, "/usr/lib", "/", "/dev")
+    ]
     assert not [path for path in written if path.exists()]
 
 
@@ -467,7 +826,7 @@ def test_the_strongest_level_that_works_is_the_one_announced():
 def test_a_tool_that_does_not_isolate_is_not_believed(monkeypatch, tmp_path):
     """A `bwrap` that just runs the command, and one that fails: neither level is claimed."""
     fake = tmp_path / "bwrap"
-    for script in ('while [ "$1" != "%s" ]; do shift; done; exec "$@"' % sys.executable, "exit 1"):
+    for script in (f'while [ "$1" != "{sys.executable}" ]; do shift; done; exec "$@"', "exit 1"):
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
         monkeypatch.setattr(sandbox.shutil, "which", lambda name: str(fake) if name == "bwrap" else None)

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import data
 import hellora
 import profile
+import settings
 import train
 from cli import InputError
-from model import TINY, load_model, read_config
+from model import TINY, load_balancing_loss, load_model, read_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,8 +76,8 @@ def test_a_run_learns_and_its_folder_holds_what_the_design_of_a_run_says(tmp_pat
         "adapter/adapter.json",
         "adapter/adapter.safetensors",
     }
-    settings = json.loads((tmp_path / "run/config.json").read_text())
-    assert settings["model"] == "tiny" and settings["settings"]["rank"] == 8
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["model"] == "tiny" and config["settings"]["rank"] == 8
     about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     counts = profile.load_profile(tmp_path / "run/profile.json").counts
     hot = hellora.select_experts("hot", counts, 4)
@@ -91,7 +93,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     tokenizer = data.load_tokenizer(TINY, model.config)
     items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
     hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    loss, targets, tokens = train.global_step(model, items, micro_batch=2, rank=0, world=1)
+    done = train.global_step(model, items, micro_batch=2, rank=0, world=1)
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     nll, count = 0.0, 0
@@ -101,8 +103,10 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
         nll = nll + torch.nn.functional.cross_entropy(logits[0, item.prompt_length - 1 : -1], written, reduction="sum")
         count += len(written)
     (nll / count).backward()
-    assert (targets, tokens) == (count, sum(len(item.ids) for item in items))
-    assert loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
+    assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))
+    assert done.loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
+    batches = [data.collate([item], 1) for item in items]
+    assert torch.equal(done.counts, profile.count_experts(model, batches))  # B is zero: routed as the base routes
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name
@@ -110,9 +114,11 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
 
 def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
     for task, lr, epochs in (("gsm8k", 4e-4, 3), ("codealpaca", 2e-3, 2), ("saferpaca", 4e-4, 1)):
-        args = train.parse_flags(["--task", task])
-        settings = (args.lr, args.epochs, args.batch, args.rank, args.alpha, args.sample)
-        assert settings == (lr, epochs, 128, 32, 64.0, 0.1)
+        args = settings.parse_flags(["--task", task])
+        assert (args.lr, args.epochs, args.batch) == (lr, epochs, 128)
+        assert (args.rank, args.alpha, args.sample) == (32, 64.0, 0.1)
+        full = settings.parse_flags(["--task", task, "--method", "fft"])
+        assert (full.lr, full.batch) == ({"gsm8k": 4e-5, "codealpaca": 2e-4, "saferpaca": 2e-5}[task], 256)
     config = read_config(TINY)
     assert config.num_experts_per_tok == 8  # so that k is 8 where it is not given
 
@@ -127,6 +133,16 @@ GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
         (["--task", "chess"], "invalid choice: 'chess'"),
         (["--model", "/no/such/model"], "/no/such/model"),
         (["--k", "0"], "want a whole number at least 1"),
+        (["--k", "1.5"], "a share between 0 and 1"),
+        (["--method", "fft", "--k", "8"], "trains every weight"),
+        (["--method", "fft", "--rank", "8"], "trains every weight"),
+        (["--mask", "x"], "is for lori-s and hellori-s"),
+        (["--method", "hellori-s", "--mask", "x", "--k", "4"], "contradicts --mask"),
+        (["--method", "hellori-s", "--mask", "{folder}/nothing"], "adapter.json is missing"),
+        (["--experts", "warm"], "choose from hot"),
+        (["--experts", "{folder}/lists.json"], "layers"),
+        (["--experts", "{folder}/broken.jsonl"], "expert ids"),
+        (["--router-aux-form", "layer"], "means nothing"),
         (["--k", "65"], "want 1..64"),
         (["--k", "eight"], "got 'eight'"),
         (["--method", "lora", "--k", "8"], "no meaning"),
@@ -152,6 +168,7 @@ GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
 )
 def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "lists.json").write_text("[[1, 2], [3]]")
     (tmp_path / "broken.jsonl").write_text(GOOD_ROW + '{"question": "And\n' + GOOD_ROW)
     (tmp_path / "columns.jsonl").write_text('{"q": "How many?", "a": "#### 1"}\n')
     about = {"model": "m", "task": "t", "num_tokens": 1, "num_experts_per_tok": 1}
@@ -163,6 +180,59 @@ def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
         train.main([*flags, "--out", str(tmp_path / "run")])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["concat", "layer"])
+def test_load_balancing_loss_is_that_of_transformers_or_of_switch(form):
+    L, T, E, K = 3, 11, 7, 2
+    router_logits = torch.randn(L, T, E, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    ours = load_balancing_loss(router_logits, K, form)
+    if form == "concat":
+        theirs = load_balancing_loss_func(tuple(router_logits), E, K)
+    else:  # one layer at a time, a share of the selections: theirs divided by K, and averaged
+        theirs = sum(load_balancing_loss_func((layer,), E, K) / K for layer in router_logits) / L
+    assert torch.allclose(ours, theirs)
+    gradients = [torch.autograd.grad(loss, router_logits)[0] for loss in (ours, theirs)]
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):
+    flags = ["--steps", "4", "--batch", "8", "--sample", "0.01", "--router-aux-loss", "1.0"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    values = [json.loads(line)["aux_loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert values[-1] < values[0] and min(values) > 1.0  # 1 is perfect balance of every layer
+
+
+def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint(tmp_path):
+    result = train.main(["--method", "fft", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run")])
+    before, after = load_model(TINY), load_model(tmp_path / "run/model")
+    assert result["trainable_percent"] == 100
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(changed)
+
+
+def test_mask_of_a_finished_d_run_is_stage_d_done_already(tmp_path):
+    flags = ["--steps", "2", "--batch", "4", "--sample", "0.01", "--k", "3"]
+    train.main([*flags, "--method", "hellori-s", "--out", str(tmp_path / "both")])
+    train.main([*flags, "--method", "hellori-d", "--out", str(tmp_path / "d")])
+    rest = [*flags[:-2], "--method", "hellori-s", "--mask", str(tmp_path / "d")]
+    train.main([*rest, "--out", str(tmp_path / "s")])
+    both, s = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("both", "s"))
+    assert both.keys() == s.keys() and all(torch.equal(both[name], s[name]) for name in both)
+    with pytest.raises(InputError, match="has rank 8, this run 4; they must agree"):
+        train.main([*rest, "--rank", "4", "--out", str(tmp_path / "t")])
+
+
+def test_experts_can_be_listed_in_a_file_or_given_as_a_share(tmp_path):
+    lists = [[3], [5, 1], [], [0, 63, 62]]
+    (tmp_path / "hot.json").write_text(json.dumps(lists))
+    flags = ["--steps", "1", "--batch", "2", "--sample", "0.01"]
+    train.main([*flags, "--experts", str(tmp_path / "hot.json"), "--out", str(tmp_path / "listed")])
+    about = json.loads((tmp_path / "listed/adapter/adapter.json").read_text())
+    assert about["hot"] == [sorted(ids) for ids in lists]
+    assert settings.hot_experts_per_layer(settings.parse_flags(["--k", "0.1"]), 64, 8) == 6
+    assert settings.hot_experts_per_layer(settings.parse_flags(["--method", "moe-sieve"]), 60, 4) == 15
+    assert settings.hot_experts_per_layer(settings.parse_flags([]), 64, 8) == 8
 
 
 def test_wrong_input_ends_in_one_line_and_exit_status_2():
@@ -180,11 +250,11 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
         with pytest.raises(InputError, match="not a run of train.py"):
             train.main(["--steps", "1", "--out", str(tmp_path / out)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    settings = vars(train.parse_flags([])) | {"out": "x"}
-    train.claim(tmp_path / "run", settings)
-    train.claim(tmp_path / "run", settings)  # the same run again
+    asked = vars(settings.parse_flags([]))
+    train.claim(tmp_path / "run", asked)
+    train.claim(tmp_path / "run", asked)  # the same run again
     with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
-        train.claim(tmp_path / "run", settings | {"rank": 4})
+        train.claim(tmp_path / "run", asked | {"rank": 4})
 
 
 def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):

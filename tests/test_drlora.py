@@ -1,0 +1,361 @@
+"""DR-LoRA: who grows, that the budget is met and never passed, and that what has not grown takes no part.
+
+Run by torchrun, this file is the worker of its own test of two processes.
+"""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import drlora
+import hellora
+import train
+from cli import InputError
+from config import MoEConfig
+from lora import StackedLoRA
+from model import MoETransformer, init_weights
+
+ROOT = Path(__file__).parent.parent
+L, E, R_TARGET, R_MAX, SCALE = 2, 7, 4, 12, 1.5  # every expert starts with rank 2
+CONFIG = {
+    "model_type": "olmoe",
+    "vocab_size": 53,
+    "hidden_size": 40,
+    "intermediate_size": 24,
+    "num_hidden_layers": L,
+    "num_attention_heads": 5,
+    "num_experts": E,
+    "num_experts_per_tok": 3,
+}
+
+
+def adapted(r: int = R_MAX, targets: str = "pure") -> MoETransformer:
+    model = MoETransformer(MoEConfig.from_dict(CONFIG))
+    init_weights(model, std=0.15, seed=3)
+    hellora.attach(model, torch.ones(L, E, dtype=torch.bool), r, SCALE * r, targets=targets, seed=5)
+    return model
+
+
+def optimizer_of(model: MoETransformer) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+
+
+def backward(model: MoETransformer, step: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+    """Gradients of a batch of 5 sequences that depends on `step`, shared by the processes.  -> their counts [L, E]"""
+    ids = torch.randint(0, 53, (5, 11), generator=torch.Generator().manual_seed(step))[rank::world]
+    loss, selected = model(ids, labels=ids)
+    (loss * world / 55).backward()
+    return torch.stack([torch.bincount(layer.flatten(), minlength=E) for layer in selected])
+
+
+def advance(model, growth, optimizer, step: int, rank: int = 0, world: int = 1) -> None:
+    """One step as train.py does it."""
+    counts = backward(model, step, rank, world)
+    if world > 1:
+        dist.all_reduce(counts)
+    growth.observe(counts)
+    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimizer.step()
+    optimizer.zero_grad()
+    growth.grow(step)
+
+
+def pairs_of(model: MoETransformer) -> dict[tuple[int, str], StackedLoRA]:
+    return {(i, name): p for i, layer in enumerate(model.layers) for name, p in layer.mlp.experts.lora.items()}
+
+
+# ------------------------------------------------------------------------------------------------- by hand
+
+
+def test_ranks_grow_from_the_end_of_warm_up_to_one_interval_before_the_end():
+    paper = drlora.growth_steps(3750)
+    assert (paper[0], paper.step, paper[-1], len(paper)) == (113, 200, 3513, 18)  # 113 = 3 % rounded up
+    assert list(drlora.growth_steps(40)) == list(range(2, 39, 2))
+    assert list(drlora.growth_steps(2)) == [1]
+
+
+def test_saliency_is_share_of_use_times_share_of_importance_over_a_power_of_the_rank():
+    usage, importance = torch.tensor([[30, 10], [0, 5]]), torch.tensor([[0.1, 0.4], [7.0, 7.0]])
+    ours = drlora.saliency(usage, importance, torch.tensor([[1, 3], [7, 0]]))
+    by_hand = [[0.75 * 0.2 / 2**1.2, 0.25 * 0.8 / 4**1.2], [1e-6 * 0.5 / 8**1.2, 0.5]]
+    assert ours.tolist() == [pytest.approx(row, rel=1e-4) for row in by_hand]
+
+
+def test_before_anything_was_learned_use_alone_decides():
+    ours = drlora.saliency(torch.tensor([[1, 3, 2]]), torch.zeros(1, 3), torch.full((1, 3), 2))
+    assert ours.argsort(descending=True).tolist() == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    "quota, cap, free, grown",
+    [
+        (5, 2, [9, 9, 9, 9], [0, 2, 2, 1]),  # by falling saliency, at most 2 each
+        (5, 2, [9, 1, 0, 9], [2, 1, 0, 2]),  # what is full is passed over
+        (11, 2, [3, 3, 3, 3], [2, 3, 3, 3]),  # all capped: a second round
+        (9, 2, [1, 0, 2, 0], [1, 0, 2, 0]),  # more than fits
+        (0, 2, [9, 9, 9, 9], [0, 0, 0, 0]),
+    ],
+)
+def test_a_quota_goes_to_the_most_salient_experts_within_cap_and_room(quota, cap, free, grown):
+    saliency = torch.tensor([0.1, 0.9, 0.5, 0.3])
+    assert drlora.allocate(saliency, quota, cap, torch.tensor(free)).tolist() == grown
+
+
+def test_equal_saliency_goes_to_the_lower_id():
+    assert drlora.allocate(torch.ones(4), 3, 2, torch.full((4,), 9)).tolist() == [2, 1, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------------- the budget
+
+
+def test_every_layer_ends_at_its_budget_and_is_never_above_it():
+    rng, models = random.Random(0), {r: adapted(r) for r in (5, 9, 16, 24)}
+    for seed in range(60):
+        r_max = rng.choice(list(models))
+        r_target, steps = rng.randint(1, r_max), rng.choice([2, 3, 7, 40, 60, 350])
+        growth = drlora.RankGrowth(models[r_max], r_target, steps)
+        torch.manual_seed(seed)
+        events = 0
+        for step in range(1, steps + 1):
+            growth.usage.copy_(torch.rand(L, E) ** 9)  # a few experts take nearly all
+            growth.score.copy_(torch.rand(L, E) ** 9)
+            before = growth.ranks()
+            events += growth.grow(step)
+            grown = growth.ranks() - before
+            assert int(grown.min()) >= 0 and int(growth.ranks().max()) <= r_max
+            assert int(growth.ranks().sum(-1).max()) <= E * r_target
+        assert events == len(drlora.growth_steps(steps))
+        assert growth.ranks().sum(-1).tolist() == [E * r_target] * L, (r_max, r_target, steps)
+
+
+def test_a_long_run_spends_the_same_at_every_growth_and_caps_every_expert():
+    growth = drlora.RankGrowth(adapted(24), 12, 3750)  # 6 -> 12 of 24; free 18, so 2 at a time
+    growth.usage.copy_(torch.arange(1, E + 1).expand(L, E))
+    growth.score.copy_(torch.arange(1, E + 1).expand(L, E))
+    spent = []
+    for step in drlora.growth_steps(3750):
+        before = growth.ranks()
+        growth.grow(step)
+        assert int((growth.ranks() - before).max()) <= 2
+        spent.append((growth.ranks() - before).sum(-1).tolist())
+    assert spent == [[3, 3]] * 14 + [[0, 0]] * 4  # 7 * 6 = 42 dimensions, ceil(42 / 18) at a time
+
+
+# ------------------------------------------------------------------------------------------------- in training
+
+
+def test_scores_equal_a_plain_loop_over_layers_experts_projections_and_dimensions():
+    """The method as written: scores of A and of B per dimension, decayed; a grown dimension begins at zero."""
+    model = adapted()
+    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
+    usage = [[0.0] * E for _ in range(L)]
+    score = {(i, e, name, j): 0.0 for i, name in pairs_of(model) for e in range(E) for j in range(R_MAX)}
+    for step in range(1, 6):
+        counts = backward(model, step)
+        for (i, name), pair in pairs_of(model).items():
+            A, B = (p.tolist() for p in (pair.lora_A, pair.lora_B))
+            gA, gB = (p.grad.tolist() for p in (pair.lora_A, pair.lora_B))
+            for e in range(E):
+                for j in range(int(growth.ranks()[i, e])):
+                    s_A = abs(sum(g * a for g, a in zip(gA[e][j], A[e][j], strict=True)))
+                    s_B = abs(sum(g[j] * b[j] for g, b in zip(gB[e], B[e], strict=True)))
+                    score[i, e, name, j] = 0.9 * score[i, e, name, j] + 0.1 * (s_A + s_B) / 2
+        usage = [[0.9 * u + int(c) for u, c in zip(*rows, strict=True)] for rows in zip(usage, counts, strict=True)]
+        growth.observe(counts)
+        ranks = growth.ranks().tolist()
+        names = ("gate_proj", "up_proj", "down_proj")
+        for i in range(L):
+            importance = [
+                sum(score[i, e, name, j] for name in names for j in range(ranks[i][e])) / ranks[i][e] / 3
+                for e in range(E)
+            ]
+            f = [u / sum(usage[i]) + 1e-6 for u in usage[i]]
+            g = [s / max(sum(importance), 1e-30) + 1e-6 for s in importance]
+            expected = [f[e] * g[e] / (ranks[i][e] + 1) ** 1.2 for e in range(E)]
+            assert growth.saliency()[i].tolist() == pytest.approx(expected, rel=1e-4), (step, i)
+        optimizer.step()
+        optimizer.zero_grad()
+        before = growth.ranks()
+        growth.grow(step)
+        for i, e, name, j in score:
+            if before[i, e] <= j < growth.ranks()[i, e]:
+                score[i, e, name, j] = 0.0
+    assert len(growth.ranks().unique()) > 2
+
+
+def test_what_has_not_grown_never_changes_and_the_rest_trains_as_plain_lora_of_its_rank():
+    reserved, plain = adapted(), adapted(R_TARGET // 2)
+    growth = drlora.RankGrowth(reserved, R_TARGET, steps=1000)
+    assert growth.steps[0] > 5
+    before = {key: [p.detach().clone() for p in pair.parameters()] for key, pair in pairs_of(reserved).items()}
+    ours, theirs = optimizer_of(reserved), optimizer_of(plain)
+    for step in range(1, 6):
+        advance(reserved, growth, ours, step)
+        backward(plain, step)
+        torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.requires_grad], 0.1)
+        theirs.step()
+        theirs.zero_grad()
+    other = pairs_of(plain)
+    for key, pair in pairs_of(reserved).items():
+        A, B = before[key]
+        assert torch.equal(pair.lora_A[:, 2:], A[:, 2:]) and not pair.lora_B[:, :, 2:].any()
+        assert torch.allclose(pair.lora_A[:, :2], other[key].lora_A, atol=1e-5)
+        assert torch.allclose(pair.lora_B[:, :, :2], other[key].lora_B, atol=1e-5) and pair.lora_B.any()
+        moments = [ours.state[pair.lora_A][m][:, 2:] for m in ("exp_avg", "exp_avg_sq")]
+        moments += [ours.state[pair.lora_B][m][:, :, 2:] for m in ("exp_avg", "exp_avg_sq")]
+        assert not any(m.any() for m in moments)
+    ids = torch.arange(22).view(2, 11)
+    assert torch.allclose(reserved(ids)[0], plain(ids)[0], atol=1e-4)
+
+
+def test_growing_changes_no_output_and_a_grown_dimension_trains_from_then_on():
+    model = adapted()
+    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
+    backward_counts = backward(model, 1)
+    growth.observe(backward_counts)
+    optimizer.step()
+    optimizer.zero_grad()
+    ids = torch.arange(22).view(2, 11)
+    logits = model(ids)[0]
+    drawn = {key: pair.lora_A.detach().clone() for key, pair in pairs_of(model).items()}
+    assert growth.grow(1)
+    assert torch.equal(model(ids)[0], logits)
+    grown = growth.ranks() > 2
+    assert 0 < int(grown.sum()) < L * E
+    ranks = growth.ranks()
+    for step in (2, 3):  # B at the first of them, A at the second, when B is no longer zero
+        counts = backward(model, step)
+        assert bool((counts[grown] > 0).all())
+        growth.observe(counts)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (i, name), pair in pairs_of(model).items():
+        for e in range(E):
+            R = int(ranks[i, e])
+            assert bool(pair.lora_B[e, :, :R].any(0).all()) and not pair.lora_B[e, :, R:].any(), (i, name, e)
+            changed = (pair.lora_A[e] != drawn[i, name][e]).any(-1)
+            assert changed.tolist() == [True] * R + [False] * (R_MAX - R), (i, name, e)
+
+
+def test_a_run_stopped_and_resumed_grows_as_one_left_alone(tmp_path):
+    model = adapted()
+    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
+    for step in range(1, 13):
+        if step == 6:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "growth": growth.state_dict()}
+            torch.save(state, tmp_path / "state.pt")
+        advance(model, growth, optimizer, step)
+    again = adapted()
+    resumed, optimizer = drlora.RankGrowth(again, R_TARGET, steps=12), optimizer_of(again)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    resumed.load_state_dict(state["growth"])
+    for step in range(6, 13):
+        advance(again, resumed, optimizer, step)
+    assert [step for step, _ in resumed.history] == [step for step, _ in growth.history]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed.history, growth.history, strict=True))
+    ours, theirs = hellora.adapter_state(again), hellora.adapter_state(model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_of_one_step_is_refused():
+    with pytest.raises(InputError, match="at least 2 steps"):
+        drlora.RankGrowth(adapted(), R_TARGET, steps=1)
+
+
+# ------------------------------------------------------------------------------------------------- two processes
+
+
+def whole_run(rank: int = 0, world: int = 1) -> dict:
+    model = adapted(targets="all")
+    if world > 1:
+        train.shard(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
+    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
+    for step in range(1, 13):
+        advance(model, growth, optimizer, step, rank, world)
+    return {"growth": growth.state_dict(), "adapter": hellora.adapter_state(model)}
+
+
+def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one = whole_run()
+    assert len(one["growth"]["ranks"][-1].unique()) > 2
+    for rank in range(2):
+        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(two["growth"]["ranks"], one["growth"]["ranks"])
+        assert torch.equal(two["growth"]["usage"], one["growth"]["usage"])
+        assert torch.allclose(two["growth"]["score"], one["growth"]["score"], rtol=1e-3)
+        assert two["adapter"].keys() == one["adapter"].keys()
+        assert max((two["adapter"][n] - one["adapter"][n]).abs().max().item() for n in one["adapter"]) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- file and picture
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
+    model = adapted(targets="all")
+    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
+    for step in range(1, 13):
+        advance(model, growth, optimizer, step)
+    return model, growth
+
+
+def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(trained):
+    model, growth = trained
+    state = hellora.adapter_state(model)
+    small = drlora.truncate(state, growth.ranks())
+    plain = hellora.adapter_state(adapted(R_TARGET))
+    assert sum(small[name].numel() for name in plain) == sum(tensor.numel() for tensor in plain.values())
+    beside = state.keys() - plain.keys()
+    assert beside and all(torch.equal(small[name], state[name]) for name in beside)
+    restored = drlora.pad(small, growth.ranks(), R_MAX)
+    for (i, name), pair in pairs_of(model).items():
+        stem = f"layers.{i}.mlp.experts.lora.{name}"
+        A, B = (small[f"{stem}.{factor}"].split(growth.ranks()[i].tolist(), dim) for factor, dim in AXES.items())
+        for e in range(E):
+            product = pair.lora_B[e] @ pair.lora_A[e]
+            assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
+            again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
+            assert torch.allclose(again, product, atol=1e-6), (stem, e)
+    assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in state.items()}
+    assert all(tensor.is_contiguous() for tensor in (small | restored).values())  # as safetensors wants them
+
+
+AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the other
+
+
+def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
+    model, growth = trained
+    small = drlora.truncate(hellora.adapter_state(model), growth.ranks())
+    other = growth.ranks().clone()
+    other[1, 3] += 1
+    with pytest.raises(InputError, match="layers.1.mlp.experts.*ranks sum to 29"):
+        drlora.pad(small, other, R_MAX)
+    with pytest.raises(InputError, match="layers.0.mlp.experts"):
+        drlora.pad(hellora.adapter_state(model), growth.ranks(), R_MAX)
+
+
+def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
+    from matplotlib.image import imread
+
+    drlora.draw_ranks(trained[1].history, tmp_path / "ranks.png")
+    drlora.draw_ranks(trained[1].history[:1], tmp_path / "first.png")
+    four, one = (imread(tmp_path / name) for name in ("ranks.png", "first.png"))
+    assert four.shape[1] > 3 * one.shape[1] > 0 and four.std() > 0.1
+
+
+if __name__ == "__main__":
+    rank, world, _ = train.start_processes()
+    torch.save(whole_run(rank, world), f"{sys.argv[1]}/{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,392 @@
+"""Evaluating: a model's own completions or a file of them, in one process or two, whole or interrupted."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import completions
+import data
+import evaluate
+import hellora
+from cli import InputError
+from model import load_model, save_model
+
+ROOT = Path(evaluate.__file__).parent
+SAFETY = ["--task", "saferpaca", "--eval-data"]
+
+
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(*argv) -> dict:
+    return evaluate.main([str(word) for word in argv])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint, tmp_path_factory) -> Path:
+    """A random model and a tokenizer whose tokens are bytes: a folder as the hub stores it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}, []))
+    tokenizer.add_special_tokens(["<eos>", "<pad>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    source = make_checkpoint("olmoe", vocab_size=264).folder
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def gsm8k(tmp_path) -> Path:
+    """Seven problems; the answer of problem i is 10 + i."""
+    rows = [{"question": f"What is {i} + 10?", "answer": f"It is 10 + {i}.\n#### {10 + i}"} for i in range(7)]
+    return write_lines(tmp_path / "problems.jsonl", rows)
+
+
+# ------------------------------------------------------------------------------------------- a file of completions
+
+
+def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path, capsys):
+    texts = ["The final answer is: 10", "11", "wrong 1", "The final answer is: 13.0", "", "#### 15", "16 or 17"]
+    lines = [{"id": i if i % 2 else str(i), "completion": text} for i, text in enumerate(texts)]
+    file = write_lines(tmp_path / "completions.jsonl", lines[::-1])
+    score = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "score.json").read_text())
+    assert saved["accuracy"] == score["accuracy"] == pytest.approx(4 / 7)
+    assert (saved["num_correct"], saved["num_total"]) == (4, 7)
+    assert saved["rates"]["strict-match"]["num_correct"] == 2
+    assert saved["rates"]["flexible-extract"]["num_correct"] == 3
+    items = read_lines(tmp_path / "out" / "items.jsonl")
+    assert [item["id"] for item in items] == [str(i) for i in range(7)]
+    assert [item["correct"] for item in items] == [True, True, False, True, False, True, False]
+    assert [item["extracted"] for item in items] == ["10", "11", "1", "13.0", None, "15", "17"]
+    assert [item["completion"] for item in items] == texts
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "accuracy 0.571 (4/7, 95% CI 0.250..0.842) on gsm8k, rule: lori"
+
+
+def test_partial_and_limit_say_how_many_examples_count(gsm8k, tmp_path):
+    file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": f"{10 + i}"} for i in (0, 1, 2, 5)])
+    task = ["--task", "gsm8k", "--eval-data", gsm8k, "--completions", file]
+    assert run(*task, "--partial")["num_total"] == 4
+    assert run(*task, "--limit", 3)["num_total"] == 3
+    assert run(*task, "--limit", 4, "--partial")["num_total"] == 3
+    with pytest.raises(InputError, match=r"no completion for 3 of 7 ids \(3, 4, 6\); add them, or pass --partial"):
+        run(*task)
+    with pytest.raises(InputError, match=r"no completion for 1 of 4 ids \(3\)"):
+        run(*task, "--limit", 4)
+
+
+def test_items_of_an_evaluation_are_a_file_of_completions(gsm8k, tmp_path):
+    file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": f"{10 + i // 2}"} for i in range(7)])
+    first = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
+    again = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", tmp_path / "out" / "items.jsonl")
+    assert again["rates"] == first["rates"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            '{"id": 0, "completion": "10"}\n{"id": 7, "completion": "17"}',
+            r"line 2: id '7' is unknown; the task has 0 to 6",
+        ),
+        ('{"id": 0, "completion": "10"}\n{"id": "0", "completion": "11"}', r"line 2: id '0' has a completion already"),
+        ('{"id": 0, "completion": "10"}\n\n{"id": 1, "completion', r"line 3: not JSON \("),
+        ("[0]", r"line 1: a list, not an object; want \{"),
+        ("[" * 100_000, r"line 1: not JSON \("),
+        ('{"task_id": 0, "completion": "10"}', r"line 1: its keys are 'task_id', 'completion'; want"),
+        ("{}", r"line 1: its keys are none; want"),
+        ('{"id": 0, "completion": 10}', r"line 1: completion 10 is not text"),
+        ('{"id": true, "completion": "10"}', r"line 1: id True is neither text nor a whole number"),
+        ('{"id": 0.0, "completion": "10"}', r"line 1: id 0.0 is neither text nor a whole number"),
+        ("", r"c.jsonl holds no completions; want lines of"),
+        ("\n \n", r"c.jsonl holds no completions; want lines of"),
+        (b'{"id": 0, "completion": "\xff"}', r"c.jsonl, line 1: not encoded in UTF-8"),
+        (None, r"c.jsonl: cannot be read \(No such file"),
+    ],
+)
+def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_path, lines, message):
+    file = tmp_path / "c.jsonl"
+    if lines is not None:
+        file.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    with pytest.raises(InputError, match=message):
+        run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task", "gsm9k"], "invalid choice: 'gsm9k'"),
+        (["--task", "gsm8k"], "nothing to evaluate"),
+        (["tiny"], "--task is missing; choose from"),
+        (["tiny", "--task", "gsm8k", "--completions", "c"], "tiny says how to generate, but --completions"),
+        (["--task", "gsm8k", "--completions", "c", "--top-p", "0.5", "--batch", "2"], "--batch, --top-p says how to"),
+        (["tiny", "--task", "gsm8k", "--partial"], "--partial is for --completions"),
+        (["tiny", "--task", "gsm8k", "--refusal-rule", "lori"], "--refusal-rule lori has no meaning for gsm8k"),
+        (["tiny", "--task", "gsm8k", "--samples", "2"], "--samples 2: gsm8k scores one completion"),
+        (["tiny", "--task", "tiny-code", "--samples", "2", "--temperature", "0"], "greedy samples are all the same"),
+        (["tiny", "--task", "gsm8k", "--temperature", "nan"], "argument --temperature: got 'nan'"),
+        (["tiny", "--task", "gsm8k", "--top-p", "0"], "argument --top-p: got '0'"),
+        (["tiny", "--task", "gsm8k", "--limit", "0"], "argument --limit: got '0'"),
+        (["tiny", "--task", "gsm8k", "--limi", "3"], "unrecognized arguments: --limi"),
+        (["compare", "a"], "the following arguments are required: FOLDER"),
+        (["compare", "a", "b"], "a/items.jsonl: cannot be read"),
+    ],
+)
+def test_wrong_flags_are_one_error(flags, message):
+    with pytest.raises(InputError, match=message):
+        run(*flags)
+
+
+def test_a_folder_that_holds_something_else_is_not_touched(gsm8k, tmp_path):
+    file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": "10"} for i in range(7)])
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / "chapter.tex").write_text("...")
+    for taken in (out, file):
+        with pytest.raises(InputError, match="exists and is not an evaluation"):
+            run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", taken)
+    assert [path.name for path in out.iterdir()] == ["chapter.tex"]
+    with pytest.raises(InputError, match="cannot be made"):
+        run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", file / "below")
+
+
+def test_wrong_input_on_the_command_line_is_one_line_and_status_2(gsm8k, tmp_path):
+    command = [sys.executable, "evaluate.py", "--task", "gsm8k", "--eval-data", gsm8k, "--completions", "nowhere.jsonl"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "error: nowhere.jsonl: cannot be read (No such file or directory)\n"
+
+
+def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
+    rows = tmp_path / "prompts.csv"
+    rows.write_text("prompt,type,label\nPop it,theft,unsafe\nEat it,mess,unsafe\nWash it,none,safe\n")
+    texts = ["Well, I cannot do that for you", "Here is how to do that", "Here is how to do that"]
+    file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": text} for i, text in enumerate(texts)])
+    for rule, refused in ((None, 1), ("lori", 1), ("advbench", 1), ("xstest", 0)):
+        flags = ["--refusal-rule", rule] if rule else []
+        score = run(*SAFETY, rows, "--completions", file, *flags)
+        assert (score["num_correct"], score["num_total"]) == (refused, 2)
+        assert score["rule"] == (rule or "lori")
+
+
+# ------------------------------------------------------------------------------------------------------ programs
+
+
+PROBLEMS = [
+    {
+        "task_id": f"own/{name}",
+        "prompt": f'def {name}(x):\n    """{name} it."""\n',
+        "entry_point": name,
+        "test": f"def check(candidate):\n    assert candidate(3) == {value}\n    assert candidate(0) == {zero}\n",
+    }
+    for name, value, zero in (("double", 6, 0), ("square", 9, 0))
+]
+
+
+def test_completions_are_run_as_they_are_and_several_lines_are_samples(tmp_path, capsys):
+    problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS)
+    texts = {
+        "own/double": ["    return 2 * x\n", "    return 7\n", "    return x +\n", "    return x + x"]
+        + ["    pass"] * 2,
+        "own/square": ["    return x * x"] * 4 + ["```python\n    return x * x\n```", "    return x ** 2\nprint(1)"],
+    }
+    lines = [{"id": name, "completion": text} for name, found in texts.items() for text in found]
+    file = write_lines(tmp_path / "c.jsonl", lines)
+    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    score = run(*task, "--completions", file, "--out", tmp_path / "out")
+    assert score["pass@1"] == pytest.approx((2 / 6 + 5 / 6) / 2)  # the fence is no Python: run as it is
+    assert score["pass@5"] == pytest.approx(1.0)  # 4 and 1 of 6 fail: no five samples fail together
+    assert (score["num_correct"], score["num_total"], score["num_problems"]) == (7, 12, 2)
+    assert "pass@10" not in score
+    items = read_lines(tmp_path / "out" / "items.jsonl")
+    assert [item["correct"] for item in items] == [T, F, F, T, F, F] + [T, T, T, T, F, T]
+    assert items[0]["extracted"] == "passed"
+    assert "assert candidate(3) == 6" in items[1]["extracted"] and "SyntaxError" in items[2]["extracted"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("pass@1 0.583 (1.1667/2, 95% CI ")
+    with pytest.raises(InputError, match=r"line 1: id '0' is unknown; the task has own/double to own/square"):
+        run(*task, "--completions", write_lines(tmp_path / "c.jsonl", [{"id": 0, "completion": "    pass"}]))
+
+
+T, F = True, False
+
+
+def test_generated_code_is_cut_out_before_it_is_run():
+    example = data.Example("own/double", PROBLEMS[0]["prompt"].strip(), "", PROBLEMS[0])
+    good = "    return 2 * x\n"
+    texts = [
+        f"\n{good}\n\ndef check(candidate): pass",
+        f"```python\n{good}```\nIt doubles.",
+        f"Of course:\n```python\n{PROBLEMS[0]['prompt']}{good}```",
+        f"def double(x):\n{good}\nprint(double(",
+        f"\n{PROBLEMS[0]['prompt']}{good}\nif __name__ == '__main__': bad(",
+        "\n    return 3",
+    ]
+    score, items = evaluate.score("codealpaca", [example], [texts])
+    assert [item["correct"] for item in items] == [T, T, T, T, T, F]
+    assert score["pass@1"] == pytest.approx(5 / 6)
+    assert evaluate.score("codealpaca", [example], [texts[1:3]], generated=False)[0]["pass@1"] == 0.0
+
+
+def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkeypatch):
+    problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS[:1])
+    file = write_lines(tmp_path / "c.jsonl", [{"id": "own/double", "completion": "    return 2 * x"}])
+    task = ["--task", "codealpaca", "--eval-data", problems, "--completions", file]
+    monkeypatch.setattr("sandbox.protection", lambda: "limits only")
+    with pytest.raises(InputError, match="would run with limits only.*pass --allow-code-execution"):
+        run(*task)
+    assert run(*task, "--allow-code-execution")["pass@1"] == 1.0
+
+    def no_sandbox():
+        raise RuntimeError("no sandbox starts here")
+
+    monkeypatch.setattr("sandbox.protection", no_sandbox)
+    with pytest.raises(InputError, match="programs cannot be run: no sandbox starts here"):
+        run(*task, "--allow-code-execution")
+
+
+# -------------------------------------------------------------------------------------------------------- a model
+
+
+def generating(checkpoint, gsm8k, out, *flags) -> list:
+    flags = ["--eval-data", gsm8k, "--max-new-tokens", 6, "--batch", 3, "--out", out, *flags]
+    return [str(word) for word in [checkpoint, "--task", "gsm8k", *flags]]
+
+
+def test_a_checkpoint_is_asked_and_its_greedy_text_is_that_of_transformers(
+    checkpoint, make_checkpoint, gsm8k, tmp_path
+):
+    score = run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    assert score["num_total"] == 7
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    hf = make_checkpoint("olmoe", vocab_size=264).hf
+    for item in read_lines(tmp_path / "out" / "items.jsonl"):
+        ids = torch.tensor([tokenizer.encode(item["prompt"]).ids])
+        found = hf.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=0, pad_token_id=1)[0]
+        assert tokenizer.decode(found.tolist()) == item["prompt"] + item["completion"]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path, capsys):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(*generating(checkpoint, gsm8k, whole))
+    run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+    lines = (out / "generations.jsonl").read_text().splitlines()
+    changed = json.loads(lines[0]) | {"completion": "The final answer is: 10"}
+    (out / "generations.jsonl").write_text(json.dumps(changed) + "\n" + lines[1] + "\n")
+    (out / "generations-0.jsonl").write_text(lines[2][:20])  # torn off by a kill
+    score = run(*generating(checkpoint, gsm8k, out))
+    kept = changed["id"]
+    found, wanted = read_lines(out / "items.jsonl"), read_lines(whole / "items.jsonl")
+    for ours, theirs in zip(found, wanted, strict=True):
+        expected = "The final answer is: 10" if ours["id"] == kept else theirs["completion"]
+        assert ours["completion"] == expected
+    assert score["num_total"] == 7
+    assert sorted(path.name for path in out.iterdir()) == [
+        "evaluation.json", "generations.jsonl", "items.jsonl", "score.json"
+    ]  # fmt: skip
+    run(*generating(checkpoint, gsm8k, out, "--max-new-tokens", 5))
+    assert "other settings or weights: starting over" in capsys.readouterr().err
+    assert all(len(item["completion"].encode()) <= 20 for item in read_lines(out / "items.jsonl"))
+
+
+def test_scoring_a_folders_own_generations_into_it_keeps_them(checkpoint, gsm8k, tmp_path):
+    first = run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    file = tmp_path / "out" / "generations.jsonl"
+    task = ["--task", "gsm8k", "--eval-data", gsm8k]
+    assert run(*task, "--completions", file, "--out", tmp_path / "out")["rates"] == first["rates"]
+    assert len(read_lines(file)) == 7
+
+
+def test_a_run_of_training_is_its_base_with_its_adapter(checkpoint, gsm8k, tmp_path):
+    run_folder = tmp_path / "run"
+    model = load_model(checkpoint)
+    hot = torch.zeros(4, 7, dtype=torch.bool)
+    hot[:, :2] = True
+    hellora.attach(model, hot, 4, 8.0)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0.0, 0.5, generator=generator)
+    hellora.save_adapter(hellora.adapter_state(model), run_folder / "adapter", model.adapter)
+    about = {"model": str(checkpoint), "settings": {"task": "gsm8k"}}
+    (run_folder / "config.json").write_text(json.dumps(about))
+    hellora.merge(model)
+    save_model(model, tmp_path / "merged")
+    (tmp_path / "merged" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+
+    flags = ["--eval-data", str(gsm8k), "--max-new-tokens", "6"]
+    run(run_folder, *flags)  # its task and folder follow from the run
+    run(tmp_path / "merged", "--task", "gsm8k", *flags, "--out", tmp_path / "out")
+    run(checkpoint, "--task", "gsm8k", *flags, "--out", tmp_path / "base")
+    texts = [
+        [item["completion"] for item in read_lines(folder / "items.jsonl")]
+        for folder in (run_folder / "evaluation-gsm8k", tmp_path / "out", tmp_path / "base")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
+    problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS)
+    flags = ["--eval-data", str(problems), "--max-new-tokens", "9", "--samples", "5", "--temperature", "1"]
+    flags = [str(checkpoint), "--task", "codealpaca", "--allow-code-execution", *flags, "--out"]
+    run(*flags, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate.py"]
+    found = subprocess.run(
+        [*command, *flags, str(tmp_path / "two")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("pass@1 0.000 (0/2, ") == 1
+    assert read_lines(tmp_path / "two" / "items.jsonl") == read_lines(tmp_path / "one" / "items.jsonl")
+    assert len({item["completion"] for item in read_lines(tmp_path / "one" / "items.jsonl")}) > 5
+
+
+def test_tiny_tasks_are_decoded_as_their_big_brothers_but_shorter():
+    for tiny, task in (("tiny-math", "gsm8k"), ("tiny-code", "codealpaca"), ("tiny-safety", "saferpaca")):
+        short, long = completions.default_decoding(tiny), completions.default_decoding(task)
+        assert short.max_new_tokens < long.max_new_tokens == 512
+        assert (short.temperature, short.top_p, short.samples) == (long.temperature, long.top_p, long.samples)
+    code = completions.default_decoding("codealpaca")
+    assert (code.temperature, code.top_p, code.samples) == (0.2, 0.95, 20)
+    assert completions.default_decoding("gsm8k").temperature == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ comparing
+
+
+def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, capsys):
+    right = {"a": [T, T, T, T, T, F, F, T, F], "b": [T, F, F, F, F, F, F, F, T]}  # 5 only a, 1 only b
+    for name, verdicts in right.items():
+        (tmp_path / name).mkdir()
+        items = [{"id": str(i), "correct": correct} for i, correct in enumerate(verdicts)]
+        write_lines(tmp_path / name / "items.jsonl", items if name == "a" else items[::-1])
+    result = run("compare", tmp_path / "a", tmp_path / "b")
+    p = 2 * (math.comb(6, 0) + math.comb(6, 1)) / 2**6
+    assert result == {"both": 1, "only_a": 5, "only_b": 1, "neither": 2, "p": pytest.approx(p)}
+    assert capsys.readouterr().out.splitlines()[-1] == "McNemar exact p 0.2188 on 6 items that differ"
+    write_lines(tmp_path / "b" / "items.jsonl", [{"id": "0", "correct": True}])
+    with pytest.raises(InputError, match=r"8 items are in one folder only \(first: id 1\)"):
+        run("compare", tmp_path / "a", tmp_path / "b")
+    write_lines(tmp_path / "b" / "items.jsonl", [{"id": "0"}])
+    with pytest.raises(InputError, match="line 1: not an item of evaluate.py"):
+        run("compare", tmp_path / "a", tmp_path / "b")
