@@ -1,0 +1,254 @@
+"""Pre-trains the tiny model: generated text -> tokenizer -> a mixture-of-experts model in the hub's layout.
+
+    python tiny/make.py --minutes 60                                                 # one process
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tiny/make.py --minutes 60          # one process per core
+
+The model has OLMoE's architecture with 64 experts per layer and 8 per token, but only 5 million parameters, so
+an hour on a laptop suffices. It learns the three worlds of tasks.py in other formats than fine-tuning uses.
+The learning rate follows the clock, not a number of steps: a slow machine sees less text but still ends well.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tasks
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
+
+from model import MoEConfig, MoETransformer, init_weights, save_model  # noqa: E402
+
+CONFIG = {
+    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 1024, "hidden_size": 128,
+    "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512,
+    "tie_word_embeddings": False, "attention_bias": False, "attention_dropout": 0.0, "router_aux_loss_coef": 0.01,
+    "output_router_logits": False, "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": 0,
+    "pad_token_id": 1, "use_cache": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+EOS, PADDING = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
+ROW_TOKENS, ROWS = 256, 8  # a process sees ROWS rows of ROW_TOKENS tokens per step
+WARM_UP, CLIP, WEIGHT_DECAY, Z_LOSS = 100, 1.0, 0.1, 0.001
+SAVE_MINUTES = 5
+HELD_OUT_SEED = 999_983
+HOT = 8  # the routing report counts the tokens of this many most used experts
+
+# The prompts that fine-tuning and evaluation will use, so that they cost few tokens.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+CHAT = "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
+CHAT += "Human: {instruction}\n\nAssistant: {output}"
+MATH_PROMPT = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+
+
+def tokenizer_texts(seed: int) -> Iterator[str]:
+    """Pre-training documents and a smaller number of fine-tuning examples."""
+    for _, text in itertools.islice(tasks.pretraining_documents(seed), 20_000):
+        yield text
+    for row in tasks.math_rows(2000, "train", seed):
+        yield row["question"] + MATH_PROMPT + row["answer"].replace("####", "The final answer is:")
+    for row in tasks.code_rows(2000, seed):
+        yield ALPACA.format_map(row)
+    for row in tasks.safety_rows(2000, seed):
+        yield ALPACA.format_map(row)
+        yield CHAT.format_map(row)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE in which every digit is a token: any text survives encoding and decoding."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS, PADDING], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    sample = "Zoë paid 1,234 €\t for  北京 🙂\n\n  def f(x):\r\n"
+    assert tokenizer.decode(tokenizer.encode(sample).ids) == sample, "the tokenizer does not round-trip"
+    return tokenizer
+
+
+def token_rows(tokenizer: Tokenizer, documents: Iterator[str], count: int) -> Iterator[Tensor]:
+    """Endless batches [count, ROW_TOKENS + 1] cut from the stream of documents, which EOS tokens separate."""
+    need, ids = count * ROW_TOKENS + 1, []
+    for text in documents:
+        ids += tokenizer.encode(text).ids + [CONFIG["eos_token_id"]]
+        if len(ids) >= need:
+            flat = torch.tensor(ids[:need])
+            yield torch.cat([flat[:-1].view(count, -1), flat[ROW_TOKENS::ROW_TOKENS, None]], dim=1)
+            ids = ids[need - 1 :]
+
+
+def load_balancing_loss(router_logits: Tensor, selected: Tensor) -> Tensor:
+    """E * sum over slots k and experts e of f[k, e] * P[e], as OLMoE and the hub's models compute it.
+
+    f[k, e] is the share of tokens whose k-th expert is e, and P[e] the mean router probability of e. Tokens of
+    all layers count together, so experts of different layers may balance each other: perfect balance gives K
+    (not 1), and each layer can be skewed. router_logits [L, T, E], selected [L, B, S, K].
+    """
+    E, K = router_logits.shape[-1], selected.shape[-1]
+    slots = selected.reshape(-1, K)  # [L*T, K]
+    f = F.one_hot(slots, E).float().mean(dim=0)  # [K, E]
+    P = router_logits.reshape(-1, E).softmax(dim=-1).mean(dim=0)  # [E]
+    return E * (f * P).sum()
+
+
+def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross-entropy in nats per token, load-balancing loss, router z-loss, and selected experts [L, B, S, K]."""
+    logits, selected, router_logits = model(rows[:, :-1], output_router_logits=True)  # logits [B, S, V]
+    loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    z = router_logits.logsumexp(dim=-1).square().mean()
+    return loss, load_balancing_loss(router_logits, selected), z, selected
+
+
+def make_optimizer(model: MoETransformer) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices but not on norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def share(model: MoETransformer, numbers: list[float], world: int) -> list[float]:
+    """Average gradients and some numbers over the processes, in one all-reduce of one flat vector."""
+    grads = [p.grad for p in model.parameters()]
+    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(numbers)])
+    if world > 1:
+        dist.all_reduce(flat)
+        flat /= world
+    *means, tail = flat.split([g.numel() for g in grads] + [len(numbers)])
+    for grad, mean in zip(grads, means, strict=True):
+        grad.copy_(mean.view_as(grad))
+    return tail.tolist()
+
+
+def learning_rate(peak: float, step: int, progress: float) -> float:
+    """Linear warm-up over the first steps; a cosine from the peak to a tenth of it over the run's time."""
+    cosine = 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return peak * cosine * min(1.0, (step + 1) / WARM_UP)
+
+
+@torch.no_grad()
+def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
+    """Held-out loss of each kind of document, the skew of its routing, and the overlap of the kinds' hot sets."""
+    lines, hot = [], {}
+    for kind in ("math", "code", "safety"):
+        documents = (text for k, text in tasks.pretraining_documents(HELD_OUT_SEED) if k == kind)
+        loss, _, _, selected = losses(model, next(token_rows(tokenizer, documents, 16)))
+        chosen = selected.flatten(1)  # [L, B*S*K]
+        counts = torch.stack([c.bincount(minlength=CONFIG["num_experts"]) for c in chosen])  # [L, E]
+        top = counts.topk(HOT, dim=-1)
+        hot[kind] = [set(experts) for experts in top.indices.tolist()]
+        shares = (top.values.sum(dim=-1) / counts.sum(dim=-1)).tolist()
+        lines.append(
+            f"  {kind:6} held-out loss {loss.item():.4f}; tokens on the {HOT} hottest experts of each layer: "
+            + " ".join(f"{100 * s:.0f} %" for s in shares)
+        )
+    for a, b in itertools.combinations(hot, 2):
+        overlap = [len(x & y) / len(x | y) for x, y in zip(hot[a], hot[b], strict=True)]
+        lines.append(f"  {a} and {b}: Jaccard of hot sets by layer " + " ".join(f"{j:.2f}" for j in overlap))
+    return "\n".join(lines)
+
+
+def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the hub layout to a hidden folder, then move each file into place, so readers see whole files."""
+    partial = out / ".partial"
+    save_model(model, partial, dtype=torch.bfloat16)
+    tokenizer.save(str(partial / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PADDING}
+    settings["model_max_length"] = CONFIG["max_position_embeddings"]
+    (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    for file in partial.iterdir():
+        os.replace(file, out / file.name)
+    partial.rmdir()
+
+
+def train(args: argparse.Namespace, rank: int, world: int) -> None:
+    """The whole run of one process; process 0 logs, evaluates and saves."""
+    log = (args.out / "make.log").open("w") if rank == 0 else None
+
+    def say(text: str) -> None:
+        if log:
+            print(text, flush=True)
+            print(text, file=log, flush=True)
+
+    trained = [train_tokenizer(tokenizer_texts(args.seed), CONFIG["vocab_size"]).to_str() if rank == 0 else ""]
+    if world > 1:
+        dist.broadcast_object_list(trained)
+    tokenizer = Tokenizer.from_str(trained[0])
+    model = MoETransformer(MoEConfig.from_dict(CONFIG))
+    init_weights(model, args.std, args.seed)
+    optimizer = make_optimizer(model)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{size / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {world} process(es), lr {args.lr}")
+
+    documents = (text for _, text in tasks.pretraining_documents(args.seed * 1000 + rank + 1))
+    start, saved, last = time.monotonic(), 0.0, (0, 0.0)
+    for step, rows in enumerate(token_rows(tokenizer, documents, ROWS)):
+        loss, balance, z, _ = losses(model, rows)
+        (loss + CONFIG["router_aux_loss_coef"] * balance + Z_LOSS * z).backward()
+        # The processes agree on the mean of their clocks, hence on the learning rate and on when to stop.
+        numbers = [loss.item(), balance.item(), (time.monotonic() - start) / 60]
+        mean_loss, mean_balance, minutes = share(model, numbers, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        lr = learning_rate(args.lr, step, minutes / args.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        if step % 50 == 0:
+            tokens = (step + 1) * world * rows[:, 1:].numel()
+            speed = (tokens - last[0]) / (60 * (minutes - last[1]))
+            last = tokens, minutes
+            say(
+                f"step {step:5d}  {minutes:5.1f} min  {tokens / 1e6:6.2f} M tokens  lr {lr:.1e}  "
+                f"loss {mean_loss:.4f}  balance {mean_balance:.2f}  {speed:.0f} tokens/s"
+            )
+        done = minutes >= args.minutes
+        if done or minutes - saved >= SAVE_MINUTES:
+            saved = minutes
+            if rank == 0:
+                save(model, tokenizer, args.out)
+                say(f"saved after {minutes:.1f} min, {step + 1} steps\n{report(model, tokenizer)}")
+        if done:
+            return
+
+
+def main() -> None:
+    """Parse the command line, join the other processes if there are any, and train."""
+    parser = argparse.ArgumentParser(description="Pre-train the tiny mixture-of-experts model.")
+    parser.add_argument("--minutes", type=float, default=60, help="time of the training (default 60)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
+    parser.add_argument("--std", type=float, default=0.02, help="standard deviation of initial weights")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: tiny/")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("gloo")
+    train(args, int(os.environ.get("RANK", "0")), world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
