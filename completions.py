@@ -24,6 +24,7 @@ from cli import InputError
 from data import Example
 from generate import stream
 from model import MoETransformer, load_model, read_config, resolve
+from peft_files import base_of, load_any_adapter
 
 # ------------------------------------------------------------------------------------------------ from a model
 
@@ -63,22 +64,30 @@ def run_config(source: str) -> dict | None:
     return config if is_run else None
 
 
+def locate(source: str) -> tuple[Path, Path | None]:
+    """Folders of the checkpoint and of the adapter that `source` stands for; full fine-tuning leaves no adapter."""
+    run, folder = run_config(source), Path(source)
+    if run is None:
+        base = base_of(folder)  # of an adapter that PEFT saved
+        return (resolve(base), folder) if base else (resolve(source), None)
+    return (folder / "model", None) if (folder / "model").is_dir() else (resolve(run["model"]), folder / "adapter")
+
+
 def load_subject(source: str, dtype: torch.dtype, device: torch.device) -> tuple[MoETransformer, Tokenizer]:
     """The model and tokenizer of a run folder (its base and adapter), a checkpoint folder, a hub id, or 'tiny'."""
-    run = run_config(source)
-    folder = resolve(run["model"] if run else source)
+    folder, adapter = locate(source)
     tokenizer = data.load_tokenizer(folder, read_config(folder))
     model = load_model(folder, dtype=dtype, device=device)
-    if run:
-        hellora.load_adapter(model, Path(source) / "adapter")
+    if adapter:
+        load_any_adapter(model, adapter)
+        if dtype == torch.float32:  # faster, and as LoRI evaluates; in bfloat16 merging would round the update off
+            hellora.merge(model)
     return model.eval(), tokenizer
 
 
 def fingerprint(source: str) -> list:
     """What tells one state of a model's files from another: their names, sizes and times."""
-    run = run_config(source)
-    folders = [Path(source) / "adapter", resolve(run["model"])] if run else [resolve(source)]
-    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    files = sorted(file for folder in locate(source) if folder for file in folder.glob("*.safetensors"))
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

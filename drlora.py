@@ -1,10 +1,9 @@
 """DR-LoRA: every expert starts with half of the rank, and the ranks that are used and learn grow until it is spent.
 
-    attach(model, all_experts, r_max, alpha)            # r_max dimensions reserved in every expert's pairs, B = 0
-    growth = RankGrowth(model, r_target, steps)         # after sharding, if there are several processes
+    attach(model, all_experts, r, alpha, r_max=RESERVED * r)    # r_max dimensions in every expert's pairs, B = 0
+    growth = RankGrowth(model, r, steps)                # after sharding, if there are several processes
     loss.backward(); growth.observe(counts)             # every step: scores; no gradient for what is not grown yet
     clip; optimizer.step(); growth.grow(step)           # at a few steps: the ranks of every layer grow
-    save_adapter(truncate(adapter_state(model), growth.ranks()), ...)
 
 An expert's first R of r_max dimensions train. The others have a random row of A and a zero column of B: they add
 nothing, and A's row gets no gradient under a zero B. B's column would get one; it is set to zero before clipping, so
@@ -28,6 +27,7 @@ Dimensions: L layers, E experts a layer (all of them adapted), R rank of an expe
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -35,11 +35,9 @@ from cli import InputError
 from model import MoETransformer
 
 GAMMA = 1.2  # how strongly a large rank counts against growing more
+RESERVED = 2  # r_max / r_target: the rank to attach with
 DECAY = 0.9  # per optimizer step, of both scores
 EPS = 1e-6  # an expert that was not asked, or did not learn, still ranks by the other factor
-
-
-# ------------------------------------------------------------------------------------ decisions: numbers to ranks
 
 
 def growth_steps(steps: int) -> range:
@@ -72,9 +70,6 @@ def allocate(saliency: Tensor, quota: int, cap: int, free: Tensor) -> Tensor:
     return grown
 
 
-# ---------------------------------------------------------------------------------------------------- in training
-
-
 class RankGrowth:
     """The ranks of all experts during a run. Every process holds the same numbers and decides the same."""
 
@@ -90,7 +85,7 @@ class RankGrowth:
         self.budget = E * r_target  # of a layer
         self.quota = -(-E * (r_target - r_init) // len(self.steps))  # of a layer, at one growth
         self.cap = max(1, -(-(self.r_max - r_init) // 10))  # of an expert, at one growth
-        self.usage = torch.zeros(L, E, device=B.device)
+        self.usage = torch.zeros(L, E)  # on the CPU, as ranks and counts are
         self.score = torch.zeros(L, E, device=B.device)
         self.history = [(0, torch.full((L, E), r_init))]  # after which step, the ranks [L, E]
         self.set_masks()
@@ -112,7 +107,7 @@ class RankGrowth:
     def observe(self, counts: Tensor) -> None:
         """Score the experts and hold back what has not grown. Call it after backward and before clipping.
 
-        counts [L, E]: tokens routed to every expert in this step, over all processes.
+        counts [L, E]: tokens that chose each expert in this step, over all processes; on the CPU.
         """
         self.usage.mul_(DECAY).add_(counts)
         layers = []
@@ -128,19 +123,18 @@ class RankGrowth:
 
     def saliency(self) -> Tensor:
         """Who should grow next.  float64 [L, E]"""
-        return saliency(self.usage.cpu(), self.score.cpu() / self.ranks(), self.ranks())
+        return saliency(self.usage, self.score.cpu() / self.ranks(), self.ranks())
 
-    def grow(self, step: int) -> bool:
-        """Grow the ranks if `step` is one of growth_steps; call it after the optimizer's step.  -> whether it was"""
+    def grow(self, step: int) -> None:
+        """Grow the ranks if `step` is one of growth_steps. Call it after the optimizer's step."""
         if step not in self.steps:
-            return False
+            return
         grown = [
             row + allocate(priority, min(self.quota, self.budget - int(row.sum())), self.cap, self.r_max - row)
             for row, priority in zip(self.ranks(), self.saliency(), strict=True)
         ]
         self.history.append((step, torch.stack(grown)))
         self.set_masks()
-        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed run needs to go on as if nothing had happened; the same on every process."""
@@ -152,9 +146,6 @@ class RankGrowth:
         self.usage.copy_(state["usage"])
         self.score.copy_(state["score"])
         self.set_masks()
-
-
-# ----------------------------------------------------------------------------------------------- file and picture
 
 
 def trains(ranks: Tensor, r_max: int) -> Tensor:
@@ -176,17 +167,20 @@ def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
     return kept
 
 
-def pad(state: dict[str, Tensor], ranks: Tensor, r_max: int) -> dict[str, Tensor]:
-    """The inverse of `truncate`, zeros where nothing was kept. Raises InputError if ranks and tensors differ."""
-    padded = dict(state)
-    for name in (name for name in state if ".experts." in name):
-        is_A, mask = name.endswith("lora_A"), trains(ranks[int(name.split(".")[1])], r_max)
-        rows = state[name] if is_A else state[name].mT  # [sum of R, in or out]
-        if rows.dim() != 2 or len(rows) != int(mask.sum()):
-            raise InputError(f"{name} is {tuple(state[name].shape)}, its ranks sum to {mask.sum()}; a damaged adapter?")
-        stack = rows.new_zeros(*mask.shape, rows.shape[1])  # [E, r_max, in or out]
-        stack[mask] = rows
-        padded[name] = stack if is_A else stack.mT.contiguous()
+def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
+    """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
+    padded, largest = {}, int(ranks.max())
+    for name, tensor in state.items():
+        rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
+        if ".experts." in name:
+            mask = trains(ranks[int(name.split(".")[1])], largest)
+            if len(rows) != int(mask.sum()):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
+            stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
+            stack[mask] = rows
+        else:
+            stack = F.pad(rows, (0, 0, 0, largest - len(rows)))  # [largest, in or out]
+        padded[name] = stack if name.endswith("lora_A") else stack.mT.contiguous()
     return padded
 
 
@@ -197,11 +191,10 @@ def draw_ranks(history: list[tuple[int, Tensor]], path: Path) -> None:
     shown = [history[i] for i in sorted({round(i * (len(history) - 1) / 3) for i in range(4)})]
     figure = Figure(figsize=(4 * len(shown) + 1, 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    limits = {"vmin": 0, "vmax": int(history[-1][1].max())}  # ranks never shrink
+    limits = {"vmin": 0, "vmax": int(shown[-1][1].max())}  # ranks never shrink
     for axes, (step, ranks) in zip(panels, shown, strict=True):
         image = axes.imshow(ranks.numpy(), aspect="auto", cmap="cividis", interpolation="nearest", **limits)
         axes.set(xlabel="expert", title=f"after step {step}" if step else "at the start")
     panels[0].set(ylabel="layer", yticks=range(0, len(ranks), -(-len(ranks) // 16)))
-    figure.suptitle("Rank of every expert")
-    figure.colorbar(image, ax=panels, label="rank", pad=0.01)
+    figure.colorbar(image, ax=panels, label="rank of the expert", pad=0.01)
     figure.savefig(path)

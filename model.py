@@ -121,7 +121,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.view(len(x), -1, self.head_dim) for t in (q, k, v))  # [T, H, Dh]
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [T, H, Dh]
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         q = layout.pad(q)  # [B, Hq, S, Dh]
         k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
@@ -369,7 +369,8 @@ def resolve(path: str | Path) -> Path:
         if not (Path(path) / "config.json").is_file():
             raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
         return Path(path)
-    wanted = ["config.json", "generation_config.json", "tokenizer.json", "*.safetensors", "*.index.json"]
+    beside = ["tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *beside]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

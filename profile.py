@@ -47,6 +47,7 @@ import data
 import hellora
 from cli import InputError
 from model import MoEConfig, MoETransformer, load_model, read_config, resolve
+from settings import RECIPES
 
 PLOT_FORMATS = (".png", ".pdf", ".svg")
 
@@ -331,17 +332,6 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
 # --------------------------------------------------------------------------------------------------- command
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, if any.  -> rank, world size, device"""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
 def main(argv: list[str] | None = None) -> RoutingProfile:
     parser = cli.Parser(description="Count which experts of every layer a task uses.")
     parser.add_argument("--model", default="tiny", help="'tiny' (embedded), a checkpoint folder, or a hub id")
@@ -349,9 +339,6 @@ def main(argv: list[str] | None = None) -> RoutingProfile:
     parser.add_argument("--train-data", metavar="FILE", help="a local copy of the task's training file")
     parser.add_argument("--sample", type=cli.number(float, 0, 1, above=True), default=0.1, help="share of it to use")
     parser.add_argument("--warmup", default="none", choices=("none", "lora"), help="count on the base, or during LoRA")
-    parser.add_argument("--rank", type=cli.number(int, 1), default=32, help="LoRA rank of the warm-up")
-    parser.add_argument("--alpha", type=cli.number(float, 0, above=True), default=64.0, help="of the warm-up")
-    parser.add_argument("--lr", type=cli.number(float, 0, above=True), default=4e-4, help="of the warm-up")
     parser.add_argument("--k", type=cli.number(int, 1), help="hot experts per layer (default: experts per token)")
     parser.add_argument("--seed", type=cli.number(int, 0, 2**31 - 1), default=0, help="of every random choice")
     parser.add_argument("--batch", type=cli.number(int, 1), default=16, help="examples a forward pass or warm-up step")
@@ -371,13 +358,14 @@ def main(argv: list[str] | None = None) -> RoutingProfile:
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
     out, picture = (path and writable(path) for path in (args.out, args.plot))
 
-    rank, world, device = start_processes()
+    rank, world, device = cli.start_processes()
     model = load_model(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
     pad_id = config.pad_token_id or 0
     progress = functools.partial(tqdm, unit="batch", disable=None if rank == 0 else True)  # None: only on a terminal
     if args.warmup == "lora":
         batches = progress(warmup_batches(items, args.batch, pad_id, args.seed, rank, world))
-        counted = profile_warmup(model, batches, r=args.rank, alpha=args.alpha, lr=args.lr, seed=args.seed)
+        recipe = RECIPES[args.task]
+        counted = profile_warmup(model, batches, r=recipe.r, alpha=recipe.alpha, lr=recipe.lr, seed=args.seed)
     else:
         parts = data.micro_batches(items, args.batch, rank, world)
         counted = profile_routing(model, progress([data.collate(part, pad_id) for part in parts if part]))
@@ -387,8 +375,8 @@ def main(argv: list[str] | None = None) -> RoutingProfile:
         save_profile(counted, out, args.model, args.task)
         if picture:
             plot(counted.counts, num_hot, title, picture)
-        print(f"wrote {' and '.join(str(path) for path in (out, picture) if path)}", title, sep="\n")
-        print(*table(counted.counts, num_hot), sep="\n")
+    cli.say(f"wrote {' and '.join(str(path) for path in (out, picture) if path)}", title)
+    cli.say(*table(counted.counts, num_hot))
     if world > 1:
         dist.destroy_process_group()
     return counted

@@ -113,7 +113,7 @@ def _level() -> Level:
             verdict = _run(level, Program(probe, f"def check(look): assert look() {expected}", "look"), 10.0)
             if verdict.passed:
                 return level
-    hint = f" (as root, the folders above {sys.base_prefix} need chmod o+x: programs run as nobody)"
+    hint = f" (root must let everyone enter the folders above {sys.base_prefix} and {tempfile.gettempdir()}: chmod o+x)"
     raise RuntimeError(f"no sandbox starts here: {verdict.outcome}{hint if os.geteuid() == 0 else ''}")
 
 

@@ -240,26 +240,15 @@ def _text(error: BaseException) -> str:
 # --------------------------------------------------------------------------------------------- candidate
 
 
-OPERATIONS = {
-    "call": lambda function, *arguments, **keywords: function(*arguments, **keywords),
-    "getattr": getattr,
-    "getitem": operator.getitem,
-    "bool": bool,
-    "len": len,
-    "iter": iter,
-    "next": next,
-}
-
-# functions of os
 DANGEROUS = """kill killpg system fork forkpty posix_spawn posix_spawnp execv execve remove unlink rmdir removedirs
-rename renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink""".split()
+rename renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink"""  # names in os
 
 
 def _serve_guarded(requests: int, replies: int) -> None:
     """Where files and processes of others are in reach: take away what an accident needs, as the reference does."""
     import subprocess
 
-    for name in DANGEROUS:
+    for name in DANGEROUS.split():
         setattr(os, name, None)
     subprocess.Popen = None
     _serve(requests, replies)
@@ -268,14 +257,21 @@ def _serve_guarded(requests: int, replies: int) -> None:
 def _serve(requests: int, replies: int) -> None:
     """Run the program, then do what the checker asks."""
     namespace, objects = {}, {}  # an empty namespace as in the reference: `__name__` is not "__main__"
-    operations = OPERATIONS | {
+    operations = {
         "exec": lambda code: exec(compile(code, "<program>", "exec", dont_inherit=True), namespace),
         "global": lambda name: namespace[name],
+        "call": lambda function, *arguments, **keywords: function(*arguments, **keywords),
+        "getattr": getattr,
+        "getitem": operator.getitem,
+        "bool": bool,
+        "len": len,
+        "iter": iter,
+        "next": next,
     }
 
     def keep(value):
         if isinstance(value, ModuleType) and value.__name__.partition(".")[0] in sys.stdlib_module_names:
-            return {"module": [value.__name__]}  # the checker takes its own
+            return {"module": [value.__name__]}
         objects[id(value)] = value
         return {"object": [id(value)]}
 
@@ -340,7 +336,7 @@ def _judge(task: int, requests: int, replies: int, verdict: int) -> None:
             raise _exception(first, second)
         for argument, after in zip(arguments, second or (), strict=False):
             _change(argument, _decode(after, stand_in))
-        return _decode(first, stand_in)
+        return _decode(first, imported if operation == "global" else stand_in)
 
     def refer(value):
         if isinstance(value, _Remote):
@@ -348,9 +344,11 @@ def _judge(task: int, requests: int, replies: int, verdict: int) -> None:
         raise TypeError(f"a test cannot hand a {type(value).__name__} to the program")
 
     def stand_in(kind: str, key):
-        if kind == "module" and key.partition(".")[0] in sys.stdlib_module_names:
-            return importlib.import_module(key)
         return _Remote(ask, key)
+
+    def imported(kind: str, key):  # a module that the program imported is also there for its test: our own copy
+        known = kind == "module" and key.partition(".")[0] in sys.stdlib_module_names
+        return importlib.import_module(key) if known else stand_in(kind, key)
 
     class Names(dict):
         """Globals of the test: its own; then, before the program's, the builtins."""

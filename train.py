@@ -339,12 +339,13 @@ def count(
         profile.check_fits(counted, model.config, args.profile)
         return counted
     sample = data.sample(items, args.sample, args.seed)
-    parts = data.micro_batches(sample, args.micro_batch, rank, world)
-    batches = [data.collate(part, model.config.pad_token_id or 0) for part in parts if part]
+    pad_id = model.config.pad_token_id or 0
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
     if args.warmup == "lora":
+        batches = profile.warmup_batches(sample, args.micro_batch, pad_id, args.seed, rank, world)
         return profile.profile_warmup(model, batches, r=args.rank, alpha=args.alpha, lr=args.lr, seed=args.seed)
-    return profile.profile_routing(model, batches)
+    parts = data.micro_batches(sample, args.micro_batch, rank, world)
+    return profile.profile_routing(model, [data.collate(part, pad_id) for part in parts if part])
 
 
 def draw_loss(losses: list[float], path: Path, title: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import cli
 import drlora
 import hellora
 import train
@@ -121,16 +122,15 @@ def test_every_layer_ends_at_its_budget_and_is_never_above_it():
         r_target, steps = rng.randint(1, r_max), rng.choice([2, 3, 7, 40, 60, 350])
         growth = drlora.RankGrowth(models[r_max], r_target, steps)
         torch.manual_seed(seed)
-        events = 0
         for step in range(1, steps + 1):
             growth.usage.copy_(torch.rand(L, E) ** 9)  # a few experts take nearly all
             growth.score.copy_(torch.rand(L, E) ** 9)
             before = growth.ranks()
-            events += growth.grow(step)
+            growth.grow(step)
             grown = growth.ranks() - before
             assert int(grown.min()) >= 0 and int(growth.ranks().max()) <= r_max
             assert int(growth.ranks().sum(-1).max()) <= E * r_target
-        assert events == len(drlora.growth_steps(steps))
+        assert [step for step, _ in growth.history[1:]] == list(drlora.growth_steps(steps))
         assert growth.ranks().sum(-1).tolist() == [E * r_target] * L, (r_max, r_target, steps)
 
 
@@ -217,14 +217,13 @@ def test_what_has_not_grown_never_changes_and_the_rest_trains_as_plain_lora_of_i
 def test_growing_changes_no_output_and_a_grown_dimension_trains_from_then_on():
     model = adapted()
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
-    backward_counts = backward(model, 1)
-    growth.observe(backward_counts)
+    growth.observe(backward(model, 1))
     optimizer.step()
     optimizer.zero_grad()
     ids = torch.arange(22).view(2, 11)
     logits = model(ids)[0]
     drawn = {key: pair.lora_A.detach().clone() for key, pair in pairs_of(model).items()}
-    assert growth.grow(1)
+    growth.grow(1)
     assert torch.equal(model(ids)[0], logits)
     grown = growth.ranks() > 2
     assert 0 < int(grown.sum()) < L * E
@@ -317,9 +316,14 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
     small = drlora.truncate(state, growth.ranks())
     plain = hellora.adapter_state(adapted(R_TARGET))
     assert sum(small[name].numel() for name in plain) == sum(tensor.numel() for tensor in plain.values())
-    beside = state.keys() - plain.keys()
-    assert beside and all(torch.equal(small[name], state[name]) for name in beside)
-    restored = drlora.pad(small, growth.ranks(), R_MAX)
+    restored, largest = drlora.pad(small, growth.ranks()), int(growth.ranks().max())
+    beside = {name.removesuffix(".lora_B") for name in state.keys() - plain.keys() if name.endswith("lora_B")}
+    for stem in beside:  # attention and router: untouched, then zeros
+        before, after = ([d[f"{stem}.lora_B"], d[f"{stem}.lora_A"]] for d in (state, restored))
+        assert all(small[f"{stem}.{factor}"] is state[f"{stem}.{factor}"] for factor in AXES)
+        assert torch.allclose(after[0] @ after[1], before[0] @ before[1], atol=1e-6)
+    assert len(beside) == 5 * L
+    assert R_TARGET < largest <= R_MAX
     for (i, name), pair in pairs_of(model).items():
         stem = f"layers.{i}.mlp.experts.lora.{name}"
         A, B = (small[f"{stem}.{factor}"].split(growth.ranks()[i].tolist(), dim) for factor, dim in AXES.items())
@@ -328,8 +332,9 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
             assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
             again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
             assert torch.allclose(again, product, atol=1e-6), (stem, e)
-    assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in state.items()}
-    assert all(tensor.is_contiguous() for tensor in (small | restored).values())  # as safetensors wants them
+    of_largest = hellora.adapter_state(adapted(largest, targets="all"))
+    assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
+    assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors wants them
 
 
 AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the other
@@ -340,10 +345,8 @@ def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
     small = drlora.truncate(hellora.adapter_state(model), growth.ranks())
     other = growth.ranks().clone()
     other[1, 3] += 1
-    with pytest.raises(InputError, match="layers.1.mlp.experts.*ranks sum to 29"):
-        drlora.pad(small, other, R_MAX)
-    with pytest.raises(InputError, match="layers.0.mlp.experts"):
-        drlora.pad(hellora.adapter_state(model), growth.ranks(), R_MAX)
+    with pytest.raises(ValueError, match="layers.1.mlp.experts.*ranks sum to 29"):
+        drlora.pad(small, other)
 
 
 def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
@@ -356,6 +359,6 @@ def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
 
 
 if __name__ == "__main__":
-    rank, world, _ = train.start_processes()
+    rank, world, _ = cli.start_processes()
     torch.save(whole_run(rank, world), f"{sys.argv[1]}/{rank}.pt")
     dist.destroy_process_group()

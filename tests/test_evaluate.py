@@ -314,8 +314,8 @@ def test_scoring_a_folders_own_generations_into_it_keeps_them(checkpoint, gsm8k,
     assert len(read_lines(file)) == 7
 
 
-def test_a_run_of_training_is_its_base_with_its_adapter(checkpoint, gsm8k, tmp_path):
-    run_folder = tmp_path / "run"
+def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(checkpoint, gsm8k, tmp_path):
+    lora, full = tmp_path / "lora", tmp_path / "full"
     model = load_model(checkpoint)
     hot = torch.zeros(4, 7, dtype=torch.bool)
     hot[:, :2] = True
@@ -324,22 +324,25 @@ def test_a_run_of_training_is_its_base_with_its_adapter(checkpoint, gsm8k, tmp_p
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0.0, 0.5, generator=generator)
-    hellora.save_adapter(hellora.adapter_state(model), run_folder / "adapter", model.adapter)
-    about = {"model": str(checkpoint), "settings": {"task": "gsm8k"}}
-    (run_folder / "config.json").write_text(json.dumps(about))
+    hellora.save_adapter(hellora.adapter_state(model), lora / "adapter", model.adapter)
     hellora.merge(model)
-    save_model(model, tmp_path / "merged")
-    (tmp_path / "merged" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    save_model(model, full / "model")
+    (full / "model" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
+    about = {"model": str(checkpoint), "settings": {"task": "gsm8k"}}
+    for folder in (lora, full):
+        (folder / "config.json").write_text(json.dumps(about))
 
-    flags = ["--eval-data", str(gsm8k), "--max-new-tokens", "6"]
-    run(run_folder, *flags)  # its task and folder follow from the run
-    run(tmp_path / "merged", "--task", "gsm8k", *flags, "--out", tmp_path / "out")
+    flags = ["--eval-data", gsm8k, "--max-new-tokens", 6]
+    run(lora, *flags)  # its task and folder follow from the run
+    run(lora, *flags, "--dtype", "bfloat16", "--out", tmp_path / "rounded")  # here the adapter stays apart
+    run(full, *flags)
+    run(full / "model", "--task", "gsm8k", *flags, "--out", tmp_path / "folder")
     run(checkpoint, "--task", "gsm8k", *flags, "--out", tmp_path / "base")
-    texts = [
-        [item["completion"] for item in read_lines(folder / "items.jsonl")]
-        for folder in (run_folder / "evaluation-gsm8k", tmp_path / "out", tmp_path / "base")
-    ]
-    assert texts[0] == texts[1] != texts[2]
+    outs = (lora / "evaluation-gsm8k", full / "evaluation-gsm8k", tmp_path / "folder", tmp_path / "base")
+    texts = [[item["completion"] for item in read_lines(out / "items.jsonl")] for out in outs]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+    rounded = [item["completion"] for item in read_lines(tmp_path / "rounded" / "items.jsonl")]
+    assert sum(a[:1] == b[:1] for a, b in zip(rounded, texts[0], strict=True)) >= 4, "the adapter got lost"
 
 
 def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):

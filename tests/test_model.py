@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 from cli import InputError
 from config import MoEConfig
@@ -22,6 +23,7 @@ from model import (
     SparseMoE,
     grouped_linear,
     init_weights,
+    load_balancing_loss,
     load_model,
     read_config,
     resolve,
@@ -338,13 +340,29 @@ def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(make_chec
 @torch.no_grad()
 def test_the_head_runs_only_where_there_is_a_label_or_on_last_tokens(olmoe):
     model, rows = load_model(olmoe.folder), []
-    model.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    model.norm.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))  # what the head gets
     ids = random_ids(61, B, S)
     labels = torch.full((B, S), -100)
     labels[0, 3:5] = labels[3, 1] = 7
     model(ids, LENGTHS, labels=labels)
     model(ids, LENGTHS, last_only=True)
     assert rows == [3, B]
+
+
+def test_the_load_balancing_losses_equal_those_of_transformers_in_values_and_gradients():
+    E, top_k = 7, 3
+    router_logits = torch.randn(4, 90, E, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    want_layers = [load_balancing_loss_func((logits,), E, top_k) / top_k for logits in router_logits]
+    wanted = {
+        "concat": load_balancing_loss_func(tuple(router_logits), E, top_k),  # tokens of all layers together
+        "layer": sum(want_layers) / len(want_layers),
+    }
+    for form, want in wanted.items():
+        loss = load_balancing_loss(router_logits, top_k, form)
+        grad, want_grad = (torch.autograd.grad(value, router_logits)[0] for value in (loss, want))
+        torch.testing.assert_close(loss, want)
+        torch.testing.assert_close(grad, want_grad)
+    assert (wanted["concat"] - top_k * wanted["layer"]).abs() > 1e-3  # the two differ here
 
 
 # ------------------------------------------------------------------------------------------------ KV cache
@@ -481,6 +499,13 @@ def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoin
         torch.testing.assert_close(hf(ids).logits, want, atol=1e-4, rtol=0)
 
 
+@both_families
+def test_a_missing_rope_theta_means_the_default_of_transformers_for_that_family(make_checkpoint, tmp_path, family):
+    shutil.copy(make_checkpoint(family).folder / "config.json", tmp_path)
+    rewrite_config(tmp_path, rope_parameters=...)
+    assert read_config(tmp_path).rope_theta == AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"]
+
+
 def test_a_missing_rms_norm_eps_means_one_in_a_hundred_thousand(olmoe, copied):
     rewrite_config(copied, rms_norm_eps=...)
     assert load_model(copied).layers[0].input_layernorm.eps == olmoe.hf.config.rms_norm_eps == 1e-5
@@ -577,7 +602,6 @@ def test_an_index_that_is_none_is_refused(copied, text):
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}},
         {"hidden_size": ...},
         {"num_experts": ...},
-        {"rope_parameters": ..., "rope_theta": ...},
         {"num_experts_per_tok": 8},
         {"num_experts_per_tok": 0},
     ],

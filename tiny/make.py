@@ -1,10 +1,13 @@
 """Pre-trains the tiny model: generated text -> tokenizer -> a mixture-of-experts model in the hub's layout.
 
-    python tiny/make.py --minutes 60                                                 # one process
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tiny/make.py --minutes 60          # one process per core
+    export OMP_NUM_THREADS=1
+    torchrun --nproc_per_node 2 tiny/make.py --minutes 65                             # one process per core
+    torchrun --nproc_per_node 2 tiny/make.py --minutes 16 --base tiny --words 0.15 --lr 2e-3
 
 The model has OLMoE's architecture with 64 experts per layer and 8 per token, but only 5 million parameters, so
-an hour on a laptop suffices. It learns the three worlds of tasks.py in other formats than fine-tuning uses.
+an hour on a laptop suffices. It learns the three worlds of tasks.py in other formats than fine-tuning uses. The
+second command adds words of the fine-tuning formats, in random order: a token that pre-training never shows cannot
+be written later, since an adapter does not reach the LM head.
 The learning rate follows the clock, not a number of steps: a slow machine sees less text but still ends well.
 """
 
@@ -13,6 +16,8 @@ import itertools
 import json
 import math
 import os
+import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +32,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
 
-from model import MoEConfig, MoETransformer, init_weights, save_model  # noqa: E402
+from model import MoEConfig, MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
 
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 1024, "hidden_size": 128,
@@ -55,10 +60,8 @@ CHAT += "Human: {instruction}\n\nAssistant: {output}"
 MATH_PROMPT = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 
 
-def tokenizer_texts(seed: int) -> Iterator[str]:
-    """Pre-training documents and a smaller number of fine-tuning examples."""
-    for _, text in itertools.islice(tasks.pretraining_documents(seed), 20_000):
-        yield text
+def fine_tuning_texts(seed: int) -> Iterator[str]:
+    """Training examples of the three tasks, as fine-tuning and evaluation will write them."""
     for row in tasks.math_rows(2000, "train", seed):
         yield row["question"] + MATH_PROMPT + row["answer"].replace("####", "The final answer is:")
     for row in tasks.code_rows(2000, seed):
@@ -66,6 +69,26 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
     for row in tasks.safety_rows(2000, seed):
         yield ALPACA.format_map(row)
         yield CHAT.format_map(row)
+
+
+def tokenizer_texts(seed: int) -> Iterator[str]:
+    """Pre-training documents and a smaller number of fine-tuning examples."""
+    for _, text in itertools.islice(tasks.pretraining_documents(seed), 20_000):
+        yield text
+    yield from fine_tuning_texts(seed)
+
+
+def documents(seed: int, words: float) -> Iterator[str]:
+    """The stream to train on: pre-training documents, and a share of words in random order, each said twice."""
+    rng, plain = random.Random(seed), tasks.pretraining_documents(seed)
+    pieces = [piece for text in fine_tuning_texts(seed) for piece in re.findall(r"\s*\S+", text)] if words else []
+    rare = sorted(set(pieces))
+    while True:
+        if rng.random() >= words:
+            yield next(plain)[1]
+        else:  # half of the pieces as often as they occur, half of them all alike
+            said = "".join(rng.choice(rng.choice((pieces, rare))) for _ in range(rng.randrange(4, 17)))
+            yield f"Say:{said}\nSaid:{said}\n"
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -96,26 +119,12 @@ def token_rows(tokenizer: Tokenizer, documents: Iterator[str], count: int) -> It
             ids = ids[need - 1 :]
 
 
-def load_balancing_loss(router_logits: Tensor, selected: Tensor) -> Tensor:
-    """E * sum over slots k and experts e of f[k, e] * P[e], as OLMoE and the hub's models compute it.
-
-    f[k, e] is the share of tokens whose k-th expert is e, and P[e] the mean router probability of e. Tokens of
-    all layers count together, so experts of different layers may balance each other: perfect balance gives K
-    (not 1), and each layer can be skewed. router_logits [L, T, E], selected [L, B, S, K].
-    """
-    E, K = router_logits.shape[-1], selected.shape[-1]
-    slots = selected.reshape(-1, K)  # [L*T, K]
-    f = F.one_hot(slots, E).float().mean(dim=0)  # [K, E]
-    P = router_logits.reshape(-1, E).softmax(dim=-1).mean(dim=0)  # [E]
-    return E * (f * P).sum()
-
-
-def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy in nats per token, load-balancing loss, router z-loss, and selected experts [L, B, S, K]."""
-    logits, selected, router_logits = model(rows[:, :-1], output_router_logits=True)  # logits [B, S, V]
+def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy in nats per token, load-balancing loss over the concatenated layers, router z-loss."""
+    logits, _, router_logits = model(rows[:, :-1], output_router_logits=True)  # logits [B, S, V]
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     z = router_logits.logsumexp(dim=-1).square().mean()
-    return loss, load_balancing_loss(router_logits, selected), z, selected
+    return loss, load_balancing_loss(router_logits, CONFIG["num_experts_per_tok"], "concat"), z
 
 
 def make_optimizer(model: MoETransformer) -> torch.optim.AdamW:
@@ -147,19 +156,22 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
 
 @torch.no_grad()
 def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
-    """Held-out loss of each kind of document, the skew of its routing, and the overlap of the kinds' hot sets."""
+    """Held-out loss and accuracy of each kind of document, its routing's skew, and the overlap of the hot sets."""
     lines, hot = [], {}
     for kind in ("math", "code", "safety"):
         documents = (text for k, text in tasks.pretraining_documents(HELD_OUT_SEED) if k == kind)
-        loss, _, _, selected = losses(model, next(token_rows(tokenizer, documents, 16)))
+        rows = next(token_rows(tokenizer, documents, 16))
+        logits, selected = model(rows[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        right = (logits.argmax(-1) == rows[:, 1:]).double().mean()
         chosen = selected.flatten(1)  # [L, B*S*K]
         counts = torch.stack([c.bincount(minlength=CONFIG["num_experts"]) for c in chosen])  # [L, E]
         top = counts.topk(HOT, dim=-1)
         hot[kind] = [set(experts) for experts in top.indices.tolist()]
         shares = (top.values.sum(dim=-1) / counts.sum(dim=-1)).tolist()
         lines.append(
-            f"  {kind:6} held-out loss {loss.item():.4f}; tokens on the {HOT} hottest experts of each layer: "
-            + " ".join(f"{100 * s:.0f} %" for s in shares)
+            f"  {kind:6} held-out loss {loss.item():.4f}, next token right {right.item():.1%}; "
+            f"tokens on the {HOT} hottest experts of each layer: " + " ".join(f"{100 * s:.0f} %" for s in shares)
         )
     for a, b in itertools.combinations(hot, 2):
         overlap = [len(x & y) / len(x | y) for x, y in zip(hot[a], hot[b], strict=True)]
@@ -182,27 +194,33 @@ def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
 
 def train(args: argparse.Namespace, rank: int, world: int) -> None:
     """The whole run of one process; process 0 logs, evaluates and saves."""
-    log = (args.out / "make.log").open("w") if rank == 0 else None
+    log = (args.out / "make.log").open("a" if args.base else "w") if rank == 0 else None
 
     def say(text: str) -> None:
         if log:
             print(text, flush=True)
             print(text, file=log, flush=True)
 
-    trained = [train_tokenizer(tokenizer_texts(args.seed), CONFIG["vocab_size"]).to_str() if rank == 0 else ""]
-    if world > 1:
-        dist.broadcast_object_list(trained)
-    tokenizer = Tokenizer.from_str(trained[0])
-    model = MoETransformer(MoEConfig.from_dict(CONFIG))
-    init_weights(model, args.std, args.seed)
+    if args.base:
+        tokenizer, model = Tokenizer.from_file(str(args.base / "tokenizer.json")), load_model(args.base)
+    else:
+        trained = [train_tokenizer(tokenizer_texts(args.seed), CONFIG["vocab_size"]).to_str() if rank == 0 else ""]
+        if world > 1:
+            dist.broadcast_object_list(trained)
+        tokenizer = Tokenizer.from_str(trained[0])
+        model = MoETransformer(MoEConfig.from_dict(CONFIG))
+        init_weights(model, args.std, args.seed)
     optimizer = make_optimizer(model)
     size = sum(p.numel() for p in model.parameters())
-    say(f"{size / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {world} process(es), lr {args.lr}")
-
-    documents = (text for _, text in tasks.pretraining_documents(args.seed * 1000 + rank + 1))
+    say(
+        f"{size / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {world} process(es), lr {args.lr}, "
+        f"{args.words:.0%} words, from {'a checkpoint' if args.base else 'random weights'}"
+    )
+    # Another start, another text.
+    text = documents(args.seed * 1000 + rank + 1 + (500 if args.base else 0), args.words)
     start, saved, last = time.monotonic(), 0.0, (0, 0.0)
-    for step, rows in enumerate(token_rows(tokenizer, documents, ROWS)):
-        loss, balance, z, _ = losses(model, rows)
+    for step, rows in enumerate(token_rows(tokenizer, text, ROWS)):
+        loss, balance, z = losses(model, rows)
         (loss + CONFIG["router_aux_loss_coef"] * balance + Z_LOSS * z).backward()
         # The processes agree on the mean of their clocks, hence on the learning rate and on when to stop.
         numbers = [loss.item(), balance.item(), (time.monotonic() - start) / 60]
@@ -239,8 +257,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
     parser.add_argument("--std", type=float, default=0.02, help="standard deviation of initial weights")
+    parser.add_argument("--base", type=Path, help="go on from the model in this folder, with new text")
+    parser.add_argument("--words", type=float, default=0.0, help="share of words in random order (default 0)")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: tiny/")
+    parser.add_argument("--report", action="store_true", help="only report on the model in --out")
     args = parser.parse_args()
+    if args.report:
+        print(report(load_model(args.out), Tokenizer.from_file(str(args.out / "tokenizer.json"))))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:

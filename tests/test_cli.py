@@ -1,0 +1,164 @@
+"""cli.py: what every command accepts, refuses and answers."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+from cli import InputError, Parser, number
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="cook.py", description="Cook.")
+    parser.add_argument("--steps", type=number(int, 1), default=30, help="how often to stir")
+    parser.add_argument("--salt", type=number(float, 0, 2, above=True), default=0.5, help="in spoons")
+    parser.add_argument("--dish", choices=["soup", "stew"], default="soup", help="what to cook")
+    return parser
+
+
+@pytest.mark.parametrize(
+    "limits, text, value",
+    [
+        ((int, 1), "1", 1),
+        ((int, 0, 5), "5", 5),
+        ((int, -3), "-3", -3),
+        ((float, 0), "0", 0.0),
+        ((float, 0, 1), "1e-3", 0.001),
+        ((float, 0, 1), "1", 1.0),
+    ],
+)
+def test_number_accepts_what_lies_within_its_limits(limits, text, value):
+    parsed = number(*limits)(text)
+    assert parsed == value and type(parsed) is limits[0]
+
+
+@pytest.mark.parametrize(
+    "limits, above, text",
+    [
+        ((int, 1), False, "0"),
+        ((int, 1), False, "1.5"),
+        ((int, 1), False, "1e3"),
+        ((int, 1), False, "many"),
+        ((int, 1), False, ""),
+        ((int, 0, 5), False, "6"),
+        ((float, 0), True, "0"),
+        ((float, 0, 1), True, "0.0"),
+        ((float, 0, 1), False, "1.001"),
+        ((float, 0), False, "-1e-9"),
+        ((float, 0), False, "nan"),
+        ((float, 0), False, "inf"),
+        ((float, -1), False, "-inf"),
+    ],
+)
+def test_number_refuses_everything_else_and_says_what_is_allowed(limits, above, text):
+    with pytest.raises(argparse.ArgumentTypeError) as caught:
+        number(*limits, above=above)(text)
+    message = str(caught.value)
+    assert repr(text) in message and str(limits[1]) in message
+    assert ("whole number" in message) == (limits[0] is int)
+    assert ("above" in message) == above
+    assert len(limits) < 3 or f"at most {limits[2]}" in message
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--step", "3"], "--step"),  # no abbreviation
+        (["--steps"], "--steps"),
+        (["--steps", "0"], "'0'"),
+        (["--salt", "0"], "'0'"),
+        (["--dish", "cake"], "cake"),
+        (["--pepper", "1"], "--pepper"),
+        (["extra"], "extra"),
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_is_one_line_that_names_it_and_the_help(argv, named):
+    with pytest.raises(InputError) as caught:
+        make_parser().parse_args(argv)
+    message = str(caught.value)
+    assert "\n" not in message and named in message and "cook.py --help" in message
+
+
+def test_right_flags_are_parsed_and_the_help_shows_the_defaults(capsys):
+    args = make_parser().parse_args(["--steps", "7", "--dish", "stew"])
+    assert vars(args) == {"steps": 7, "salt": 0.5, "dish": "stew"}
+    with pytest.raises(SystemExit) as end:
+        make_parser().parse_args(["--help"])
+    assert end.value.code == 0
+    assert "how often to stir (default: 30)" in capsys.readouterr().out
+
+
+def test_a_subcommand_is_as_strict_as_its_parser():
+    parser = Parser(prog="cook.py")
+    boil = parser.add_subparsers(dest="command", required=True).add_parser("boil")
+    boil.add_argument("--minutes", type=number(int, 1))
+    assert parser.parse_args(["boil", "--minutes", "4"]).minutes == 4
+    for argv in (["boil", "--min", "4"], ["boil", "--minutes", "x"], ["fry"], []):
+        with pytest.raises(InputError):
+            parser.parse_args(argv)
+
+
+def stop(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("text", ["salt is 9; want at most 2", "two\nlines\n  of it"])
+def test_wrong_input_ends_a_command_with_status_2_and_one_line_on_stderr(capsys, text):
+    with pytest.raises(SystemExit) as end:
+        cli.run(stop(InputError(text)))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert (out, err) == ("", f"error: {' '.join(text.split())}\n")
+
+
+def test_only_the_main_process_prints(capsys, monkeypatch):
+    for rank, says in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.is_main_process() == says
+        cli.say("first", "second")
+        with pytest.raises(SystemExit) as end:
+            cli.run(stop(InputError("wrong")))
+        out, err = capsys.readouterr()
+        assert end.value.code == 2
+        assert (out, err) == (("first\nsecond\n", "error: wrong\n") if says else ("", ""))
+
+
+def test_a_bug_keeps_its_traceback_and_a_finished_command_returns():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+    assert cli.run(lambda: {"loss": 1.0}) is None
+
+
+def test_an_interrupted_command_ends_with_the_status_of_an_interrupt():
+    with pytest.raises(SystemExit) as end:
+        cli.run(stop(KeyboardInterrupt()))
+    assert end.value.code == 130
+
+
+def test_without_torchrun_there_is_one_process():
+    rank, world, device = cli.start_processes()
+    assert (rank, world) == (0, 1)
+    assert device.type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize("body, status, said", [("raise cli.InputError('no')", 2, "error: no\n"), ("1 / 0", 1, None)])
+def test_the_exit_status_of_a_command_tells_wrong_input_from_a_bug(body, status, said):
+    code = f"import cli\ndef main():\n    {body}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status
+    assert done.stderr == said if said else "Traceback" in done.stderr

@@ -1,0 +1,469 @@
+"""Merged checkpoints and PEFT adapters: loaded by transformers and peft, they compute what the adapted model does."""
+
+import json
+import shutil
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn as nn
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import export
+import hellora
+import lori
+from cli import InputError
+from lora import sparsify
+from model import MoETransformer, load_model, read_config
+from peft_files import base_of, load_any_adapter, read_peft, write_peft
+
+R, ALPHA, SEED = 5, 7.0, 3
+# Hot experts by layer, as many as each model has layers; one layer without.
+HOT = {"olmoe": [[1, 4, 6], [0], [], [2, 3, 5, 6]], "mixtral": [[0, 5], [], [1, 2, 4]]}
+KINDS = ("lora", "dora", "lori", "lori-s")
+
+
+def randomise(model: MoETransformer) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.copy_(parameter * (1 + 0.1 * noise) if name.endswith("lora_m") else 0.3 * noise)
+
+
+def make_run(base: Path, run: Path, kind: str = "lora", targets: str = "all", dtype=torch.float32) -> MoETransformer:
+    """A run folder as train.py leaves it, its adapter random; the adapted model."""
+    model = load_model(base, dtype)
+    hot = hellora.hot_mask(HOT[model.config.model_type], model.config)
+    settings = {"kind": kind.removesuffix("-s"), "targets": targets, "seed": SEED}
+    hellora.attach(model, hot, R, ALPHA, **settings)
+    randomise(model)
+    if kind == "lori-s":
+        positions = lori.top_entries(hellora.adapter_state(model))
+        hellora.detach(model)
+        hellora.attach(model, hot, R, ALPHA, **settings)
+        sparsify(model, positions)
+        randomise(model)
+    hellora.save_adapter(hellora.adapter_state(model), run / "adapter", model.adapter)
+    about = {"task": "tiny-math", "train_data": None, "max_length": 64, "method": "hellora"}
+    (run / "config.json").write_text(json.dumps({"model": str(base), "settings": about}))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    """Of our models and of transformers', on the same ids."""
+    result = model(torch.randint(2, 50, (3, 17), generator=torch.Generator().manual_seed(0)))
+    return result[0] if isinstance(result, tuple) else result.logits
+
+
+def assert_close(got: Tensor, want: Tensor) -> None:
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def merged(base: Path, run: Path, out: Path, **options) -> Path:
+    out.mkdir()
+    adapter, factors = export.read_factors(run / "adapter", read_config(base))
+    export.write_merged(out, adapter, factors, base, **options)
+    return out
+
+
+def peft_folder(base: Path, run: Path, out: Path, **options) -> Path:
+    out.mkdir()
+    config = read_config(base)
+    adapter, factors = export.read_factors(run / "adapter", config)
+    write_peft(out, adapter, factors, config, "somewhere/base", **options)
+    return out
+
+
+def load_peft(base: Path, folder: Path) -> peft.PeftModel:
+    """PEFT's own way to load, on transformers' model; what it could not place is a failure."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+        result = model.load_adapter(folder, "again")
+    assert not [str(w.message) for w in caught if "missing" in str(w.message) or "unexpected" in str(w.message)]
+    assert not result.missing_keys and not result.unexpected_keys
+    return model
+
+
+# ----------------------------------------------------------------------------------------- merged checkpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", HOT)
+def test_merged_checkpoint_computes_what_the_adapter_does(family, kind, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    adapted = make_run(base, tmp_path, kind)
+    want = logits(adapted)
+    assert (want - logits(load_model(base))).abs().max() > 0.1 * want.abs().max()  # it does something
+    out = merged(base, tmp_path, tmp_path / "out")
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(out).eval()), want)
+    ours = load_model(out)
+    assert_close(logits(ours), want)
+    hellora.merge(adapted)
+    for name, W in ours.named_parameters():  # adapted keeps its hot experts in front
+        other = adapted.get_parameter(name)
+        if ".experts." in name:
+            other = other[adapted.get_submodule(name.rpartition(".")[0]).rows]
+        torch.testing.assert_close(W, other, rtol=0, atol=1e-6)
+
+
+def test_shards_hold_every_weight_once_below_the_limit_and_load_by_their_index(olmoe, tmp_path):
+    want = logits(make_run(olmoe.folder, tmp_path))
+    out = merged(olmoe.folder, tmp_path, tmp_path / "out", shard_bytes=100_000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    shards = {file.name: load_file(file) for file in sorted(out.glob("*.safetensors"))}
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards.values()]
+    assert len(sizes) > 3 and max(sizes) <= 100_000 and sum(sizes) == index["metadata"]["total_size"]
+    assert all(a + b > 100_000 for a, b in pairwise(sizes))  # none is cut short
+    assert index["weight_map"] == {key: name for name, shard in shards.items() for key in shard}
+    assert list(shards) == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    assert_close(logits(load_model(out)), want)
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(out).eval()), want)
+
+
+def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_config(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    exact = load_file(merged(olmoe.folder, tmp_path, tmp_path / "exact") / "model.safetensors")
+    out = merged(olmoe.folder, tmp_path, tmp_path / "out", dtype=torch.bfloat16)
+    got = load_file(out / "model.safetensors")
+    assert got.keys() == exact.keys() and all(torch.equal(got[key], exact[key].bfloat16()) for key in got)
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert (tmp_path / "exact/config.json").read_bytes() == (olmoe.folder / "config.json").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ PEFT
+
+
+@pytest.mark.parametrize("kind, targets", [("lora", "all"), ("lori", "pure"), ("lori-s", "gate")])
+@pytest.mark.parametrize("family", HOT)
+def test_peft_computes_what_the_adapter_does_on_transformers_own_model(
+    family, kind, targets, make_checkpoint, tmp_path
+):
+    base = make_checkpoint(family).folder
+    want = logits(make_run(base, tmp_path, kind, targets))
+    assert (want - logits(load_model(base))).abs().max() > 0.1 * want.abs().max()
+    assert_close(logits(load_peft(base, peft_folder(base, tmp_path, tmp_path / "out"))), want)
+
+
+def linear_for_every_matrix(folder: Path) -> nn.Module:
+    """The weights of a checkpoint as transformers 4 holds them: a tree of modules, an nn.Linear for every matrix."""
+    tree = nn.Module()
+    for key, W in load_file(folder / "model.safetensors").items():
+        *path, leaf, _ = key.split(".")
+        node = tree
+        for name in path:
+            if not hasattr(node, name):
+                node.add_module(name, nn.Module())
+            node = getattr(node, name)
+        linear = nn.Linear(W.shape[-1], len(W), bias=False)
+        linear.weight.data = W.view(len(W), -1)
+        node.add_module(leaf, linear)
+    return tree
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("family", HOT)
+def test_with_a_linear_per_expert_peft_makes_of_both_layouts_the_merged_weights(
+    family, compact, make_checkpoint, tmp_path
+):
+    base = make_checkpoint(family).folder
+    make_run(base, tmp_path)
+    want = load_file(merged(base, tmp_path, tmp_path / "merged") / "model.safetensors")
+    out = peft_folder(base, tmp_path, tmp_path / "out", compact=compact)
+    tree = nn.Module()
+    tree.add_module("base", linear_for_every_matrix(base))
+    tree = peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(out), tree.base)
+    state = {
+        key.removeprefix("base_model.model."): value
+        for key, value in load_file(out / "adapter_model.safetensors").items()
+    }
+    assert not peft.set_peft_model_state_dict(tree, state).unexpected_keys
+    layers = {name: module for name, module in tree.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
+    assert {f"{name}.lora_A.weight" for name in layers} == {key for key in state if "lora_A" in key}
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer.weight + layer.get_delta_weight("default"), want[f"{name}.weight"])
+    changed = [key for key, W in load_file(base / "model.safetensors").items() if not torch.equal(W, want[key])]
+    assert {key.removesuffix(".weight") for key in changed} <= set(layers)
+
+
+def test_compact_leaves_out_cold_experts_and_stops_under_transformers_5(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out", compact=True)
+    keys = load_file(out / "adapter_model.safetensors")
+    found = {tuple(int(part) for part in key.split(".") if part.isdecimal()) for key in keys if ".experts." in key}
+    assert found == {(i, e) for i, ids in enumerate(HOT["olmoe"]) for e in ids}
+    with pytest.raises(RuntimeError, match="size mismatch"):  # and not a model without its experts
+        peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(olmoe.folder), out)
+
+
+# ----------------------------------------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("layout", ["all", "compact", "saved again"])
+@pytest.mark.parametrize("family", HOT)
+def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpoint, tmp_path):
+    base, targets = make_checkpoint(family).folder, {"all": "all", "compact": "gate", "saved again": "pure"}[layout]
+    adapted = make_run(base, tmp_path, targets=targets)
+    adapter, state = hellora.read_adapter(tmp_path / "adapter")
+    state["layers.0.mlp.experts.lora.up_proj.lora_B"][0] = 0  # an expert that has not learnt is still hot
+    hellora.save_adapter(state, tmp_path / "adapter", adapter)
+    out = peft_folder(base, tmp_path, tmp_path / "out", compact=layout == "compact")
+    if layout == "saved again":  # by PEFT under transformers 5: one pair for all experts of a layer
+        load_peft(base, out).save_pretrained(tmp_path / "again", selected_adapters=["default"])
+        out = tmp_path / "again"
+        assert any(".experts.base_layer." in key for key in load_file(out / "adapter_model.safetensors"))
+    got, tensors = read_peft(out, adapted.config)
+    assert (got.hot, got.r, got.alpha, got.targets, got.kind) == (HOT[family], R, ALPHA, targets, "lora")
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], state[name]) for name in state)
+
+
+def test_either_kind_of_folder_attaches(olmoe, tmp_path):
+    want = logits(make_run(olmoe.folder, tmp_path))
+    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
+    assert (base_of(tmp_path / "adapter"), base_of(out)) == (None, "somewhere/base")
+    for folder in (tmp_path / "adapter", out):
+        model = load_model(olmoe.folder)
+        load_any_adapter(model, folder)
+        assert_close(logits(model), want)
+
+
+def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
+    about = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
+    read_peft(out, read_config(olmoe.folder))  # here none is
+    with pytest.raises(InputError, match="does not name a base model"):
+        base_of(out)
+
+
+def native_peft(base: Path, out: Path, **settings) -> peft.PeftModel:
+    """A LoRA adapter that PEFT made by itself, random, saved."""
+    config = peft.LoraConfig(r=R, lora_alpha=9, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    model.save_pretrained(out)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings, targets",
+    [
+        ({"target_modules": ["q_proj", "v_proj"]}, "all"),  # no expert; k, o and router stay as they are
+        ({"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "pure"),
+        ({"target_modules": ["o_proj"], "layers_to_transform": [2], "target_parameters": ["gate.weight"]}, "all"),
+        ({"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]}, "gate"),
+    ],
+)
+@pytest.mark.parametrize("family", HOT)
+def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, targets, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    want = logits(native_peft(base, tmp_path, **settings))
+    model = load_model(base)
+    load_any_adapter(model, tmp_path)
+    assert_close(logits(model), want)
+    assert model.adapter.targets == targets
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda about, state: about.update(use_dora=True), "use_dora is True"),
+        (lambda about, state: about.update(use_rslora=True), "use_rslora is True"),
+        (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
+        (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "only one rank"),
+        (lambda about, state: about.update(alpha_pattern={"q_proj": 3}), "only one rank and one alpha"),
+        (lambda about, state: about.update(r=R + 1), "of another model or rank"),
+        (lambda about, state: about.pop("lora_alpha"), "not a PEFT adapter"),
+        (lambda about, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
+        (lambda about, state: [tensor.zero_() for tensor in state.values()], "adapts nothing"),
+        (lambda about, state: state.update({"base_model.model.lm_head.lora_A.weight": torch.ones(R, 48)}), "lm_head"),
+        (
+            lambda about, state: state.update(
+                {f"base_model.model.model.layers.9.mlp.gate.lora_{x}.weight": torch.ones(R, R) for x in "AB"}
+            ),
+            "layers.9.mlp.gate",
+        ),
+    ],
+)
+def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
+    about, state = json.loads((out / "adapter_config.json").read_text()), load_file(out / "adapter_model.safetensors")
+    change(about, state)
+    (out / "adapter_config.json").write_text(json.dumps(about))
+    save_file(state, out / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=said):
+        read_peft(out, read_config(olmoe.folder))
+
+
+def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    model = load_peft(olmoe.folder, peft_folder(olmoe.folder, tmp_path, tmp_path / "out"))
+    for name, parameter in model.named_parameters():
+        if "base_layer.lora_B" in name:
+            parameter.data += 1e-3  # as a step of training under transformers 5 does
+    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
+    with pytest.raises(InputError, match="gate and up were trained as one pair of rank 10"):
+        read_peft(tmp_path / "again", read_config(olmoe.folder))
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def base(olmoe, tmp_path) -> Path:
+    """A checkpoint with a tokenizer, which the check of the merged weights needs."""
+    folder = shutil.copytree(olmoe.folder, tmp_path / "base")
+    words = ["<eos>", "<pad>", "<unk>", *"0123456789", "+", "-", "=", "the", "is", "of"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def run(base, tmp_path) -> Path:
+    make_run(base, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def bytes_of_tensors(folder: Path) -> int:
+    return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
+
+
+def test_merged_from_the_command_line_is_checked_and_complete(base, run, tmp_path, capsys):
+    export.main([str(run), "--to", "merged", "--out", str(tmp_path / "a/b"), "--examples", "3"])
+    said = capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "a/b").iterdir()} == {file.name for file in base.iterdir()}
+    assert f"merged checkpoint: {bytes_of_tensors(tmp_path / 'a/b'):,} bytes" in said
+    whole = sum(file.stat().st_size for file in (tmp_path / "a/b").iterdir())
+    assert f"{whole:,} bytes with everything" in said
+    tokens = int(said.split("top-1 agrees at ")[1].split()[0])
+    assert f"check on 3 examples, {tokens} tokens" in said and f"{tokens} of {tokens}" in said
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b"]
+    assert len({file.stat().st_mode for file in (tmp_path / "a/b").iterdir()}) == 1  # who reads one reads all
+
+
+@pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"], ["--compact"]])
+def test_peft_from_the_command_line_says_the_sizes_it_writes(flags, base, run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()  # empty: may be used
+    export.main([str(run), "--to", "peft", "--out", str(tmp_path / "out"), *flags])
+    said = capsys.readouterr().out
+    assert f"adapter for PEFT: {bytes_of_tensors(tmp_path / 'out'):,} bytes" in said
+    assert f"wrote {tmp_path / 'out'}: {sum(f.stat().st_size for f in (tmp_path / 'out').iterdir()):,} bytes" in said
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    if not flags:
+        export.main([str(run), "--to", "peft", "--out", str(tmp_path / "small"), "--compact"])
+        assert f"--compact: {bytes_of_tensors(tmp_path / 'small'):,})" in said
+
+
+def test_moved_base_in_16_bits_is_checked_within_their_rounding(base, run, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "elsewhere")
+    shutil.move(base / "tokenizer.json", tmp_path / "elsewhere")
+    shutil.rmtree(base)
+    export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "elsewhere")])
+    assert "in bfloat16" in capsys.readouterr().out
+    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_expert_left_out_of_the_merge_is_noticed_and_nothing_is_kept(dtype, run, tmp_path, monkeypatch):
+    rightly, calls = export.fold, []
+
+    def wrongly(W, factors, adapter):
+        calls.append(W)
+        return W if len(calls) == 20 else rightly(W, factors, adapter)
+
+    monkeypatch.setattr(export, "fold", wrongly)
+    with pytest.raises(SystemExit, match="error: 1 weights are not what the adapter makes of the base"):
+        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out"), "--dtype", dtype])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_config_that_changes_the_forward_is_noticed(run, tmp_path, monkeypatch):
+    def wrongly(source: Path, target: Path):
+        text = source.read_text()
+        target.write_text(text.replace('"num_experts_per_tok": 3', '"num_experts_per_tok": 2'))
+
+    monkeypatch.setattr(export.shutil, "copyfile", wrongly)
+    with pytest.raises(SystemExit, match="logits differ"):
+        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
+
+
+def damage(file: str, content: bytes):
+    return lambda tmp_path: (tmp_path / file).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "flags, before, said",
+    [
+        (["--to", "merged"], damage("out", b"a file"), "exists and is not empty"),
+        (["--to", "peft"], lambda tmp_path: shutil.copytree(tmp_path / "run", tmp_path / "out"), "exists and is not"),
+        (["--to", "merged"], damage("run/config.json", b"{}"), "not a run folder"),
+        (["--to", "merged"], damage("run/adapter/adapter.json", b"{}"), "not an adapter"),
+        (["--to", "merged"], damage("base/model.safetensors", b"12345678"), "not a whole safetensors file"),
+        (["--to", "merged", "--compact"], None, "--compact has no meaning with --to merged"),
+        (["--to", "peft", "--examples", "3"], None, "--examples has no meaning with --to peft"),
+        (["--to", "merged", "--train-data", "nowhere.jsonl"], None, "nowhere.jsonl"),
+        (["--to", "merged", "--model", "nowhere/at-all"], None, "nowhere/at-all"),
+        (["--to", "gguf"], None, "invalid choice"),
+        (["--to", "peft"], lambda tmp_path: make_run(tmp_path / "base", tmp_path / "run", "dora"), "use --to merged"),
+    ],
+)
+def test_wrong_input_is_an_input_error_and_nothing_is_half_written(flags, before, said, run, tmp_path):
+    if before:
+        before(tmp_path)
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=said):
+        export.main([str(run), "--out", str(tmp_path / "out"), *flags])
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_a_full_disk_is_an_input_error_and_nothing_is_half_written(run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(InputError, match="out cannot be written .No space left on device"):
+        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda state: state.pop("layers.1.mlp.gate.lora_A"), "layers.1.mlp.gate.lora_A is missing"),
+        (lambda state: state.update({"layers.7.mlp.gate.lora_A": torch.ones(2)}), "layers.7.mlp.gate.lora_A is unex"),
+        (lambda state: state.update({"layers.1.mlp.gate.lora_A": torch.ones(2)}), r"of shape \(2,\), want \(5, 48\)"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    state = load_file(tmp_path / "adapter/adapter.safetensors")
+    change(state)
+    save_file(state, tmp_path / "adapter/adapter.safetensors")
+    with pytest.raises(InputError, match=said):
+        export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+
+
+def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path, "lori")
+    path = tmp_path / "adapter/adapter.json"
+    path.write_text(path.read_text().replace(f'"seed": {SEED}', '"seed": 4'))
+    with pytest.raises(InputError, match="another checksum"):
+        export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
