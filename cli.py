@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-
 # `python -m cProfile` from another folder, a debugger or IPython load the standard library's `profile` before ours.
 _loaded = sys.modules.get("profile")
 if _loaded is not None and Path(_loaded.__file__).parent != Path(__file__).parent:

@@ -22,7 +22,7 @@ class Recipe:
     alpha: float = 64.0
 
 
-TINY = {"epochs": 5, "fft_lr": 3e-4, "batch": 32, "fft_batch": 32, "r": 8, "alpha": 16.0}
+TINY = {"epochs": 3, "fft_lr": 3e-4, "batch": 32, "fft_batch": 32, "r": 8, "alpha": 16.0}
 RECIPES = {
     "gsm8k": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5),
     "codealpaca": Recipe(lr=2e-3, epochs=2, fft_lr=2e-4),

@@ -17,7 +17,6 @@ from cli import InputError
 from config import MoEConfig
 from model import (
     TINY,
-    Experts,
     KVCache,
     MoETransformer,
     SparseMoE,
@@ -486,7 +485,9 @@ def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoin
     checkpoint = make_checkpoint(family, rope_parameters={"rope_theta": 500.0, "rope_type": "default"})
     folders = [checkpoint.folder, tmp_path / "transformers 4", tmp_path / "saved"]
     shutil.copytree(folders[0], folders[1])
-    rewrite_config(folders[1], rope_parameters=..., rope_theta=500.0, rope_scaling=None, dtype=..., torch_dtype="float32")
+    rewrite_config(
+        folders[1], rope_parameters=..., rope_theta=500.0, rope_scaling=None, dtype=..., torch_dtype="float32"
+    )
     save_model(load_model(folders[0]), folders[2])
     written = json.loads((folders[2] / "config.json").read_text())
     assert written["rope_theta"] == 500.0 and written["rope_parameters"]["rope_theta"] == 500.0

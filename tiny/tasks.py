@@ -16,8 +16,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-MATH_STEPS = (2, 3)  # how many calculations a question of math_rows needs (pre-training: 1 to 4)
-MAX_VALUE = 99  # no number in math_rows is larger (pre-training: 99)
+MATH_STEPS = (2, 4)  # calculations a question of math_rows needs (pre-training: 1 to 4)
+MAX_VALUE = 120  # no number in math_rows is larger (pre-training: 99): what there is to learn beside the format
 CODE_COMPOSED = 0.5  # share of functions that do two things in a row
 
 # fmt: off
