@@ -4,6 +4,7 @@ Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low < value if above else low <= value) or not value <= high:
+        if value is None or not math.isfinite(value) or value > high or value < low or (above and value == low):
             bound = "above" if above else "at least"
             upper = f" and at most {high:g}" if high != float("inf") else ""
             name = "a whole number" if kind is int else "a number"
@@ -78,7 +79,7 @@ def run(main: Callable[[], object]) -> None:
         main()
     except InputError as error:
         if is_main_process():
-            print(f"error: {error}", file=sys.stderr)
+            print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever it quotes
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

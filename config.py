@@ -17,11 +17,12 @@ class Family:
     num_experts: str  # config key of E
     always_norm_topk_prob: bool  # the K routing weights sum to 1; False: if norm_topk_prob says so
     qk_norm: bool  # RMSNorm over the whole q and k projection
+    rope_theta: float  # where config.json leaves it out
 
 
 FAMILIES = {
-    "olmoe": Family("mlp", ("gate_proj", "up_proj", "down_proj"), "num_experts", False, True),
-    "mixtral": Family("block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", True, False),
+    "olmoe": Family("mlp", ("gate_proj", "up_proj", "down_proj"), "num_experts", False, True, 1e4),
+    "mixtral": Family("block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", True, False, 1e6),
 }
 
 
@@ -40,9 +41,9 @@ class MoEConfig:
     num_experts: int
     num_experts_per_tok: int
     norm_topk_prob: bool
+    rope_theta: float
     clip_qkv: float | None = None  # OLMoE: clamp q, k, v to [-clip, clip]
     rms_norm_eps: float = 1e-5  # some OLMoE revisions leave it out
-    rope_theta: float = 10000.0
     sliding_window: int | None = None  # Mixtral derivatives: positions a query sees, itself included
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
@@ -87,7 +88,7 @@ class MoEConfig:
                 norm_topk_prob=family.always_norm_topk_prob or hub.get("norm_topk_prob", False),
                 clip_qkv=hub.get("clip_qkv"),
                 rms_norm_eps=hub.get("rms_norm_eps", cls.rms_norm_eps),
-                rope_theta=rope.get("rope_theta") or hub.get("rope_theta", cls.rope_theta),
+                rope_theta=rope.get("rope_theta") or hub.get("rope_theta", family.rope_theta),
                 sliding_window=hub.get("sliding_window"),
                 tie_word_embeddings=hub.get("tie_word_embeddings", False),
                 eos_token_id=eos[0] if isinstance(eos, list) else eos,

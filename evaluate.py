@@ -77,8 +77,8 @@ def run_code(
     return items
 
 
-def check_protection(allowed: bool) -> None:
-    """Say what protects from model-written code; InputError where only limits do and the user did not allow that."""
+def check_protection(allowed: bool) -> str:
+    """What protects from model-written code; InputError where only limits do and the user did not allow that."""
     try:
         level = sandbox.protection()
     except RuntimeError as error:
@@ -88,7 +88,7 @@ def check_protection(allowed: bool) -> None:
             f"model-written code would run with {level}: it could read and change your files and use the network; "
             "install bubblewrap, or pass --allow-code-execution to accept that"
         )
-    data.say(f"programs run with {level}")
+    return level
 
 
 # ------------------------------------------------------------------------------------------- the folder of --out
@@ -205,8 +205,8 @@ def generate(args: argparse.Namespace, out: Path, settings: dict) -> tuple[list[
 
 def evaluate(args: argparse.Namespace) -> dict | None:
     """Generate or read, score, write, print.  -> the score; None if not on the main process"""
-    if data.TASKS[args.task].benchmark == "humaneval" and cli.is_main_process():
-        check_protection(args.allow_code_execution)
+    runs_code = data.TASKS[args.task].benchmark == "humaneval"
+    protection = check_protection(args.allow_code_execution) if runs_code and cli.is_main_process() else None
     out = Path(args.out) if args.out else None
     if args.source and out is None:
         name = f"evaluation-{args.task}"
@@ -222,10 +222,9 @@ def evaluate(args: argparse.Namespace) -> dict | None:
             return None
     else:
         examples = data.load_examples(args.task, "test", args.eval_data)
-        several = data.TASKS[args.task].benchmark == "humaneval"
         settings |= {"completions": args.completions, "partial": args.partial}
         examples, texts = completions.read_completions(
-            Path(args.completions), examples, limit=args.limit, partial=args.partial, several=several
+            Path(args.completions), examples, limit=args.limit, partial=args.partial, several=runs_code
         )
     seconds = {"seconds_completing": time.perf_counter() - began}
     result, items = score(
@@ -237,11 +236,14 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         timeout=args.timeout,
         workers=args.workers,
     )
-    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings | {"timeout": args.timeout}}
+    settings |= {"timeout": args.timeout, "protection": protection} if runs_code else {}
+    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings}
     if out:
         make_folder(out)
         completions.write_lines(out / "items.jsonl", items)
         completions.write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
+    if protection:
+        print(f"programs ran with {protection}")
     print(*scoring.summary(result, args.task), sep="\n")
     return result
 

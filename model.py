@@ -56,7 +56,7 @@ class Layout:
 
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, S, Dh] -> [T, H * Dh]"""
-        x = x.transpose(1, 2).reshape(self.B * self.S, -1)
+        x = x.transpose(1, 2).flatten(2).flatten(0, 1)
         return x if self.index is None else x.index_select(0, self.index)
 
 
@@ -75,7 +75,7 @@ class KVCache:
         row = row if layout.index is None else row[layout.index]  # [T]
         self.keys[layer, row, :, layout.positions] = k
         self.values[layer, row, :, layout.positions] = v
-        visible = layout.mask.shape[-1]
+        visible = layout.S if layout.mask is None else layout.mask.shape[-1]
         return self.keys[layer, :, :, :visible], self.values[layer, :, :, :visible]
 
 
@@ -88,9 +88,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -209,15 +207,15 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> y [T, D], selected_experts [T, K], router_logits [T, E]"""
-        T, K = len(x), self.top_k
+        T, E, K = len(x), len(self.experts.rows), self.top_k
         router_logits = self.gate(x)  # [T, E]
         routing_weights, selected_experts = route(router_logits, K, self.norm_topk_prob)  # [T, K]
         row = self.experts.rows[selected_experts].flatten()  # [R] where the chosen expert is stored
-        order = row.argsort(stable=True)  # [R] sorted place -> token * K + slot
-        counts = torch.zeros_like(self.experts.rows).scatter_add_(0, row, torch.ones_like(row))  # [E]
-        out = self.experts(x.index_select(0, order // K), counts.cumsum(0, dtype=torch.int32))  # [R, D]
+        row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
+        offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
+        out = self.experts(x.index_select(0, order // K), offsets)  # [R, D]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))  # its inverse
-        out = out.index_select(0, place).view(T, K, -1) * routing_weights.unsqueeze(-1)  # [T, K, D]
+        out = out.index_select(0, place).view(T, K, x.shape[-1]) * routing_weights.unsqueeze(-1)  # [T, K, D]
         return out.sum(dim=1), selected_experts, router_logits
 
 
@@ -256,16 +254,18 @@ class MoETransformer(nn.Module):
         past = torch.zeros(B, dtype=torch.int64) if cache is None else cache.lengths
         positions = (past[:, None] + torch.arange(S)).to(device, non_blocking=True)  # [B, S]
         index = mask = None
-        if lengths is not None and int(lengths.min()) < S:
+        if lengths is not None and bool((lengths < S).any()):
             real = torch.arange(S) < lengths[:, None].cpu()  # [B, S], on the host: no wait for the device
             index = real.flatten().nonzero().flatten().to(device, non_blocking=True)  # [T]
-        if cache is not None or (self.config.sliding_window or S) < S:
-            keys = torch.arange(int(past.max()) + S, device=device)  # [M]
-            ago = positions[:, None, :, None] - keys  # [B, 1, S, M] how far back a key lies
-            mask = (ago >= 0) & (ago < (self.config.sliding_window or math.inf))
+        window = self.config.sliding_window or math.inf
+        if past.any() or window < S:
+            filled = past + (S if lengths is None else lengths.cpu())  # [B]
+            keys = torch.arange(S if cache is None else int(filled.max()), device=device)  # [M]
+            ago = (positions if past.any() else positions[:1])[:, None, :, None] - keys  # [B or 1, 1, S, M]
+            mask = (ago >= 0) & (ago < window)
         flat = positions.flatten() if index is None else positions.flatten()[index]  # [T]
         exponent = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
-        angle = flat[:, None].float() / self.config.rope_theta**exponent  # [T, Dh / 2]
+        angle = flat[:, None].float() * (1.0 / self.config.rope_theta**exponent)  # [T, Dh / 2], rounded as the hub does
         angle = torch.cat((angle, angle), dim=-1)[:, None]  # [T, 1, Dh]
         return Layout(B, S, index, flat, angle.cos().to(dtype), angle.sin().to(dtype), mask)
 
@@ -304,7 +304,7 @@ class MoETransformer(nn.Module):
             padded = selected_experts.new_full((len(chosen), B * S, selected_experts.shape[-1]), -1)
             selected_experts = padded.index_copy(1, layout.index, selected_experts)
         result = self.head(x, layout, lengths, labels, last_only)
-        outputs = (result, selected_experts.view(len(chosen), B, S, -1))
+        outputs = (result, selected_experts.view(len(chosen), B, S, selected_experts.shape[-1]))
         return (*outputs, torch.stack(router_logits)) if output_router_logits else outputs
 
     def head(self, x: Tensor, layout: Layout, lengths: Tensor | None, labels: Tensor | None, last_only: bool) -> Tensor:
@@ -322,7 +322,7 @@ class MoETransformer(nn.Module):
         if layout.index is not None:
             padded = logits.new_zeros(layout.B * layout.S, logits.shape[-1])
             logits = padded.index_copy(0, layout.index, logits)
-        return logits.view(layout.B, layout.S, -1)
+        return logits.view(layout.B, layout.S, logits.shape[-1])
 
 
 def init_weights(model: MoETransformer, std: float, seed: int = 0) -> None:
@@ -370,7 +370,7 @@ def resolve(path: str | Path) -> Path:
             raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
         return Path(path)
     beside = ["tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *beside]
+    wanted = ["config.json", "model*.safetensors", "*.safetensors.index.json", *beside]
     try:
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -382,10 +382,14 @@ def resolve(path: str | Path) -> Path:
 
 def read_config(folder: Path) -> MoEConfig:
     """config.json of a checkpoint folder as a MoEConfig."""
+    file = folder / "config.json"
     try:
-        return MoEConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder / 'config.json'}: not readable as JSON ({error})") from None
+        hub = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(hub, dict):
+        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
+    return MoEConfig.from_dict(hub)
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -394,7 +398,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{index}: not a safetensors index; download it again") from None
     else:
         names = ["model.safetensors"]
@@ -436,6 +440,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu
     for module in model.modules():
         if isinstance(module, Experts):
             module.set_order(module.expert_ids)  # to_empty left the buffer as it fell
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight  # to_empty made two of one
     views = hub_views(model)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -447,9 +453,12 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu
 def save_model(model: MoETransformer, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors under the hub's per-expert keys (what transformers loads)."""
     folder = Path(path)
+    if (folder / "model.safetensors.index.json").exists():  # readers would take its shards, not our file
+        raise InputError(f"{folder}: holds a sharded checkpoint; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: view.to(dtype or view.dtype).contiguous().cpu() for key, view in hub_views(model).items()}
     stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     hub = {key: value for key, value in model.config.hub.items() if key != "dtype"} | {"torch_dtype": stored}
+    hub["rope_theta"] = model.config.rope_theta  # transformers 4 and vLLM do not read rope_parameters
     (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -284,7 +284,7 @@ def score_code(items: list[dict]) -> dict:
             rates[f"pass@{k}"] = rate(sum(estimates), len(estimates))
     score = {name: found["rate"] for name, found in rates.items()}
     score |= {"num_correct": sum(item["correct"] for item in items), "num_total": len(items)}
-    return score | {"num_problems": len(passed), "rule": f"unbiased, {fewest} samples", "rates": rates}
+    return score | {"num_problems": len(passed), "rule": f"unbiased estimate, n = {fewest}", "rates": rates}
 
 
 def describe(found: dict) -> str:

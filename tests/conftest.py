@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first imported
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: small matrices gain nothing from threads
 
 import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -15,6 +16,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeFo
 from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()
+torch.set_num_threads(1)
 
 # Pairwise different, so that a swapped axis fails; multiples of 8, so that grouped_mm takes them.
 SIZES = {

@@ -303,7 +303,7 @@ def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
-    model = adapted(targets="all")
+    model = adapted()
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step)
@@ -317,12 +317,6 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
     plain = hellora.adapter_state(adapted(R_TARGET))
     assert sum(small[name].numel() for name in plain) == sum(tensor.numel() for tensor in plain.values())
     restored, largest = drlora.pad(small, growth.ranks()), int(growth.ranks().max())
-    beside = {name.removesuffix(".lora_B") for name in state.keys() - plain.keys() if name.endswith("lora_B")}
-    for stem in beside:  # attention and router: untouched, then zeros
-        before, after = ([d[f"{stem}.lora_B"], d[f"{stem}.lora_A"]] for d in (state, restored))
-        assert all(small[f"{stem}.{factor}"] is state[f"{stem}.{factor}"] for factor in AXES)
-        assert torch.allclose(after[0] @ after[1], before[0] @ before[1], atol=1e-6)
-    assert len(beside) == 5 * L
     assert R_TARGET < largest <= R_MAX
     for (i, name), pair in pairs_of(model).items():
         stem = f"layers.{i}.mlp.experts.lora.{name}"
@@ -332,7 +326,7 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
             assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
             again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
             assert torch.allclose(again, product, atol=1e-6), (stem, e)
-    of_largest = hellora.adapter_state(adapted(largest, targets="all"))
+    of_largest = hellora.adapter_state(adapted(largest))
     assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
     assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors wants them
 
