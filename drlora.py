@@ -27,11 +27,11 @@ Dimensions: L layers, E experts a layer (all of them adapted), R rank of an expe
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cli import InputError
+from lora import trains
 from model import MoETransformer
 
 GAMMA = 1.2  # how strongly a large rank counts against growing more
@@ -146,42 +146,6 @@ class RankGrowth:
         self.usage.copy_(state["usage"])
         self.score.copy_(state["score"])
         self.set_masks()
-
-
-def trains(ranks: Tensor, r_max: int) -> Tensor:
-    """Which dimensions have grown.  ranks [...] -> bool [..., r_max]"""
-    return torch.arange(r_max) < ranks.unsqueeze(-1)
-
-
-def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Drop what never grew: an expert's pair keeps its R dimensions, and the experts lie one after the other.
-
-    lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]; other modules stay as they are.
-    """
-    kept = dict(state)
-    for name in (name for name in state if ".experts." in name):
-        is_A, layer = name.endswith("lora_A"), int(name.split(".")[1])
-        stack = state[name] if is_A else state[name].mT  # [E, r_max, in or out]
-        rows = stack[trains(ranks[layer], stack.shape[1])]  # [sum of R, in or out]
-        kept[name] = rows if is_A else rows.mT.contiguous()
-    return kept
-
-
-def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
-    padded, largest = {}, int(ranks.max())
-    for name, tensor in state.items():
-        rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
-        if ".experts." in name:
-            mask = trains(ranks[int(name.split(".")[1])], largest)
-            if len(rows) != int(mask.sum()):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
-            stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
-            stack[mask] = rows
-        else:
-            stack = F.pad(rows, (0, 0, 0, largest - len(rows)))  # [largest, in or out]
-        padded[name] = stack if name.endswith("lora_A") else stack.mT.contiguous()
-    return padded
 
 
 def draw_ranks(history: list[tuple[int, Tensor]], path: Path) -> None:

@@ -15,7 +15,7 @@ Dimensions: L layers, E experts a layer.
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from cli import InputError
 from config import MoEConfig
-from lora import KINDS, LoRAExperts, LoRALinear, init_A, sparsify, uniform
+from lora import KINDS, LoRAExperts, LoRALinear, init_A, pad, sparsify, uniform
 from model import Experts, MoETransformer
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
@@ -130,6 +130,7 @@ class Adapter:
     seed: int  # of lora_A
     hot: list[list[int]]  # adapted experts of every layer
     sha256_A: str | None = None  # of a frozen lora_A, which is drawn again on loading and not stored
+    ranks: list[list[int]] | None = None  # of every expert where they grew (drlora.py); the tensors are `truncate`d
 
 
 def attach(
@@ -141,10 +142,12 @@ def attach(
     kind: str = "lora",
     targets: str = "all",
     seed: int = 0,
+    r_max: int | None = None,
 ) -> None:
     """Freeze the model, then put factor pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
-    The function computed does not change: B starts at zero. Raises InputError for a wrong r, targets or shape, and
+    The function computed does not change: B starts at zero. r_max: the experts' pairs have this rank instead, and
+    still the scale alpha / r. Raises InputError for a wrong r, targets or shape, and
     if the model has an adapter already.
     """
     L, E = len(model.layers), model.config.num_experts
@@ -155,8 +158,9 @@ def attach(
     if targets not in TARGETS:
         raise InputError(f"targets {targets!r} is unknown; choose from {', '.join(TARGETS)}")
     limit = min(model.config.hidden_size, model.config.intermediate_size)
-    if not 1 <= r <= limit:
-        raise InputError(f"rank {r}; want 1..{limit}, the smaller side of an expert's matrices")
+    reserved = r_max or r
+    if not 1 <= reserved <= limit:
+        raise InputError(f"rank {reserved}; want 1..{limit}, the smaller side of an expert's matrices")
     linear_pair, stacked_pair = KINDS[kind]
     model.requires_grad_(False)
     for i, layer in enumerate(model.layers):
@@ -169,7 +173,7 @@ def attach(
         if not ids:  # `greedy` may leave a layer without
             continue
         move_to_front(layer.mlp.experts, ids)
-        layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), stacked_pair, r, alpha)
+        layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), stacked_pair, reserved, alpha * reserved / r)
         for projection, pair in layer.mlp.experts.lora.items():
             for e, A in zip(ids, pair.lora_A.data, strict=True):
                 init_A(A, seed, f"layers.{i}.mlp.experts.{e}.{projection}")
@@ -246,15 +250,23 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **abo
 
 
 def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a missing or damaged file."""
+    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a missing or damaged file.
+
+    Experts of unlike ranks come out filled with zeros to the largest of them, as a plain adapter of that rank.
+    """
     folder = Path(folder)
     try:
         about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter.safetensors")
-        return Adapter(*(about[key] for key in Adapter.__dataclass_fields__)), state
+        adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
+        if adapter.ranks is not None:
+            ranks = torch.tensor(adapter.ranks)
+            state, r = pad(state, ranks), int(ranks.max())
+            adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None)
+        return adapter, state
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
 
 

@@ -40,6 +40,7 @@ class Method:
     experts: str | None  # key of hellora.POLICIES; None: no adapter, the base weights train
     kind: str = "lora"  # key of lora.KINDS
     sparse: bool = False  # a second stage trains a tenth of B, chosen by a first that trained all of it
+    grows: bool = False  # ranks start at half of --rank and grow where saliency is high (drlora.py)
     k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token
 
 
@@ -53,6 +54,7 @@ METHODS = {
     "hellori-d": Method(experts="hot", kind="lori"),
     "hellori-s": Method(experts="hot", kind="lori", sparse=True),
     "moe-sieve": Method(experts="hot", k=0.25),
+    "dr-lora": Method(experts="all", grows=True),
 }
 
 
@@ -142,6 +144,10 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--k {args.k} has no meaning with --method {args.method} and experts {experts}; leave it out")
     if (args.coverage is not None) != (experts == "coverage"):
         raise InputError("--coverage and --experts coverage go together; give both or neither")
+    if method.grows and experts != "all":
+        raise InputError(f"--experts {experts}: --method {args.method} grows the ranks of all experts; leave it out")
+    if method.grows and args.steps == 1:
+        raise InputError("--steps 1: ranks have no time to grow; want at least 2 steps")
     if args.router_aux_form and not args.router_aux_loss:
         raise InputError("--router-aux-form means nothing without --router-aux-loss; give both or neither")
     if args.mask:

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,11 +33,12 @@ from tqdm import tqdm
 
 import cli
 import data
+import drlora
 import hellora
 import lori
 import profile
 from cli import InputError, say, start_processes
-from lora import sparsify
+from lora import sparsify, truncate
 from model import MoETransformer, load_balancing_loss, load_model, read_config, resolve, save_model
 from settings import METHODS, hot_experts_per_layer, parse_flags
 
@@ -120,7 +121,8 @@ def main(argv: list[str] | None = None) -> dict:
     num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
     masked = lori.read_mask(args, config) if args.mask else None
     out = Path(args.out)
-    claim(out, vars(args))
+    if cli.is_main_process():
+        check_out(out, vars(args))
 
     rank, world, device = start_processes()
     tokenizer = data.load_tokenizer(folder, config)
@@ -132,21 +134,30 @@ def main(argv: list[str] | None = None) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" and method.experts else torch.float32
     model = load_model(folder, dtype, device)
     about = {"method": args.method, "task": args.task, "processes": world}
-    hot = None
+    hot = counted = None
     if method.experts:
-        hot, share, seconds = choose_experts(model, items, args, num_hot, masked, rank, world)
-        about |= {"adapted_share": share, "seconds_profile": seconds}
+        began = time.perf_counter()
+        counted = count(model, items, args, rank, world)
+        hot = choose_experts(model, counted.counts, args, num_hot, masked)
+        share = float((counted.counts * hot).sum() / counted.counts.sum())
+        say(f"adapted experts take {share:.1%} of the routed tokens")
+        about |= {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
 
     def stage(name: str, model: MoETransformer, positions: dict[str, Tensor] | None = None) -> dict:
         """Attach, shard, train and save, in the run folder or in a folder of the stage's own."""
         if hot is None:
             model.requires_grad_(True)
         else:
-            kind, targets = method.kind, args.targets
-            hellora.attach(model, hot, args.rank, args.alpha, kind=kind, targets=targets, seed=args.seed)
+            options = {"kind": method.kind, "targets": args.targets, "seed": args.seed}
+            r_max = drlora.RESERVED * args.rank if method.grows else None
+            hellora.attach(model, hot, args.rank, args.alpha, r_max=r_max, **options)
         if positions is not None:
             sparsify(model, positions)
         say(*hellora.report(model))
+        if rank == 0:  # not before: whatever is wrong with the input has shown by now
+            write_config(out, vars(args))
+            if counted:
+                profile.save_profile(counted, out / "profile.json", args.model, args.task)
         trainable, total = hellora.count_parameters(model)
         if world > 1:
             shard(model, device)
@@ -155,10 +166,15 @@ def main(argv: list[str] | None = None) -> dict:
             save_whole(model, out / name / "model", folder, rank)
             state = {}
         else:
-            state = hellora.adapter_state(model)
+            state, adapter = hellora.adapter_state(model), model.adapter
+            if method.grows:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
+                adapter = replace(adapter, ranks=result.pop("ranks"))
+                state = truncate(state, torch.tensor(adapter.ranks))
+                unused = trainable - sum(tensor.numel() for tensor in state.values())
+                trainable, total = trainable - unused, total - unused
             if rank == 0:
                 names = {"model": args.model, "method": args.method}
-                hellora.save_adapter(state, out / name / "adapter", model.adapter, **names)
+                hellora.save_adapter(state, out / name / "adapter", adapter, **names)
         sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
         return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result | sizes
 
@@ -189,29 +205,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def choose_experts(
     model: MoETransformer,
-    items: list[data.Encoded],
+    counts: Tensor,
     args: argparse.Namespace,
     num_hot: int,
     masked: tuple[hellora.Adapter, dict] | None,
-    rank: int,
-    world: int,
-) -> tuple[Tensor, float, float]:
-    """Count, choose, and write profile.json.  -> hot bool [L, E], their share of the routed tokens, seconds"""
-    began = time.perf_counter()
-    counted = count(model, items, args, rank, world)
-    if rank == 0:
-        profile.save_profile(counted, Path(args.out) / "profile.json", args.model, args.task)
+) -> Tensor:
+    """By the policy of --experts, from its file, or as the run of --mask chose.  counts [L, E] -> hot bool [L, E]"""
     if masked is not None:
-        hot = hellora.hot_mask(masked[0].hot, model.config)
-    elif args.experts in hellora.POLICIES:
+        return hellora.hot_mask(masked[0].hot, model.config)
+    if args.experts in hellora.POLICIES:
         number = None if args.experts in ("all", "coverage") else num_hot
-        options = {"coverage": args.coverage, "seed": args.seed}
-        hot = hellora.select_experts(args.experts, counted.counts, number, **options)
-    else:
-        hot = hellora.read_hot(args.experts, model.config)
-    share = float((counted.counts * hot).sum() / counted.counts.sum())
-    say(f"adapted experts take {share:.1%} of the routed tokens")
-    return hot, share, time.perf_counter() - began
+        return hellora.select_experts(args.experts, counts, number, coverage=args.coverage, seed=args.seed)
+    return hellora.read_hot(args.experts, model.config)
 
 
 @torch.no_grad()
@@ -236,6 +241,7 @@ def fit(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    growth = drlora.RankGrowth(model, args.rank, steps) if METHODS[args.method].grows else None
     log = None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -248,10 +254,14 @@ def fit(
         batch = [items[i] for i in data.global_batches(len(items), args.batch, args.seed, epoch)[place]]
         aux = {"aux_loss": args.router_aux_loss, "aux_form": args.router_aux_form}
         done = global_step(model, batch, args.micro_batch, rank, world, **aux)
+        if growth:
+            growth.observe(done.counts)
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         optimizer.zero_grad()
+        if growth:
+            growth.grow(step)
         examples_seen, tokens_seen = examples_seen + len(batch), tokens_seen + done.tokens
         seconds = time.perf_counter() - began
         losses.append(done.loss.item())
@@ -281,7 +291,10 @@ def fit(
     if log:
         log.close()
         draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
-    return {
+        if growth:
+            drlora.draw_ranks(growth.history, out / "ranks.png")
+    ranks = {"ranks": growth.ranks().tolist()} if growth else {}
+    return ranks | {
         "steps": steps,
         "first_loss": losses[0],
         "last_loss": losses[-1],
@@ -298,8 +311,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(local.nbytes for t in tensors for local in [t.to_local() if isinstance(t, DTensor) else t])
 
 
-def claim(out: Path, settings: dict) -> None:
-    """Take `out` as this run's folder and write config.json; a folder that belongs to something else is an error."""
+def check_out(out: Path, settings: dict) -> None:
+    """InputError if `out` belongs to something else, or to a run with other settings. (The same run starts over.)"""
     try:
         before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
     except FileNotFoundError:
@@ -312,22 +325,32 @@ def claim(out: Path, settings: dict) -> None:
     if changed:
         was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
-    if cli.is_main_process():
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        about = {
-            "model": settings["model"],
-            "settings": settings,
-            "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-            "commit": commit.stdout.strip() or None,
-            "command": sys.argv,
-        }
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def write_config(out: Path, settings: dict) -> None:
+    """Make the run folder: config.json with the settings as resolved, versions and commit."""
+    about = {
+        "model": settings["model"],
+        "settings": settings,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "commit": commit(),
+        "command": sys.argv,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def commit() -> str | None:
+    """The commit of this code, if it lies in a git repository and git is there."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def count(

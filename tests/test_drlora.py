@@ -3,10 +3,12 @@
 Run by torchrun, this file is the worker of its own test of two processes.
 """
 
+import json
 import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,10 @@ import torch.distributed as dist
 import cli
 import drlora
 import hellora
+import lora
 import train
 from cli import InputError
 from config import MoEConfig
-from lora import StackedLoRA
 from model import MoETransformer, init_weights
 
 ROOT = Path(__file__).parent.parent
@@ -36,10 +38,15 @@ CONFIG = {
 }
 
 
-def adapted(r: int = R_MAX, targets: str = "pure") -> MoETransformer:
+def base() -> MoETransformer:
     model = MoETransformer(MoEConfig.from_dict(CONFIG))
     init_weights(model, std=0.15, seed=3)
-    hellora.attach(model, torch.ones(L, E, dtype=torch.bool), r, SCALE * r, targets=targets, seed=5)
+    return model
+
+
+def adapted(r: int = R_TARGET, targets: str = "pure", r_max: int | None = R_MAX) -> MoETransformer:
+    model, hot = base(), torch.ones(L, E, dtype=torch.bool)
+    hellora.attach(model, hot, r, SCALE * r, targets=targets, seed=5, r_max=r_max)
     return model
 
 
@@ -67,7 +74,7 @@ def advance(model, growth, optimizer, step: int, rank: int = 0, world: int = 1) 
     growth.grow(step)
 
 
-def pairs_of(model: MoETransformer) -> dict[tuple[int, str], StackedLoRA]:
+def pairs_of(model: MoETransformer) -> dict[tuple[int, str], lora.StackedLoRA]:
     return {(i, name): p for i, layer in enumerate(model.layers) for name, p in layer.mlp.experts.lora.items()}
 
 
@@ -116,7 +123,7 @@ def test_equal_saliency_goes_to_the_lower_id():
 
 
 def test_every_layer_ends_at_its_budget_and_is_never_above_it():
-    rng, models = random.Random(0), {r: adapted(r) for r in (5, 9, 16, 24)}
+    rng, models = random.Random(0), {r: adapted(r_max=r) for r in (5, 9, 16, 24)}
     for seed in range(60):
         r_max = rng.choice(list(models))
         r_target, steps = rng.randint(1, r_max), rng.choice([2, 3, 7, 40, 60, 350])
@@ -135,7 +142,7 @@ def test_every_layer_ends_at_its_budget_and_is_never_above_it():
 
 
 def test_a_long_run_spends_the_same_at_every_growth_and_caps_every_expert():
-    growth = drlora.RankGrowth(adapted(24), 12, 3750)  # 6 -> 12 of 24; free 18, so 2 at a time
+    growth = drlora.RankGrowth(adapted(r_max=24), 12, 3750)  # 6 -> 12 of 24; free 18, so 2 at a time
     growth.usage.copy_(torch.arange(1, E + 1).expand(L, E))
     growth.score.copy_(torch.arange(1, E + 1).expand(L, E))
     spent = []
@@ -190,7 +197,7 @@ def test_scores_equal_a_plain_loop_over_layers_experts_projections_and_dimension
 
 
 def test_what_has_not_grown_never_changes_and_the_rest_trains_as_plain_lora_of_its_rank():
-    reserved, plain = adapted(), adapted(R_TARGET // 2)
+    reserved, plain = adapted(), adapted(R_TARGET // 2, r_max=None)
     growth = drlora.RankGrowth(reserved, R_TARGET, steps=1000)
     assert growth.steps[0] > 5
     before = {key: [p.detach().clone() for p in pair.parameters()] for key, pair in pairs_of(reserved).items()}
@@ -303,7 +310,7 @@ def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
-    model = adapted()
+    model = adapted(targets="all")
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step)
@@ -313,10 +320,14 @@ def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
 def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(trained):
     model, growth = trained
     state = hellora.adapter_state(model)
-    small = drlora.truncate(state, growth.ranks())
-    plain = hellora.adapter_state(adapted(R_TARGET))
-    assert sum(small[name].numel() for name in plain) == sum(tensor.numel() for tensor in plain.values())
-    restored, largest = drlora.pad(small, growth.ranks()), int(growth.ranks().max())
+    small = lora.truncate(state, growth.ranks())
+    plain = hellora.adapter_state(adapted(targets="all", r_max=None))
+    assert {name: tensor.numel() for name, tensor in small.items()} == {n: t.numel() for n, t in plain.items()}
+    restored, largest = lora.pad(small, growth.ranks()), int(growth.ranks().max())
+    for stem in (name.removesuffix(".lora_B") for name in state if "experts" not in name and name.endswith("lora_B")):
+        before, after = ([d[f"{stem}.lora_B"], d[f"{stem}.lora_A"]] for d in (state, restored))  # then zeros follow
+        assert torch.equal(small[f"{stem}.lora_B"], before[0])
+        assert torch.allclose(after[0] @ after[1], before[0] @ before[1], atol=1e-6)
     assert R_TARGET < largest <= R_MAX
     for (i, name), pair in pairs_of(model).items():
         stem = f"layers.{i}.mlp.experts.lora.{name}"
@@ -326,7 +337,7 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
             assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
             again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
             assert torch.allclose(again, product, atol=1e-6), (stem, e)
-    of_largest = hellora.adapter_state(adapted(largest))
+    of_largest = hellora.adapter_state(adapted(largest, "all", r_max=None))
     assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
     assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors wants them
 
@@ -334,13 +345,30 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
 AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the other
 
 
+def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
+    model, growth = trained
+    adapter = replace(model.adapter, ranks=growth.ranks().tolist())
+    hellora.save_adapter(lora.truncate(hellora.adapter_state(model), growth.ranks()), tmp_path, adapter)
+    other, ids = base(), torch.arange(22).view(2, 11)
+    hellora.load_adapter(other, tmp_path)
+    logits = model(ids)[0]
+    assert torch.allclose(other(ids)[0], logits, atol=1e-4)
+    hellora.merge(other)
+    assert torch.allclose(other(ids)[0], logits, atol=1e-4)
+    about = json.loads((tmp_path / "adapter.json").read_text())
+    for ranks in (about["ranks"][:1], [row[1:] for row in about["ranks"]], [[1], [2, 3]], 4):
+        (tmp_path / "adapter.json").write_text(json.dumps(about | {"ranks": ranks}))
+        with pytest.raises(InputError, match="damaged"):
+            hellora.load_adapter(base(), tmp_path)
+
+
 def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
     model, growth = trained
-    small = drlora.truncate(hellora.adapter_state(model), growth.ranks())
+    small = lora.truncate(hellora.adapter_state(model), growth.ranks())
     other = growth.ranks().clone()
     other[1, 3] += 1
     with pytest.raises(ValueError, match="layers.1.mlp.experts.*ranks sum to 29"):
-        drlora.pad(small, other)
+        lora.pad(small, other)
 
 
 def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):

@@ -42,6 +42,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         ("--method", "hellora", "--k", "3", "--micro-batch", "2"),  # 7 examples: 3 and 4 of them, in 2 micro-batches
         ("--method", "hellori-s", "--batch", "1"),  # the second process never has an example
         ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora", "--sample", "0.01"),
+        ("--method", "dr-lora", "--rank", "4", "--lr", "1e-4", "--sample", "0.01"),
     ],
 )
 def test_two_processes_give_the_losses_and_the_adapter_of_one(tmp_path, flags):
@@ -143,6 +144,8 @@ GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
         (["--experts", "{folder}/lists.json"], "layers"),
         (["--experts", "{folder}/broken.jsonl"], "expert ids"),
         (["--router-aux-form", "layer"], "means nothing"),
+        (["--method", "dr-lora", "--experts", "hot"], "ranks of all experts"),
+        (["--method", "dr-lora", "--steps", "1", "--sample", "0.01"], "at least 2 steps"),
         (["--k", "65"], "want 1..64"),
         (["--k", "eight"], "got 'eight'"),
         (["--method", "lora", "--k", "8"], "no meaning"),
@@ -180,6 +183,7 @@ def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
         train.main([*flags, "--out", str(tmp_path / "run")])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()  # nothing half-written
 
 
 @pytest.mark.parametrize("form", ["concat", "layer"])
@@ -251,10 +255,11 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
             train.main(["--steps", "1", "--out", str(tmp_path / out)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     asked = vars(settings.parse_flags([]))
-    train.claim(tmp_path / "run", asked)
-    train.claim(tmp_path / "run", asked)  # the same run again
+    train.check_out(tmp_path / "run", asked)
+    train.write_config(tmp_path / "run", asked)
+    train.check_out(tmp_path / "run", asked)  # the same run again
     with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
-        train.claim(tmp_path / "run", asked | {"rank": 4})
+        train.check_out(tmp_path / "run", asked | {"rank": 4})
 
 
 def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):
