@@ -1,0 +1,39 @@
+"""The README against the code: every command names a script and flags that exist, and every module is in the map."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import settings
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
+COMMANDS = re.findall(r"^\s*(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#]*)", BLOCKS, re.M)
+
+
+def test_the_readme_has_commands():
+    assert {script for script, _ in COMMANDS} >= {"train.py", "evaluate.py", "profile.py", "export.py"}
+
+
+@pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
+def test_every_flag_of_a_readme_command_exists(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    flags = {flag for name, rest in COMMANDS if name == script for flag in re.findall(r"--[a-z-]+", rest)}
+    assert done.returncode == 0
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", done.stdout)]
+
+
+def test_training_commands_of_the_readme_are_accepted():
+    for script, rest in COMMANDS:
+        if script == "train.py":
+            settings.parse_flags(rest.split())
+
+
+def test_every_module_is_in_the_file_map_and_every_method_in_the_table():
+    modules = {path.name for path in ROOT.glob("*.py")}
+    assert not [name for name in modules if f"`{name}`" not in README]
+    assert not [name for name in settings.METHODS if f"`{name}`" not in README]
