@@ -504,7 +504,7 @@ def test_at_any_moment_the_processes_work_on_neighbouring_lengths():
 
 
 def test_little_of_an_epoch_is_padding():
-    """On the embedded model's tokens: 5 % for micro-batches of 8 in batches of 32; 15 % in the order they come."""
+    """On the embedded model's tokens: 7 % for micro-batches of 8 in batches of 32; over twice that in the order they come."""
     model_config = read_config(TINY)
     tokenizer = data.load_tokenizer(TINY, model_config)
     items = data.encode(load_examples("tiny-math", "train"), tokenizer, model_config.eos_token_id)
@@ -517,7 +517,7 @@ def test_little_of_an_epoch_is_padding():
 
     plain = padding(lambda c: [[items[i] for i in c[start : start + 8]] for start in range(0, len(c), 8)])
     grouped = padding(lambda c: data.micro_batches([items[i] for i in c], 8, 0, 1))
-    assert grouped < 0.06 and grouped < plain / 2
+    assert grouped < 0.08 and grouped < plain / 2
 
 
 def test_no_tiny_row_is_cut(capsys):
