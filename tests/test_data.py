@@ -504,7 +504,7 @@ def test_at_any_moment_the_processes_work_on_neighbouring_lengths():
 
 
 def test_little_of_an_epoch_is_padding():
-    """On the embedded model's tokens: 7 % for micro-batches of 8 in batches of 32; over twice that in the order they come."""
+    """On the embedded model's tokens: 7 % for micro-batches of 8 in batches of 32; over twice that ungrouped."""
     model_config = read_config(TINY)
     tokenizer = data.load_tokenizer(TINY, model_config)
     items = data.encode(load_examples("tiny-math", "train"), tokenizer, model_config.eos_token_id)
