@@ -37,3 +37,12 @@ def test_every_module_is_in_the_file_map_and_every_method_in_the_table():
     modules = {path.name for path in ROOT.glob("*.py")}
     assert not [name for name in modules if f"`{name}`" not in README]
     assert not [name for name in settings.METHODS if f"`{name}`" not in README]
+
+
+def test_in_the_order_of_the_file_map_every_module_imports_only_those_above_it():
+    order = re.findall(r"`(\w+)\.py`", README.split("## Read it")[1].split("## Fine-tune")[0])
+    for i, name in enumerate(order):
+        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.M)) & set(order)
+        allowed = {*order[:i], "sandbox_inside"}  # beside sandbox.py, in one row of the map
+        assert imported <= allowed, f"{name}.py imports {imported - allowed}"
