@@ -9,6 +9,7 @@ interrupted evaluation goes on where it stopped; that file is one that `read_com
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,14 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 import data
+import files
 import hellora
 import scoring
+from checkpoint import read_config, resolve
 from cli import InputError
 from data import Example
 from generate import stream
-from model import MoETransformer, load_model, read_config, resolve
+from model import MoETransformer, load_model
 from peft_files import base_of, load_any_adapter
 
 # ------------------------------------------------------------------------------------------------ from a model
@@ -99,12 +102,13 @@ def complete(
     decoding: Decoding,
     *,
     batch_size: int = 32,
+    until: str | None = None,
     folder: Path | None = None,
 ) -> list[list[str]] | None:
     """The model's completions, `decoding.samples` of each example; None on every process but the main one.
 
-    The processes of torch.distributed share the prompts; each must hold the whole model. `folder` is where finished
-    completions are kept and looked for.
+    The processes of torch.distributed share the prompts; each must hold the whole model. A completion ends before
+    the text `until`. `folder` is where finished completions are kept and looked for.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     kept = [read_generations(folder) if folder and rank == 0 else {}]
@@ -112,14 +116,21 @@ def complete(
         dist.broadcast_object_list(kept)
     done = kept[0]
     prompts = data.tokenize([example.prompt for example in examples], tokenizer)
+    positions = model.config.hub.get("max_position_embeddings") or math.inf
+    longest = max(map(len, prompts)) + decoding.max_new_tokens
+    if longest > positions:
+        files.say(f"prompts and answers of up to {longest} tokens, but the model was made for {positions}")
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in done]
     todo.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
 
     def text(i: int, ids: list[int]) -> str:
         # Not decode(ids): some tokenizers drop the space that a text starts with.
-        return tokenizer.decode(prompts[i] + ids)[len(tokenizer.decode(prompts[i])) :]
+        before = prompts[i][-8:]
+        return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
     def stop(i: int, ids: list[int]) -> bool:
+        if until is not None:
+            return until in text(i, ids)
         row = examples[i].row
         return scoring.function_end(row["prompt"], row["entry_point"], text(i, ids))[1] is not None
 
@@ -133,12 +144,13 @@ def complete(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
         seed=decoding.seed,
-        stop=stop if data.TASKS[task].benchmark == "humaneval" else None,
+        stop=stop if until is not None or data.TASKS[task].benchmark == "humaneval" else None,
     )
     mine = {}
     with open(folder / f"generations-{rank}.jsonl" if folder else os.devnull, "w", encoding="utf-8") as file:
         for i, s, ids in ended:
-            record = {"id": examples[i].id, "sample": s, "completion": text(i, ids)}
+            completion = text(i, ids) if until is None else text(i, ids).partition(until)[0]
+            record = {"id": examples[i].id, "sample": s, "completion": completion}
             mine[examples[i].id, s] = record | {"cut": len(ids) == decoding.max_new_tokens}
             print(json.dumps(mine[examples[i].id, s]), file=file, flush=True)
     parts = [mine]
@@ -154,7 +166,7 @@ def complete(
     records = [[done[example.id, s] for s in range(decoding.samples)] for example in examples]
     cut = sum(record["cut"] for samples in records for record in samples)
     if cut:
-        data.say(
+        files.say(
             f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens"
         )
     return [[record["completion"] for record in samples] for samples in records]
@@ -209,7 +221,7 @@ def read_completions(
     """
     place = {example.id: i for i, example in enumerate(examples)}
     found: list[list[str]] = [[] for _ in examples]
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -10,20 +10,71 @@ from cli import InputError
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` fixes that its config.json does not say: key names, router rule, q/k norm."""
+    """What a `model_type` fixes that its config.json does not say: key names, router rule, norms, biases, defaults."""
 
-    moe: str  # name of the MoE block in the file: model.layers.{i}.{moe}.gate.weight
-    projections: tuple[str, str, str]  # names of an expert's gate, up and down projection in the file
     num_experts: str  # config key of E
-    always_norm_topk_prob: bool  # the K routing weights sum to 1; False: if norm_topk_prob says so
-    qk_norm: bool  # RMSNorm over the whole q and k projection
-    rope_theta: float  # where config.json leaves it out
+    expert_size: str = "moe_intermediate_size"  # config key of F
+    moe: str = "mlp"  # name of the MoE block in the file: model.layers.{i}.{moe}.gate.weight
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert, in the file
+    shared_expert: str | None = None  # name in the file of the MLP that every token passes beside its K experts
+    shared_expert_gate: bool = False  # sigmoid(w . x) scales that MLP's output
+    always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: if norm_topk_prob says so
+    qk_norm: str | None = None  # RMSNorm of q and k over the whole "projection", or over each "head"
+    qkv_bias: bool = False
+    sliding_window: bool = False  # config.json may limit how far back a query sees
+    rope_theta: float = 1e4  # where config.json leaves it out
+    rms_norm_eps: float = 1e-6  # where config.json leaves it out
 
 
 FAMILIES = {
-    "olmoe": Family("mlp", ("gate_proj", "up_proj", "down_proj"), "num_experts", False, True, 1e4),
-    "mixtral": Family("block_sparse_moe", ("w1", "w3", "w2"), "num_local_experts", True, False, 1e6),
+    "olmoe": Family("num_experts", "intermediate_size", qk_norm="projection", rms_norm_eps=1e-5),
+    "mixtral": Family(
+        "num_local_experts",
+        "intermediate_size",
+        moe="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+        always_norm_topk_prob=True,
+        sliding_window=True,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+    ),
+    "deepseek": Family("n_routed_experts", shared_expert="shared_experts"),
+    "qwen2_moe": Family("num_experts", shared_expert="shared_expert", shared_expert_gate=True, qkv_bias=True),
+    "qwen3_moe": Family("num_experts", qk_norm="head"),
 }
+
+# Keys of config.json that change what a model computes, with the only value that this forward implements.
+ONLY = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+    "layer_types": None,
+    "decoder_sparse_step": 1,
+    "moe_layer_freq": 1,
+    "mlp_only_layers": [],
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "quantization_config": None,
+}
+# Keys that are read below, and keys that change nothing here: bookkeeping, training settings, rotary positions' limits.
+KNOWN = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
+    "num_experts_per_tok", "norm_topk_prob", "n_shared_experts", "shared_expert_intermediate_size",
+    "first_k_dense_replace", "rope_theta", "rope_parameters", "rms_norm_eps", "clip_qkv", "sliding_window",
+    "tie_word_embeddings", "eos_token_id", "pad_token_id", "qkv_bias",
+    "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache",
+    "bos_token_id", "attention_dropout", "initializer_range", "max_position_embeddings", "pretraining_tp",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size",
+    "max_window_layers", "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states",
+    "return_dict", "id2label", "label2id", "problem_type",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,8 +93,11 @@ class MoEConfig:
     num_experts_per_tok: int
     norm_topk_prob: bool
     rope_theta: float
+    rms_norm_eps: float
+    num_dense_layers: int = 0  # first layers, whose MLP is one for all tokens (first_k_dense_replace)
+    dense_intermediate_size: int = 0  # of their MLP
+    shared_intermediate_size: int = 0  # of the MLP that every token passes beside its experts; 0: there is none
     clip_qkv: float | None = None  # OLMoE: clamp q, k, v to [-clip, clip]
-    rms_norm_eps: float = 1e-5  # some OLMoE revisions leave it out
     sliding_window: int | None = None  # Mixtral derivatives: positions a query sees, itself included
     tie_word_embeddings: bool = False
     eos_token_id: int | None = None
@@ -54,6 +108,11 @@ class MoEConfig:
     def family(self) -> Family:
         return FAMILIES[self.model_type]
 
+    @property
+    def moe_layers(self) -> range:
+        """The layers that have a router and experts; L of counts, masks and selected_experts is their number."""
+        return range(self.num_dense_layers, self.num_hidden_layers)
+
     @classmethod
     def from_dict(cls, hub: dict) -> "MoEConfig":
         """Read the hub's config.json; a value that this forward does not implement is an InputError."""
@@ -62,46 +121,83 @@ class MoEConfig:
             raise InputError(f"config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
         family = FAMILIES[model_type]
         rope = hub.get("rope_parameters") or {}  # transformers 5 nests what 4 keeps at the top level
-        supported = {
-            "hidden_act": (hub.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (hub.get("attention_bias") or False, False),
-            "rope_scaling": (hub.get("rope_scaling"), None),
-            "rope_type": (rope.get("rope_type", "default"), "default"),
-        }
-        for key, (value, allowed) in supported.items():
-            if value != allowed:
-                raise InputError(f"config.json: {key} {value!r} is not implemented, only {allowed!r}")
-        try:
-            heads = hub["num_attention_heads"]
-            eos = hub.get("eos_token_id")
-            config = cls(
-                model_type=model_type,
-                vocab_size=hub["vocab_size"],
-                hidden_size=hub["hidden_size"],
-                intermediate_size=hub["intermediate_size"],
-                num_hidden_layers=hub["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=hub.get("num_key_value_heads") or heads,
-                head_dim=hub.get("head_dim") or hub["hidden_size"] // heads,
-                num_experts=hub[family.num_experts],
-                num_experts_per_tok=hub["num_experts_per_tok"],
-                norm_topk_prob=family.always_norm_topk_prob or hub.get("norm_topk_prob", False),
-                clip_qkv=hub.get("clip_qkv"),
-                rms_norm_eps=hub.get("rms_norm_eps", cls.rms_norm_eps),
-                rope_theta=rope.get("rope_theta") or hub.get("rope_theta", family.rope_theta),
-                sliding_window=hub.get("sliding_window"),
-                tie_word_embeddings=hub.get("tie_word_embeddings", False),
-                eos_token_id=eos[0] if isinstance(eos, list) else eos,
-                pad_token_id=hub.get("pad_token_id"),
-                hub=hub,
-            )
-        except KeyError as key:
-            raise InputError(f"config.json: {key} is missing") from None
-        if not 0 < config.num_experts_per_tok <= config.num_experts:
+        check_values(hub, rope, family)
+        size_keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
+        sizes = {key: whole(hub, key) for key in size_keys}
+        heads, expert_size = sizes["num_attention_heads"], whole(hub, family.expert_size)
+        if not hub.get("head_dim") and sizes["hidden_size"] % heads:
+            raise InputError(f"config.json: hidden_size {sizes['hidden_size']} is no multiple of {heads} heads")
+        num_dense = whole(hub, "first_k_dense_replace", 0) if model_type == "deepseek" else 0
+        shared_size = 0
+        if family.shared_expert:
+            several = whole(hub, "n_shared_experts", 0) * expert_size  # DeepSeek stores them as one wide MLP
+            shared_size = several or whole(hub, "shared_expert_intermediate_size", 0)
+        # transformers 5 writes Qwen3's under Mixtral's name
+        num_experts = next((key for key in (family.num_experts, "num_local_experts") if key in hub), family.num_experts)
+        windowed = family.sliding_window and hub.get("sliding_window") is not None
+        eos = hub.get("eos_token_id")
+        config = cls(
+            model_type=model_type,
+            **sizes,
+            intermediate_size=expert_size,
+            num_key_value_heads=whole(hub, "num_key_value_heads", heads),
+            head_dim=whole(hub, "head_dim", sizes["hidden_size"] // heads),
+            num_experts=whole(hub, num_experts),
+            norm_topk_prob=family.always_norm_topk_prob or bool(hub.get("norm_topk_prob")),
+            clip_qkv=hub.get("clip_qkv"),
+            rms_norm_eps=hub.get("rms_norm_eps") or family.rms_norm_eps,
+            rope_theta=rope.get("rope_theta") or hub.get("rope_theta") or family.rope_theta,
+            num_dense_layers=num_dense,
+            dense_intermediate_size=whole(hub, "intermediate_size") if num_dense else 0,
+            shared_intermediate_size=shared_size,
+            sliding_window=whole(hub, "sliding_window") if windowed else None,
+            tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
+            eos_token_id=eos[0] if isinstance(eos, list) and eos else eos,
+            pad_token_id=hub.get("pad_token_id"),
+            hub=hub,
+        )
+        for key, value, most in (
+            ("num_experts_per_tok", config.num_experts_per_tok, config.num_experts),
+            ("first_k_dense_replace", config.num_dense_layers + 1, config.num_hidden_layers),
+        ):
+            if value > most:
+                raise InputError(f"config.json: {key} {hub[key]} is too large; want at most {most - value + hub[key]}")
+        if heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
-                f"config.json: num_experts_per_tok {config.num_experts_per_tok}, want 1..{config.num_experts}"
+                f"config.json: {heads} heads, {config.num_key_value_heads} key-value heads of size {config.head_dim}; "
+                "want a whole number of heads for each key-value head, and an even size"
             )
         return config
+
+
+def whole(hub: dict, key: str, default: int | None = None) -> int:
+    """A size from config.json; missing or null is `default`. Raises InputError for anything but a sane whole number."""
+    value = hub.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise InputError(f"config.json: {key} is missing")
+    least = 1 if default is None or default else 0
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 10**7:
+        raise InputError(f"config.json: {key} is {value!r}; want a whole number from {least} to 10,000,000")
+    return value
+
+
+def check_values(hub: dict, rope: dict, family: Family) -> None:
+    """Raise InputError for a value that is not implemented, or a number that is none."""
+    allowed = ONLY | ({"qkv_bias": True} if family.qkv_bias else {})
+    for key, only in allowed.items():
+        value = hub.get(key)
+        if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
+            continue
+        if value not in (None, only):
+            raise InputError(f"config.json: {key} {value!r} is not implemented, only {only!r}")
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not implemented, only 'default'")
+    for key, value in (rope | hub).items():
+        if key in ("rope_theta", "rms_norm_eps", "clip_qkv") and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise InputError(f"config.json: {key} is {value!r}; want a positive number")
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).
@@ -135,5 +231,23 @@ PRESETS = {
         "rope_theta": 1000000.0,
         "rms_norm_eps": 1e-5,
         "eos_token_id": 2,
+    },
+    "deepseek-moe-16b": {
+        "model_type": "deepseek",
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": 100001,
     },
 }

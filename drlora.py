@@ -75,7 +75,7 @@ class RankGrowth:
 
     def __init__(self, model: MoETransformer, r_target: int, steps: int) -> None:
         """model: pairs of kind `lora` on all experts, r_max >= r_target. Raises InputError if it cannot grow."""
-        self.pairs = [list(layer.mlp.experts.lora.values()) for layer in model.layers]
+        self.pairs = [list(model.layers[i].mlp.experts.lora.values()) for i in model.config.moe_layers]
         B = self.pairs[0][0].lora_B  # [E, out, r_max]
         L, E, self.r_max = len(self.pairs), len(B), B.shape[-1]
         self.steps = growth_steps(steps)

@@ -15,36 +15,32 @@ Dimensions: r rank, T tokens, V vocabulary.
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import reduce
-from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 import cli
 import completions
 import data
 import hellora
+from checkpoint import SHARD_BYTES, Stored, read_config, read_rows, resolve, stored, write_checkpoint
 from cli import InputError
 from config import MoEConfig
 from hellora import Adapter
 from lora import KINDS, Scatter, init_A
-from model import MoETransformer, checkpoint_files, hub_views, load_model, read_config, resolve
-from peft_files import Factors, hub_name, hub_shapes, modules, peft_bytes, write_peft
+from model import MoETransformer, hub_views, load_model
+from peft_files import UNDER_5, Factors, hub_name, hub_shapes, modules, peft_bytes, write_peft
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
-SHARD_BYTES = 5_000_000_000  # as on the hub
 BESIDE = (  # what a checkpoint folder holds beside its weights
-    "config.json generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
     "added_tokens.json vocab.json merges.txt tokenizer.model chat_template.jinja"
 ).split()
 
@@ -70,7 +66,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
             raise InputError(f"{folder}: {name} is {what}, want {shape}; damaged, or of another model?")
         return tensor.float()
 
-    for module, matrices in sorted(modules(adapter).items()):
+    for module, matrices in sorted(modules(adapter, config).items()):
         fan_out, fan_in = shapes[hub_name(matrices[0], config)]
         n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
         if adapter.kind == "lori":
@@ -102,31 +98,16 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 # -------------------------------------------------------------------------------------------- merged checkpoint
 
 
-def stored(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
-    """Numbers in every weight of a checkpoint, and its dtype. Raises InputError if config.json wants other weights."""
-    found, wanted = {}, {f"{name}.weight": shape for name, shape in hub_shapes(read_config(folder)).items()}
-    for file in checkpoint_files(folder):
-        try:
-            with safe_open(file, framework="pt") as content:
-                parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 - not a dict
-                heads = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-        for key, (shape, dtype) in heads.items():
-            if wanted.get(key) != shape or dtype not in DTYPES:
-                raise InputError(f"{file}: {key}, {dtype} {shape}, does not fit config.json or is quantised")
-            found[key] = math.prod(shape), DTYPES[dtype]
-    for key in sorted(wanted.keys() - found.keys()):
-        raise InputError(f"{folder}: {key} is missing; the checkpoint is incomplete, download it again")
-    return found
+def weights_of(folder: Path) -> dict[str, Stored]:
+    """The weights of a checkpoint by key, in its files' order. Raises InputError if config.json wants others."""
+    with torch.device("meta"):
+        views = hub_views(MoETransformer(read_config(folder)))
+    return stored(folder, {key: tuple(view.shape) for key, view in views.items()})
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a checkpoint by key, one at a time."""
-    for file in checkpoint_files(folder):
-        with safe_open(file, framework="pt") as content:
-            for key in content.keys():  # noqa: SIM118
-                yield key, content.get_tensor(key)
+def read_whole(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Weights by key, one at a time, in the order of their files."""
+    return read_rows(weights, dict.fromkeys(weights, slice(None)))
 
 
 @torch.no_grad()
@@ -147,35 +128,25 @@ def write_merged(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint `base` with an adapter, given by matrix, folded in; in another dtype if one is given."""
-    config, weights = read_config(base), stored(base)
+    config, weights = read_config(base), weights_of(base)
     adapted = {f"{hub_name(matrix, config)}.weight": pair for matrix, pair in factors.items()}
-    shards, filled, total = [[]], 0, 0  # the keys of every file
-    for key, (numbers, own) in weights.items():
-        size = numbers * (dtype or own).itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled, total = filled + size, total + size
-    print(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change", flush=True)
-    check_space(out, total)
-    weight_map, stream = {}, read_weights(base)  # in the order of `weights`
-    for i, keys in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            key: (fold(W, adapted[key], adapter) if key in adapted else W).to(dtype or W.dtype)
-            for key, W in islice(stream, len(keys))
-        }
-        save_file(tensors, out / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    sizes = {key: math.prod(weight.shape) * (dtype or weight.dtype).itemsize for key, weight in weights.items()}
+    print(
+        f"merged checkpoint: {sum(sizes.values()):,} bytes, {len(adapted):,} of {len(weights):,} weights change",
+        flush=True,
+    )
+    check_space(out, sum(sizes.values()))
+    merged = (
+        (key, (fold(W, adapted[key], adapter) if key in adapted else W).to(dtype or W.dtype))
+        for key, W in read_whole(weights)
+    )
+    # `dtype` is the newer name of torch_dtype
+    hub = {key: value for key, value in config.hub.items() if not (dtype and key == "dtype")}
+    hub |= {"torch_dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    write_checkpoint(out, sizes, merged, hub, shard_bytes)
     for name in BESIDE:
         if (base / name).is_file():
             shutil.copyfile(base / name, out / name)
-    if dtype:
-        hub = {key: value for key, value in config.hub.items() if key != "dtype"}  # the newer name of torch_dtype
-        write_json(out / "config.json", hub | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 @torch.no_grad()
@@ -185,9 +156,9 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
     Weights must be what hellora.merge makes, up to the order of a sum. Logits must be those of base and adapter at a
     typical token; a few tokens are sent to another expert by the least change.
     """
-    dtypes = {dtype for _, dtype in stored(merged).values()}
+    dtypes = {weight.dtype for weight in weights_of(merged).values()}
     rounds = dtypes != {torch.float32}
-    dtype = reduce(torch.promote_types, dtypes | {dtype for _, dtype in stored(base).values()})
+    dtype = reduce(torch.promote_types, dtypes | {weight.dtype for weight in weights_of(base).values()})
 
     def logits(model: MoETransformer) -> Tensor:
         return torch.cat([model(torch.tensor([item.ids]))[0][0] for item in items]).float()  # [T, V]
@@ -198,7 +169,7 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
     expected = logits(model)
     hellora.merge(model)
     views, wrong = hub_views(model), []
-    for key, W in read_weights(merged):
+    for key, W in read_whole(weights_of(merged)):
         want = views[key].to(W.dtype).float()
         if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # so that NaN is wrong too
             wrong.append(key)
@@ -226,10 +197,6 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
 
 
 # -------------------------------------------------------------------------------------------------- the command
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -306,6 +273,8 @@ def main(argv: list[str] | None = None) -> None:
                 else f"adapter for PEFT: {whole:,} bytes, zeros for cold experts included (--compact: {small:,})",
                 flush=True,
             )
+            if config.model_type not in UNDER_5:
+                print(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
             check_space(out, small if args.compact else whole)
             is_local = base_name == "tiny" or Path(base_name).exists()
             name = str(base.resolve()) if is_local else base_name

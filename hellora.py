@@ -5,9 +5,9 @@
     ...                                                 # train whatever still requires a gradient
     save_adapter(model, "run/adapter")                  # or merge(model): the adapter becomes part of the weights
 
-`select_experts` turns routing counts into a mask; `attach` puts the factor pairs of lora.py where the mask says, and
-moves the hot experts to the front of the stacks: the rows they compute are then one contiguous prefix, and cold
-experts cost nothing.
+`select_experts` turns routing counts (or gate mass) into a mask; `attach` puts the factor pairs of lora.py where the
+mask says, and moves the hot experts to the front of the stacks: the rows they compute are then one contiguous prefix,
+and cold experts cost nothing.
 
 Dimensions: L layers, E experts a layer.
 """
@@ -23,11 +23,11 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cli import InputError
 from config import MoEConfig
-from lora import KINDS, LoRAExperts, LoRALinear, init_A, pad, sparsify, uniform
+from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, pad, sparsify, uniform
 from model import Experts, MoETransformer
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
@@ -37,7 +37,9 @@ TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the pape
 }
 
 
-# ----------------------------------------------------------------------------------- selection: counts to mask
+# ----------------------------------------------------------------------------------- selection: scores to mask
+#
+# scores [L, E]: how much each expert is used, counts or gate mass (`profile.RoutingProfile`). Ties to the lower id.
 
 
 def hot_first(scores: Tensor) -> Tensor:
@@ -45,75 +47,80 @@ def hot_first(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def hottest(counts: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` most-routed experts of every layer: HELLoRA (§3); MoE-Sieve with a quarter of E."""
-    return _mask(counts, hot_first(counts)[:, :num_hot])
+def hottest(scores: Tensor, num_hot: int) -> Tensor:
+    """The `num_hot` most-used experts of every layer: HELLoRA (§3); MoE-Sieve with a quarter of E."""
+    return _mask(scores, hot_first(scores)[:, :num_hot])
 
 
-def hottest_of_model(counts: Tensor, num_hot: int) -> Tensor:
-    """One set for all layers: the ids with the largest counts summed over layers (ablation HELLoRA_M, §4.5.1)."""
-    return _mask(counts, hot_first(counts.sum(0))[:num_hot].expand(len(counts), -1))
+def hottest_of_model(scores: Tensor, num_hot: int) -> Tensor:
+    """One set for all layers: the ids with the largest scores summed over layers (ablation HELLoRA_M, §4.5.1)."""
+    return _mask(scores, hot_first(scores.sum(0))[:num_hot].expand(len(scores), -1))
 
 
-def coldest(counts: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` least-routed experts of every layer (ablation HELLoRA_C, §4.5.1)."""
-    return _mask(counts, counts.argsort(dim=-1, stable=True)[:, :num_hot])
+def coldest(scores: Tensor, num_hot: int) -> Tensor:
+    """The `num_hot` least-used experts of every layer (ablation HELLoRA_C, §4.5.1)."""
+    return _mask(scores, scores.argsort(dim=-1, stable=True)[:, :num_hot])
 
 
-def any_experts(counts: Tensor, num_hot: int, seed: int) -> Tensor:
+def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
     """`num_hot` experts of every layer, blind to use: the control that the paper lacks and MoE-Sieve has."""
-    noise = torch.from_numpy(uniform(seed, "select_experts", counts.numel())).view(counts.shape)
+    noise = torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
     return hottest(noise, num_hot)
 
 
-def covering(counts: Tensor, coverage: float) -> Tensor:
-    """Per layer the smallest set whose share of the counts reaches `coverage` (ESFT, §3; MoE-Sieve ablation)."""
-    share = counts.double() / counts.double().sum(-1, keepdim=True)
+def covering(scores: Tensor, coverage: float) -> Tensor:
+    """Per layer the smallest set whose share of the scores reaches `coverage`.
+
+    Of counts this is ESFT-Token (arXiv 2407.01906) and MoE-Sieve's ablation, of gate mass ESFT-Gate. The share is of
+    the layer's sum; ESFT's released script divides by the sum over layers, which is not what its paper says.
+    """
+    share = scores.double() / scores.double().sum(-1, keepdim=True)
     order = hot_first(share)
     before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
-    return torch.zeros_like(counts, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
 
 
-def greedy(counts: Tensor, num_hot: int) -> Tensor:
-    """`num_hot` experts a layer on average, spent where they cover the largest shares (MoE-Sieve ablation)."""
-    share = counts.double() / counts.double().sum(-1, keepdim=True)
-    chosen = hot_first(share.flatten())[: num_hot * len(counts)]
-    return torch.zeros(counts.numel(), dtype=torch.bool).scatter(0, chosen, True).view(counts.shape)
+def greedy(scores: Tensor, num_hot: int) -> Tensor:
+    """`num_hot` experts a layer on average, spent where they cover the largest shares (MoE-Sieve's ablation)."""
+    share = scores.double() / scores.double().sum(-1, keepdim=True)
+    chosen = hot_first(share.flatten())[: num_hot * len(scores)]
+    return torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, chosen, True).view(scores.shape)
 
 
-def _mask(counts: Tensor, ids: Tensor) -> Tensor:
-    return torch.zeros_like(counts, dtype=torch.bool).scatter(-1, ids, True)
+def _mask(scores: Tensor, ids: Tensor) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
 
 
-POLICIES = ("hot", "model-hot", "cold", "random", "all", "coverage", "greedy")
+SCORED = {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}
+POLICIES = (*SCORED, "coverage", "random", "all")
 
 
 def select_experts(
-    policy: str, counts: Tensor, num_hot: int | None, *, coverage: float | None = None, seed: int = 0
+    policy: str, scores: Tensor, num_hot: int | None, *, coverage: float | None = None, seed: int = 0
 ) -> Tensor:
-    """Which experts get an adapter.  counts [L, E] (or float scores) -> hot [L, E] bool
+    """Which experts get an adapter.  scores [L, E] -> hot [L, E] bool
 
     num_hot: experts per layer, the paper's k; None for `all` and `coverage`. coverage: in (0, 1], for `coverage`.
-    Raises InputError for an unknown policy, a num_hot or coverage out of range, and counts that are no counts.
+    Raises InputError for an unknown policy, a num_hot or coverage out of range, and scores that no routing gives.
     """
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
-    E = counts.shape[-1]
-    if not bool(torch.isfinite(counts.double()).all()) or bool((counts < 0).any()):
-        raise InputError("counts hold a negative or non-finite number; profile again")
+    E = scores.shape[-1]
+    if not bool(torch.isfinite(scores.double()).all()) or bool((scores < 0).any()):
+        raise InputError("scores hold a negative or non-finite number; profile again")
     if policy == "all":
-        return torch.ones_like(counts, dtype=torch.bool)
-    if bool((counts.sum(-1) == 0).any()):
-        raise InputError("counts of a layer are all zero: no token was routed; profile on more text")
+        return torch.ones_like(scores, dtype=torch.bool)
+    if bool((scores.sum(-1) == 0).any()):
+        raise InputError("scores of a layer are all zero: no token was routed; profile on more text")
     if policy == "coverage":
         if coverage is None or not 0 < coverage <= 1:
             raise InputError(f"coverage is {coverage}; want a share above 0 and at most 1")
-        return covering(counts, coverage)
+        return covering(scores, coverage)
     if num_hot is None or not 1 <= num_hot <= E:
         raise InputError(f"k is {num_hot}; want 1..{E}, the experts of a layer")
     if policy == "random":
-        return any_experts(counts, num_hot, seed)
-    return {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}[policy](counts, num_hot)
+        return any_experts(scores, num_hot, seed)
+    return SCORED[policy](scores, num_hot)
 
 
 # ------------------------------------------------------------------------------------- attach, merge, save, load
@@ -147,10 +154,10 @@ def attach(
     """Freeze the model, then put factor pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
     The function computed does not change: B starts at zero. r_max: the experts' pairs have this rank instead, and
-    still the scale alpha / r. Raises InputError for a wrong r, targets or shape, and
-    if the model has an adapter already.
+    still the scale alpha / r. On the meta device the factors stay empty: `init_factors` fills them when the weights
+    are in. Raises InputError for a wrong r, targets or shape, and if the model has an adapter already.
     """
-    L, E = len(model.layers), model.config.num_experts
+    L, E = len(model.config.moe_layers), model.config.num_experts
     if getattr(model, "adapter", None) is not None:
         raise InputError("the model has an adapter already; merge or detach it first")
     if tuple(hot.shape) != (L, E):
@@ -163,33 +170,73 @@ def attach(
         raise InputError(f"rank {reserved}; want 1..{limit}, the smaller side of an expert's matrices")
     linear_pair, stacked_pair = KINDS[kind]
     model.requires_grad_(False)
-    for i, layer in enumerate(model.layers):
-        for path in TARGETS[targets]:
-            name = f"layers.{i}.{path}"
-            adapted = linear_pair(model.get_submodule(name), r, alpha)
-            init_A(adapted.lora_A.data, seed, name)
-            model.set_submodule(name, adapted)
-        ids = hot[i].nonzero().flatten().tolist()
-        if not ids:  # `greedy` may leave a layer without
+    for name in adapted_linears(model.config, targets):
+        model.set_submodule(name, linear_pair(model.get_submodule(name), r, alpha))
+    for i, row in zip(model.config.moe_layers, hot, strict=True):
+        moe, ids = model.layers[i].mlp, row.nonzero().flatten().tolist()
+        if ids:  # `greedy` may leave a layer without
+            move_to_front(moe.experts, ids)
+            moe.experts = LoRAExperts(moe.experts, len(ids), stacked_pair, reserved, alpha * reserved / r)
+    if kind == "lori":
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_A"):
+                parameter.requires_grad_(False)
+    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
+    if not model.embed_tokens.weight.is_meta:
+        init_factors(model)
+
+
+def adapted_linears(config: MoEConfig, targets: str) -> list[str]:
+    """The linear layers that `targets` names, in all layers that have them."""
+    layers = range(config.num_hidden_layers)
+    return [f"layers.{i}.{p}" for i in layers for p in TARGETS[targets] if i in config.moe_layers or p != "mlp.gate"]
+
+
+@torch.no_grad()
+def init_factors(model: MoETransformer) -> None:
+    """Fill the factors: A drawn by (seed, matrix name), B zero, DoRA's m the row norms of W (a collective under FSDP).
+
+    Frozen A's are not stored but drawn again; the SHA-256 over all of them goes into `model.adapter` (LoRI, §3.1).
+    """
+    adapter, digest = model.adapter, hashlib.sha256()
+    for name, module in sorted(model.named_modules()):
+        if not isinstance(module, LoRALinear | StackedLoRA):
             continue
-        move_to_front(layer.mlp.experts, ids)
-        layer.mlp.experts = LoRAExperts(layer.mlp.experts, len(ids), stacked_pair, reserved, alpha * reserved / r)
-        for projection, pair in layer.mlp.experts.lora.items():
-            for e, A in zip(ids, pair.lora_A.data, strict=True):
-                init_A(A, seed, f"layers.{i}.mlp.experts.{e}.{projection}")
-    sha256_A = freeze_A(model) if kind == "lori" else None
-    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot], sha256_A)
+        A = torch.empty(module.lora_A.shape)
+        matrices = [name]
+        if isinstance(module, StackedLoRA):
+            ids = model.get_submodule(name.rsplit(".lora.")[0]).expert_ids[: len(A)]
+            matrices = [name.replace(".lora.", f".{e}.") for e in ids]
+        for matrix, rows in zip(matrices, A.view(-1, *A.shape[-2:]), strict=True):
+            init_A(rows, adapter.seed, matrix)
+        digest.update(A.numpy().astype("<f4").tobytes())
+        fill(module.lora_A, A)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.zero_()
+    if adapter.kind == "dora":
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                fill(module.lora_m, gather(module.weight).float().norm(dim=-1))
+            elif isinstance(module, LoRAExperts):
+                hot = hot_weights(gather(module.gate_up_proj), gather(module.down_proj), module.num_hot)
+                for name, W in hot.items():
+                    fill(module.lora[name].lora_m, W.float().norm(dim=-1))
+    if adapter.kind == "lori":
+        model.adapter = replace(adapter, sha256_A=digest.hexdigest())
 
 
-def freeze_A(model: MoETransformer) -> str:
-    """Leave every lora_A as it was drawn (LoRI, §3.1).  -> SHA-256 of all of them, in the order of their names"""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.endswith("lora_A"):
-            parameter.requires_grad_(False)
-            if not parameter.is_meta:
-                digest.update(parameter.detach().cpu().numpy().astype("<f4").tobytes())
-    return digest.hexdigest()
+def gather(parameter: Tensor) -> Tensor:
+    """All of a parameter, of which this process may hold a part."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter, or the part of it that this process holds."""
+    if isinstance(parameter, DTensor):
+        mesh, places = parameter.device_mesh, parameter.placements
+        values = distribute_tensor(values.to(parameter.device), mesh, places, src_data_rank=None)
+    parameter.copy_(values)
 
 
 def move_to_front(experts: Experts, ids: list[int]) -> None:
@@ -237,7 +284,7 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
     state = {name: buffer for name, buffer in model.named_buffers() if name.endswith("positions")}
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
-            state[name] = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            state[name] = gather(parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -272,7 +319,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
 
 def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
     """An Adapter's lists of experts as a mask for this model.  -> bool [L, E]"""
-    mask = torch.zeros(config.num_hidden_layers, config.num_experts, dtype=torch.bool)
+    mask = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.bool)
     if len(hot) != len(mask) or not all(0 <= e < config.num_experts for ids in hot for e in ids):
         raise InputError(
             f"the adapter is for {len(hot)} layers and expert {max(map(max, filter(None, hot)), default=-1)}; "
@@ -305,14 +352,21 @@ def load_adapter(model: MoETransformer, folder: str | Path) -> None:
     positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
     if positions:
         sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})
-    ours = {n: p.data for n, p in model.named_parameters() if "lora_" in n and p.requires_grad}
-    for name in sorted(ours.keys() ^ (state.keys() - positions.keys())):
-        raise InputError(f"{folder}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
-    for name, tensor in ours.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(tensor.shape)}"
-            raise InputError(f"{folder}: {name} is {shapes}")
-        tensor.copy_(state[name])
+    values = {name: tensor for name, tensor in state.items() if name not in positions}
+    fill_factors(model, values, folder)
+
+
+@torch.no_grad()
+def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | Path) -> None:
+    """Set the trained factors of an attached model. Raises InputError, naming `source`, if one does not fit."""
+    ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
+    for name in sorted(ours.keys() ^ state.keys()):
+        raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
+    for name, parameter in ours.items():
+        if parameter.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(parameter.shape)}"
+            raise InputError(f"{source}: {name} is {shapes}")
+        fill(parameter, state[name])
 
 
 def count_parameters(model: MoETransformer) -> tuple[int, int]:

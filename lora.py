@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from model import Experts, grouped_linear
+from model import Experts
+from ops import AdaptedLinear, WeightedSwiGLU, weighted_swiglu
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -64,7 +65,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return super().forward(x) + self.scaling * F.linear(low, self.lora_B.to(x.dtype))
+        return super().forward(x) + F.linear(low, (self.scaling * self.lora_B).to(x.dtype))
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
@@ -97,7 +98,7 @@ class DoRALinear(LoRALinear):
 
 
 class StackedLoRA(nn.Module):
-    """y_e = W_e x + (alpha / r) B_e A_e x for the n hot experts of one projection; W_e x comes from the caller."""
+    """W_e + (alpha / r) B_e A_e for the n hot experts of one projection; LoRAExperts multiplies with it."""
 
     def __init__(self, W: Tensor, r: int, alpha: float) -> None:
         """W [n, out, in]: the hot experts' weights, for their sizes."""
@@ -106,11 +107,6 @@ class StackedLoRA(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(n, r, fan_in, device=W.device))
         self.lora_B = nn.Parameter(torch.zeros(n, fan_out, r, device=W.device))
         self.scaling = alpha / r
-
-    def forward(self, x: Tensor, Wx: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
-        """x [S, in], Wx [S, out], W [n, out, in], offsets [n] ends of the experts' rows -> [S, out]"""
-        low = grouped_linear(x, self.lora_A.to(x.dtype), offsets)  # [S, r]
-        return Wx + self.scaling * grouped_linear(low, self.lora_B.to(x.dtype), offsets)
 
     def merged(self, W: Tensor) -> Tensor:
         """The weights that compute the same without an adapter.  float32 [n, out, in]"""
@@ -129,13 +125,14 @@ class StackedDoRA(StackedLoRA):
             norm = row_norm(W, self.lora_A, self.lora_B, self.scaling)
         return self.lora_m / norm  # [n, out]
 
-    def forward(self, x: Tensor, Wx: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
-        counts = offsets.diff(prepend=offsets.new_zeros(1))
-        rows = torch.arange(len(W), device=x.device).repeat_interleave(counts, output_size=len(x))  # [S]
-        return self.scale(W).to(x.dtype)[rows] * super().forward(x, Wx, W, offsets)
-
     def merged(self, W: Tensor) -> Tensor:
         return self.scale(W)[..., None] * super().merged(W)
+
+
+def hot_weights(gate_up_proj: Tensor, down_proj: Tensor, n: int) -> dict[str, Tensor]:
+    """Views of the n hot experts' weights, which come first.  [E, 2F, D], [E, D, F] -> [n, F, D] twice, [n, D, F]"""
+    gate, up = gate_up_proj[:n].chunk(2, dim=1)
+    return {"gate_proj": gate, "up_proj": up, "down_proj": down_proj[:n]}
 
 
 class LoRAExperts(Experts):
@@ -153,23 +150,30 @@ class LoRAExperts(Experts):
         self.lora = nn.ModuleDict({name: pair(W, r, alpha) for name, W in self.hot_weights().items()})
 
     def hot_weights(self) -> dict[str, Tensor]:
-        """The frozen weights of the hot experts, as views.  [n, F, D] twice, [n, D, F]"""
-        gate, up = self.gate_up_proj[: self.num_hot].chunk(2, dim=1)
-        return {"gate_proj": gate, "up_proj": up, "down_proj": self.down_proj[: self.num_hot]}
+        return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
 
-    def adapt(self, x: Tensor, y: Tensor, offsets: Tensor, *names: str) -> Tensor:
-        """Replace the hot rows of y = W x [R, out] by what the pairs `names`, side by side, make of them."""
-        offsets, weights = offsets[: self.num_hot], self.hot_weights()
-        S = int(offsets[-1])  # the hot rows come first
-        parts = zip(names, y[:S].chunk(len(names), dim=-1), strict=True)
-        y[:S] = torch.cat([self.lora[name](x[:S], Wx, weights[name], offsets) for name, Wx in parts], dim=-1)
+    def adapted(self, x: Tensor, W: Tensor, names: tuple[str, ...], offsets: Tensor, S: int, remake, *sources) -> Tensor:
+        """W x [R, out], on the S hot rows with the pairs `names`, whose outputs lie side by side."""
+        pairs = [self.lora[name] for name in names]
+        A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
+        r, last = pairs[0].lora_A.shape[1], len(pairs) - 1
+        B = [F.pad(pair.lora_B, (i * r, (last - i) * r)) for i, pair in enumerate(pairs)]  # each reads its own r of A x
+        B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, out, p * r]
+        y = AdaptedLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, remake, *sources)
+        if isinstance(pairs[0], StackedDoRA):
+            weights = self.hot_weights()
+            scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
+            counts = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1))
+            y = torch.cat((y[:S] * scale.repeat_interleave(counts, 0, output_size=S), y[S:]))
         return y
 
-    def gate_up(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return self.adapt(x, super().gate_up(x, offsets), offsets, "gate_proj", "up_proj")  # [R, 2F]
-
-    def down(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return self.adapt(x, super().down(x, offsets), offsets, "down_proj")  # [R, D]
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        S = int(offsets[self.num_hot - 1])  # the hot rows come first
+        rows, both = x.index_select(0, token), ("gate_proj", "up_proj")
+        gate_up = self.adapted(rows, self.gate_up_proj, both, offsets, S, Tensor.__getitem__, x, token[:S])  # [R, 2F]
+        hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
+        made_from = gate_up[:S].detach(), weight[:S].detach()
+        return self.adapted(hidden, self.down_proj, ("down_proj",), offsets, S, weighted_swiglu, *made_from)
 
 
 KINDS = {  # what trains in a pair -> its classes
@@ -216,27 +220,34 @@ def trains(ranks: Tensor, r_max: int) -> Tensor:
     return torch.arange(r_max) < ranks.unsqueeze(-1)
 
 
+def rank_rows(state: dict[str, Tensor]) -> dict[str, int]:
+    """For every tensor of experts the row of `ranks` [L, E] that is its layer's; first layers may have no experts."""
+    layers = {name: int(name.split(".")[1]) for name in state if ".experts." in name}
+    row = {layer: i for i, layer in enumerate(sorted(set(layers.values())))}
+    return {name: row[layer] for name, layer in layers.items()}
+
+
 def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
     """Drop what never grew: an expert's pair keeps its R dimensions, and the experts lie one after the other.
 
     lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]; other modules stay as they are.
     """
     kept = dict(state)
-    for name in (name for name in state if ".experts." in name):
-        is_A, layer = name.endswith("lora_A"), int(name.split(".")[1])
+    for name, row in rank_rows(state).items():
+        is_A = name.endswith("lora_A")
         stack = state[name] if is_A else state[name].mT  # [E, r_max, in or out]
-        rows = stack[trains(ranks[layer], stack.shape[1])]  # [sum of R, in or out]
+        rows = stack[trains(ranks[row], stack.shape[1])]  # [sum of R, in or out]
         kept[name] = rows if is_A else rows.mT.contiguous()
     return kept
 
 
 def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
     """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
-    padded, largest = {}, int(ranks.max())
+    padded, largest, rows_of = {}, int(ranks.max()), rank_rows(state)
     for name, tensor in state.items():
         rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
-        if ".experts." in name:
-            mask = trains(ranks[int(name.split(".")[1])], largest)
+        if name in rows_of:
+            mask = trains(ranks[rows_of[name]], largest)
             if len(rows) != int(mask.sum()):
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
             stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]

@@ -3,35 +3,40 @@
     model = load_model("tiny")                     # a folder or a hub id, e.g. allenai/OLMoE-1B-7B-0924
     logits, selected_experts = model(input_ids)    # what it says, and which experts it asked
 
-OLMoE and Mixtral share this forward; they differ in config values and key names (config.py). Attention sees
-a padded batch, everything else a flat list of real tokens: padding is never routed, counted or multiplied by
-an expert. The E experts of a layer are stacked tensors, computed by one grouped matmul per projection on rows
-sorted by expert; files hold the hub's per-expert keys (`hub_views` maps one to the other, both ways).
+OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward; they differ in config values and key names
+(config.py). Attention sees a padded batch, everything else a flat list of real tokens: padding is never routed,
+counted or multiplied by an expert. The E experts of a layer are stacked tensors, computed by one grouped matmul per
+projection on rows sorted by expert; files hold the hub's per-expert keys (`hub_parts` maps one to the other).
 
-Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, F intermediate_size of an
-expert, E experts a layer, K experts a token, R = T * K rows routed, L layers, V vocabulary, Hq query heads,
+Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, F intermediate_size of an expert,
+E experts a layer, K experts a token, R = T * K rows routed, L layers with experts, V vocabulary, Hq query heads,
 Hk key and value heads, Dh head_dim, M key positions of a KV cache.
 """
 
-import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from cli import InputError
+from checkpoint import (
+    INDEX,
+    SHARD_BYTES,
+    read_config,
+    read_rows,
+    resolve,
+    stored,
+    unread_keys,
+    write_checkpoint,
+)
+from cli import InputError, is_main_process, say
 from config import MoEConfig
-
-TINY = Path(__file__).parent / "tiny"  # the embedded model: `--model tiny`
-
+from ops import HeadLoss, WeightedSwiGLU, grouped_linear
 
 # --------------------------------------------------------------------------------------------------- forward
 
@@ -98,28 +103,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; OLMoE also normalises (and may clip) q and k."""
+    """Grouped-query attention with rotary positions; q and k may be normalised, q, k and v clipped or biased."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         D, Dh = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
-        self.q_proj = nn.Linear(D, q_size, bias=False)
-        self.k_proj = nn.Linear(D, kv_size, bias=False)
-        self.v_proj = nn.Linear(D, kv_size, bias=False)
+        self.q_proj = nn.Linear(D, q_size, bias=config.family.qkv_bias)
+        self.k_proj = nn.Linear(D, kv_size, bias=config.family.qkv_bias)
+        self.v_proj = nn.Linear(D, kv_size, bias=config.family.qkv_bias)
         self.o_proj = nn.Linear(q_size, D, bias=False)
-        if config.family.qk_norm:
-            self.q_norm = RMSNorm(q_size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(kv_size, config.rms_norm_eps)
         self.qk_norm, self.clip, self.head_dim = config.family.qk_norm, config.clip_qkv, Dh
+        if self.qk_norm:
+            per_head = self.qk_norm == "head"
+            self.q_norm = RMSNorm(Dh if per_head else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(Dh if per_head else kv_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [T, Hq * Dh], [T, Hk * Dh] twice
-        if self.qk_norm:
+        if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:
             q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [T, H, Dh]
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
         q = layout.pad(q)  # [B, Hq, S, Dh]
         k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
@@ -128,16 +136,6 @@ class Attention(nn.Module):
             q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return self.o_proj(layout.unpad(out))
-
-
-def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """W_g x for rows sorted by group.  x [R, in], weight [G, out, in], offsets int32 [G] ends -> [R, out]"""
-    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]) and x.dtype != torch.float64:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    # Row strides that are no multiple of 16 bytes (small ranks) and float64: grouped_mm refuses them.
-    # Empty groups take part too, so that their gradient is zero, not None.
-    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([F.linear(x_g, w_g) for x_g, w_g in zip(x.split(counts), weight, strict=True)])
 
 
 class Experts(nn.Module):
@@ -152,24 +150,23 @@ class Experts(nn.Module):
         E, D, F_ = config.num_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate's rows, then up's
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
-        self.register_buffer("rows", torch.empty(E, dtype=torch.int64), persistent=False)
+        # Never on the meta device, which the weights pass through: it is known without them.
+        self.register_buffer("rows", torch.empty(E, dtype=torch.int64, device="cpu"), persistent=False)
         self.set_order(list(range(E)))
 
     def set_order(self, expert_ids: list[int]) -> None:
         """Say which expert each row of the stacks holds; moving the weights is the caller's job."""
         self.expert_ids = expert_ids
-        self.rows.copy_(torch.tensor(expert_ids).argsort())
+        self.rows.copy_(torch.tensor(expert_ids, device="cpu").argsort())
 
-    def gate_up(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_linear(x, self.gate_up_proj, offsets)  # [R, 2F]
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        """x [T, D] -> outputs [R, D] of the rows sorted by row of the stack, times their weights
 
-    def down(self, x: Tensor, offsets: Tensor) -> Tensor:
-        return grouped_linear(x, self.down_proj, offsets)  # [R, D]
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """x [R, D] sorted by row of the stack, offsets [E] where each row's share ends -> [R, D]"""
-        gate, up = self.gate_up(x, offsets).chunk(2, dim=-1)  # [R, F] twice
-        return self.down(F.silu(gate) * up, offsets)
+        token [R] and routing weight [R, 1] of each row, offsets [E] where each expert's share of the rows ends.
+        """
+        gate_up = grouped_linear(x.index_select(0, token), self.gate_up_proj, offsets)  # [R, 2F]
+        # down is linear, so the weight may scale its input: its output then need not be kept for backward.
+        return grouped_linear(WeightedSwiGLU.apply(gate_up, weight), self.down_proj, offsets)
 
 
 def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
@@ -196,13 +193,31 @@ def load_balancing_loss(router_logits: Tensor, top_k: int, form: str = "concat")
     return E * (f.mean(1) * P.mean(1)).sum() / (L * top_k)
 
 
+class MLP(nn.Module):
+    """One SwiGLU MLP for all tokens: of DeepSeekMoE's first layers, or the shared expert.  [T, D] -> [T, D]"""
+
+    def __init__(self, D: int, size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(D, size, bias=False)
+        self.up_proj = nn.Linear(D, size, bias=False)
+        self.down_proj = nn.Linear(size, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
 class SparseMoE(nn.Module):
-    """A token's output is the weighted sum of its K experts' outputs."""
+    """A token's output is the weighted sum of its K experts' outputs, plus that of a shared expert if there is one."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
         self.experts = Experts(config)
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_intermediate_size:
+            self.shared_expert = MLP(config.hidden_size, config.shared_intermediate_size)
+            if config.family.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,25 +228,34 @@ class SparseMoE(nn.Module):
         row = self.experts.rows[selected_experts].flatten()  # [R] where the chosen expert is stored
         row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
         offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
-        out = self.experts(x.index_select(0, order // K), offsets)  # [R, D]
+        weight = routing_weights.flatten().index_select(0, order).unsqueeze(-1)  # [R, 1]
+        out = self.experts(x, order // K, weight, offsets)  # [R, D]
         place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))  # its inverse
-        out = out.index_select(0, place).view(T, K, x.shape[-1]) * routing_weights.unsqueeze(-1)  # [T, K, D]
-        return out.sum(dim=1), selected_experts, router_logits
+        y = out.index_select(0, place).view(T, K, x.shape[-1]).sum(dim=1)  # [T, D]
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
+        return y, selected_experts, router_logits
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MoE, each added to the residual stream."""
+    """Pre-norm attention and MoE (or one MLP), each added to the residual stream."""
 
-    def __init__(self, config: MoEConfig) -> None:
+    def __init__(self, config: MoEConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        D, is_moe = config.hidden_size, layer in config.moe_layers
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMoE(config)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.mlp = SparseMoE(config) if is_moe else MLP(D, config.dense_intermediate_size)
 
-    def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple[Tensor, ...]:
+        """x [T, D] -> x [T, D], and of an MoE layer selected_experts [T, K] and router_logits [T, E]"""
         x = x + self.self_attn(self.input_layernorm(x), layout, layer, cache)  # [T, D]
-        y, selected_experts, router_logits = self.mlp(self.post_attention_layernorm(x))
+        h = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MLP):
+            return (x + self.mlp(h),)
+        y, selected_experts, router_logits = self.mlp(h)
         return x + y, selected_experts, router_logits
 
 
@@ -242,7 +266,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -294,9 +318,10 @@ class MoETransformer(nn.Module):
         x = self.embed_tokens(ids if layout.index is None else ids[layout.index])  # [T, D]
         chosen, router_logits = [], []
         for i, layer in enumerate(self.layers):
-            x, selected, logits = layer(x, layout, i, cache)
-            chosen.append(selected)
-            router_logits.append(logits)
+            x, *routed = layer(x, layout, i, cache)
+            if routed:
+                chosen.append(routed[0])
+                router_logits.append(routed[1])
         if cache is not None:
             cache.lengths = cache.lengths + (S if lengths is None else lengths.cpu())
         selected_experts = torch.stack(chosen)  # [L, T, K]
@@ -312,8 +337,7 @@ class MoETransformer(nn.Module):
         if labels is not None:
             labels = labels.flatten() if layout.index is None else labels.flatten()[layout.index]  # [T]
             wanted = (labels != -100).nonzero().flatten()  # [targets]
-            logits = self.lm_head(self.norm(x[wanted]))  # [targets, V]
-            return F.cross_entropy(logits.float(), labels[wanted], reduction="sum")
+            return HeadLoss.apply(self.norm(x[wanted]), self.lm_head.weight, labels[wanted])
         if last_only:
             ends = torch.full((layout.B,), layout.S) if lengths is None else lengths.cpu()
             last = ends.cumsum(0) - 1  # the real tokens lie one sequence after the other
@@ -325,140 +349,132 @@ class MoETransformer(nn.Module):
         return logits.view(layout.B, layout.S, logits.shape[-1])
 
 
+@torch.no_grad()
 def init_weights(model: MoETransformer, std: float, seed: int = 0) -> None:
-    """Fill every matrix with N(0, std^2) and every norm with ones: a model to pre-train or to measure."""
+    """Fill every matrix with N(0, std^2), norms with ones and biases with zeros: a model to pre-train or to measure."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
 
 
+def base_parameters(model: MoETransformer) -> dict[str, nn.Parameter]:
+    """The model's own parameters, without adapters; a tied lm_head is listed once, as the hub stores it."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+
+
+def hub_parts(model: MoETransformer, name: str, rows: Tensor, first: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The hub's keys of one of our parameters, each with its part of `rows`: views, no copies.
+
+    rows: the parameter's rows (of dimension 0) from number `first` on; a process that is one of many holds some.
+    """
+    family = model.config.family
+    key = name if name.startswith("lm_head") else f"model.{name}"
+    key = key.replace(".mlp.", f".{family.moe}.").replace(".shared_expert.", f".{family.shared_expert}.")
+    if ".experts." not in key:
+        yield key, rows
+        return
+    prefix, stack = key.rsplit(".", 1)
+    expert_ids = model.get_submodule(name.rsplit(".", 1)[0]).expert_ids[first : first + len(rows)]
+    gate, up, down = family.projections
+    for e, weight in zip(expert_ids, rows, strict=True):
+        if stack == "gate_up_proj":
+            for projection, part in zip((gate, up), weight.chunk(2), strict=True):
+                yield f"{prefix}.{e}.{projection}.weight", part
+        else:
+            yield f"{prefix}.{e}.{down}.weight", weight
+
+
 def hub_views(model: MoETransformer) -> dict[str, Tensor]:
-    """The hub's keys, each with the view of our parameters that holds it: one map for loading and saving."""
-    family, views = model.config.family, {}
-    for name, parameter in model.named_parameters():  # a tied lm_head is listed once, as the hub stores it
-        if "lora_" in name:
-            continue
-        key = name if name.startswith("lm_head") else f"model.{name}"
-        key = key.replace(".mlp.", f".{family.moe}.")
-        if ".experts." not in key:
-            views[key] = parameter.data
-            continue
-        prefix, stack = key.rsplit(".", 1)
-        expert_ids = model.get_submodule(name.rsplit(".", 1)[0]).expert_ids
-        gate, up, down = family.projections
-        for e, weight in zip(expert_ids, parameter.data, strict=True):
-            if stack == "gate_up_proj":
-                views[f"{prefix}.{e}.{gate}.weight"], views[f"{prefix}.{e}.{up}.weight"] = weight.chunk(2)
-            else:
-                views[f"{prefix}.{e}.{down}.weight"] = weight
-    return views
+    """The hub's keys, each with the view of our parameters that holds it."""
+    parameters = base_parameters(model).items()
+    return {key: view for name, parameter in parameters for key, view in hub_parts(model, name, parameter.data)}
 
 
-def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint: 'tiny', a local folder, or a hub id (downloaded once, then cached)."""
-    if str(path) == "tiny":
-        return TINY
-    if Path(path).exists():
-        if not (Path(path) / "config.json").is_file():
-            raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
-        return Path(path)
-    beside = ["tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-    wanted = ["config.json", "model*.safetensors", "*.safetensors.index.json", *beside]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model {str(path)!r} is not 'tiny', not a local folder, and the hub did not give it ({reason})"
-        ) from None
-
-
-def read_config(folder: Path) -> MoEConfig:
-    """config.json of a checkpoint folder as a MoEConfig."""
-    file = folder / "config.json"
-    try:
-        hub = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(hub, dict):
-        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
-    return MoEConfig.from_dict(hub)
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the only one."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index}: not a safetensors index; download it again") from None
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing; the checkpoint is incomplete, download it again")
-    return [folder / name for name in names]
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """What this process holds of a parameter, and the number of its first row; FSDP2 deals rows out evenly."""
+    if not isinstance(parameter, DTensor):
+        return parameter.data, 0
+    a_process = -(-len(parameter) // parameter.device_mesh.size())
+    return parameter.to_local().data, min(len(parameter), a_process * parameter.device_mesh.get_local_rank())
 
 
 @torch.no_grad()
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> MoETransformer:
-    """Build the model of a checkpoint (folder, hub id or 'tiny') and fill it, one tensor at a time.
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[MoETransformer], None] | None = None,
+) -> MoETransformer:
+    """Build the model of a checkpoint (folder, hub id or 'tiny') on the meta device and fill it, a tensor at a time.
 
-    Raises InputError for a missing file and for any missing, unexpected or mis-shaped key.
+    prepare(model) is called in between: what it shards is read by each process for its own rows alone, and what it
+    adds (adapters) is left for the caller to fill. Raises InputError if the files do not fit config.json exactly.
     """
     folder = resolve(path)
-    files = checkpoint_files(folder)
+    config = read_config(folder)
+    if unread := unread_keys(config):
+        say(f"{folder / 'config.json'}: nothing here reads {', '.join(unread)}; compare logits before you trust it")
     with torch.device("meta"):
-        model = MoETransformer(read_config(folder))
-    missing, unexpected = hub_views(model), []
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - not a dict
-                    shape = tuple(tensors.get_slice(key).get_shape())
-                    view = missing.pop(key, None)
-                    if view is None:
-                        unexpected.append(key)
-                    elif tuple(view.shape) != shape:
-                        raise InputError(f"{file}: {key} has shape {shape}, config.json wants {tuple(view.shape)}")
-        except SafetensorError as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-    if missing or unexpected:
-        raise InputError(
-            f"{folder}: {len(missing)} missing keys {list(missing)[:5]}, "
-            f"{len(unexpected)} unexpected keys {unexpected[:5]}; is config.json of this checkpoint?"
-        )
-    model = model.to(dtype).to_empty(device=device)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.set_order(module.expert_ids)  # to_empty left the buffer as it fell
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight  # to_empty made two of one
-    views = hub_views(model)
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118
-                views[key].copy_(tensors.get_tensor(key))
+        model = MoETransformer(config).to(dtype)
+    weights = stored(folder, {key: tuple(view.shape) for key, view in hub_views(model).items()})
+    if prepare is not None:
+        prepare(model)
+    materialize(model, device)
+    destinations, rows = {}, {}
+    for name, parameter in base_parameters(model).items():
+        held, first = local_rows(parameter)
+        for key, view in hub_parts(model, name, held, first):
+            destinations[key] = view
+            rows[key] = slice(None) if ".experts." in name else slice(first, first + len(held))
+    for key, tensor in read_rows(weights, rows):
+        destinations[key].copy_(tensor)
     return model.eval()
 
 
-def save_model(model: MoETransformer, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors under the hub's per-expert keys (what transformers loads)."""
-    folder = Path(path)
-    if (folder / "model.safetensors.index.json").exists():  # readers would take its shards, not our file
+def materialize(model: nn.Module, device: torch.device | str) -> None:
+    """Give every parameter on the meta device memory, uninitialised, and move the rest; what was one stays one."""
+    made = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta and parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            setattr(module, name, made.get(parameter, parameter))
+    model.to(device)
+
+
+def save_model(
+    model: MoETransformer, path: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a checkpoint as transformers does: the hub's per-expert keys in safetensors of up to `shard_bytes`.
+
+    Under FSDP every process must call it: one parameter after the other is gathered, and the main process writes.
+    """
+    folder, parameters = Path(path), base_parameters(model)
+    if (folder / INDEX).exists():  # its shards would stay beside ours
         raise InputError(f"{folder}: holds a sharded checkpoint; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: view.to(dtype or view.dtype).contiguous().cpu() for key, view in hub_views(model).items()}
-    stored = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    hub = {key: value for key, value in model.config.hub.items() if key != "dtype"} | {"torch_dtype": stored}
+    stored_dtype = dtype or model.lm_head.weight.dtype
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in parameters.items():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            for key, view in hub_parts(model, name, whole.detach()):
+                yield key, view.to("cpu", stored_dtype, copy=True).contiguous()
+
+    if not is_main_process():
+        for _ in weights():
+            pass
+        return
+    sizes = {}
+    for name, parameter in parameters.items():
+        for key, view in hub_parts(model, name, torch.empty(parameter.shape, device="meta")):
+            sizes[key] = view.numel() * stored_dtype.itemsize
+    hub = {key: value for key, value in model.config.hub.items() if key != "dtype"}
+    hub["torch_dtype"] = str(stored_dtype).removeprefix("torch.")
     hub["rope_theta"] = model.config.rope_theta  # transformers 4 and vLLM do not read rope_parameters
-    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_checkpoint(folder, sizes, weights(), hub, shard_bytes)

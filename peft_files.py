@@ -27,6 +27,7 @@ from hellora import TARGETS, Adapter
 from model import MoETransformer, hub_views
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+UNDER_5 = ("olmoe", "mixtral", "qwen3_moe")  # the families whose files PEFT 0.21 loads under transformers 5
 
 Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; of DoRA also lora_m [out]
 
@@ -34,12 +35,10 @@ Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; o
 # ------------------------------------------------------------------------------------------------------- names
 
 
-def modules(adapter: Adapter) -> dict[str, list[str]]:
+def modules(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]]:
     """Our modules that hold factors, and the matrices these belong to: one, or those of a layer's hot experts."""
-    found = {}
-    for i, ids in enumerate(adapter.hot):
-        for path in TARGETS[adapter.targets]:
-            found[f"layers.{i}.{path}"] = [f"layers.{i}.{path}"]
+    found = {name: [name] for name in hellora.adapted_linears(config, adapter.targets)}
+    for i, ids in zip(config.moe_layers, adapter.hot, strict=True):
         for projection in PROJECTIONS if ids else ():
             stack = f"layers.{i}.mlp.experts.lora.{projection}"
             found[stack] = [f"layers.{i}.mlp.experts.{e}.{projection}" for e in ids]
@@ -49,8 +48,12 @@ def modules(adapter: Adapter) -> dict[str, list[str]]:
 def hub_name(matrix: str, config: MoEConfig) -> str:
     """Ours to the hub's: layers.0.mlp.experts.3.up_proj -> model.layers.0.block_sparse_moe.experts.3.w3"""
     path, _, leaf = matrix.rpartition(".")
-    leaf = dict(zip(PROJECTIONS, config.family.projections, strict=True)).get(leaf, leaf)
-    return f"model.{path}.{leaf}".replace(".mlp.", f".{config.family.moe}.")
+    family = config.family
+    if ".experts." in path:
+        leaf = dict(zip(PROJECTIONS, family.projections, strict=True)).get(leaf, leaf)
+    return f"model.{path}.{leaf}".replace(".mlp.", f".{family.moe}.").replace(
+        ".shared_expert.", f".{family.shared_expert}."
+    )
 
 
 def hub_shapes(config: MoEConfig) -> dict[str, tuple[int, ...]]:
@@ -72,7 +75,13 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig, compact: bool) -> list
         raise InputError("PEFT has no DoRA on the stacked experts of transformers 5; use --to merged")
     every = [list(range(config.num_experts))] * len(adapter.hot)
     shown = adapter if compact else replace(adapter, hot=every)
-    return [matrix for matrices in modules(shown).values() for matrix in matrices]
+    matrices = [matrix for matrices in modules(shown, config).values() for matrix in matrices]
+    if not compact:  # PEFT takes target_modules by the end of a name, so MLPs beside the experts get pairs too: zeros
+        for i in range(config.num_hidden_layers):
+            block = f"layers.{i}.mlp" if i not in config.moe_layers else f"layers.{i}.mlp.shared_expert"
+            if i not in config.moe_layers or config.shared_intermediate_size:
+                matrices += [f"{block}.{projection}" for projection in PROJECTIONS]
+    return matrices
 
 
 def peft_bytes(adapter: Adapter, config: MoEConfig, compact: bool, dtype: torch.dtype) -> int:
@@ -162,7 +171,7 @@ def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str,
     found = read_pairs(folder, tensors, config, r)
 
     found = {matrix: pair for matrix, pair in found.items() if pair["lora_A"].any() or pair["lora_B"].any()}
-    hot = [set() for _ in range(config.num_hidden_layers)]
+    hot = {layer: set() for layer in config.moe_layers}
     others = set()
     for matrix in found:
         _, layer, path = matrix.split(".", 2)
@@ -175,9 +184,9 @@ def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str,
         what = ", ".join(sorted(others)) or "nothing"
         raise InputError(f"{folder}: it adapts {what}; want {', '.join(TARGETS['all'])} or experts")
     targets = min(fitting, key=lambda name: len(TARGETS[name]))
-    adapter = Adapter("lora", r, alpha, targets, seed=0, hot=[sorted(ids) for ids in hot])
+    adapter = Adapter("lora", r, alpha, targets, seed=0, hot=[sorted(ids) for ids in hot.values()])
     shapes, state = hub_shapes(config), {}
-    for module, matrices in modules(adapter).items():
+    for module, matrices in modules(adapter, config).items():
         fan_out, fan_in = shapes[hub_name(matrices[0], config)]
         for factor, shape in (("lora_A", (r, fan_in)), ("lora_B", (fan_out, r))):
             parts = [found[matrix][factor] if matrix in found else torch.zeros(shape) for matrix in matrices]
@@ -187,7 +196,7 @@ def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str,
 
 def read_pairs(folder: Path, tensors: dict[str, Tensor], config: MoEConfig, r: int) -> dict[str, Factors]:
     """The tensors of a PEFT file by our names of their matrices, each expert's apart, their shapes checked."""
-    ours = {hub_name(f"x.{name}", config).rpartition(".")[2]: name for name in PROJECTIONS}
+    ours = {hub_name(f"x.experts.0.{name}", config).rpartition(".")[2]: name for name in PROJECTIONS}
     pairs, found, shapes = {}, {}, hub_shapes(config)
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.model\.(.+)\.lora_([AB])\.weight", key)

@@ -9,10 +9,25 @@ import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import (  # noqa: E402
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig  # noqa: E402
+from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()
@@ -28,8 +43,65 @@ SIZES = {
         vocab_size=53, hidden_size=32, intermediate_size=24, num_hidden_layers=3, num_attention_heads=14,
         num_key_value_heads=7, head_dim=4, num_local_experts=6, num_experts_per_tok=2, eos_token_id=0,
     ),
+    "qwen2_moe": dict(
+        vocab_size=59, hidden_size=48, intermediate_size=88, moe_intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=12, num_key_value_heads=6, num_experts=7, num_experts_per_tok=2,
+        shared_expert_intermediate_size=56, eos_token_id=0,
+    ),
+    "qwen3_moe": dict(
+        vocab_size=67, hidden_size=40, intermediate_size=88, moe_intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=6, num_key_value_heads=2, head_dim=16, num_experts=9, num_experts_per_tok=4,
+        norm_topk_prob=True, eos_token_id=0,
+    ),
+    "deepseek": dict(
+        vocab_size=71, hidden_size=48, intermediate_size=88, moe_intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=6, num_key_value_heads=2, n_routed_experts=7, n_shared_experts=2, num_experts_per_tok=3,
+        first_k_dense_replace=1, eos_token_id=0,
+    ),
 }  # fmt: skip
-CLASSES = {"olmoe": (OlmoeConfig, OlmoeForCausalLM), "mixtral": (MixtralConfig, MixtralForCausalLM)}
+CLASSES = {
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+
+
+class DeepSeek(nn.Module):
+    """DeepSeekMoE out of the parts that transformers 5 has: a Llama decoder with DeepSeek's MoE, without a head.
+
+    transformers knows no model_type "deepseek"; config.json and the keys are those of deepseek-moe-16b.
+    """
+
+    def __init__(self, **changes) -> None:
+        super().__init__()
+        self.hub = {"model_type": "deepseek", **SIZES["deepseek"], **changes}
+        sizes = {key: value for key, value in self.hub.items() if key not in ("model_type", "first_k_dense_replace")}
+        dense = self.hub["first_k_dense_replace"]
+        kinds = ["dense"] * dense + ["sparse"] * (sizes["num_hidden_layers"] - dense)
+        self.config = DeepseekOcr2TextConfig(mlp_layer_types=kinds, attn_implementation="eager", **sizes)
+        self.model = DeepseekOcr2TextModel(self.config)
+        self.lm_head = nn.Linear(sizes["hidden_size"], sizes["vocab_size"], bias=False)
+
+    def set_experts_implementation(self, name: str) -> None:
+        self.model.set_experts_implementation(name)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.lm_head(self.model(ids, attention_mask=attention_mask).last_hidden_state))
+
+    def save_pretrained(self, folder: Path) -> None:
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            prefix, _, stack = name.rpartition(".")
+            for e in range(len(tensor)) if ".experts." in name else ():
+                for part, rows in zip(("gate", "up"), tensor[e].chunk(2), strict=True) if "gate_up" in stack else ():
+                    tensors[f"{prefix}.{e}.{part}_proj.weight"] = rows.clone()
+                if stack == "down_proj":
+                    tensors[f"{prefix}.{e}.down_proj.weight"] = tensor[e].clone()
+            if ".experts." not in name:
+                tensors[name] = tensor
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(self.hub))
 
 
 @dataclass(frozen=True)
@@ -37,20 +109,22 @@ class Checkpoint:
     """A folder that transformers wrote, and transformers' model of it. Shared: copy the folder to change it."""
 
     folder: Path
-    hf: OlmoeForCausalLM | MixtralForCausalLM
+    hf: PreTrainedModel
 
 
-def random_hf(family: str, **changes) -> OlmoeForCausalLM | MixtralForCausalLM:
+def random_hf(family: str, **changes) -> PreTrainedModel:
     """transformers' model with matrices ~ N(0, 0.2^2), so that logits are of order 1, and norms unlike one."""
-    config_class, model_class = CLASSES[family]
-    config = config_class(**{**SIZES[family], "attn_implementation": "eager", **changes})
     with torch.random.fork_rng():
-        hf = model_class(config).eval()
+        if family == "deepseek":
+            hf = DeepSeek(**changes).eval()
+        else:
+            config_class, model_class = CLASSES[family]
+            hf = model_class(config_class(**{**SIZES[family], "attn_implementation": "eager", **changes})).eval()
     hf.set_experts_implementation("eager")  # the plain loop over experts
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in hf.parameters():
-            if parameter.dim() == 1:
+            if parameter.dim() == 1:  # norms, and biases
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.2, generator=generator)

@@ -15,17 +15,24 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import checkpoint
 import export
 import hellora
 import lori
+from checkpoint import read_config, write_checkpoint
 from cli import InputError
 from lora import sparsify
-from model import MoETransformer, load_model, read_config
-from peft_files import base_of, load_any_adapter, read_peft, write_peft
+from model import MoETransformer, load_model
+from peft_files import UNDER_5, base_of, load_any_adapter, read_peft, write_peft
 
 R, ALPHA, SEED = 5, 7.0, 3
 # Hot experts by layer, as many as each model has layers; one layer without.
-HOT = {"olmoe": [[1, 4, 6], [0], [], [2, 3, 5, 6]], "mixtral": [[0, 5], [], [1, 2, 4]]}
+HOT = {
+    "olmoe": [[1, 4, 6], [0], [], [2, 3, 5, 6]],
+    "mixtral": [[0, 5], [], [1, 2, 4]],
+    "qwen2_moe": [[2, 6], [0, 1, 3], []],
+    "qwen3_moe": [[8], [0, 5], [1, 2, 4]],
+}
 KINDS = ("lora", "dora", "lori", "lori-s")
 
 
@@ -143,13 +150,13 @@ def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_conf
 
 
 @pytest.mark.parametrize("kind, targets", [("lora", "all"), ("lori", "pure"), ("lori-s", "gate")])
-@pytest.mark.parametrize("family", HOT)
+@pytest.mark.parametrize("family", UNDER_5)
 def test_peft_computes_what_the_adapter_does_on_transformers_own_model(
     family, kind, targets, make_checkpoint, tmp_path
 ):
     base = make_checkpoint(family).folder
     want = logits(make_run(base, tmp_path, kind, targets))
-    assert (want - logits(load_model(base))).abs().max() > 0.1 * want.abs().max()
+    assert (want - logits(load_model(base))).abs().max() > 0.05 * want.abs().max()
     assert_close(logits(load_peft(base, peft_folder(base, tmp_path, tmp_path / "out"))), want)
 
 
@@ -207,8 +214,15 @@ def test_compact_leaves_out_cold_experts_and_stops_under_transformers_5(olmoe, t
 # ----------------------------------------------------------------------------------------------- and back
 
 
-@pytest.mark.parametrize("layout", ["all", "compact", "saved again"])
-@pytest.mark.parametrize("family", HOT)
+@pytest.mark.parametrize(
+    "family, layout",
+    [
+        (family, layout)
+        for family in HOT
+        for layout in ("all", "compact", "saved again")
+        if layout[0] != "s" or family in UNDER_5
+    ],
+)
 def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpoint, tmp_path):
     base, targets = make_checkpoint(family).folder, {"all": "all", "compact": "gate", "saved again": "pure"}[layout]
     adapted = make_run(base, tmp_path, targets=targets)
@@ -396,11 +410,10 @@ def test_one_expert_left_out_of_the_merge_is_noticed_and_nothing_is_kept(dtype, 
 
 
 def test_a_config_that_changes_the_forward_is_noticed(run, tmp_path, monkeypatch):
-    def wrongly(source: Path, target: Path):
-        text = source.read_text()
-        target.write_text(text.replace('"num_experts_per_tok": 3', '"num_experts_per_tok": 2'))
+    def wrongly(folder, sizes, weights, hub, shard_bytes):
+        write_checkpoint(folder, sizes, weights, hub | {"num_experts_per_tok": 2}, shard_bytes)
 
-    monkeypatch.setattr(export.shutil, "copyfile", wrongly)
+    monkeypatch.setattr(export, "write_checkpoint", wrongly)
     with pytest.raises(SystemExit, match="logits differ"):
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
 
@@ -438,7 +451,7 @@ def test_a_full_disk_is_an_input_error_and_nothing_is_half_written(run, tmp_path
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(InputError, match="out cannot be written .No space left on device"):
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]

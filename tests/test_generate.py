@@ -17,7 +17,7 @@ def random_prompts(vocab_size: int) -> list[list[int]]:
     return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=["olmoe", "mixtral", "mixtral with a sliding window"])
+@pytest.fixture(scope="module", params=["olmoe", "mixtral", "mixtral with a sliding window", "qwen2_moe", "qwen3_moe"])
 def checkpoint(request, make_checkpoint):
     if request.param.endswith("window"):
         return make_checkpoint("mixtral", sliding_window=4)

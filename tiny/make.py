@@ -32,7 +32,8 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
 
-from model import MoEConfig, MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
+from config import MoEConfig  # noqa: E402
+from model import MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
 
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 1024, "hidden_size": 128,

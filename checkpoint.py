@@ -1,0 +1,168 @@
+"""Files of a Hugging Face checkpoint: found, checked against config.json, read in slices, written in shards.
+
+Everything here speaks the hub's keys; model.py maps them to parameters. Weights are read from safetensors alone,
+which can hold nothing but numbers; a pickle is never opened.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cli import InputError
+from config import KNOWN, ONLY, MoEConfig
+
+TINY = Path(__file__).parent / "tiny"  # the embedded model: `--model tiny`
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def resolve(path: str | Path) -> Path:
+    """The folder of a checkpoint: 'tiny', a local folder, or a hub id (downloaded once, then cached)."""
+    if str(path) == "tiny":
+        return TINY
+    if Path(path).exists():
+        if not (Path(path) / "config.json").is_file():
+            raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
+        return Path(path)
+    beside = ["tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
+    wanted = ["config.json", "model*.safetensors", "*.safetensors.index.json", *beside]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model {str(path)!r} is not 'tiny', not a local folder, and the hub did not give it ({reason})"
+        ) from None
+
+
+def read_config(folder: Path) -> MoEConfig:
+    """config.json of a checkpoint folder as a MoEConfig."""
+    file = folder / "config.json"
+    try:
+        hub = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(hub, dict):
+        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
+    return MoEConfig.from_dict(hub)
+
+
+def unread_keys(config: MoEConfig) -> list[str]:
+    """Keys of config.json that nothing here reads and that are not known to be harmless."""
+    return sorted(key for key, value in config.hub.items() if value and key not in KNOWN | ONLY.keys())
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a checkpoint, as its file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """All tensors of a checkpoint by key, in the files' order; no weight is read.
+
+    wanted: the shapes that config.json asks for. Raises InputError if the files hold anything more, less or else.
+    """
+    found, unexpected = {}, []
+    for file in files(folder):
+        try:
+            with safe_open(file, framework="pt") as content:
+                parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 - not a dict
+                heads = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+        for key, (shape, dtype) in heads.items():
+            if key not in wanted:
+                unexpected.append(key)
+                continue
+            if key in found:
+                raise InputError(f"{file}: {key} is in {found[key].file.name} too; want every weight once")
+            if shape != tuple(wanted[key]):
+                raise InputError(f"{file}: {key} has shape {shape}, config.json wants {tuple(wanted[key])}")
+            if dtype not in DTYPES:
+                raise InputError(f"{file}: {key} is {dtype}, a quantised checkpoint? Want one of {', '.join(DTYPES)}")
+            found[key] = Stored(file, shape, DTYPES[dtype])
+    missing = [key for key in wanted if key not in found]
+    if missing or unexpected:
+        raise InputError(
+            f"{folder}: {len(missing)} missing keys {missing[:5]}, "
+            f"{len(unexpected)} unexpected keys {unexpected[:5]}; is config.json of this checkpoint?"
+        )
+    return found
+
+
+def files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or the only one."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            inside = all(Path(name).name == name for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            names, inside = [], False
+        if not names or not inside:
+            raise InputError(f"{index}: not a safetensors index; download it again")
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: {name} is missing; the checkpoint is incomplete, download it again")
+    return [folder / name for name in names]
+
+
+def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold."""
+    for file in dict.fromkeys(weight.file for weight in weights.values()):
+        with safe_open(file, framework="pt") as content:
+            for key, wanted in rows.items():
+                if weights[key].file == file:
+                    yield key, content.get_slice(key)[wanted]
+
+
+def write_checkpoint(
+    folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], hub: dict, shard_bytes: int
+) -> None:
+    """Write safetensors, an index if there are several, and config.json (last: without it nothing is a checkpoint).
+
+    sizes: bytes of every weight, in the order of `weights`. No more than one file's tensors are held in memory.
+    """
+    shards, filled = [[]], 0  # the keys of every file
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    weight_map, stream = {}, iter(weights)
+    for i, keys in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(next(stream) for _ in keys)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        del tensors
+    next(stream, None)  # let the stream end
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    write_json(folder / "config.json", hub)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
