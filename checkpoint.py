@@ -138,9 +138,19 @@ def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tu
 def write_checkpoint(
     folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], hub: dict, shard_bytes: int
 ) -> None:
-    """Write safetensors, an index if there are several, and config.json (last: without it nothing is a checkpoint).
+    """Write weights as `write_shards` does and config.json, which comes last: without it nothing is a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    write_shards(folder, sizes, weights, shard_bytes)
+    write_json(folder / "config.json", hub)
 
-    sizes: bytes of every weight, in the order of `weights`. No more than one file's tensors are held in memory.
+
+def write_shards(
+    folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Write tensors as safetensors files of up to `shard_bytes`, with an index if there are several.
+
+    sizes: bytes of every tensor, in the order of `weights`. No more than one file's tensors are held in memory.
     """
     shards, filled = [[]], 0  # the keys of every file
     for key, size in sizes.items():
@@ -149,8 +159,6 @@ def write_checkpoint(
             filled = 0
         shards[-1].append(key)
         filled += size
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
     weight_map, stream = {}, iter(weights)
     for i, keys in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -161,7 +169,6 @@ def write_checkpoint(
     next(stream, None)  # let the stream end
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-    write_json(folder / "config.json", hub)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,6 +1,7 @@
 """How every command of this repository starts and ends: strict flags, processes, one-line errors, exit status.
 
-Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 a bug (traceback).
+Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 a run that cannot go on (one line), or
+a bug (traceback).
 """
 
 import argparse
@@ -21,6 +22,10 @@ if _loaded is not None and Path(_loaded.__file__).parent != Path(__file__).paren
 
 class InputError(ValueError):
     """Wrong input from the user: the message says what was given, what is allowed and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and not for its input: a full disk, numbers that are none. One line, exit status 1."""
 
 
 def start_processes() -> tuple[int, int, torch.device]:
@@ -81,5 +86,9 @@ def run(main: Callable[[], object]) -> None:
         if is_main_process():
             print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever it quotes
         sys.exit(2)
+    except RunError as error:
+        if is_main_process():
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

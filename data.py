@@ -13,21 +13,10 @@ difference is a line that starts with "DEVIATION from LoRI".
 Dimensions: B sequences, S positions.
 """
 
-import csv
-import gzip
-import hashlib
-import io
-import json
 import math
-import os
 import re
-import sys
-import tempfile
-import urllib.request
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from http.client import HTTPException
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,14 +25,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-import cli
 from cli import InputError
 from config import MoEConfig
+from files import Download, Row, fetch, read_rows, say
 from tiny import tasks
 
 TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
-
-Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -124,14 +111,6 @@ WANTED = {
 
 
 @dataclass(frozen=True)
-class Download:
-    """A public file, pinned."""
-
-    url: str
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Task:
     """Where the rows of both splits come from: a generator, a file to download, or advice where to get the file."""
 
@@ -174,104 +153,6 @@ TASKS = {
 }
 
 
-def fetch(file: Download, instead: str) -> Path:
-    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded if it is not there as pinned."""
-    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
-    path = folder / f"{file.sha256[:8]}-{file.url.rsplit('/', 1)[-1]}"
-    try:
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
-            return path
-        with urllib.request.urlopen(file.url, timeout=30) as reply:
-            content = reply.read()
-        if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise InputError(f"{file.url}: what came is not the file with sha256 {file.sha256}; {instead}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
-            (Path(part) / path.name).write_bytes(content)
-            (Path(part) / path.name).replace(path)
-    except (OSError, HTTPException) as error:
-        raise InputError(f"cannot get {file.url} into {folder} ({error}); {instead}") from None
-    return path
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, unpacked if its name ends in .gz."""
-    content = b""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")  # spreadsheets begin their files with a byte order mark
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not encoded in UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-
-
-def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Row]]:
-    """(place, row) for each record of a csv file; its first line names the columns, unless they are given."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), fieldnames=columns, strict=True)
-    rows = []
-    try:
-        for row in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
-            rows.append((place, row))
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return rows
-
-
-def json_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object a line."""
-    content = read_text(path)
-    try:
-        whole = json.loads(content)
-    except ValueError as error:
-        whole = None
-        if content.lstrip().startswith("["):
-            raise InputError(f"{path}: not a JSON list ({error})") from None
-    if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
-        columns = {name: column for name, column in whole.items() if column}
-        if len({len(column) for column in columns.values()}) > 1:
-            raise InputError(f"{path}: its lists differ in length")
-        whole = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if isinstance(whole, list):
-        return [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
-    rows = []
-    for i, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside JSON strings
-        if line.strip():
-            try:
-                rows.append((f"{path}, line {i}", json.loads(line)))
-            except ValueError as error:
-                raise InputError(f"{path}, line {i}: not JSON ({getattr(error, 'msg', error)})") from None
-    return rows
-
-
-def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a .csv or JSON file (also .gz), or of a folder of headerless category_N.csv."""
-    if not path.is_dir():
-        return csv_rows(path) if path.name.removesuffix(".gz").endswith(".csv") else json_rows(path)
-    files = {int(m[1]): file for file in path.glob("*.csv") if (m := re.fullmatch(r"category_(\d+)\.csv", file.name))}
-    if not files:
-        raise InputError(f"{path}: a folder without category_N.csv, not a file")
-    return [
-        (place, row | {"category": str(number)})
-        for number in sorted(files)
-        for place, row in csv_rows(files[number], ["instruction"])
-    ]
-
-
-def say(message: str) -> None:
-    """A remark on the data, from the main process, on stderr: stdout belongs to the results."""
-    if cli.is_main_process():
-        print(message, file=sys.stderr)
-
-
 def load_examples(task: str, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
     """The examples of a split, from a local file in the public format if `path` is given; the first `limit` of them.
 
@@ -307,6 +188,20 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     if len(examples) < len(rows):
         say(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
     return examples[:limit]
+
+
+NEXT_SHOT = "Question:"  # where a model that was shown examples begins another one: its answer ends there
+
+
+def show_examples(examples: list[Example], shown: list[Example]) -> list[Example]:
+    """GSM8K problems that ask as lm-eval's gsm8k task does: the examples `shown`, solved, before each question.
+
+    The solutions stand as in the file, with calculator annotations and "#### ". lm-eval draws its examples at random
+    from the training split; which ones, and how many, is here the caller's choice.
+    """
+    solved = [f"Question: {example.row['question']}\nAnswer: {example.row['answer']}\n\n" for example in shown]
+    asked = [f"Question: {example.row['question']}\nAnswer:" for example in examples]
+    return [replace(example, prompt="".join(solved) + ask) for example, ask in zip(examples, asked, strict=True)]
 
 
 # --------------------------------------------------------------------------------------- tokens and batches
@@ -383,7 +278,9 @@ class Batch:
 
 
 def collate(items: list[Encoded], pad_id: int) -> Batch:
-    """Pad B >= 1 items on the right to the longest one."""
+    """Pad the items on the right to the longest one. Of no items it makes one sequence that is all padding."""
+    if not items:
+        return Batch(torch.full((1, 1), pad_id), torch.tensor([0]), torch.full((1, 1), -100))
     ids = [torch.tensor(item.ids) for item in items]
     labels = [  # position s predicts s + 1
         torch.tensor([-100] * (item.prompt_length - 1) + item.ids[item.prompt_length :] + [-100]) for item in items

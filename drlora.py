@@ -94,6 +94,10 @@ class RankGrowth:
         """The rank of every expert now.  int64 [L, E]"""
         return self.history[-1][1]
 
+    def spent(self) -> dict[str, int]:
+        """For the log: the ranks of all experts together, and the sum that they may grow to."""
+        return {"active_ranks": int(self.ranks().sum()), "rank_budget": len(self.ranks()) * self.budget}
+
     def set_masks(self) -> None:
         """Which columns of B train, placed as B is: each process keeps the experts it holds.  L times [E, 1, r_max]"""
         self.masks = []
@@ -158,7 +162,8 @@ def draw_ranks(history: list[tuple[int, Tensor]], path: Path) -> None:
     limits = {"vmin": 0, "vmax": int(shown[-1][1].max())}  # ranks never shrink
     for axes, (step, ranks) in zip(panels, shown, strict=True):
         image = axes.imshow(ranks.numpy(), aspect="auto", cmap="cividis", interpolation="nearest", **limits)
-        axes.set(xlabel="expert", title=f"after step {step}" if step else "at the start")
+        when = f"after step {step}" if step else "at the start"
+        axes.set(xlabel="expert", title=f"{when}: {int(ranks.sum()):,} in all")
     panels[0].set(ylabel="layer", yticks=range(0, len(ranks), -(-len(ranks) // 16)))
     figure.colorbar(image, ax=panels, label="rank of the expert", pad=0.01)
     figure.savefig(path)

@@ -14,8 +14,8 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ import torch.distributed as dist
 import cli
 import completions
 import data
+import files
 import sandbox
 import scoring
 from cli import InputError
@@ -95,20 +96,14 @@ def check_protection(allowed: bool) -> str:
 
 
 def check_folder(out: Path) -> None:
-    """InputError if `out` holds something else than an evaluation, or cannot be looked at."""
+    """InputError if `out` holds something else than an evaluation, or cannot be written to."""
     try:
         ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
         if not ours and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
+        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
     except OSError as error:
-        raise InputError(f"--out {out} cannot be read ({error.strerror}); name another folder") from None
-
-
-def make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be made ({error.strerror}); name another folder") from None
+        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
 
 
 def claim(out: Path, identity: dict) -> None:
@@ -118,12 +113,12 @@ def claim(out: Path, identity: dict) -> None:
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError:
         before = {}
+    out.mkdir(parents=True, exist_ok=True)
     if before != identity:
         if before is not None:
-            data.say(f"{out} holds an evaluation with other settings or weights: starting over")
+            files.say(f"{out} holds an evaluation with other settings or weights: starting over")
         for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
             old.unlink(missing_ok=True)
-        make_folder(out)
         file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
 
 
@@ -148,6 +143,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=cli.number(float, 0), help="0: greedy (default: by task)")
     parser.add_argument("--top-p", type=cli.number(float, 0, 1, above=True), help="nucleus (default: by task)")
     parser.add_argument("--samples", type=positive, help="completions of each problem (default: by task)")
+    parser.add_argument("--shots", type=positive, help="show this many solved problems, the first of the training data")
+    parser.add_argument("--train-data", help="a local copy of the training file, for --shots")
     parser.add_argument("--seed", type=cli.number(int, 0), help="of the samples (default: 0)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--refusal-rule", choices=list(scoring.REFUSAL_RULES), help="default: lori")
@@ -158,7 +155,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=positive, help="programs run at once (default: one per core)")
     args = parser.parse_args(argv)
 
-    generation = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "seed", "dtype")
+    generation = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype")
     given = [f"--{name.replace('_', '-')}" for name in generation if getattr(args, name) is not None]
     if args.completions is None:
         if args.source is None:
@@ -174,6 +171,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     benchmark = data.TASKS[args.task].benchmark
     if args.refusal_rule and benchmark != "hexphi":
         raise InputError(f"--refusal-rule {args.refusal_rule} has no meaning for {args.task}; leave it out")
+    if args.shots and benchmark != "gsm8k":
+        raise InputError(f"--shots {args.shots} has no meaning for {args.task}; leave it out")
+    if args.train_data and not args.shots:
+        raise InputError(f"--train-data {args.train_data} is read only for --shots N; leave it out, or add that")
     decoding = completions.default_decoding(args.task)
     changed = {name: getattr(args, name) for name in asdict(decoding) if getattr(args, name) is not None}
     if args.temperature == 0:
@@ -188,6 +189,14 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def generate(args: argparse.Namespace, out: Path, settings: dict) -> tuple[list[Example], list[list[str]] | None]:
     """The examples, and the completions of the model that args.source names (None: not on the main process)."""
     examples = data.load_examples(args.task, "test", args.eval_data, args.limit)
+    if args.shots:
+        shown = data.load_examples(args.task, "train", args.train_data, args.shots)
+        if len(shown) < args.shots:
+            raise InputError(
+                f"--shots {args.shots}: the training data has {len(shown)} problems; want as many or fewer"
+            )
+        examples = data.show_examples(examples, shown)
+        settings |= {"shots": args.shots, "train_data": args.train_data}
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     dtype = args.dtype or ("bfloat16" if cuda else "float32")
@@ -198,7 +207,14 @@ def generate(args: argparse.Namespace, out: Path, settings: dict) -> tuple[list[
         same = {name: value for name, value in settings.items() if name not in ("limit", "samples")}
         claim(out, same | {"weights": completions.fingerprint(args.source)})
     found = completions.complete(
-        model, tokenizer, args.task, examples, args.decoding, batch_size=args.batch or 32, folder=out
+        model,
+        tokenizer,
+        args.task,
+        examples,
+        args.decoding,
+        batch_size=args.batch or 32,
+        until=data.NEXT_SHOT if args.shots else None,
+        folder=out,
     )
     return examples, found
 
@@ -239,7 +255,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     settings |= {"timeout": args.timeout, "protection": protection} if runs_code else {}
     result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings}
     if out:
-        make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
         completions.write_lines(out / "items.jsonl", items)
         completions.write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
     if protection:
@@ -249,19 +265,24 @@ def evaluate(args: argparse.Namespace) -> dict | None:
 
 
 def compare(argv: list[str]) -> dict:
-    """Two evaluation folders of the same examples: what each got right alone, and whether by chance."""
+    """Two evaluation folders of the same examples: what each got right alone, and whether by chance.
+
+    A problem with several samples goes to the folder where more of them are right; samples are not independent.
+    """
     parser = cli.Parser(prog="evaluate.py compare", description="Exact McNemar test on two evaluations of one task.")
     parser.add_argument("folders", nargs=2, metavar="FOLDER", help="--out of an evaluation")
     folders = [Path(folder) for folder in parser.parse_args(argv).folders]
     right_a, right_b = (read_verdicts(folder) for folder in folders)
+    tasks = [read_task(folder) for folder in folders]
+    if tasks[0] != tasks[1]:
+        raise InputError(f"{folders[0]} is of {tasks[0]} and {folders[1]} of {tasks[1]}; want two of one task")
     if right_a.keys() != right_b.keys():
         alone = sorted(right_a.keys() ^ right_b.keys())
-        raise InputError(
-            f"{len(alone)} items are in one folder only (first: id {alone[0][0]}); evaluate both on the same"
-        )
-    table = Counter((right_a[item], right_b[item]) for item in right_a)
-    only_a, only_b = table[True, False], table[False, True]
-    result = {"both": table[True, True], "only_a": only_a, "only_b": only_b, "neither": table[False, False]}
+        raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
+    pairs = [(right_a[example], right_b[example]) for example in right_a]
+    only_a, only_b = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+    neither = sum(a == b == 0 for a, b in pairs)
+    result = {"both": len(pairs) - only_a - only_b - neither, "only_a": only_a, "only_b": only_b, "neither": neither}
     result["p"] = scoring.mcnemar(only_a, only_b)
     for folder, right in zip(folders, (right_a, right_b), strict=True):
         print(f"{folder}: {scoring.describe(scoring.rate(sum(right.values()), len(right)))}")
@@ -270,15 +291,23 @@ def compare(argv: list[str]) -> dict:
     return result
 
 
-def read_verdicts(folder: Path) -> dict[tuple[str, int], bool]:
-    """{(id, sample): correct} of an evaluation folder."""
-    verdicts, seen = {}, Counter()
-    for place, item in data.json_rows(folder / "items.jsonl"):
+def read_verdicts(folder: Path) -> dict[str, float]:
+    """{id: share of its samples that are correct} of an evaluation folder, without the prompts labelled safe."""
+    verdicts: dict[str, list[bool]] = {}
+    for place, item in files.json_rows(folder / "items.jsonl"):
         if not isinstance(item, dict) or not isinstance(item.get("correct"), bool) or "id" not in item:
             raise InputError(f"{place}: not an item of evaluate.py; want its --out folder")
-        verdicts[str(item["id"]), seen[item["id"]]] = item["correct"]
-        seen[item["id"]] += 1
-    return verdicts
+        if item.get("label") != "safe":
+            verdicts.setdefault(str(item["id"]), []).append(item["correct"])
+    return {name: sum(found) / len(found) for name, found in verdicts.items()}
+
+
+def read_task(folder: Path) -> str:
+    """The task of an evaluation folder."""
+    try:
+        return json.loads(files.read_text(folder / "score.json"))["settings"]["task"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None
 
 
 def main(argv: list[str] | None = None) -> dict | None:

@@ -158,7 +158,7 @@ def attach(
     are in. Raises InputError for a wrong r, targets or shape, and if the model has an adapter already.
     """
     L, E = len(model.config.moe_layers), model.config.num_experts
-    if getattr(model, "adapter", None) is not None:
+    if model.adapter is not None:
         raise InputError("the model has an adapter already; merge or detach it first")
     if tuple(hot.shape) != (L, E):
         raise InputError(f"the expert list is for {tuple(hot.shape)} (layers, experts), the model has {(L, E)}")
@@ -344,7 +344,11 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
 
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:
     """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
-    adapter, state = read_adapter(folder)
+    attach_adapter(model, *read_adapter(folder), folder)
+
+
+def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
+    """Attach what `read_adapter` gave. Raises InputError, naming `folder`, if it does not fit to the last tensor."""
     hot = hot_mask(adapter.hot, model.config)
     attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
     if model.adapter != adapter:
@@ -378,7 +382,7 @@ def count_parameters(model: MoETransformer) -> tuple[int, int]:
 def report(model: MoETransformer) -> Iterator[str]:
     """Lines that say what trains: experts of every layer, other modules, parameters and their share."""
     trainable, total = count_parameters(model)
-    adapter, E = getattr(model, "adapter", None), model.config.num_experts
+    adapter, E = model.adapter, model.config.num_experts
     if adapter is not None:
         for i, ids in enumerate(adapter.hot):
             shown = "all" if len(ids) == E else " ".join(map(str, ids))

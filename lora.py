@@ -209,7 +209,8 @@ def sparsify(model: nn.Module, positions: dict[str, Tensor]) -> None:
             continue
         kept = positions.get(name, ())
         if len(kept):
-            scatter = Scatter(kept.to(module.lora_B.device), module.lora_B.shape)
+            B = module.lora_B
+            scatter = Scatter(kept if B.is_meta else kept.to(B.device), B.shape)
             parametrize.register_parametrization(module, "lora_B", scatter, unsafe=True)  # changes the shape
         else:  # nothing of this matrix trains: it stays zero
             module.lora_B.requires_grad_(False)

@@ -21,8 +21,10 @@ from cli import InputError
 from config import MoEConfig
 from hellora import Adapter, hot_mask, read_adapter
 
+KEPT = 0.1  # of B's entries, in stage S (LoRI, section 3.2: a sparsity of 90 %)
 
-def top_entries(state: dict[str, Tensor], share: float = 0.1) -> dict[str, Tensor]:
+
+def top_entries(state: dict[str, Tensor], share: float = KEPT) -> dict[str, Tensor]:
     """Where the floor(share * N) largest of all N entries |B| lie, one threshold for the whole model.
 
     state: tensors by name, of which those named MODULE.lora_B count (`hellora.adapter_state` of a D run).

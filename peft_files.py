@@ -259,14 +259,14 @@ def base_of(folder: str | Path) -> str | None:
     return name
 
 
-@torch.no_grad()
+def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter of a folder: of a run, ours (adapter.json), or one that PEFT saved (adapter_config.json)."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return read_peft(folder, config)
+    is_run = (Path(folder) / "adapter" / "adapter.json").is_file()
+    return hellora.read_adapter(Path(folder) / "adapter" if is_run else folder)
+
+
 def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter of a folder: ours (adapter.json), or one that PEFT saved (adapter_config.json)."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        hellora.load_adapter(model, folder)
-        return
-    adapter, state = read_peft(folder, model.config)
-    hot = hellora.hot_mask(adapter.hot, model.config)
-    hellora.attach(model, hot, adapter.r, adapter.alpha, targets=adapter.targets)
-    for name, tensor in state.items():
-        model.get_parameter(name).copy_(tensor)
+    """Attach the adapter of a folder, ours or PEFT's, to its base model."""
+    hellora.attach_adapter(model, *read_any_adapter(folder, model.config), folder)

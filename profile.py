@@ -4,12 +4,16 @@
     torchrun --nproc_per_node 2 profile.py --model mistralai/Mixtral-8x7B-v0.1 --task gsm8k --warmup lora --out p.json
 
     counted = profile_routing(model, batches)  # the model as it is, no gradient: counts and gate mass of every expert
-    counted = profile_warmup(model, batches)  # while LoRA on all experts trains, one step a batch: the paper's way (§3)
+    counted = profile_warmup(model, items, 16, lr=4e-4)  # while LoRA on all experts trains: the paper's way (§3)
+
+    python profile.py compare a.json b.json --plot overlap.png  # how far the hot sets of two profiles agree
+    python profile.py advise profile.json  # what k hot experts cover, and what adapting them costs
 
 Every real token counts, prompt and target alike; padding never does. `hellora.select_experts` makes hot sets of the
-counts, `top_share` and `entropy` say how concentrated they are, `jaccard` how far two hot sets agree.
+counts; routing.py says what they show. To compare two samples, profile with two values of --sample or of --seed.
 
-Dimensions: L layers, E experts a layer, K experts a token, B sequences, S positions, T real tokens of a batch.
+Dimensions: L layers that have experts, E experts a layer, K experts a token, B sequences, S positions, T real tokens of
+a batch.
 """
 
 # ruff: noqa: E402
@@ -26,17 +30,16 @@ if _spec is not None:
     _names = {"run", "runctx", "Profile", "_Utils"} & vars(_standard).keys()
     globals().update({name: vars(_standard)[name] for name in _names})
 
+import argparse
 import functools
-import itertools
 import json
-import math
 import os
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,11 +48,16 @@ from tqdm import tqdm
 import cli
 import data
 import hellora
+import memory
+import routing
+from checkpoint import read_config, resolve
 from cli import InputError
-from model import MoEConfig, MoETransformer, load_model, read_config, resolve
-from settings import RECIPES
+from config import PRESETS, MoEConfig
+from model import MoETransformer
+from parallel import global_step, load_shared
+from settings import RECIPES, Recipe
 
-PLOT_FORMATS = (".png", ".pdf", ".svg")
+PLOT_FORMATS = ".png, .pdf, .svg"
 
 
 @dataclass(frozen=True)
@@ -79,181 +87,92 @@ def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> Rou
     """
     was_training = model.training
     model.eval()
-    totals = no_routing(model)
+    device = model.embed_tokens.weight.device
+    totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64, device=device)
     try:
         for batch in batches:
-            no_labels = torch.full_like(batch.input_ids, -100)  # the LM head runs at labels only: nowhere
-            _, *routed = forward(model, batch, no_labels)
-            totals += routing(model.config, *routed)
+            ids = batch.input_ids.to(device)
+            no_labels = torch.full_like(ids, -100)  # the LM head runs at labels only: nowhere
+            _, *routed = model(ids, batch.lengths, labels=no_labels, output_router_logits=True)
+            totals += routing.tally(model.config, *routed)
     finally:
         model.train(was_training)
+    if dist.is_initialized():
+        dist.all_reduce(totals)
     return finish(model.config, totals)
 
 
 def profile_warmup(
     model: MoETransformer,
-    batches: Iterable[data.Batch],
+    items: list[data.Encoded],
+    batch: int,
     *,
-    r: int = 32,
-    alpha: float = 64.0,
-    lr: float = 4e-4,
+    lr: float,
     seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable = iter,
 ) -> RoutingProfile:
-    """Count the experts chosen while LoRA on all experts, attention and router trains, one step a batch (HELLoRA §3).
+    """Count the experts chosen while what requires a gradient trains, one step of `batch` items after the other.
 
-    The adapters are thrown away: the model computes what it did before, and stays frozen. Under torch.distributed
-    the processes' batches make one step together (`warmup_batches` cuts them), and each holds the whole model.
-    Raises InputError if there is no token, and whatever `hellora.attach` raises.
+    The model has LoRA on all experts, attention and router (HELLoRA §3), and keeps what it learnt: drop it afterwards.
+    Raises InputError if there is no token.
     """
-    totals = no_routing(model)
-    hellora.attach(model, torch.ones(totals.shape[1:], dtype=torch.bool), r, alpha, seed=seed)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
-    try:
-        for batch in itertools.chain(batches, itertools.repeat(None)):
-            targets = 0 if batch is None else int((batch.labels != -100).sum())
-            with_batch, targets = add_up(totals.new_tensor([batch is not None, targets])).tolist()
-            if not with_batch:
-                break
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)  # a process that ran out of batches still steps
-            if batch is not None:
-                loss, *routed = forward(model, batch, batch.labels)
-                totals += routing(model.config, *routed)
-                (loss / max(1, targets)).backward()  # mean over the target tokens of all processes
-            for parameter in trained:
-                add_up(parameter.grad)
-            optimizer.step()
-    finally:
-        hellora.detach(model)
+    totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64)
+    for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0)):
+        totals += global_step(model, [items[i] for i in chosen], batch, rank, world).routing
+        optimizer.step()
+        optimizer.zero_grad()
     return finish(model.config, totals)
 
 
-def warmup_batches(
-    items: list[data.Encoded], batch: int, pad_id: int, seed: int, rank: int, world: int
-) -> list[data.Batch]:
-    """This process's part of each step of `batch` examples: the same steps on one process and on many."""
-    mine = [chosen[rank::world] for chosen in data.global_batches(len(items), batch, seed, epoch=0)]
-    return [data.collate([items[i] for i in part], pad_id) for part in mine if part]
+def count_task(
+    folder: Path,
+    items: list[data.Encoded],
+    batch: int,
+    rank: int,
+    world: int,
+    device: torch.device,
+    *,
+    shard: str | None,
+    warmup: dict[str, float] | None,
+    seed: int,
+    progress: Callable = iter,
+) -> RoutingProfile:
+    """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
+    warmup: r, alpha and lr of the LoRA that trains meanwhile; None: count on the base. shard: "full", "none", or None
+    to let the memory plan decide.
+    """
+    config = read_config(folder)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
-def forward(model: MoETransformer, batch: data.Batch, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (a sum), selected_experts [L, B, S, K] and router_logits [L, T, E] of one batch."""
-    device = model.embed_tokens.weight.device
-    return model(batch.input_ids.to(device), batch.lengths, labels=labels.to(device), output_router_logits=True)
+    def attach(model: MoETransformer) -> None:
+        everything = torch.ones(len(config.moe_layers), config.num_experts, dtype=torch.bool)
+        hellora.attach(model, everything, warmup["r"], warmup["alpha"], seed=seed)
 
-
-def no_routing(model: MoETransformer) -> Tensor:
-    """The totals before the first token: zeros, float64 [2, L, E], for counts and gate mass."""
-    shape = (2, model.config.num_hidden_layers, model.config.num_experts)
-    return torch.zeros(shape, dtype=torch.float64, device=model.embed_tokens.weight.device)
-
-
-@torch.no_grad()
-def routing(config: MoEConfig, selected_experts: Tensor, router_logits: Tensor) -> Tensor:
-    """What one batch adds to the totals.  [L, B, S, K] (-1 at padding), [L, T, E] -> float64 [2, L, E]"""
-    chosen = selected_experts[:, selected_experts[0, ..., 0] >= 0]  # [L, T, K]
-    weights = router_logits.softmax(-1, dtype=torch.float32).gather(-1, chosen)  # [L, T, K]
-    if config.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
-    added = torch.stack((torch.ones_like(weights), weights)).double().flatten(2)  # [2, L, T * K]
-    index = chosen.flatten(1).expand_as(added)
-    return added.new_zeros(2, len(chosen), config.num_experts).scatter_add_(-1, index, added)
-
-
-def add_up(tensor: Tensor) -> Tensor:
-    """Replace a tensor by its sum over the processes, if there are several."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
+    tokens = batch * max((len(item.ids) for item in items), default=0)
+    options = {"dtype": dtype, "world": world, "sharded": False, "tokens": tokens, "trains": bool(warmup)}
+    whole = memory.plan(config, attach if warmup else None, **options)
+    sharded = memory.choose_shard(shard, device, world, whole)
+    model = load_shared(folder, dtype, device, sharded=sharded, attach=attach if warmup else None)
+    if warmup:
+        options = {"lr": warmup["lr"], "seed": seed, "rank": rank, "world": world, "progress": progress}
+        return profile_warmup(model, items, batch, **options)
+    parts = data.micro_batches(items, batch, rank, world)
+    return profile_routing(model, progress([data.collate(part, config.pad_token_id or 0) for part in parts]))
 
 
 def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
-    """The totals of this process -> the profile of all processes."""
-    counts, gate_mass = add_up(totals).cpu()
+    """Totals [2, L, E] as a profile."""
+    counts, gate_mass = totals.cpu()
     K = config.num_experts_per_tok
     num_tokens = round(counts[0].sum().item()) // K
     if num_tokens == 0:
         raise InputError("there is no token to count experts on; give at least one example")
     return RoutingProfile(counts.long(), gate_mass, num_tokens, K)
-
-
-# ------------------------------------------------------------------------------------------- what counts say
-
-
-def top_share(counts: Tensor, n: int) -> Tensor:
-    """sum of the n largest counts of a layer / sum of all; n / E if use is uniform.  [L, E] -> float64 [L]"""
-    counts = counts.double()
-    return counts.sort(dim=-1, descending=True).values[:, :n].sum(-1) / counts.sum(-1)
-
-
-def entropy(counts: Tensor) -> Tensor:
-    """-sum_e p_e ln p_e / ln E with p = counts / their sum: 1 uniform, 0 one expert only.  [L, E] -> float64 [L]"""
-    p = counts.double() / counts.double().sum(-1, keepdim=True)
-    return torch.special.entr(p).sum(-1) / math.log(counts.shape[-1])
-
-
-def jaccard(hot_a: Tensor, hot_b: Tensor) -> Tensor:
-    """|A and B| / |A or B| of two hot sets, 1 if both are empty.  bool [L, E] twice -> float64 [L]"""
-    both, either = (hot_a & hot_b).sum(-1).double(), (hot_a | hot_b).sum(-1).double()
-    return torch.where(either > 0, both / either, 1.0)
-
-
-def table(counts: Tensor, num_hot: int) -> Iterator[str]:
-    """Lines for the terminal: per layer the share of the `num_hot` hottest experts, entropy, hottest and coldest."""
-    E, share = counts.shape[-1], 100 * top_share(counts, num_hot)
-    top, shown = f"top {num_hot} of {E}", min(8, E)
-    hottest, coldest = hellora.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
-    yield f"layer  {top:>12}  entropy  {'hottest':{4 * shown}}  coldest"
-    for layer, h in enumerate(entropy(counts)):
-        hot, cold = (" ".join(f"{e:3d}" for e in ids[layer]) for ids in (hottest, coldest))
-        yield f"{layer:5d}  {share[layer]:10.1f} %  {h:7.3f}  {hot}  {cold}"
-    yield f"{top}: {share.mean():.1f} % of the routed tokens, mean of the layers (uniform {100 * num_hot / E:.1f} %)"
-
-
-def plot(counts: Tensor, num_hot: int, title: str, path: Path) -> None:
-    """Heat map of every expert's share, and each layer's shares in falling order (as HELLoRA, Figures 1 and 4)."""
-    from matplotlib import colormaps  # here, since most callers want no picture
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import BoundaryNorm, ListedColormap
-    from matplotlib.figure import Figure  # pyplot would bring global state, and look for a display
-
-    L, E = counts.shape
-    share = (100 * counts.double() / counts.double().sum(-1, keepdim=True)).numpy()  # [L, E] per cent
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    ticks = range(0, L, -(-L // 16))
-
-    image = left.imshow(share, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
-    layers, experts = hellora.hottest(counts, num_hot).numpy().nonzero()
-    left.scatter(experts, layers, s=10, c="white", edgecolors="black", linewidths=0.6)
-    left.set(xlabel="expert", ylabel="layer", yticks=ticks)
-    left.set_title(f"Share of each expert (dots: the {num_hot} hottest of the layer)", fontsize=11)
-    figure.colorbar(image, ax=left, label="% of the layer's routed tokens", pad=0.01)
-
-    # Both colour maps grow evenly in lightness: they read the same without colour vision.
-    colors = ListedColormap(colormaps["viridis_r"]([0.1 + 0.9 * i / L for i in range(L)]))
-    for color, row in zip(colors.colors, np.sort(share)[:, ::-1], strict=True):
-        right.plot(range(1, E + 1), row, color=color, linewidth=1.6, marker="o" if E <= 16 else None, markersize=3)
-    right.axvspan(0.5, num_hot + 0.5, color="0.93", zorder=0)
-    right.axvline(num_hot + 0.5, color="0.3", linestyle=":", linewidth=1.2)
-    right.axhline(100 / E, color="0.3", linestyle="--", linewidth=1.2)
-    paper = dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1.5)
-    right.text(E, 104 / E, f"uniform: {100 / E:.3g} %", ha="right", va="bottom", bbox=paper)
-    top = 100 * top_share(counts, num_hot)
-    cut = f"left of the dotted line: the top {num_hot},\n{top.min():.0f} to {top.max():.0f} % of the routed tokens"
-    cut += f"\n(uniform: {100 * num_hot / E:.3g} %)"
-    right.text(0.98, 0.98, cut, ha="right", va="top", transform=right.transAxes, bbox=paper)
-    right.set(xlabel="experts of a layer, most used first", ylabel="% of the layer's routed tokens")
-    right.set(xlim=(0.5, E + 0.5), ylim=(0, None))
-    right.set_title("The same shares in falling order, one curve a layer", fontsize=11)
-    right.spines[["top", "right"]].set_visible(False)
-    norm = BoundaryNorm([i - 0.5 for i in range(L + 1)], L)
-    bar = figure.colorbar(ScalarMappable(norm, colors), ax=right, label="layer", ticks=ticks, pad=0.01)
-    bar.minorticks_off()
-    bar.ax.invert_yaxis()  # layer 0 on top, as in the heat map
-    figure.savefig(path)
 
 
 # -------------------------------------------------------------------------------------------------- the file
@@ -323,7 +242,7 @@ def checked(about: object) -> RoutingProfile:
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:
     """Raise InputError if the profile read from `path` was counted on a model of another shape."""
     found = (*profile.counts.shape, profile.num_experts_per_tok)
-    wanted = (config.num_hidden_layers, config.num_experts, config.num_experts_per_tok)
+    wanted = (len(config.moe_layers), config.num_experts, config.num_experts_per_tok)
     if found != wanted:
         form = "{} layers of {} experts, {} a token".format
         raise InputError(f"{path} is of a model with {form(*found)}; this one has {form(*wanted)}: profile it again")
@@ -332,8 +251,16 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
 # --------------------------------------------------------------------------------------------------- command
 
 
-def main(argv: list[str] | None = None) -> RoutingProfile:
-    parser = cli.Parser(description="Count which experts of every layer a task uses.")
+def main(argv: list[str] | None = None) -> object:
+    argv = sys.argv[1:] if argv is None else argv
+    command = {"compare": compare, "advise": advise}.get(argv[0] if argv else None)
+    return command(argv[1:]) if command else count(argv)
+
+
+def count(argv: list[str]) -> RoutingProfile:
+    """The command without a name: count, write profile.json, print the table."""
+    about = "Count which experts of every layer a task uses. (Also: profile.py compare A B, profile.py advise FILE.)"
+    parser = cli.Parser(prog="profile.py", description=about)
     parser.add_argument("--model", default="tiny", help="'tiny' (embedded), a checkpoint folder, or a hub id")
     parser.add_argument("--task", default="tiny-math", choices=list(data.TASKS), help="whose training data to route")
     parser.add_argument("--train-data", metavar="FILE", help="a local copy of the task's training file")
@@ -343,43 +270,96 @@ def main(argv: list[str] | None = None) -> RoutingProfile:
     parser.add_argument("--seed", type=cli.number(int, 0, 2**31 - 1), default=0, help="of every random choice")
     parser.add_argument("--batch", type=cli.number(int, 1), default=16, help="examples a forward pass or warm-up step")
     parser.add_argument("--max-length", type=cli.number(int, 8), default=512, help="tokens an example may have")
+    parser.add_argument("--shard", choices=("full", "none"), help="the base sharded, or whole on every process")
     parser.add_argument("--out", metavar="FILE", required=True, help="where to write profile.json")
-    parser.add_argument("--plot", metavar="FILE", help=f"where to draw it ({', '.join(PLOT_FORMATS)})")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help=f"where to draw it ({PLOT_FORMATS})")
     args = parser.parse_args(argv)
-    if args.plot and Path(args.plot).suffix not in PLOT_FORMATS:
-        raise InputError(f"--plot {args.plot}: want a file that ends in {', '.join(PLOT_FORMATS)}")
     folder = resolve(args.model)
     config = read_config(folder)
-    num_hot = args.k or config.num_experts_per_tok
-    if num_hot > config.num_experts:
-        raise InputError(f"--k {args.k}: want 1..{config.num_experts}, the experts of a layer of {args.model}")
+    num_hot = hot_experts(args.k, config.num_experts_per_tok, config.num_experts)
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.sample(data.load_examples(args.task, "train", args.train_data), args.sample, args.seed)
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
-    out, picture = (path and writable(path) for path in (args.out, args.plot))
+    out, drawn = (path and writable(path) for path in (args.out, args.plot))
 
     rank, world, device = cli.start_processes()
-    model = load_model(folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
-    pad_id = config.pad_token_id or 0
+    recipe = RECIPES[args.task]
+    warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr} if args.warmup == "lora" else None
     progress = functools.partial(tqdm, unit="batch", disable=None if rank == 0 else True)  # None: only on a terminal
-    if args.warmup == "lora":
-        batches = progress(warmup_batches(items, args.batch, pad_id, args.seed, rank, world))
-        recipe = RECIPES[args.task]
-        counted = profile_warmup(model, batches, r=recipe.r, alpha=recipe.alpha, lr=recipe.lr, seed=args.seed)
-    else:
-        parts = data.micro_batches(items, args.batch, rank, world)
-        counted = profile_routing(model, progress([data.collate(part, pad_id) for part in parts if part]))
+    options = {"shard": args.shard, "warmup": warmup, "seed": args.seed, "progress": progress}
+    counted = count_task(folder, items, args.batch, rank, world, device, **options)
     title = f"Routing of {args.model} on {args.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts a token"
     if rank == 0:
         save_profile(counted, out, args.model, args.task)
-        if picture:
-            plot(counted.counts, num_hot, title, picture)
-    cli.say(f"wrote {' and '.join(str(path) for path in (out, picture) if path)}", title)
-    cli.say(*table(counted.counts, num_hot))
+        if drawn:
+            routing.plot(counted.counts, num_hot, title, drawn)
+    cli.say(f"wrote {' and '.join(str(path) for path in (out, drawn) if path)}", title)
+    cli.say(*routing.table(counted.counts, num_hot))
     if world > 1:
         dist.destroy_process_group()
     return counted
+
+
+def compare(argv: list[str]) -> None:
+    """Print, and with --plot draw, how far the hot sets of two profiles agree in every layer."""
+    parser = cli.Parser(prog="profile.py compare", description="How far do the hot experts of two profiles agree?")
+    parser.add_argument(
+        "profiles", nargs=2, metavar="FILE", help="profile.json of one model: two tasks, or two samples"
+    )
+    parser.add_argument("--k", type=cli.number(int, 1), help="hot experts per layer (default: experts per token)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help=f"where to draw it ({PLOT_FORMATS})")
+    args = parser.parse_args(argv)
+    a, b = map(load_profile, args.profiles)
+    if a.counts.shape != b.counts.shape:
+        shapes = " and ".join(f"{tuple(p.counts.shape)}" for p in (a, b))
+        raise InputError(f"{' and '.join(args.profiles)} are of unlike models: {shapes} (layers, experts)")
+    num_hot = hot_experts(args.k, a.num_experts_per_tok, a.counts.shape[1])
+    hot_a, hot_b = (hellora.hottest(p.counts, num_hot) for p in (a, b))
+    cli.say(*routing.overlap_table(hot_a, hot_b))
+    if args.plot:
+        routing.plot_overlap(hot_a, hot_b, " and ".join(args.profiles), writable(args.plot))
+        cli.say(f"wrote {args.plot}")
+
+
+def advise(argv: list[str]) -> None:
+    """Print what adapting the k hottest experts covers and costs, and the smallest k that covers enough."""
+    parser = cli.Parser(prog="profile.py advise", description="How many hot experts are enough, and what do they cost?")
+    parser.add_argument("profile", metavar="FILE", help="profile.json of the task")
+    parser.add_argument(
+        "--model", help=f"whose sizes count: as in train.py, or {', '.join(PRESETS)} (default: profiled)"
+    )
+    parser.add_argument("--rank", type=cli.number(int, 1), help="LoRA rank r (default: of the profiled task)")
+    parser.add_argument("--targets", choices=list(hellora.TARGETS), default="all", help="modules beside the experts")
+    share = cli.number(float, 0, 1, above=True)
+    parser.add_argument("--coverage", type=share, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9], help="shares to reach")
+    args = parser.parse_args(argv)
+    counted = load_profile(args.profile)
+    about = json.loads(Path(args.profile).read_text(encoding="utf-8"))
+    model, recipe = args.model or about["model"], RECIPES.get(about["task"], Recipe)  # or the paper's rank
+    config = MoEConfig.from_dict(PRESETS[model]) if model in PRESETS else read_config(resolve(model))
+    check_fits(counted, config, args.profile)
+    r, K = args.rank or recipe.r, counted.num_experts_per_tok
+    sizes = routing.adapter_sizes(config, r, args.targets)
+    cli.say(
+        f"{about['task']} on {model}, {counted.num_tokens:,} tokens: LoRA of rank {r} on the k hottest of "
+        f"{config.num_experts} experts a layer, targets {args.targets}",
+        *routing.advice_table(routing.advice(counted.counts, K, sizes), K, args.coverage),
+    )
+
+
+def picture(text: str) -> str:
+    """The name of a file that can hold a picture."""
+    if Path(text).suffix not in PLOT_FORMATS.split(", "):
+        raise argparse.ArgumentTypeError(f"got {text!r}; want a file that ends in {PLOT_FORMATS}")
+    return text
+
+
+def hot_experts(k: int | None, num_experts_per_tok: int, num_experts: int) -> int:
+    """--k, or as many as a token has. Raises InputError for more than a layer has."""
+    if k and k > num_experts:
+        raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
+    return k or num_experts_per_tok
 
 
 if __name__ == "__main__":

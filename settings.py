@@ -58,6 +58,9 @@ METHODS = {
 }
 
 
+CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "alpha", "profile")  # flags
+
+
 def experts_flag(text: str) -> str:
     """A selection policy, or a file that lists the experts of every layer (adapter.json, or a list of lists)."""
     if text not in hellora.POLICIES and not Path(text).is_file():
@@ -89,6 +92,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=k_flag, help="hot experts per layer: a number or a share")
     parser.add_argument("--experts", type=experts_flag, help="choose the experts otherwise than the method does")
     parser.add_argument("--coverage", type=share, help="share of the routed tokens, for --experts coverage")
+    parser.add_argument(
+        "--scores", choices=("counts", "gate-mass"), help="what makes an expert hot: its tokens or their weights"
+    )
     parser.add_argument("--targets", choices=list(hellora.TARGETS), help="modules beside the experts (default: all)")
     parser.add_argument("--rank", type=positive, help="LoRA rank r (default: by task)")
     parser.add_argument("--alpha", type=amount, help="scaling is alpha / r (default: by task)")
@@ -107,6 +113,17 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", help="profile.json to choose the experts from (default: count them now)")
     parser.add_argument("--sample", type=share, default=0.1, help="share of the data counted")
     parser.add_argument("--warmup", default="none", choices=("none", "lora"), help="count on the base, or during LoRA")
+    parser.add_argument(
+        "--init-adapter", metavar="DIR", help="start from this adapter (a run's, or PEFT's), its experts and its rank"
+    )
+    parser.add_argument("--save-every", type=positive, metavar="N", help="steps between checkpoints (default: none)")
+    parser.add_argument("--keep", type=positive, default=2, help="checkpoints to keep")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    parser.add_argument(
+        "--on-nonfinite", default="stop", choices=("stop", "skip"), help="when a loss or gradient is not a number"
+    )
+    parser.add_argument("--shard", choices=("full", "none"), help="the base sharded, or whole (default: what fits)")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="compute layers twice, to keep less")
     parser.add_argument("--seed", type=cli.number(int, 0, 2**31 - 1), default=0, help="of every random choice")
     parser.add_argument("--out", help="run folder (default: runs/TASK-METHOD...)")
     args = parser.parse_args(argv)
@@ -133,15 +150,19 @@ def check(args: argparse.Namespace) -> None:
     """Raise InputError for flags that contradict each other or mean nothing together."""
     method, experts = METHODS[args.method], args.experts or METHODS[args.method].experts
     if method.experts is None:
-        for flag in ("k", "experts", "coverage", "targets", "rank", "alpha", "mask", "profile"):
+        for flag in (*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"):
             if getattr(args, flag) is not None:
+                flag = flag.replace("_", "-")
                 raise InputError(
                     f"--{flag}: --method {args.method} trains every weight, without adapters; leave it out"
                 )
     if args.steps and args.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
-    if args.k is not None and experts not in ("hot", "model-hot", "cold", "random", "greedy"):
-        raise InputError(f"--k {args.k} has no meaning with --method {args.method} and experts {experts}; leave it out")
+    for flag, policies in (("k", (*hellora.SCORED, "random")), ("scores", (*hellora.SCORED, "coverage"))):
+        value = getattr(args, flag)
+        if value is not None and experts not in policies:
+            chosen = f"--method {args.method} and experts {experts}"
+            raise InputError(f"--{flag} {value} has no meaning with {chosen}; leave it out")
     if (args.coverage is not None) != (experts == "coverage"):
         raise InputError("--coverage and --experts coverage go together; give both or neither")
     if method.grows and experts != "all":
@@ -150,10 +171,16 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--steps 1: ranks have no time to grow; want at least 2 steps")
     if args.router_aux_form and not args.router_aux_loss:
         raise InputError("--router-aux-form means nothing without --router-aux-loss; give both or neither")
+    if args.init_adapter:
+        if method.sparse or method.grows:
+            raise InputError(f"--init-adapter: --method {args.method} starts from zero; choose another method")
+        for flag in CHOSEN_WITH_AN_ADAPTER:
+            if getattr(args, flag) is not None:
+                raise InputError(f"--{flag} contradicts --init-adapter, which brings its own; leave one out")
     if args.mask:
         if not method.sparse:
             raise InputError(f"--mask is for lori-s and hellori-s, not for --method {args.method}; leave it out")
-        for flag in ("k", "experts", "coverage", "profile"):
+        for flag in ("k", "experts", "coverage", "scores", "profile"):
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} contradicts --mask, whose run has chosen its experts; leave one out")
 

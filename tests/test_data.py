@@ -1,13 +1,8 @@
-"""Tasks, prompts, tokens and batches, on miniature files in the public formats. The network is a local server."""
+"""Tasks, prompts, tokens and batches, on miniature files in the public formats."""
 
-import csv
 import gzip
-import hashlib
 import json
 import math
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -18,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import data
+from checkpoint import TINY, read_config
 from cli import InputError
-from data import Download, Encoded, Example, load_examples
-from model import TINY, load_model, read_config
+from data import Encoded, Example, load_examples
+from model import load_model
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"
 ANSWER = "3 + 4 = <<3+4=7>>7 coins. Half is 7/2 = $<<7/2=3.5>>3.5.\n#### 7"
@@ -109,219 +105,6 @@ def test_no_tiny_test_question_is_trained_on():
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     trained = " ".join(example.target for example in load_examples("tiny-code", "train"))
     assert not any(f"def {example.row['entry_point']}(" in trained for example in load_examples("tiny-code", "test"))
-
-
-# -------------------------------------------------------------------------------------------------- local files
-
-
-def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
-    rows = [ALPACA_ROW, {"instruction": 'Zoë said\u2028"hi",\nand left.', "input": "", "output": "Bye."}]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    columns = {name: [row[name] for row in rows] for name in rows[0]} | {"unused": []}
-    with (tmp_path / "excel.csv").open("w", encoding="utf-8-sig", newline="") as file:  # BOM and CRLF
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    files = {
-        "list.json": json.dumps(rows, indent=2).encode(),
-        "lines.json": "\n".join(lines).encode(),
-        "lines.jsonl": ("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode(),
-        "columns.json": json.dumps(columns, indent=1).encode(),
-        "lines.jsonl.gz": gzip.compress("\n".join(lines).encode()),
-        "excel.csv.gz": gzip.compress((tmp_path / "excel.csv").read_bytes()),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    for name in ["excel.csv", *files]:
-        examples = load_examples("codealpaca", "train", tmp_path / name)
-        assert [example.row for example in examples] == rows, name
-
-
-def test_hexphi_files_without_header_are_read_whole_and_in_order_of_category(tmp_path):
-    for number, lines in {10: ["j"], 9: ['"i, and\ni"', "ii"], 1: ["a"]}.items():
-        (tmp_path / f"category_{number}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "LICENSE.csv").write_text("not,an,instruction\n", encoding="utf-8")
-    examples = load_examples("saferpaca", "test", tmp_path)
-    assert [example.row["instruction"] for example in examples] == ["a", "i, and\ni", "ii", "j"]
-    assert [example.row["category"] for example in examples] == ["1", "9", "9", "10"]
-    assert [example.id for example in examples] == ["0", "1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("xstest_prompts.csv", 'id,prompt,type,label,focus,note\n1,"Kill, how?",homonyms,safe,kill,\n'),
-        ("strongreject_dataset.csv", 'category,source,forbidden_prompt\nFraud,custom,"Kill, how?"\n'),
-        ("I-CoNa.json", '{\n "instructions": [\n  "Kill, how?"\n ],\n "tags": ["a"],\n "inputs": []\n}'),
-        ("own.jsonl", '{"prompt": "Kill, how?", "language": "en"}'),
-    ],
-)
-def test_other_sets_of_instructions_can_stand_in_for_hexphi(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    [example] = load_examples("saferpaca", "test", tmp_path / name)
-    assert example.prompt.endswith("\n\nHuman: Kill, how?\n\nAssistant:")
-
-
-def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
-    rows = [ALPACA_ROW, {**ALPACA_ROW, "output": " \n"}, {**ALPACA_ROW, "output": "last"}, ALPACA_ROW]
-    path = write(tmp_path / "a.jsonl", rows)
-    examples = load_examples("codealpaca", "train", path)
-    assert [(example.id, example.target) for example in examples] == [("0", "3"), ("2", "last"), ("3", "3")]
-    assert "1 of 4 rows" in capsys.readouterr().err
-    assert load_examples("codealpaca", "train", path, limit=2) == examples[:2]
-
-
-GOOD, NO_ANSWER = json.dumps(GSM8K_ROW), json.dumps({"question": "Q?", "answer": "Seven #### seven"})
-BAD_FILES = {  # what is wrong -> task, split, file name, content, what the message must say besides the file's name
-    "broken line": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n\n{GOOD[:-1]}", ["line 3", "GSM8K rows"]),
-    "cut list": ("codealpaca", "train", "a.json", '[\n {"instruction": "x"},\n {"instr', ["line 3", "Alpaca rows"]),
-    "other columns": ("gsm8k", "test", "a.jsonl", json.dumps(ALPACA_ROW), ["line 1", "'question'", "GSM8K rows"]),
-    "no number": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n{NO_ANSWER}", ["line 2", "'#### number'"]),
-    "number as text": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": 5}]', ["entry 1", "'output'"]),
-    "no output": ("saferpaca", "train", "a.json", '{"instructions": ["x"]}', ["entry 1", "Alpaca rows"]),
-    "blank": ("saferpaca", "test", "a.csv", 'prompt,type\nx,y\n" ",y\n', ["line 3", "'prompt'"]),
-    "not an object": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n7\n", ["line 2", "GSM8K rows"]),
-    "only empty outputs": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": ""}]', ["no rows"]),
-    "empty file": ("gsm8k", "train", "a.jsonl", "", ["no rows", "GSM8K rows"]),
-    "empty list": ("gsm8k", "train", "a.json", "[]", ["no rows", "GSM8K rows"]),
-    "empty csv": ("saferpaca", "test", "a.csv", "prompt\n", ["no rows", "'prompt'"]),
-    "csv without header": ("saferpaca", "test", "a.csv", "Do this.\nDo that.\n", ["line 2", "HEx-PHI folder"]),
-    "short line": ("saferpaca", "test", "a.csv", "prompt,type\nx,y\nx\n", ["line 3", "prompt, type"]),
-    "long line": ("saferpaca", "test", "a.csv", "prompt,type\nx,y\nx, or z,y\n", ["line 3", "prompt, type"]),
-    "open quote": ("saferpaca", "test", "a.csv", 'prompt\nx\n"y\n', ["line 3", "not csv"]),
-    "uneven columns": ("codealpaca", "train", "a.json", '{"instruction": ["x"], "output": ["y", "z"]}', ["length"]),
-    "latin-1": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n".encode() + "Zoë".encode("latin-1"), ["line 2", "UTF-8"]),
-    "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
-    "not gzip": ("codealpaca", "test", "a.jsonl.gz", json.dumps(PROBLEM), ["gzip", "HumanEval rows"]),
-    "cut gzip": ("codealpaca", "test", "a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], ["read", "HumanEval rows"]),
-    "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
-    "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
-}
-
-
-@pytest.mark.parametrize("task, split, name, content, said", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_wanted(
-    tmp_path, task, split, name, content, said
-):
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as error:
-        load_examples(task, split, path)
-    message = str(error.value)
-    assert message.startswith(str(path)) and "want" in message and "\n" not in message
-    assert all(part in message for part in said), message
-
-
-def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):
-    with pytest.raises(InputError, match="absent.jsonl.*No such file.*want GSM8K rows"):
-        load_examples("gsm8k", "train", tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="folder without category_N.csv.*want GSM8K rows"):
-        load_examples("gsm8k", "train", tmp_path)
-    (tmp_path / "category_1.csv").write_text("x\n", encoding="utf-8")
-    (tmp_path / "category_2.csv").write_text("", encoding="utf-8")
-    with pytest.raises(InputError, match="category_2.csv: no rows"):
-        load_examples("saferpaca", "test", tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------- downloads
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A local server with one GSM8K file, which the task gsm8k takes for its public one; the cache is empty."""
-    content = f"{GOOD}\n".encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            state.requests.append(self.path)
-            if self.path != "/train.jsonl":
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(state.content)  # fewer bytes than announced if the test says so
-
-        def log_message(self, *args):
-            pass
-
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
-    address, cache = f"http://127.0.0.1:{http.server_port}", tmp_path / "cache"
-    state = SimpleNamespace(requests=[], content=content, cache=cache)
-
-    def pin(sha256):
-        train, test = Download(f"{address}/train.jsonl", sha256), Download(f"{address}/test.jsonl", sha256)
-        monkeypatch.setitem(data.TASKS, "gsm8k", data.Task("gsm8k", train, test))
-
-    state.pin, state.sha256 = pin, hashlib.sha256(content).hexdigest()
-    pin(state.sha256)
-    monkeypatch.setenv("HELLORA_CACHE", str(cache))
-    yield state
-    http.shutdown()
-    http.server_close()
-
-
-def test_a_public_file_is_downloaded_once(server):
-    assert [example.row for example in load_examples("gsm8k", "train")] == [GSM8K_ROW]
-    assert load_examples("gsm8k", "train") == load_examples("gsm8k", "train")
-    assert server.requests == ["/train.jsonl"]
-    [file] = server.cache.iterdir()
-    assert file.read_bytes() == server.content
-
-
-def test_a_damaged_copy_in_the_cache_is_downloaded_again(server):
-    load_examples("gsm8k", "train")
-    [file] = server.cache.iterdir()
-    file.write_bytes(file.read_bytes()[:-5])
-    assert [example.row for example in load_examples("gsm8k", "train")] == [GSM8K_ROW]
-    assert len(server.requests) == 2
-
-
-def test_a_file_that_is_not_the_pinned_one_is_refused_and_not_kept(server):
-    server.pin("0" * 64)
-    with pytest.raises(InputError, match="sha256 0000.*--train-data FILE"):
-        load_examples("gsm8k", "train")
-    server.pin(server.sha256)
-    server.content = server.content[:20]
-    with pytest.raises(InputError, match="IncompleteRead.*--train-data FILE"):
-        load_examples("gsm8k", "train")
-    assert not server.cache.exists() or not list(server.cache.iterdir())
-
-
-def test_without_network_the_message_says_which_copy_to_pass(server, tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="404.*--eval-data FILE"):
-        load_examples("gsm8k", "test")
-    (tmp_path / "file").write_text("", encoding="utf-8")
-    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(InputError, match=re.escape(str(tmp_path / "file")) + ".*--train-data FILE"):
-        load_examples("gsm8k", "train")
-    monkeypatch.setitem(
-        data.TASKS, "gsm8k", data.Task("gsm8k", Download("http://127.0.0.1:9/train.jsonl", "0"), "nowhere")
-    )
-    with pytest.raises(InputError, match="127.0.0.1:9.*refused.*--train-data FILE"):
-        load_examples("gsm8k", "train")
-
-
-@pytest.mark.parametrize(
-    "task, split, said",
-    [
-        ("codealpaca", "train", "sahil2801/CodeAlpaca-20k.*--train-data FILE"),
-        ("saferpaca", "train", "saferpaca_Instructions_2000.json.*safety-tuned-llamas.*--train-data FILE"),
-        ("saferpaca", "test", "gated.*LLM-Tuning-Safety/HEx-PHI.*--eval-data FILE"),
-    ],
-)
-def test_a_file_that_cannot_be_downloaded_says_where_a_person_gets_it(task, split, said):
-    with pytest.raises(InputError, match=said):
-        load_examples(task, split)
-
-
-def test_public_files_are_pinned_by_commit_and_sha256():
-    files = [source for task in data.TASKS.values() for source in (task.train, task.test)]
-    files = [file for file in files if isinstance(file, Download)]
-    assert len(files) == 3
-    for file in files:
-        assert re.fullmatch(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/[\w./-]+", file.url)
-        assert re.fullmatch("[0-9a-f]{64}", file.sha256)
 
 
 # ------------------------------------------------------------------------------------------------------- tokens

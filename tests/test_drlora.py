@@ -19,6 +19,7 @@ import cli
 import drlora
 import hellora
 import lora
+import parallel
 import train
 from cli import InputError
 from config import MoEConfig
@@ -282,7 +283,7 @@ def test_a_run_of_one_step_is_refused():
 def whole_run(rank: int = 0, world: int = 1) -> dict:
     model = adapted(targets="all")
     if world > 1:
-        train.shard(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
+        parallel.shard(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step, rank, world)
@@ -378,6 +379,18 @@ def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
     drlora.draw_ranks(trained[1].history[:1], tmp_path / "first.png")
     four, one = (imread(tmp_path / name) for name in ("ranks.png", "first.png"))
     assert four.shape[1] > 3 * one.shape[1] > 0 and four.std() > 0.1
+
+
+def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path):
+    flags = ["--method", "dr-lora", "--rank", "4", "--steps", "4", "--batch", "2", "--sample", "0.005"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {record["rank_budget"] for record in records} == {4 * 64 * 4}  # 4 layers of 64 experts, rank 4 on average
+    active = [record["active_ranks"] for record in records]
+    assert (
+        4 * 64 * 2 < active[0] < active[1] < active[2] == active[3] == 4 * 64 * 4
+    )  # three growths, the last at step 3
+    assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"] != [[4] * 64] * 4
 
 
 if __name__ == "__main__":

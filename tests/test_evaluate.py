@@ -146,6 +146,10 @@ def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_pa
         (["tiny", "--task", "gsm8k", "--top-p", "0"], "argument --top-p: got '0'"),
         (["tiny", "--task", "gsm8k", "--limit", "0"], "argument --limit: got '0'"),
         (["tiny", "--task", "gsm8k", "--limi", "3"], "unrecognized arguments: --limi"),
+        (["tiny", "--task", "tiny-code", "--shots", "8"], "--shots 8 has no meaning for tiny-code"),
+        (["tiny", "--task", "gsm8k", "--shots", "0"], "argument --shots: got '0'"),
+        (["tiny", "--task", "gsm8k", "--train-data", "t"], "--train-data t is read only for --shots N"),
+        (["--task", "gsm8k", "--completions", "c", "--shots", "8"], "--shots says how to"),
         (["compare", "a"], "the following arguments are required: FOLDER"),
         (["compare", "a", "b"], "a/items.jsonl: cannot be read"),
     ],
@@ -164,7 +168,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(gsm8k, tmp_path):
         with pytest.raises(InputError, match="exists and is not an evaluation"):
             run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", taken)
     assert [path.name for path in out.iterdir()] == ["chapter.tex"]
-    with pytest.raises(InputError, match="cannot be made"):
+    with pytest.raises(InputError, match="cannot be written to"):
         run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", file / "below")
 
 
@@ -283,6 +287,29 @@ def test_a_checkpoint_is_asked_and_its_greedy_text_is_that_of_transformers(
         assert tokenizer.decode(found.tolist()) == item["prompt"] + item["completion"]
 
 
+def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another_question_begins(
+    checkpoint, make_checkpoint, gsm8k, tmp_path, monkeypatch
+):
+    rows = [{"question": f"Q{i}?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(3)]
+    train = write_lines(tmp_path / "train.jsonl", rows)
+    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--train-data", train, "--max-new-tokens", 40)
+    run(*flags, "--shots", 2)
+    free = [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
+    word = next(letter for letter in free[0][5:] if letter.isascii() and letter.isprintable())
+    monkeypatch.setattr(data, "NEXT_SHOT", word)  # a random model never writes "Question:"
+    shown = "Question: Q0?\nAnswer: <<0+1=1>>\n#### 1\n\nQuestion: Q1?\nAnswer: <<1+1=2>>\n#### 2\n\n"
+    run(*flags, "--shots", 2, "--out", tmp_path / "cut")
+    for i, item in enumerate(read_lines(tmp_path / "cut" / "items.jsonl")):
+        assert item["prompt"] == f"{shown}Question: What is {i} + 10?\nAnswer:"
+        assert item["completion"] == free[i].split(word)[0]
+    tokenizer, hf = Tokenizer.from_file(str(checkpoint / "tokenizer.json")), make_checkpoint("olmoe", vocab_size=264).hf
+    ids = torch.tensor([tokenizer.encode(f"{shown}Question: What is 0 + 10?\nAnswer:").ids])
+    found = hf.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=0, pad_token_id=1)[0, ids.shape[1] :]
+    assert tokenizer.decode(found.tolist()) == free[0]
+    with pytest.raises(InputError, match="--shots 4: the training data has 3 problems"):
+        run(*flags, "--shots", 4)
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(*generating(checkpoint, gsm8k, whole))
@@ -377,19 +404,37 @@ def test_tiny_tasks_are_decoded_as_their_big_brothers_but_shorter():
 # ------------------------------------------------------------------------------------------------------ comparing
 
 
+def evaluation(folder: Path, verdicts: list[tuple], task: str = "gsm8k") -> Path:
+    """A folder with what `compare` reads; verdicts: (id, correct), or (id, correct, label)."""
+    folder.mkdir(exist_ok=True)
+    write_lines(
+        folder / "items.jsonl", [dict(zip(("id", "correct", "label"), item, strict=False)) for item in verdicts]
+    )
+    (folder / "score.json").write_text(json.dumps({"settings": {"task": task}}))
+    return folder
+
+
 def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, capsys):
     right = {"a": [T, T, T, T, T, F, F, T, F], "b": [T, F, F, F, F, F, F, F, T]}  # 5 only a, 1 only b
-    for name, verdicts in right.items():
-        (tmp_path / name).mkdir()
-        items = [{"id": str(i), "correct": correct} for i, correct in enumerate(verdicts)]
-        write_lines(tmp_path / name / "items.jsonl", items if name == "a" else items[::-1])
-    result = run("compare", tmp_path / "a", tmp_path / "b")
+    a = evaluation(tmp_path / "a", [(str(i), correct) for i, correct in enumerate(right["a"])])
+    b = evaluation(tmp_path / "b", [(str(i), correct) for i, correct in enumerate(right["b"])][::-1])
+    result = run("compare", a, b)
     p = 2 * (math.comb(6, 0) + math.comb(6, 1)) / 2**6
     assert result == {"both": 1, "only_a": 5, "only_b": 1, "neither": 2, "p": pytest.approx(p)}
-    assert capsys.readouterr().out.splitlines()[-1] == "McNemar exact p 0.2188 on 6 items that differ"
-    write_lines(tmp_path / "b" / "items.jsonl", [{"id": "0", "correct": True}])
-    with pytest.raises(InputError, match=r"8 items are in one folder only \(first: id 1\)"):
-        run("compare", tmp_path / "a", tmp_path / "b")
-    write_lines(tmp_path / "b" / "items.jsonl", [{"id": "0"}])
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == "McNemar exact p 0.2188 on 6 items that differ"
+    assert out[0].endswith("a: 0.667 (6/9, 95% CI 0.354..0.879)")
+    with pytest.raises(InputError, match=r"8 ids are in one folder only \(first: 1\)"):
+        run("compare", a, evaluation(tmp_path / "b", [("0", T)]))
     with pytest.raises(InputError, match="line 1: not an item of evaluate.py"):
-        run("compare", tmp_path / "a", tmp_path / "b")
+        run("compare", a, evaluation(tmp_path / "b", [("0",)]))
+    with pytest.raises(InputError, match="a is of gsm8k and .*b of tiny-math; want two of one task"):
+        run("compare", a, evaluation(tmp_path / "b", [(str(i), T) for i in range(9)], "tiny-math"))
+
+
+def test_in_a_comparison_a_problem_counts_once_and_a_safe_prompt_not_at_all(tmp_path):
+    """Samples of one problem are not independent: twenty of them are still one problem."""
+    a = [("x", T), ("x", T), ("x", F), ("y", F), ("z", T), ("z", F), ("s", T, "safe"), ("u", F, "unsafe")]
+    b = [("x", T), ("x", F), ("x", F), ("y", F), ("z", T), ("z", F), ("s", F, "safe"), ("u", T, "unsafe")]
+    result = run("compare", evaluation(tmp_path / "a", a), evaluation(tmp_path / "b", b))
+    assert result == {"both": 1, "only_a": 1, "only_b": 1, "neither": 1, "p": 1.0}

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import hellora
 import lori
 from checkpoint import read_config, write_checkpoint
 from cli import InputError
-from lora import sparsify
+from lora import sparsify, trains, truncate
 from model import MoETransformer, load_model
 from peft_files import UNDER_5, base_of, load_any_adapter, read_peft, write_peft
 
@@ -33,7 +34,7 @@ HOT = {
     "qwen2_moe": [[2, 6], [0, 1, 3], []],
     "qwen3_moe": [[8], [0, 5], [1, 2, 4]],
 }
-KINDS = ("lora", "dora", "lori", "lori-s")
+KINDS = ("lora", "dora", "lori", "lori-s", "dr-lora")
 
 
 def randomise(model: MoETransformer) -> None:
@@ -48,7 +49,9 @@ def make_run(base: Path, run: Path, kind: str = "lora", targets: str = "all", dt
     """A run folder as train.py leaves it, its adapter random; the adapted model."""
     model = load_model(base, dtype)
     hot = hellora.hot_mask(HOT[model.config.model_type], model.config)
-    settings = {"kind": kind.removesuffix("-s"), "targets": targets, "seed": SEED}
+    settings = {"kind": kind.removesuffix("-s").removeprefix("dr-"), "targets": targets, "seed": SEED}
+    if kind == "dr-lora":
+        hot, settings["r_max"] = torch.ones_like(hot), 2 * R
     hellora.attach(model, hot, R, ALPHA, **settings)
     randomise(model)
     if kind == "lori-s":
@@ -57,7 +60,14 @@ def make_run(base: Path, run: Path, kind: str = "lora", targets: str = "all", dt
         hellora.attach(model, hot, R, ALPHA, **settings)
         sparsify(model, positions)
         randomise(model)
-    hellora.save_adapter(hellora.adapter_state(model), run / "adapter", model.adapter)
+    state, adapter = hellora.adapter_state(model), model.adapter
+    if kind == "dr-lora":  # every expert has grown to another rank; what has not grown adds nothing
+        ranks = torch.randint(1, 2 * R + 1, hot.shape, generator=torch.Generator().manual_seed(2))
+        for i, row in zip(model.config.moe_layers, ranks, strict=True):
+            for pair in model.layers[i].mlp.experts.lora.values():
+                pair.lora_B.data *= trains(row, 2 * R)[:, None]
+        state, adapter = truncate(hellora.adapter_state(model), ranks), replace(adapter, ranks=ranks.tolist())
+    hellora.save_adapter(state, run / "adapter", adapter)
     about = {"task": "tiny-math", "train_data": None, "max_length": 64, "method": "hellora"}
     (run / "config.json").write_text(json.dumps({"model": str(base), "settings": about}))
     return model
@@ -149,7 +159,7 @@ def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_conf
 # ------------------------------------------------------------------------------------------------------ PEFT
 
 
-@pytest.mark.parametrize("kind, targets", [("lora", "all"), ("lori", "pure"), ("lori-s", "gate")])
+@pytest.mark.parametrize("kind, targets", [("lora", "all"), ("lori", "pure"), ("lori-s", "gate"), ("dr-lora", "all")])
 @pytest.mark.parametrize("family", UNDER_5)
 def test_peft_computes_what_the_adapter_does_on_transformers_own_model(
     family, kind, targets, make_checkpoint, tmp_path

@@ -1,13 +1,17 @@
 """LoRI and HELLoRI: what is frozen, what is kept, and that a vector of values is the same as a mask."""
 
 import json
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import hellora
 import lora
 import lori
+import parallel
 from cli import InputError
 from config import MoEConfig
 from model import MoETransformer, init_weights
@@ -91,6 +95,38 @@ def test_equal_magnitudes_keep_the_earlier_entry_and_the_count_exact():
     state = {"b.lora_B": -torch.ones(3, 5), "a.lora_B": torch.ones(4, 2)}
     kept = lori.top_entries(state, share=0.5)
     assert {name: at.tolist() for name, at in kept.items()} == {"a": list(range(8)), "b": [0, 1, 2]}
+
+
+def with_random_B() -> MoETransformer:
+    """As after stage D; the earlier an expert stands in its stack, the larger its entries."""
+    model, noise = adapted(), torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=noise))
+            if parameter.dim() == 3:
+                parameter.data *= torch.arange(len(parameter), 0, -1)[:, None, None]
+    return model
+
+
+def choose_in_process(rank: int, world: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(minutes=3)
+    dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
+    model = with_random_B()
+    parallel.shard(model, torch.device("cpu"))
+    torch.save(lori.top_entries(hellora.adapter_state(model)), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_choose_by_one_threshold_over_what_both_hold(tmp_path):
+    """The first of them holds the larger experts: a tenth of what each holds would be another choice."""
+    torch.multiprocessing.spawn(choose_in_process, (2, tmp_path), nprocs=2)
+    alone = lori.top_entries(hellora.adapter_state(with_random_B()))
+    stack = alone["layers.0.mlp.experts.lora.up_proj"]
+    assert int((stack < 3 * 24 * R).sum()) > 4 * int((stack >= 3 * 24 * R).sum())  # 3 of its 5 experts, and 2
+    for rank in (0, 1):
+        chosen = torch.load(tmp_path / f"{rank}.pt")
+        assert chosen.keys() == alone.keys() and all(torch.equal(chosen[name], alone[name]) for name in alone)
 
 
 def test_a_d_run_that_hardly_moved_is_refused():

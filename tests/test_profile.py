@@ -15,7 +15,9 @@ import cli
 import data
 import hellora
 import profile
-from model import load_model, read_config
+import routing
+from checkpoint import read_config
+from model import MoETransformer, load_model
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05, seed=3)  # a rate at which the second step already routes otherwise
@@ -99,8 +101,8 @@ def test_counts_of_batches_add_up(olmoe):
 @pytest.mark.parametrize("training", [True, False])
 def test_counting_leaves_the_model_as_it_was_and_runs_no_lm_head(olmoe, training):
     model = load_model(olmoe.folder).train(training)
-    calls = []  # rows, training mode and gradient mode of every call of the head
-    model.lm_head.register_forward_pre_hook(
+    calls = []  # rows, training mode and gradient mode of every call of the norm before the head
+    model.norm.register_forward_pre_hook(
         lambda head, args: calls.append((len(args[0]), head.training, torch.is_grad_enabled()))
     )
     profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
@@ -114,8 +116,7 @@ def test_no_token_at_all_is_an_input_error(olmoe):
     with pytest.raises(cli.InputError, match="no token"):
         profile.profile_routing(model, [])
     with pytest.raises(cli.InputError, match="no token"):
-        profile.profile_warmup(model, [], **WARMUP)
-    assert model.adapter is None
+        profile.profile_warmup(with_lora(model), [], 3, **STEPS)
 
 
 # ----------------------------------------------------------------------------------------------------- warm-up
@@ -140,113 +141,62 @@ def plain_warmup(model, batches: list[data.Batch], r: int, alpha: float, lr: flo
     return counts
 
 
+def with_lora(model) -> MoETransformer:
+    everything = torch.ones(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+    hellora.attach(model, everything, WARMUP["r"], WARMUP["alpha"], seed=WARMUP["seed"])
+    return model
+
+
+STEPS = {"lr": WARMUP["lr"], "seed": WARMUP["seed"]}
+
+
 def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(checkpoint):
     model = load_model(checkpoint.folder)
-    batches = make_batches(make_items(model.config.vocab_size), 2)
+    items = make_items(model.config.vocab_size)
+    order = data.global_batches(len(items), 2, STEPS["seed"], epoch=0)
+    batches = [data.collate([items[i] for i in chosen], 1) for chosen in order]
     before = profile.profile_routing(model, batches)
-    warm = profile.profile_warmup(model, batches, **WARMUP)
+    warm = profile.profile_warmup(with_lora(model), items, 2, **STEPS)
     assert warm.counts.tolist() == plain_warmup(load_model(checkpoint.folder), batches, **WARMUP)
     assert warm.counts.sum(-1).equal(before.counts.sum(-1)) and not warm.counts.equal(before.counts)
-    first = profile.profile_warmup(model, batches[:1], **WARMUP)  # nothing is learnt yet when the first step counts
-    assert first.counts.equal(profile.count_experts(model, batches[:1]))
-
-
-def test_warmup_leaves_the_base_as_it_was(olmoe):
-    model = load_model(olmoe.folder)
-    items = make_items(model.config.vocab_size)
-    (batch,) = make_batches(items, len(items))
-    names, logits = list(model.state_dict()), model(batch.input_ids, batch.lengths)[0]
-    profile.profile_warmup(model, [batch, batch], **WARMUP)
-    assert list(model.state_dict()) == names
-    assert model(batch.input_ids, batch.lengths)[0].equal(logits)
-    profile.profile_warmup(model, [batch], **WARMUP)  # no adapter is left that would forbid another one
+    fresh = with_lora(load_model(checkpoint.folder))  # nothing is learnt yet when the first step counts
+    first = profile.profile_warmup(fresh, items, len(items), **STEPS)
+    assert first.counts.equal(before.counts)
 
 
 # ----------------------------------------------------------------------------------------------- two processes
 
 
 def count_in_process(rank: int, world: int, folder, out) -> None:
-    """Half of the base's batches, all different in number and size, and this process's part of two warm-ups."""
+    """Half of the base's batches, all different in number and size, and this process's part of a warm-up."""
     torch.set_num_threads(1)
     patience = timedelta(minutes=3)  # a process that waits for what never comes is an error, not a hang
     dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
     model = load_model(folder)
     items = make_items(model.config.vocab_size)
     base = profile.profile_routing(model, make_batches(items, 2)[rank::world])
-    steps = profile.warmup_batches(items, 3, 1, 0, rank, world)
-    warm = profile.profile_warmup(model, steps, **WARMUP)
-    uneven = profile.profile_warmup(model, make_batches(items, 2)[: 3 - 2 * rank], **WARMUP)
-    torch.save([vars(counted) for counted in (base, warm, uneven)], out / f"{rank}.pt")
+    warm = profile.profile_warmup(with_lora(model), items, 3, rank=rank, world=world, **STEPS)
+    counted = [base, warm]
+    for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
+        for warmup in (None, WARMUP):
+            options = {"shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
+            counted.append(profile.count_task(folder, items, 3, rank, world, torch.device("cpu"), **options))
+    torch.save([vars(one) for one in counted], out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_processes_get_the_totals_of_one(olmoe, tmp_path):
+def test_two_processes_get_the_totals_of_one_sharded_or_not(olmoe, tmp_path):
     torch.multiprocessing.spawn(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2)
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
-    alone = [
-        profile.profile_routing(model, make_batches(items, 2)),
-        profile.profile_warmup(model, profile.warmup_batches(items, 3, 1, 0, 0, 1), **WARMUP),
-    ]
+    base = profile.profile_routing(model, make_batches(items, 2))
+    warm = profile.profile_warmup(with_lora(model), items, 3, **STEPS)
     for rank in (0, 1):
-        *found, uneven = torch.load(tmp_path / f"{rank}.pt")
-        for one, two in zip(alone, found, strict=True):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert len(found) == 6
+        for one, two in zip((base, warm) * 3, found, strict=True):
             assert two["counts"].equal(one.counts) and two["num_tokens"] == one.num_tokens == sum(LENGTHS)
             torch.testing.assert_close(two["gate_mass"], one.gate_mass, rtol=1e-3, atol=1e-3)
-        assert uneven["num_tokens"] == sum(LENGTHS[:6]) + sum(LENGTHS[:2])  # 3 batches there, 1 here: nobody waits
-
-
-def test_warmup_batches_cut_the_same_steps_for_any_number_of_processes():
-    items = make_items(50)
-    whole = profile.warmup_batches(items, 3, 1, 0, 0, 1)
-    parts = [profile.warmup_batches(items, 3, 1, 0, rank, 2) for rank in (0, 1)]
-    assert [len(batch.lengths) for batch in whole] == [3, 3, 1] and [len(part) for part in parts] == [3, 2]
-    for step, batch in enumerate(whole):
-        mine = [length for part in parts for cut in part[step : step + 1] for length in cut.lengths.tolist()]
-        assert sorted(mine) == sorted(batch.lengths.tolist())
-
-
-# --------------------------------------------------------------------------------------------- what counts say
-
-
-def test_top_share_and_entropy_have_their_closed_forms():
-    uniform, one_expert, halves = [3] * 8, [0, 0, 0, 9, 0, 0, 0, 0], [4, 0, 16, 32, 0, 8, 2, 2]
-    counts = torch.tensor([uniform, one_expert, halves])
-    assert profile.top_share(counts, 3).tolist() == pytest.approx([3 / 8, 1, 7 / 8])
-    bits = 1 / 2 + 2 / 4 + 3 / 8 + 4 / 16 + 2 * 5 / 32  # of p = 1/2, 1/4, 1/8, 1/16, 1/32, 1/32
-    assert profile.entropy(counts).tolist() == pytest.approx([1, 0, bits / 3])
-    assert profile.top_share(counts, 8).tolist() == [1, 1, 1]
-
-
-def test_jaccard_is_shared_experts_over_all_experts_of_two_hot_sets():
-    draw = random.Random(1)
-    sets = [[{e for e in range(6) if draw.random() < 0.5} for _ in range(9)] for _ in range(2)]
-    sets[0][3] = sets[1][3] = set()
-    sets[0][4], sets[1][4] = {1, 2}, {3, 5}
-    hot_a, hot_b = (torch.tensor([[e in hot for e in range(6)] for hot in layers]) for layers in sets)
-    wanted = [len(a & b) / len(a | b) if a | b else 1 for a, b in zip(*sets, strict=True)]
-    assert profile.jaccard(hot_a, hot_b).tolist() == pytest.approx(wanted)
-    assert wanted[3:5] == [1, 0] and profile.jaccard(hot_a, hot_a).tolist() == [1] * 9
-
-
-def test_table_names_share_entropy_hottest_and_coldest_of_every_layer():
-    counts = torch.tensor([[1, 5, 2, 2], [4, 1, 4, 1], [0, 0, 0, 10]])
-    header, *layers, last = profile.table(counts, 1)
-    assert header.split() == ["layer", "top", "1", "of", "4", "entropy", "hottest", "coldest"]
-    assert [line.split() for line in layers] == [
-        ["0", "50.0", "%", "0.880", "1", "2", "3", "0", "0", "2"],  # equal counts: the lower id first
-        ["1", "40.0", "%", "0.861", "0", "2", "1", "3", "1", "3"],
-        ["2", "100.0", "%", "0.000", "3", "0", "1", "2", "0", "1"],
-    ]
-    assert last == "top 1 of 4: 63.3 % of the routed tokens, mean of the layers (uniform 25.0 %)"
-
-
-@pytest.mark.parametrize("layers, experts, num_hot", [(4, 64, 8), (32, 8, 2), (1, 3, 3)])
-def test_plot_draws_a_wide_picture_of_any_model(tmp_path, layers, experts, num_hot):
-    counts = torch.arange(layers * experts).view(layers, experts) ** 2
-    profile.plot(counts, num_hot, "a title", tmp_path / "profile.png")
-    picture = matplotlib.image.imread(tmp_path / "profile.png")
-    assert picture.shape[1] >= 1200 and picture.std() > 0.1
 
 
 # ---------------------------------------------------------------------------------------------------- the file
@@ -337,7 +287,7 @@ def test_a_profile_of_another_model_is_refused(olmoe):
 
 FLAGS = {
     "k": (["--k", "65"], "--k 65: want 1..64"),
-    "plot": (["--plot", "p.txt"], "--plot p.txt: want a file that ends in .png"),
+    "plot": (["--plot", "p.txt"], "--plot: got 'p.txt'; want a file that ends in .png"),
     "sample": (["--sample", "0"], "--sample: got '0'"),
     "train data": (["--train-data", "none.jsonl"], "none.jsonl"),
     "model": (["--model", "no/such/model"], "no/such/model"),
@@ -352,7 +302,7 @@ def test_wrong_flags_end_in_one_line_and_leave_no_file(tmp_path, flags, problem)
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_counting(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "load_model", None)  # not reached
+    monkeypatch.setattr(profile, "load_shared", None)  # not reached
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file" / "profile.json", "/proc/profile.json"):
         with pytest.raises(cli.InputError, match=str(out)):
@@ -364,6 +314,69 @@ def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path,
     flags = ["--warmup", "lora", "--sample", "0.004", "--batch", "3", "--k", "5"]
     counted = profile.main([*flags, "--out", str(out), "--plot", str(picture)])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-6:] == list(profile.table(counted.counts, 5))
+    assert printed[-6:] == list(routing.table(counted.counts, 5))
     assert profile.load_profile(out).counts.equal(counted.counts)
     assert picture.read_text().startswith("<?xml")
+
+
+@pytest.fixture
+def two_profiles(tmp_path) -> list[str]:
+    """A good profile and one whose layer 1 is used otherwise."""
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, second in zip(paths, ([0, 5, 5], [5, 5, 0]), strict=True):
+        path.write_text(json.dumps(GOOD | {"counts": [[5, 1, 4], second]}))
+    return list(map(str, paths))
+
+
+def test_compare_prints_and_draws_the_overlap_of_two_profiles(two_profiles, tmp_path, capsys):
+    picture = tmp_path / "new" / "overlap.png"
+    profile.main(["compare", *two_profiles, "--plot", str(picture)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:3] == [["layer", "overlap", "only", "A", "only", "B"], ["0", "1.000", "-", "-"],
+                         ["1", "0.333", "2", "0"]]  # fmt: skip
+    assert lines[3][:2] == ["overlap", "0.667,"] and lines[4] == "the same set in 1 of 2 layers".split()
+    assert matplotlib.image.imread(picture).std() > 0.1
+    profile.main(["compare", *two_profiles, "--k", "3"])
+    assert "overlap 1.000, mean of the layers (by chance 1.000)" in capsys.readouterr().out
+
+
+def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_path, capsys):
+    out = tmp_path / "p.json"
+    counted = profile.main(["--sample", "0.004", "--out", str(out)])
+    capsys.readouterr()
+    profile.main(["advise", str(out), "--coverage", "0.5", "1", "--targets", "pure"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("tiny-math on tiny,") and "rank 8" in head
+    assert [int(row.split()[0]) for row in rows[:7]] == [1, 2, 4, 8, 16, 32, 64]
+    k = int(rows[7].split("k = ")[1].split()[0])
+    assert routing.top_share(counted.counts, k).mean() >= 0.5 > routing.top_share(counted.counts, k - 1).mean()
+    assert rows[8].startswith("to cover 100% of the routed tokens: k = ") and len(rows) == 10
+    profile.main(["advise", str(out), "--rank", "4", "--targets", "pure"])
+    at_rank_4 = capsys.readouterr().out.splitlines()[2].split()
+    assert 2 * int(at_rank_4[3].replace(",", "")) == int(rows[0].split()[3].replace(",", ""))
+
+
+COMMAND_FLAGS = {
+    "one profile": (["compare", "{a}"], "required"),
+    "k": (["compare", "{a}", "{a}", "--k", "4"], "--k 4: want 1..3"),
+    "no profile": (["compare", "{a}", "none.json"], "none.json"),
+    "another model": (["compare", "{a}", "{other}"], r"unlike models: \(2, 3\) and \(1, 2\)"),
+    "plot": (["compare", "{a}", "{a}", "--plot", "p.txt"], "want a file that ends in .png"),
+    "model": (["advise", "{a}"], "model 'm' is not"),
+    "other sizes": (["advise", "{a}", "--model", "olmoe-1b-7b"], "a.json is of a model with 2 layers of 3 experts"),
+    "coverage": (["advise", "{a}", "--coverage", "0"], "--coverage: got '0'"),
+    "rank": (["advise", "{tiny}", "--model", "tiny", "--rank", "999"], "rank 999; want 1.."),
+}
+
+
+@pytest.mark.parametrize("flags, problem", COMMAND_FLAGS.values(), ids=COMMAND_FLAGS)
+def test_wrong_input_of_compare_and_advise_ends_in_one_line(two_profiles, tmp_path, flags, problem):
+    (tmp_path / "other.json").write_text(json.dumps(GOOD | {"counts": [[9, 1]], "gate_mass": [[1.0, 1.0]]}))
+    tiny = {"num_tokens": 8, "num_experts_per_tok": 8, "counts": [[1] * 64] * 4, "gate_mass": [[1.0] * 64] * 4}
+    (tmp_path / "tiny.json").write_text(json.dumps(GOOD | tiny))
+    flags = [
+        flag.format(a=two_profiles[0], other=tmp_path / "other.json", tiny=tmp_path / "tiny.json") for flag in flags
+    ]
+    with pytest.raises(cli.InputError, match=problem) as error:
+        profile.main(flags)
+    assert "\n" not in str(error.value)

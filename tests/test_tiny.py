@@ -8,8 +8,11 @@ import torch
 import data
 import hellora
 import profile
-from model import TINY, load_model, read_config
+import routing
+from checkpoint import TINY, read_config
+from model import load_model
 from tiny import tasks
+from tiny.documents import pretraining_documents
 
 KINDS = ("tiny-math", "tiny-code", "tiny-safety")
 
@@ -23,14 +26,14 @@ def test_test_questions_are_never_in_train_nor_in_pre_training():
     assert functions and not functions & learnt
     requests = {row["instruction"] for row in tasks.safety_prompts(200, 0)}
     assert not requests & {row["instruction"] for row in tasks.safety_rows(2000, 0)}
-    text = "\n".join(text for _, text in itertools.islice(tasks.pretraining_documents(7), 3000))
+    text = "\n".join(text for _, text in itertools.islice(pretraining_documents(7), 3000))
     assert not any(question in text for question in asked)
     assert not any(f"def {name}(" in text for name in functions)
     assert not any(request in text for request in requests)
 
 
 def test_pre_training_never_shows_the_formats_of_the_tasks_nor_a_refusal():
-    text = "\n".join(text for _, text in itertools.islice(tasks.pretraining_documents(8), 3000))
+    text = "\n".join(text for _, text in itertools.islice(pretraining_documents(8), 3000))
     shown = ("final answer", "####", "Below is", "### Instruction", "Human:", "sorry", "cannot", '"""')
     assert not [phrase for phrase in shown if phrase in text]
 
@@ -79,11 +82,11 @@ def test_routing_is_skewed_within_every_layer_and_the_tasks_have_hot_sets_of_the
     for task in KINDS:
         items = data.encode(data.load_examples(task, "train", limit=40), tokenizer, model.config.eos_token_id)
         counts = profile.count_experts(model, [data.collate(items, model.config.pad_token_id)])
-        assert profile.top_share(counts, 8).min() > 0.25
+        assert routing.top_share(counts, 8).min() > 0.25
         hot.append(hellora.select_experts("hot", counts, 8))
     math, code, safety = hot
-    assert max(profile.jaccard(math, other).mean() for other in (code, safety)) < 0.7
-    assert profile.jaccard(code, safety).mean() < 0.9  # their prompts share a template, hence experts
+    assert max(routing.jaccard(math, other).mean() for other in (code, safety)) < 0.7
+    assert routing.jaccard(code, safety).mean() < 0.9  # their prompts share a template, hence experts
     for layer in range(model.config.num_hidden_layers):
         assert not torch.equal(hot[0][layer], hot[2][layer])
 

@@ -14,10 +14,13 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 import data
 import hellora
 import profile
+import runs
 import settings
 import train
+from checkpoint import TINY, read_config
 from cli import InputError
-from model import TINY, load_balancing_loss, load_model, read_config
+from model import load_balancing_loss, load_model
+from parallel import global_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,7 +97,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     tokenizer = data.load_tokenizer(TINY, model.config)
     items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
     hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    done = train.global_step(model, items, micro_batch=2, rank=0, world=1)
+    done = global_step(model, items, micro_batch=2, rank=0, world=1)
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     nll, count = 0.0, 0
@@ -107,7 +110,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))
     assert done.loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
     batches = [data.collate([item], 1) for item in items]
-    assert torch.equal(done.counts, profile.count_experts(model, batches))  # B is zero: routed as the base routes
+    assert torch.equal(done.routing[0].long(), profile.count_experts(model, batches))  # B is zero: as the base routes
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name
@@ -255,11 +258,11 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
             train.main(["--steps", "1", "--out", str(tmp_path / out)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     asked = vars(settings.parse_flags([]))
-    train.check_out(tmp_path / "run", asked)
-    train.write_config(tmp_path / "run", asked)
-    train.check_out(tmp_path / "run", asked)  # the same run again
+    runs.check_out(tmp_path / "run", asked, False)
+    runs.write_config(tmp_path / "run", asked)
+    runs.check_out(tmp_path / "run", asked, False)  # the same run again
     with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
-        train.check_out(tmp_path / "run", asked | {"rank": 4})
+        runs.check_out(tmp_path / "run", asked | {"rank": 4}, False)
 
 
 def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import tasks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,6 +33,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, 
 
 from config import MoEConfig  # noqa: E402
 from model import MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
+from tiny import tasks  # noqa: E402
+from tiny.documents import pretraining_documents  # noqa: E402
 
 CONFIG = {
     "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 1024, "hidden_size": 128,
@@ -74,14 +75,14 @@ def fine_tuning_texts(seed: int) -> Iterator[str]:
 
 def tokenizer_texts(seed: int) -> Iterator[str]:
     """Pre-training documents and a smaller number of fine-tuning examples."""
-    for _, text in itertools.islice(tasks.pretraining_documents(seed), 20_000):
+    for _, text in itertools.islice(pretraining_documents(seed), 20_000):
         yield text
     yield from fine_tuning_texts(seed)
 
 
 def documents(seed: int, words: float) -> Iterator[str]:
     """The stream to train on: pre-training documents, and a share of words in random order, each said twice."""
-    rng, plain = random.Random(seed), tasks.pretraining_documents(seed)
+    rng, plain = random.Random(seed), pretraining_documents(seed)
     pieces = [piece for text in fine_tuning_texts(seed) for piece in re.findall(r"\s*\S+", text)] if words else []
     rare = sorted(set(pieces))
     while True:
@@ -160,7 +161,7 @@ def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
     """Held-out loss and accuracy of each kind of document, its routing's skew, and the overlap of the hot sets."""
     lines, hot = [], {}
     for kind in ("math", "code", "safety"):
-        documents = (text for k, text in tasks.pretraining_documents(HELD_OUT_SEED) if k == kind)
+        documents = (text for k, text in pretraining_documents(HELD_OUT_SEED) if k == kind)
         rows = next(token_rows(tokenizer, documents, 16))
         logits, selected = model(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

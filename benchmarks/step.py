@@ -1,0 +1,444 @@
+"""Time and memory of a training step: every method beside the frozen model, and beside transformers + peft.
+
+    python bench.py step                                      # batches of 8 and of 32
+    python bench.py step --json step.json --plot step.png
+    python bench.py step --batch 8 --sweep k --plot k.png     # how time and memory grow with k
+
+`floor` is what no method can avoid: all weights frozen, no adapter, forward and backward to the inputs of every layer.
+A step is forward, backward, optimizer step and clearing the gradients. All rows are timed in one process in turn, on
+the same batches, and medians are taken: read the ratios, the absolute numbers are the machine's.
+
+The model has the shape of OLMoE-1B-7B at a quarter of its width and depth, with random weights; rank 8 is a quarter of
+the paper's 32, so that adapters have their real share of the multiplications. Lengths are drawn from a histogram of
+GSM8K under OLMoE's tokenizer; token ids follow Zipf's law, so that routing is as uneven as it is on text. The hot
+experts are those profiled on the same data.
+
+Dimensions: B sequences of a batch, S positions, L layers, E experts a layer.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+import cli
+import hellora
+from cli import InputError, say
+from config import MoEConfig
+from data import Batch
+from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA, sparsify
+from model import MoETransformer, init_weights
+from profile import profile_routing
+
+SHAPE = {
+    "model_type": "olmoe",
+    "vocab_size": 12576,
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+}
+# Examples of GSM8K's training split by tokens (prompt, answer and end), in bins of 16: [16 i, 16 i + 16).
+LENGTHS = [0, 0, 0, 1, 92, 538, 965, 1124, 1096, 866, 794, 595, 438, 336, 210, 158, 95, 73, 35, 16, 18, 13, 3, 4, 1, 1, 0, 1]
+TARGET_SHARE = 0.51  # of those tokens: the answer, 76.7 of 151.6 on average
+METHODS = {  # name -> which experts, kind of pair
+    "lora": ("all", "lora"),
+    "hellora": ("hot", "lora"),
+    "hellori-s": ("hot", "lori"),
+    "dora": ("all", "dora"),
+}
+PEERS = {  # name -> modules and parameters that peft adapts
+    "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
+    "peft-attention": ("q_proj k_proj v_proj o_proj", ""),
+}
+NAMES = ("floor", *METHODS, "fft", *PEERS)
+SWEEPS = {  # --sweep -> the values tried
+    "k": (1, 2, 4, 8, 16, 32, 64),
+    "experts": (16, 32, 64, 128),
+    "length": (64, 128, 256, 512),
+    "batch": (1, 2, 4, 8, 16, 32),
+    "rank": (1, 2, 4, 8, 16, 32, 64),
+}
+SWEPT = ("floor", "lora", "hellora")
+EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def make_batches(B: int, n: int, vocab_size: int, device: torch.device, length: int | None = None) -> list[Batch]:
+    """n batches of B sequences, lengths as GSM8K's (or all `length`): the same ones whatever is measured on them."""
+    rng, shares = np.random.default_rng(0), np.array(LENGTHS) / sum(LENGTHS)
+    zipf = 1 / np.arange(3, vocab_size + 3)
+    batches = []
+    for _ in range(n):
+        lengths = torch.from_numpy(16 * rng.choice(len(LENGTHS), B, p=shares) + rng.integers(16, size=B))
+        lengths = lengths if length is None else torch.full_like(lengths, length)
+        S = int(lengths.max())
+        ids = torch.from_numpy(rng.choice(vocab_size, (B, S), p=zipf / zipf.sum()))
+        place, prompt = torch.arange(S), (lengths * (1 - TARGET_SHARE)).long()
+        predicts = (place >= prompt[:, None] - 1) & (place < lengths[:, None] - 1)
+        labels = torch.where(predicts, ids.roll(-1, 1), -100)
+        batches.append(Batch(ids.to(device), lengths, labels.to(device)))
+    return batches
+
+
+# -------------------------------------------------------------------------------------------------- subjects
+
+
+@dataclass
+class Subject:
+    """What is measured: a model, its loss on a batch, and the optimizer of what trains (None: nothing does)."""
+
+    name: str
+    model: torch.nn.Module
+    loss: Callable[[Batch], Tensor]
+    optimizer: torch.optim.Optimizer | None
+
+    def step(self, batch: Batch) -> None:
+        self.loss(batch).backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def resident(self) -> set[Tensor]:
+        """What lives from step to step: weights, buffers and the optimizer's moments."""
+        state = self.optimizer.state.values() if self.optimizer else ()
+        moments = [value for of in state for value in of.values() if torch.is_tensor(value)]
+        return {*self.model.parameters(), *self.model.buffers(), *moments}
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+
+
+def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETransformer:
+    model = MoETransformer(MoEConfig.from_dict(shape))
+    init_weights(model, std=0.02)
+    return model.to(device, dtype)
+
+
+def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
+    """Our model for one row of the table.  hot [L, E] bool: the experts that `hellora` adapts"""
+    if name == "floor":
+        model.requires_grad_(False)
+        # as if something below trained: the backward pass then runs down to the inputs of the first layer
+        model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
+    elif name != "fft":
+        experts, kind = METHODS[name]
+        hellora.attach(model, hot if experts == "hot" else torch.ones_like(hot), rank, 2.0 * rank, kind=kind)
+        if kind == "lori":  # a tenth of B, as stage S: here any tenth
+            generator = torch.Generator().manual_seed(0)
+            Bs = {key.removesuffix(".lora_B"): B for key, B in model.named_parameters() if key.endswith("lora_B")}
+            kept = {key: torch.rand(B.numel(), generator=generator) < 0.1 for key, B in Bs.items()}
+            sparsify(model, {key: mask.nonzero().flatten() for key, mask in kept.items()})
+
+    def loss(batch: Batch) -> Tensor:
+        nll, _ = model(batch.input_ids, batch.lengths, labels=batch.labels)
+        return nll / (batch.labels != -100).sum()
+
+    return Subject(name, model, loss, None if name == "floor" else adamw(model))
+
+
+def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
+    """transformers' OLMoE with the weights of `base` under peft's LoRA. Raises ImportError if they are not there."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub, eos_token_id=0, pad_token_id=0))
+    weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
+    hf.load_state_dict(weights)
+    modules, parameters = PEERS[name]
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=modules.split(), target_parameters=parameters.split() or None
+    )
+    model = get_peft_model(hf.to(base.lm_head.weight.device, base.lm_head.weight.dtype), settings).train()
+
+    def loss(batch: Batch) -> Tensor:
+        places = torch.arange(batch.input_ids.shape[1])
+        real = (places < batch.lengths[:, None]).long().to(batch.input_ids.device)
+        # transformers shifts the labels itself
+        labels = torch.cat((torch.full_like(batch.labels[:, :1], -100), batch.labels[:, :-1]), dim=1)
+        return model(batch.input_ids, attention_mask=real, labels=labels, use_cache=False).loss
+
+    return Subject(name, model, loss, adamw(model))
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes, by CUDA events on a GPU."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def nbytes(tensors: set[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each counted once."""
+    return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
+
+
+def peak_bytes(subject: Subject, batch: Batch, device: torch.device) -> int:
+    """Most bytes live at once in a step: weights, moments, gradients, activations; every tensor that is allocated."""
+    resident = nbytes(subject.resident())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        subject.step(batch)
+        return resident + torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        subject.step(batch)
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return resident + max(0, int(np.cumsum(changes).max()))
+
+
+def saved_bytes(subject: Subject, batch: Batch) -> int:
+    """Bytes kept by the forward pass for the backward pass, weights left out; a storage counts once, and whole."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = subject.loss(batch)
+    weights = {w.untyped_storage().data_ptr() for w in subject.resident()}
+    saved = nbytes({t for t in kept if t.untyped_storage().data_ptr() not in weights})
+    loss.backward()
+    if subject.optimizer:
+        subject.optimizer.zero_grad()
+    return saved
+
+
+@torch.no_grad()
+def adapter_flops(model: torch.nn.Module, batch: Batch) -> int:
+    """Multiplications and additions of the adapters in one step on this batch.
+
+    A row through a pair costs 2 r (in + out) forward, as much for the gradients of its inputs, as much for those of A
+    and B (half of it with A frozen); DoRA's norms W A^T once a step; peft multiplies B A out for every expert.
+    """
+    if not isinstance(model, MoETransformer):
+        rows, flops = int(batch.input_ids.numel()), 0
+        for name, A in model.named_parameters():
+            if "lora_A" in name:
+                B = model.get_parameter(name.replace("lora_A", "lora_B"))
+                # a matrix [r * E, in] and [out, r * E]: on rows, or B A of all experts whatever the rows
+                flops += 6 * (A.numel() * B.shape[0] if ".experts." in name else rows * (A.numel() + B.numel()))
+        return flops
+    _, selected = model(batch.input_ids, batch.lengths, labels=torch.full_like(batch.labels, -100))
+    flops, tokens = 0, int(batch.lengths.sum())
+    for layer, chosen in zip(model.layers, selected, strict=True):
+        for module in layer.modules():
+            if isinstance(module, LoRALinear):
+                flops += pair_flops(module, tokens)
+            elif isinstance(module, LoRAExperts):
+                hot = torch.tensor(module.expert_ids[: module.num_hot], device=chosen.device)
+                rows = int(torch.isin(chosen, hot).sum())
+                flops += sum(pair_flops(pair, rows) for pair in module.lora.values())
+    return flops
+
+
+def pair_flops(pair: torch.nn.Module, rows: int) -> int:
+    *stack, r, fan_in = pair.lora_A.shape
+    fan_out, n = pair.lora_B.shape[-2], stack[0] if stack else 1
+    norms = 2 * n * r * fan_in * fan_out if isinstance(pair, DoRALinear | StackedDoRA) else 0
+    return 2 * rows * r * ((2 + pair.lora_A.requires_grad) * fan_in + 3 * fan_out) + norms
+
+
+def measure(
+    names: tuple[str, ...],
+    shape: dict,
+    B: int,
+    k: int,
+    rank: int,
+    repeats: int,
+    device: torch.device,
+    length: int | None = None,
+) -> list[dict]:
+    """The rows of one table, timed in turn on the same batches of B sequences."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batches = make_batches(B, max(1, EXAMPLES // B), shape["vocab_size"], device, length)
+    base = our_model(shape, device, dtype)
+    counts = profile_routing(base, batches).counts
+    hot = hellora.select_experts("hot", counts, k)
+    subjects, rows = [], []
+    for name in names:
+        try:
+            if name in PEERS:
+                subjects.append(make_peer(name, base, rank))
+            else:  # weights that train are float32, as in train.py
+                model = our_model(shape, device, torch.float32 if name == "fft" else dtype)
+                subjects.append(make_ours(name, model, hot, rank))
+        except ImportError as error:
+            say(f"{name}: not run, {error.name} is not installed")
+            keys = ("samples_per_s", "tokens_per_s", "over_floor", "peak_bytes", "saved_bytes", "adapter_flops")
+            rows.append({"name": name, "batch": B, **dict.fromkeys(keys), "note": f"{error.name} is not installed"})
+    times = {subject.name: [] for subject in subjects}
+    for subject in subjects:
+        subject.step(batches[0])  # warm up; the optimizer makes its moments
+    for repeat in range(repeats):
+        for subject in subjects[repeat % 2 :] + subjects[: repeat % 2]:  # in turn, and not always after the same one
+            times[subject.name].append(seconds(lambda s=subject: [s.step(batch) for batch in batches], device))
+    samples, tokens = B * len(batches), sum(int(batch.lengths.sum()) for batch in batches)
+    took = {name: median(values) for name, values in times.items()}
+    for subject in subjects:
+        t = took[subject.name]
+        rows.append(
+            {
+                "name": subject.name,
+                "batch": B,
+                "samples_per_s": samples / t,
+                "tokens_per_s": tokens / t,
+                "over_floor": took["floor"] / t if "floor" in took else None,
+                **{f"over_{peer}": took[peer] / t for peer in PEERS if peer in took},
+                "peak_bytes": peak_bytes(subject, batches[0], device),
+                "saved_bytes": saved_bytes(subject, batches[0]),
+                "adapter_flops": adapter_flops(subject.model, batches[0]),
+                "seconds": times[subject.name],
+            }
+        )
+    if "hellora" in took:  # what choosing the experts costs beside training on them
+        t = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(repeats))
+        share = 0.1 * t / (3 * took["hellora"])
+        hot_share = float((counts * hot).sum() / counts.sum())
+        rows.append(
+            {"name": "profile", "batch": B, "samples_per_s": samples / t, "share": share, "hot_share": hot_share}
+        )
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ show
+
+
+def show(rows: list[dict]) -> None:
+    peers = [f"over_{peer}" for peer in PEERS if any(f"over_{peer}" in row for row in rows)]
+    say(
+        f"{'':15}{'batch':>6}{'samples/s':>11}{'tokens/s':>10}{'/ floor':>9}"
+        + "".join(f"{'/ ' + peer.removeprefix('over_'):>17}" for peer in peers)
+        + f"{'peak MB':>9}{'saved MB':>10}{'adapter GFLOP':>15}"
+    )
+    for row in rows:
+        line = f"{row['name']:15}{row['batch']:6d}"
+        if row["samples_per_s"] is None:
+            say(f"{line}  not run: {row['note']}")
+        elif row["name"] == "profile":
+            say(
+                f"{line}{row['samples_per_s']:11.2f}   counting a tenth of the data is {row['share']:.1%} of 3 epochs;"
+                f" the hot experts take {row['hot_share']:.0%} of the routed tokens"
+            )
+        else:
+            ratio = "" if row["over_floor"] is None else f"{row['over_floor']:.2f}"
+            say(
+                f"{line}{row['samples_per_s']:11.2f}{row['tokens_per_s']:10,.0f}{ratio:>9}"
+                + "".join(f"{row[peer]:17.2f}" for peer in peers)
+                + f"{row['peak_bytes'] / 1e6:9,.0f}{row['saved_bytes'] / 1e6:10,.1f}{row['adapter_flops'] / 1e9:15,.1f}"
+            )
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Bars: samples per second and peak memory of every row, a panel a batch size."""
+    from matplotlib.figure import Figure  # pyplot would bring global state, and look for a display
+
+    run = [row for row in rows if row.get("peak_bytes")]
+    batches = sorted({row["batch"] for row in run})
+    figure = Figure(figsize=(10, 1 + 0.35 * len(run)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(batches), 2, squeeze=False, sharex="col")
+    for (speed, memory), batch in zip(panels, batches, strict=True):
+        shown = [row for row in run if row["batch"] == batch][::-1]
+        names = [row["name"] for row in shown]
+        colors = ["0.6" if n == "floor" else "tab:orange" if n in PEERS else "tab:blue" for n in names]
+        bars = speed.barh(names, [row["samples_per_s"] for row in shown], color=colors)
+        ratios = ["" if row["over_floor"] is None else f"{row['over_floor']:.2f} of floor" for row in shown]
+        speed.bar_label(bars, ratios, padding=3, fontsize=8)
+        speed.set(title=f"batch {batch}: samples per second", xlim=(0, 1.2 * max(r["samples_per_s"] for r in shown)))
+        bars = memory.barh(names, [row["peak_bytes"] / 1e6 for row in shown], color=colors)
+        memory.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
+        memory.set(title=f"batch {batch}: peak memory, MB", yticks=[])
+    figure.savefig(path)
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Lines: samples per second, share of the floor's, and bytes saved for backward, over the values swept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 3)
+    sweep = rows[0]["sweep"]
+    for name in SWEPT:
+        line = [row for row in rows if row["name"] == name]
+        values = [row["value"] for row in line]
+        for axes, key in zip(panels, ("samples_per_s", "over_floor", "saved_bytes"), strict=True):
+            scale = 1e6 if key == "saved_bytes" else 1
+            axes.plot(values, [row[key] / scale for row in line], marker="o", label=name)
+    for axes, title in zip(panels, ("samples per second", "share of the floor's speed", "saved for backward, MB")):
+        axes.set(title=title, xlabel=sweep, xscale="log", ylim=(0, None))
+        axes.set_xticks(values, [str(value) for value in values], minor=False)
+        axes.minorticks_off()
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def parse_flags(argv: list[str]) -> argparse.Namespace:
+    positive = cli.number(int, 1)
+    parser = cli.Parser(prog="bench.py step", description="Time and memory of a training step.")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 32], help="sequences of a step")
+    parser.add_argument("--k", type=positive, default=8, help="hot experts per layer")
+    parser.add_argument("--rank", type=positive, default=8, help="LoRA rank r; alpha is 2 r")
+    parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES), help="rows to measure")
+    parser.add_argument("--repeats", type=positive, default=5, help="times every row is timed, in turn")
+    parser.add_argument("--sweep", choices=list(SWEEPS), help=f"{', '.join(SWEPT)} over values of this, one batch size")
+    parser.add_argument("--json", metavar="FILE", help="write the rows")
+    parser.add_argument("--plot", metavar="FILE", help="draw the rows (.png, .pdf or .svg)")
+    args = parser.parse_args(argv)
+    if args.k > SHAPE["num_experts"]:
+        raise InputError(f"--k {args.k}: want 1..{SHAPE['num_experts']}, the experts of a layer")
+    if args.sweep and len(args.batch) > 1:
+        args.batch = args.batch[:1]
+    for file in (args.json, args.plot):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise InputError(f"{file}: its folder does not exist; make it first")
+    return args
+
+
+def main(argv: list[str]) -> list[dict]:
+    args = parse_flags(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    say(f"{where}, torch {torch.__version__}; hidden {SHAPE['hidden_size']}, rank {args.rank}, k {args.k}")
+    rows = []
+    if not args.sweep:
+        for B in args.batch:
+            rows += measure(tuple(args.names), SHAPE, B, args.k, args.rank, args.repeats, device)
+        show(rows)
+    else:
+        for value in SWEEPS[args.sweep]:
+            now = {"B": args.batch[0], "k": args.k, "rank": args.rank}
+            shape = SHAPE
+            if args.sweep == "experts":
+                shape = {**SHAPE, "num_experts": value}
+            else:
+                now[{"batch": "B"}.get(args.sweep, args.sweep)] = value
+            part = measure(SWEPT, shape, repeats=args.repeats, device=device, **now)
+            rows += [{"sweep": args.sweep, "value": value, **row} for row in part]
+            say(f"{args.sweep} {value}")
+            show(part)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.plot:
+        (plot_sweep if args.sweep else plot)(rows, Path(args.plot))
+    return rows

@@ -1,0 +1,167 @@
+"""Where rows come from: public files that are downloaded once and checked, and local files in the public formats.
+
+    path = fetch(Download(url, sha256), "pass a copy with --train-data FILE")
+    for place, row in read_rows(path): ...          # place: the file and line to name when the row is wrong
+
+A row is a dict. Files are csv with a header, a JSON list, a JSON object of columns, or one JSON object a line, each
+also as .gz; or HEx-PHI's folder of headerless csv files.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+import urllib.request
+import zlib
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import cli
+from cli import InputError
+
+Row = dict[str, object]
+
+
+def say(message: str) -> None:
+    """A remark on the data, from the main process, on stderr: stdout belongs to the results."""
+    if cli.is_main_process():
+        print(message, file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------------------------- downloads
+
+
+@dataclass(frozen=True)
+class Download:
+    """A public file, pinned."""
+
+    url: str
+    sha256: str
+
+
+def fetch(file: Download, instead: str) -> Path:
+    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded if it is not there as pinned."""
+    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
+    path = folder / f"{file.sha256[:8]}-{file.url.rsplit('/', 1)[-1]}"
+    try:
+        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
+            return path
+        with urllib.request.urlopen(file.url, timeout=30) as reply:
+            content = reply.read()
+        if hashlib.sha256(content).hexdigest() != file.sha256:
+            raise InputError(f"{file.url}: what came is not the file with sha256 {file.sha256}; {instead}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
+            (Path(part) / path.name).write_bytes(content)
+            (Path(part) / path.name).replace(path)
+    except (OSError, HTTPException) as error:
+        raise InputError(f"cannot get {file.url} into {folder} ({error}); {instead}") from None
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ local files
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, unpacked if its name ends in .gz."""
+    content = b""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig")  # spreadsheets begin their files with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}, line {line}: not encoded in UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Row]]:
+    """(place, row) for each record of a csv file; its first line names the columns, unless they are given."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), fieldnames=columns, strict=True)
+    rows = []
+    try:
+        for row in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
+            rows.append((place, row))
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def json_rows(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object a line."""
+    content = read_text(path)
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        whole = None
+        if content.lstrip().startswith("["):
+            raise InputError(f"{path}: not a JSON list ({error})") from None
+    if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+        columns = {name: column for name, column in whole.items() if column}
+        if len({len(column) for column in columns.values()}) > 1:
+            raise InputError(f"{path}: its lists differ in length")
+        whole = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if isinstance(whole, list):
+        return [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
+    rows = []
+    for i, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside JSON strings
+        if line.strip():
+            try:
+                rows.append((f"{path}, line {i}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {i}: not JSON ({getattr(error, 'msg', error)})") from None
+    return rows
+
+
+HEXPHI = {  # category_N.csv; the hub has withdrawn the second
+    1: "Illegal Activity",
+    2: "Child Abuse Content",
+    3: "Hate/Harass/Violence",
+    4: "Malware",
+    5: "Physical Harm",
+    6: "Economic Harm",
+    7: "Fraud/Deception",
+    8: "Adult Content",
+    9: "Political Campaigning",
+    10: "Privacy Violation Activity",
+    11: "Tailored Financial Advice",
+}
+
+
+def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each instruction of a folder of category_N.csv, which have no header; says if some lack."""
+    files = {int(m[1]): path for path in folder.glob("*.csv") if (m := re.fullmatch(r"category_(\d+)\.csv", path.name))}
+    if not files:
+        raise InputError(f"{folder}: a folder without category_N.csv, not a file")
+    if unknown := files.keys() - HEXPHI.keys():
+        raise InputError(f"{folder}: category_{min(unknown)}.csv is not of HEx-PHI, which has categories 1 to 11")
+    rows = [
+        (place, row | {"category": f"{number} {HEXPHI[number]}"})
+        for number in sorted(files)
+        for place, row in csv_rows(files[number], ["instruction"])
+    ]
+    missing = HEXPHI.keys() - files.keys() - {2}
+    if missing or len(rows) != 30 * len(files):
+        lacks = f", without {', '.join(map(str, sorted(missing)))}" if missing else ""
+        say(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; HEx-PHI has 30 in each of 10 or 11")
+    return rows
+
+
+def read_rows(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a .csv or JSON file (also .gz), or of a folder as HEx-PHI's."""
+    if path.is_dir():
+        return hexphi_rows(path)
+    return csv_rows(path) if path.name.removesuffix(".gz").endswith(".csv") else json_rows(path)

@@ -1,0 +1,127 @@
+"""What a run needs of memory, before it starts: so that a process holds the base whole where that fits.
+
+    plan(config, attach, dtype=torch.bfloat16, world=2, sharded=True, tokens=2048)     # bytes a process, by term
+
+Whole (`--shard none`) only the gradients of the adapters travel between processes; sharded (`--shard full`, FSDP2)
+every weight of every layer travels in every forward and backward pass.
+
+Dimensions: T tokens of a micro-batch, K experts a token, D hidden_size, F intermediate_size of an expert, V vocabulary,
+Hq and Hk query and key heads, Dh head_dim.
+"""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import cli
+from config import MoEConfig
+from model import MoETransformer
+from ops import HEAD_ROWS
+
+SPARE = 0.1  # of a device, left to the allocator and to what is not in the plan
+
+
+class Plan(NamedTuple):
+    """Bytes on one process."""
+
+    weights: int  # of the base, or this process's rows of them
+    adapters: int  # factors, trained and frozen, float32
+    gathered: int  # sharded: the root's weights, and those of the layer at work and of the next
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    activations: int  # kept for the backward pass, over all layers
+    transient: int  # of the layer at work
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def plan(
+    config: MoEConfig,
+    attach: Callable[[MoETransformer], None] | None,
+    *,
+    dtype: torch.dtype,
+    world: int,
+    sharded: bool,
+    tokens: int,
+    trains: bool = True,
+    checkpointing: bool = False,
+) -> Plan:
+    """What each of `world` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
+
+    Counted on the meta device for all that parameters need; activations by `layer_activations`.
+    """
+    with torch.device("meta"):
+        model = MoETransformer(config).to(dtype)
+    if attach is not None:
+        attach(model)
+    parameters = {name: p for name, p in model.named_parameters()}
+    share = world if sharded else 1
+
+    def size(keep: Callable[[str, torch.Tensor], bool]) -> int:
+        return sum(p.numel() * p.element_size() for name, p in parameters.items() if keep(name, p))
+
+    base = size(lambda name, p: "lora_" not in name)
+    trained = size(lambda name, p: trains and p.requires_grad)
+    layers = [size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(config.num_hidden_layers)]
+    trained_layer = max(
+        size(lambda name, p, i=i: trains and p.requires_grad and name.startswith(f"layers.{i}."))
+        for i in range(config.num_hidden_layers)
+    )
+    root = size(lambda name, p: not name.startswith("layers."))
+    kept, passing = layer_activations(config, tokens, dtype)
+    if not trains:
+        kept = 0
+    if checkpointing:
+        kept, passing = tokens * config.hidden_size * dtype.itemsize, kept + passing
+    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 3  # logits, probabilities and their gradient, float32
+    return Plan(
+        weights=base // share,
+        adapters=size(lambda name, p: "lora_" in name) // share,
+        gathered=root + 2 * max(layers) if sharded else 0,
+        gradients=trained // share + (trained_layer if sharded else 0),
+        optimizer=2 * trained // share,
+        activations=config.num_hidden_layers * kept + tokens * config.hidden_size * dtype.itemsize,
+        transient=max(passing, head),
+    )
+
+
+def layer_activations(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a layer keeps for its backward pass, and bytes that come and go within it."""
+    D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # Both norms' inputs and outputs; q, k, v before the norm, and as attention gets them; its output, padded and not.
+    attention = 2 * D + (2 * q + 2 * kv if config.family.qk_norm else q + kv) + kv + 2 * q
+    router = 2 * D + 2 * config.num_experts
+    experts = K * 2 * F + 3 * config.shared_intermediate_size
+    kept = tokens * (attention + router + experts) * dtype.itemsize + tokens * K * 24  # order, places, weights
+    passing = tokens * K * (3 * F + 2 * D) * dtype.itemsize
+    return kept, passing
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may use: the GPU's, or its share of the memory that the machine has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def choose_shard(asked: str | None, device: torch.device, world: int, whole: Plan) -> bool:
+    """Whether to shard: as asked, or if the plan of a process that holds the base `whole` does not fit. Says why."""
+    if world == 1:
+        return False
+    room = int(available(device) * (1 - SPARE))
+    need, room_gb = f"{whole.total / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
+    sharded = whole.total > room if asked is None else asked == "full"
+    if sharded:
+        why = "as asked" if asked else f"the base whole would need {need} a process, of {room_gb}"
+        cli.say(f"sharded over {world} processes ({why}): weights travel in every pass")
+    else:
+        why = "as asked" if asked else f"{need} of {room_gb}"
+        cli.say(f"every process holds the base whole ({why}): only gradients travel")
+    return sharded

@@ -1,0 +1,112 @@
+"""The operations a training step spends its time in, with what each keeps for its backward pass.
+
+Autograd keeps every input of a product, also where it is cheap to make again. The Functions here keep less, and say
+what. `grouped_linear` is the product all experts share; the rest is a name for a formula that its docstring gives.
+
+Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of an expert, n hot experts (the first
+groups), S rows that are theirs (the first rows), r rank, N targets, D hidden_size, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HEAD_ROWS = 256  # targets whose logits exist at once
+
+
+def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """W_g x for rows sorted by group.  x [R, in], weight [G, out, in], offsets int32 [G] ends -> [R, out]"""
+    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]) and x.dtype != torch.float64:
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+    # Row strides that are no multiple of 16 bytes (small ranks) and float64: grouped_mm refuses them.
+    # Empty groups take part too, so that their gradient is zero, not None.
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.cat([F.linear(x_g, w_g) for x_g, w_g in zip(x.split(counts), weight, strict=True)])
+
+
+def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """sum y x^T over the rows of each group: a weight's gradient.  y [R, out], x [R, in] -> [G, out, in]"""
+    if all(t.shape[1] * t.element_size() % 16 == 0 for t in (y, x)) and x.dtype != torch.float64:
+        return F.grouped_mm(y.T, x, offs=offsets)
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return torch.stack([y_g.T @ x_g for y_g, x_g in zip(y.split(counts), x.split(counts), strict=True)])
+
+
+class AdaptedLinear(torch.autograd.Function):
+    """W x by group, W frozen, plus B A x on the hot rows.  x [R, in], W [G, out, in] -> [R, out]
+
+    A [n, r, in] and B [n, out, r] belong to the first n groups, and the first S rows to these. For A's gradient
+    backward needs those rows of x again, which are large and cheap: `remake(*sources)`, with the sources kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, S: int, remake, *sources) -> Tensor:
+        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
+        low = grouped_linear(x[:S], A, hot)  # [S, r]
+        y[:S] += grouped_linear(low, B, hot)
+        ctx.save_for_backward(W, A, B, low, offsets, *sources)
+        ctx.remake = remake
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        hot, S = offsets[: len(A)], len(low)
+        grad_low = grouped_linear(grad[:S], B.mT, hot)  # [S, r]
+        grad_x = grouped_linear(grad, W.mT, offsets)  # [R, in]
+        grad_x[:S] += grouped_linear(grad_low, A.mT, hot)
+        grad_A = grouped_outer(grad_low, ctx.remake(*sources), hot) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_A, grouped_outer(grad[:S], low, hot), *(None,) * (3 + len(sources))
+
+
+def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """silu(gate) * up * weight.  gate_up [R, 2F], weight [R, 1] -> [R, F]"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(weight)
+
+
+class WeightedSwiGLU(torch.autograd.Function):
+    """`weighted_swiglu`, keeping its inputs only."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        return weighted_swiglu(gate_up, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_up = F.silu(gate).mul_(grad)  # [R, F], but for the weight
+        grad_weight = (grad_up * up).sum(-1, keepdim=True)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat((grad_gate, grad_up), dim=-1).mul_(weight), grad_weight
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum of -log softmax(W x)[target], HEAD_ROWS targets at a time.  x [N, D], W [V, D], target [N] -> []
+
+    The gradients are made on the way forward, while a slice's probabilities exist: [N, V] never does.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+        need_x, need_W, _ = ctx.needs_input_grad
+        grad_x, grad_W = torch.empty_like(x) if need_x else None, torch.zeros_like(W) if need_W else None
+        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        for start in range(0, len(x), HEAD_ROWS):
+            n = slice(start, start + HEAD_ROWS)
+            log_p, t = F.linear(x[n], W).to(loss.dtype).log_softmax(-1), target[n, None]  # [n, V], [n, 1]
+            loss -= log_p.gather(1, t).sum()
+            if need_x or need_W:
+                grad = log_p.exp_().scatter_add_(1, t, log_p.new_full(t.shape, -1.0)).to(W.dtype)  # p - one hot
+            if need_x:
+                grad_x[n] = grad @ W
+            if need_W:
+                grad_W += grad.T @ x[n]
+        ctx.save_for_backward(grad_x, grad_W)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        return *(None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors), None

@@ -1,0 +1,158 @@
+"""The paper's numbers beside ours: a command for each.
+
+    python reproduce.py params    # Tables 2, 3, 5 and 7: what trains, its share, its bytes; needs no weights
+
+`--json FILE` keeps the rows.
+"""
+
+import itertools
+import json
+import sys
+from typing import NamedTuple
+
+import torch
+
+import cli
+import hellora
+import lori
+from cli import InputError
+from config import PRESETS, MoEConfig
+from lora import sparsify
+from model import MoETransformer
+from profile import writable
+from routing import without_weights
+from settings import METHODS, Recipe
+
+
+class Row(NamedTuple):
+    """A line of a table of the paper that says how much trains."""
+
+    table: str
+    model: str  # key of config.PRESETS
+    method: str  # key of settings.METHODS
+    k: int | None  # hot experts a layer; None: all
+    targets: str | None  # key of hellora.TARGETS
+    paper: float | None  # per cent, as printed
+
+
+OLMOE, MIXTRAL, DEEPSEEK = "olmoe-1b-7b", "mixtral-8x7b", "deepseek-moe-16b"
+ROWS = (
+    Row("2", OLMOE, "fft", None, None, 100.0),
+    Row("2", OLMOE, "lora", None, "all", 4.3),
+    Row("2", OLMOE, "dora", None, "all", 4.35),
+    Row("2", OLMOE, "lori-d", None, "all", 1.9),
+    Row("2", OLMOE, "lori-s", None, "all", 0.19),
+    Row("2", OLMOE, "hellora", 8, "all", 0.7),
+    Row("2", OLMOE, "hellori-d", 8, "all", 0.3),
+    Row("2", OLMOE, "hellori-s", 8, "all", 0.03),
+    Row("3", MIXTRAL, "lora", None, "all", 1.03),
+    Row("3", MIXTRAL, "lori-d", None, "all", 0.59),
+    Row("3", MIXTRAL, "lori-s", None, "all", 0.06),
+    Row("3", MIXTRAL, "hellora", 2, "all", 0.31),
+    Row("3", MIXTRAL, "hellori-d", 2, "all", 0.17),
+    Row("3", MIXTRAL, "hellori-s", 2, "all", 0.02),
+    Row("5", OLMOE, "hellora", 8, "pure", 0.543),
+    Row("5", OLMOE, "hellora", 8, "gate", 0.558),
+    Row("5", OLMOE, "hellori-d", 8, "pure", 0.241),
+    Row("5", OLMOE, "hellori-d", 8, "gate", 0.242),
+    Row("5", OLMOE, "hellori-s", 8, "pure", 0.02),
+    Row("5", OLMOE, "hellori-s", 8, "gate", 0.02),
+    Row("7", OLMOE, "hellora", 2, "all", 0.27),
+    Row("7", OLMOE, "hellora", 4, "all", 0.41),
+    Row("7", OLMOE, "hellora", 8, "all", 0.68),
+    Row("7", OLMOE, "hellora", 16, "all", 1.21),
+    Row("-", DEEPSEEK, "lora", None, "all", None),
+    Row("-", DEEPSEEK, "lori-d", None, "all", None),
+    Row("-", DEEPSEEK, "lori-s", None, "all", None),
+    Row("-", DEEPSEEK, "hellora", 6, "all", None),
+    Row("-", DEEPSEEK, "hellori-d", 6, "all", None),
+    Row("-", DEEPSEEK, "hellori-s", 6, "all", None),
+)
+
+
+class Size(NamedTuple):
+    trainable: int
+    total: int  # base and adapters, frozen A and all of B included
+    adapter_bytes: int  # of the tensors in adapter.safetensors
+    optimizer_bytes: int  # of AdamW's two moments
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.total
+
+
+def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: int = Recipe.r) -> Size:
+    """What a method trains, counted where training counts it: on the model with its adapters, here without weights."""
+    how = METHODS[method]
+    if how.experts is None:
+        with torch.device("meta"):
+            model = MoETransformer(config)
+    else:
+        model = without_weights(config, k or config.num_experts, r, kind=how.kind, targets=targets)
+    trainable, total = hellora.count_parameters(model)
+    if how.sparse:
+        sparsify(model, some_entries(model))
+        trainable, _ = hellora.count_parameters(model)
+    trained = [p for name, p in model.named_parameters() if p.requires_grad]
+    stored = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+    stored += [buffer for name, buffer in model.named_buffers() if name.endswith("positions")]
+    return Size(trainable, total, sum(t.nbytes for t in stored), sum(2 * 4 * p.numel() for p in trained))
+
+
+def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:
+    """As many entries of B as stage S keeps, floor(KEPT * N); for counting, a tenth of each matrix will do."""
+    sizes = {name.removesuffix(".lora_B"): p.numel() for name, p in model.named_parameters() if "lora_B" in name}
+    kept = (int(lori.KEPT * end) for end in itertools.accumulate(sizes.values(), initial=0))
+    return {
+        name: torch.arange(b - a, device="meta") for name, (a, b) in zip(sizes, itertools.pairwise(kept), strict=True)
+    }
+
+
+CONVENTION = "percent: trainable / (base + adapters, frozen A and all of B among them), as PEFT prints; rank 32"
+HEADS = "table model method k targets trainable percent paper adapter_bytes AdamW_bytes".split()
+
+
+def params(argv: list[str]) -> list[dict]:
+    """Trainable parameters of every method and variant that the paper's tables list, beside what they print."""
+    parser = cli.Parser(prog="reproduce.py params", description="What trains, beside the paper's tables.")
+    parser.add_argument("--json", metavar="FILE", help="where to write the rows")
+    args = parser.parse_args(argv)
+    out = args.json and writable(args.json)
+    sizes = {row[1:5]: size(MoEConfig.from_dict(PRESETS[row.model]), *row[2:5]) for row in ROWS}
+    rows, line = [], "{:5}  {:16}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
+    cli.say(line(*HEADS))
+    for table, *about, paper in ROWS:
+        counted = sizes[tuple(about)]
+        keys = ("model", "method", "k", "targets", "trainable", "percent", "paper")
+        rows.append(dict(zip(keys, (*about, counted.trainable, counted.percent, paper), strict=True)))
+        model, method, k, targets = about
+        known = "-" if paper is None else f"{paper:g}"
+        counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
+        trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
+        cli.say(line(table, model, method, k or "all", targets or "-", *trained))
+    cli.say(CONVENTION)
+    for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
+        ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
+        share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
+        cli.say(f"{model}: HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})")
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows
+
+
+COMMANDS = {"params": params}
+
+
+def main(argv: list[str] | None = None) -> object:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: reproduce.py {{{','.join(COMMANDS)}}} [-h] ...\n\n{__doc__}")
+        return None
+    if not argv or argv[0] not in COMMANDS:
+        given = repr(argv[0]) if argv else "nothing"
+        raise InputError(f"got {given}; want one of {', '.join(COMMANDS)} (see reproduce.py --help)")
+    return COMMANDS[argv[0]](argv[1:])
+
+
+if __name__ == "__main__":
+    cli.run(main)

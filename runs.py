@@ -1,0 +1,232 @@
+"""A run folder: whose it is, what is written into it, and the state a killed run goes on from.
+
+    RUN/config.json            settings as resolved, versions, commit
+    RUN/log.jsonl, loss.png    a record a step, and its picture
+    RUN/checkpoint/step-N/     what training holds after step N: what trains, AdamW's moments, the loop's numbers
+    RUN/adapter/, result.json  when it is done
+
+Whatever must be whole is written beside its place, synced, and renamed: a folder that has its name is complete. The
+state is safetensors and JSON, never a pickle, and does not depend on the number of processes: each reads its own rows.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+import cli
+from checkpoint import SHARD_BYTES, read_rows, stored, write_shards
+from cli import InputError, RunError
+from model import local_rows
+
+FREE = {"resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing"}
+
+
+# ------------------------------------------------------------------------------------------------ whose it is
+
+
+def check_out(out: Path, settings: dict, resume: bool) -> None:
+    """InputError if `out` belongs to something else, to a run with other settings, or to one that is to be resumed.
+
+    Settings in FREE may differ, and when resuming so may the number of steps.
+    """
+    try:
+        before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:
+        before = None if out.exists() and (not out.is_dir() or any(out.iterdir())) else settings
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if not isinstance(before, dict):
+        raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
+    free = FREE | ({"steps", "epochs"} if resume else set())
+    changed = [key for key in settings if key not in free and before.get(key, settings[key]) != settings[key]]
+    if changed:
+        was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
+        raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
+    if not resume and any(out.glob("**/checkpoint/step-*")):
+        raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
+
+
+def write_config(out: Path, settings: dict) -> None:
+    """Make the run folder: config.json with the settings as resolved, versions and commit."""
+    about = {
+        "model": settings["model"],
+        "settings": settings,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "commit": commit(),
+        "command": sys.argv,
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "config.json", json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+
+
+def commit() -> str | None:
+    """The commit of this code, if it lies in a git repository and git is there."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+# -------------------------------------------------------------------------------------------- whole or not at all
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole, or as it was before."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    part.replace(path)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when all went well, and is removed if not."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in [*part.iterdir(), part]:
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------- the state of training
+
+
+def training_state(trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What trains and AdamW's two moments of it, by name; all placed alike."""
+    state = {}
+    for name, parameter in trained.items():
+        state[name] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{name} {moment}"] = optimizer.state[parameter][moment]
+    return state
+
+
+def save_state(folder: Path, step: int, state: dict[str, Tensor], numbers: dict, keep: int) -> None:
+    """Write RUN/checkpoint/step-N, then drop all but the `keep` newest. Every process must call it; one writes.
+
+    numbers: whatever else the loop needs, as JSON. Raises RunError if the disk refuses; older states stay.
+    """
+
+    def whole() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state.items():
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            yield name, tensor.cpu().contiguous()
+
+    if not cli.is_main_process():
+        for _ in whole():
+            pass
+        return
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    try:
+        with whole_folder(folder / f"step-{step:08d}") as part:
+            write_shards(part, sizes, whole(), SHARD_BYTES)
+            digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
+            text = json.dumps({"step": step, "sha256": digests} | numbers)
+            (part / "state.json").write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        last = last_state(folder)
+        good = f"the last good one is {last}" if last else "there is none before it"
+        raise RunError(f"the checkpoint of step {step} cannot be written ({error}); {good}") from None
+    for old in states(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def states(folder: Path) -> list[Path]:
+    """The complete states of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def last_state(folder: Path) -> Path | None:
+    return next(reversed(states(folder)), None)
+
+
+@torch.no_grad()
+def load_state(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> dict:
+    """Continue from `save_state`: fill what trains and the optimizer, each process its rows.  -> the loop's numbers
+
+    Raises InputError for a state that is damaged or of another run.
+    """
+    try:
+        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        step, digests = int(numbers["step"]), dict(numbers["sha256"])
+        damaged = [name for name, digest in digests.items() if sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        step, damaged = 0, [f"state.json ({error})"]
+    if damaged:
+        raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
+    about = optimizer.state_dict()
+    moments = [{m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")} for p in trained.values()]
+    about["state"] = {i: {"step": torch.tensor(float(step))} | pair for i, pair in enumerate(moments)}
+    optimizer.load_state_dict(about)
+    state = training_state(trained, optimizer)
+    places = {name: local_rows(tensor) for name, tensor in state.items()}
+    weights = stored(folder, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    rows = {name: slice(first, first + len(held)) for name, (held, first) in places.items()}
+    for name, tensor in read_rows(weights, rows):
+        places[name][0].copy_(tensor)
+    return numbers
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------ the log
+
+
+def cut_log(path: Path, steps: int) -> list[dict]:
+    """Drop the records of log.jsonl after the first `steps`, which will be written again.  -> those that stay"""
+    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+    write_whole(path, "".join(f"{line}\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+def draw_loss(losses: list[float], path: Path, title: str) -> None:
+    """The loss of every step and its running mean over a twentieth of the run."""
+    from matplotlib.figure import Figure  # pyplot would bring global state, and look for a display
+
+    width = max(1, len(losses) // 20)
+    mean = torch.tensor(losses).unfold(0, width, 1).mean(-1)
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="one step")
+    axes.plot(range(width, len(losses) + 1), mean, color="tab:blue", label=f"mean of {width} steps")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
+    axes.legend(frameon=False)
+    figure.savefig(path)
