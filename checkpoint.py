@@ -4,6 +4,7 @@ Everything here speaks the hub's keys; model.py maps them to parameters. Weights
 which can hold nothing but numbers; a pickle is never opened.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -169,6 +170,21 @@ def write_shards(
     next(stream, None)  # let the stream end
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(about: dict, *files: Path) -> str:
+    """SHA-256 over what a JSON file says and over the files it goes with: one flipped bit in either, another seal."""
+    text = json.dumps([about, *map(sha256, files)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
     python evaluate.py runs/tiny-math-hellora --task tiny-math       # a run of train.py, a checkpoint, or a hub id
     torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # processes share the prompts
+    python evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 8                # a base model, shown how
     python evaluate.py --task gsm8k --completions FILE.jsonl         # lines {"id": ..., "completion": "..."}
     python evaluate.py compare OUT_A OUT_B                           # is the difference more than chance?
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from checkpoint import seal
 from cli import InputError
 from config import MoEConfig
 from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, pad, sparsify, uniform
@@ -289,10 +290,11 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
 
 
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
-    """Write adapter.safetensors (`adapter_state`) and adapter.json (the Adapter and whatever else is to be known)."""
+    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, whatever else, a SHA-256 of it all."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter.safetensors", metadata={"format": "pt"})
-    text = json.dumps(asdict(adapter) | about, indent=1)
+    about = asdict(adapter) | about
+    text = json.dumps(about | {"sha256": seal(about, folder / "adapter.safetensors")}, indent=1)
     (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -304,6 +306,8 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     folder = Path(folder)
     try:
         about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
+            raise ValueError("its sha256 is another: it is not as it was saved")
         state = load_file(folder / "adapter.safetensors")
         adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
         if adapter.ranks is not None:
@@ -313,7 +317,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
         return adapter, state
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
-    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
 
 

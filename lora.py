@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from model import Experts
-from ops import AdaptedLinear, WeightedSwiGLU, weighted_swiglu
+from ops import GroupedLowRankLinear, LowRankLinear, WeightedSwiGLU, gather, weighted_swiglu
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -64,8 +64,8 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return super().forward(x) + F.linear(low, (self.scaling * self.lora_B).to(x.dtype))
+        A, B = self.lora_A.to(x.dtype), (self.scaling * self.lora_B).to(x.dtype)
+        return LowRankLinear.apply(x, self.weight, self.bias, A, B)
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
@@ -159,7 +159,7 @@ class LoRAExperts(Experts):
         r, last = pairs[0].lora_A.shape[1], len(pairs) - 1
         B = [F.pad(pair.lora_B, (i * r, (last - i) * r)) for i, pair in enumerate(pairs)]  # each reads its own r of A x
         B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, out, p * r]
-        y = AdaptedLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, remake, *sources)
+        y = GroupedLowRankLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, remake, *sources)
         if isinstance(pairs[0], StackedDoRA):
             weights = self.hot_weights()
             scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
@@ -170,7 +170,7 @@ class LoRAExperts(Experts):
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         S = int(offsets[self.num_hot - 1])  # the hot rows come first
         rows, both = x.index_select(0, token), ("gate_proj", "up_proj")
-        gate_up = self.adapted(rows, self.gate_up_proj, both, offsets, S, Tensor.__getitem__, x, token[:S])  # [R, 2F]
+        gate_up = self.adapted(rows, self.gate_up_proj, both, offsets, S, gather, x, token[:S])  # [R, 2F]
         hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
         made_from = gate_up[:S].detach(), weight[:S].detach()
         return self.adapted(hidden, self.down_proj, ("down_proj",), offsets, S, weighted_swiglu, *made_from)

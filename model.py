@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from cli import InputError, is_main_process, say
 from config import MoEConfig
-from ops import HeadLoss, WeightedSwiGLU, grouped_linear
+from ops import HeadLoss, WeightedSwiGLU, gather, grouped_linear, made
 
 # --------------------------------------------------------------------------------------------------- forward
 
@@ -62,7 +62,7 @@ class Layout:
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, S, Dh] -> [T, H * Dh]"""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.index is None else x.index_select(0, self.index)
+        return x if self.index is None else made(gather, x, self.index)
 
 
 class KVCache:
@@ -93,6 +93,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return made(self.normalise, x)
+
+    def normalise(self, x: Tensor) -> Tensor:
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 

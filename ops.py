@@ -7,6 +7,8 @@ Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of a
 groups), S rows that are theirs (the first rows), r rank, N targets, D hidden_size, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,45 @@ def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack([y_g.T @ x_g for y_g, x_g in zip(y.split(counts), x.split(counts), strict=True)])
 
 
-class AdaptedLinear(torch.autograd.Function):
+def gather(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(0, rows)
+
+
+def made(f: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """f(*sources), and a note on it of how it was made: an operation may then keep the sources and make it again."""
+    y = f(*sources)
+    y.made_by = f, sources
+    return y
+
+
+class LowRankLinear(torch.autograd.Function):
+    """W x + bias + B A x, W and bias frozen.  x [..., in], W [out, in], A [r, in], B [out, r] -> [..., out]
+
+    For A's gradient it keeps not x but what x was `made` of.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+        low = F.linear(x, A)  # [..., r]
+        ctx.remake, sources = getattr(x, "made_by", (Tensor.detach, (x,)))
+        ctx.save_for_backward(W, A, B, low, *sources)
+        return F.linear(x, W, bias).add_(F.linear(low, B))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, low, *sources = ctx.saved_tensors
+        grad_low = grad @ B  # [..., r]
+        grad_x = (grad @ W).add_(grad_low @ A)
+        grad_A = outer(grad_low, ctx.remake(*sources)) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_A, outer(low, grad).T  # with the short side first: several times faster
+
+
+def outer(y: Tensor, x: Tensor) -> Tensor:
+    """sum y x^T over the rows.  y [..., out], x [..., in] -> [out, in]"""
+    return y.flatten(0, -2).T @ x.flatten(0, -2)
+
+
+class GroupedLowRankLinear(torch.autograd.Function):
     """W x by group, W frozen, plus B A x on the hot rows.  x [R, in], W [G, out, in] -> [R, out]
 
     A [n, r, in] and B [n, out, r] belong to the first n groups, and the first S rows to these. For A's gradient
@@ -92,8 +132,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, target: Tensor) -> Tensor:
         need_x, need_W, _ = ctx.needs_input_grad
-        grad_x, grad_W = torch.empty_like(x) if need_x else None, torch.zeros_like(W) if need_W else None
+        grad_x = torch.empty_like(x) if need_x else None
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_W = torch.zeros_like(W, dtype=loss.dtype) if need_W else None  # a sum over slices
         for start in range(0, len(x), HEAD_ROWS):
             n = slice(start, start + HEAD_ROWS)
             log_p, t = F.linear(x[n], W).to(loss.dtype).log_softmax(-1), target[n, None]  # [n, V], [n, 1]
@@ -104,7 +145,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_x[n] = grad @ W
             if need_W:
                 grad_W += grad.T @ x[n]
-        ctx.save_for_backward(grad_x, grad_W)
+        ctx.save_for_backward(grad_x, grad_W if grad_W is None else grad_W.to(W.dtype))
         return loss
 
     @staticmethod

@@ -9,7 +9,6 @@ Whatever must be whole is written beside its place, synced, and renamed: a folde
 state is safetensors and JSON, never a pickle, and does not depend on the number of processes: each reads its own rows.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import cli
-from checkpoint import SHARD_BYTES, read_rows, stored, write_shards
+from checkpoint import SHARD_BYTES, read_rows, seal, sha256, stored, write_shards
 from cli import InputError, RunError
 from model import local_rows
 
@@ -153,7 +152,8 @@ def save_state(folder: Path, step: int, state: dict[str, Tensor], numbers: dict,
         with whole_folder(folder / f"step-{step:08d}") as part:
             write_shards(part, sizes, whole(), SHARD_BYTES)
             digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
-            text = json.dumps({"step": step, "sha256": digests} | numbers)
+            about = {"step": step, "sha256": digests} | numbers
+            text = json.dumps(about | {"seal": seal(about)})
             (part / "state.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         last = last_state(folder)
@@ -181,8 +181,9 @@ def load_state(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.
     try:
         numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         step, digests = int(numbers["step"]), dict(numbers["sha256"])
-        damaged = [name for name, digest in digests.items() if sha256(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        damaged = [] if numbers.pop("seal") == seal(numbers) else ["state.json"]
+        damaged += [name for name, digest in digests.items() if sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         step, damaged = 0, [f"state.json ({error})"]
     if damaged:
         raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
@@ -197,14 +198,6 @@ def load_state(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.
     for name, tensor in read_rows(weights, rows):
         places[name][0].copy_(tensor)
     return numbers
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------ the log

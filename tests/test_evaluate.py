@@ -310,6 +310,17 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
         run(*flags, "--shots", 4)
 
 
+def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tmp_path, capsys):
+    config = json.loads((checkpoint / "config.json").read_text())
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    longest = len(data.load_examples("gsm8k", "test", gsm8k)[0].prompt) + 6  # a token is a letter
+    for positions, said in ((longest, False), (longest - 1, True)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        run(*generating(tmp_path, gsm8k, tmp_path / "out"))
+        assert (f"up to {longest} tokens, but the model was made for {positions}" in capsys.readouterr().err) == said
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path, capsys):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(*generating(checkpoint, gsm8k, whole))

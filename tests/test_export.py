@@ -477,16 +477,16 @@ def test_a_full_disk_is_an_input_error_and_nothing_is_half_written(run, tmp_path
 )
 def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
-    state = load_file(tmp_path / "adapter/adapter.safetensors")
+    adapter, state = hellora.read_adapter(tmp_path / "adapter")
     change(state)
-    save_file(state, tmp_path / "adapter/adapter.safetensors")
+    hellora.save_adapter(state, tmp_path / "adapter", adapter)
     with pytest.raises(InputError, match=said):
         export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
 
 
 def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path, "lori")
-    path = tmp_path / "adapter/adapter.json"
-    path.write_text(path.read_text().replace(f'"seed": {SEED}', '"seed": 4'))
+    adapter, state = hellora.read_adapter(tmp_path / "adapter")
+    hellora.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
     with pytest.raises(InputError, match="another checksum"):
         export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))

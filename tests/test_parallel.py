@@ -1,0 +1,108 @@
+"""One model on many processes: each reads its part alone, and together they compute what one process does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import data
+import hellora
+import model as model_module
+from model import load_model, save_model
+from parallel import global_step, load_shared
+
+WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
+R, ALPHA = 5, 7.0
+FAMILIES = ["olmoe", "tied", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek"]
+
+
+def checkpoint(make_checkpoint, family: str):
+    return make_checkpoint("olmoe", tie_word_embeddings=True) if family == "tied" else make_checkpoint(family)
+
+
+def hot_experts(config) -> torch.Tensor:
+    """One or two experts a layer: fewer than processes."""
+    hot = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.bool)
+    hot[:, 2] = hot[0, 5] = True
+    return hot
+
+
+def items(vocab_size: int) -> list[data.Encoded]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [9, 4, 6, 13, 5, 8, 3]  # 7 examples: micro-batches of 2 make 2 for each process, some of them empty
+    return [data.Encoded(torch.randint(2, vocab_size, (n,), generator=generator).tolist(), 2) for n in lengths]
+
+
+def attach(model, kind: str) -> None:
+    hellora.attach(model, hot_experts(model.config), R, ALPHA, kind=kind, seed=3)
+
+
+def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=WORLD)
+    found = {}
+    for family, folder in folders.items():
+        read, real = [], model_module.read_rows
+
+        def counting(weights, rows, real=real, read=read):
+            for key, tensor in real(weights, rows):
+                read.append(tensor.numel())
+                yield key, tensor
+
+        for kind in ("lora", "dora"):
+            read.clear()
+            model_module.read_rows = counting
+            options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
+            model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
+            model_module.read_rows = real
+            step = global_step(model, items(model.config.vocab_size), 2, rank, WORLD)
+            grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+            held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
+            found[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
+            found[family, kind] |= {"held": held, "A": model.adapter.sha256_A}
+        if family == "olmoe":
+            save_model(model, out / "saved", shard_bytes=20_000)
+    torch.save(found, out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def shared(make_checkpoint, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shared")
+    folders = {family: checkpoint(make_checkpoint, family).folder for family in FAMILIES}
+    torch.multiprocessing.spawn(share_the_work, (folders, out), nprocs=WORLD)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpoint, shared, family, kind):
+    model = load_model(checkpoint(make_checkpoint, family).folder)
+    attach(model, kind)
+    step = global_step(model, items(model.config.vocab_size), 2, 0, 1)
+    for rank in range(WORLD):
+        found = torch.load(shared / f"{rank}.pt")[family, kind]
+        torch.testing.assert_close(found["loss"], step.loss, rtol=0, atol=1e-5)
+        assert torch.equal(found["routing"][0], step.routing[0])
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert found["grads"].keys() == grads.keys()
+        for name, grad in grads.items():
+            scale = grad.abs().max().item()
+            torch.testing.assert_close(found["grads"][name], grad, rtol=0, atol=1e-5 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_process_reads_what_it_holds_and_no_more(make_checkpoint, shared, family):
+    model = load_model(checkpoint(make_checkpoint, family).folder)
+    total = sum(p.numel() for p in model.parameters())
+    parts = [torch.load(shared / f"{rank}.pt")[family, "lora"] for rank in range(WORLD)]
+    assert [part["read"] for part in parts] == [part["held"] for part in parts]
+    assert sum(part["read"] for part in parts) == total
+    assert max(part["read"] for part in parts) < 0.5 * total
+
+
+def test_a_sharded_model_is_saved_whole_in_shards_that_load_to_the_same_bits(olmoe, shared):
+    assert len(list((shared / "saved").glob("model-*.safetensors"))) > 3
+    one, again = load_model(olmoe.folder), load_model(shared / "saved")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))

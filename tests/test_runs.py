@@ -1,0 +1,262 @@
+"""Runs that survive: killed, stopped, out of disk, on other processes than before; and numbers that are none."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+import train
+from cli import InputError, RunError
+
+ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")
+SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4"]
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter/adapter.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def start(*flags: str) -> multiprocessing.Process:
+    """train.py in a process of its own that has its imports already."""
+
+    def quiet() -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        train.main([*flags])
+
+    process = FORK.Process(target=quiet)
+    process.start()
+    return process
+
+
+def torchrun(*flags: str) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*launch, "train.py", *flags]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "hellora"],
+        ["--method", "hellori-s"],  # killed in either stage
+        ["--method", "dr-lora", "--k", "..."],
+        ["--method", "fft", "--k", "...", "--rank", "..."],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
+    flags = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
+    flags = [part for flag, value in flags.items() if value != "..." for part in (flag, value)] + ["--steps", "5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*flags, "--out", str(whole)])
+    once = [*flags, "--save-every", "2", "--out", str(cut)]
+    process = start(*once)
+    folder = cut / ("stage-d/checkpoint" if "hellori-s" in flags else "checkpoint")
+    while not runs.states(folder):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (cut / "result.json").exists()
+    train.main([*once, "--resume"])
+    assert losses(cut) == losses(whole)
+    if "fft" in flags:
+        assert same(*(load_file(out / "model/model.safetensors") for out in (whole, cut)))
+    else:
+        assert same(adapter(cut), adapter(whole))
+        assert (cut / "adapter/adapter.json").read_bytes() == (whole / "adapter/adapter.json").read_bytes()
+
+
+def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
+    flags = [*SMALL, "--steps", "30"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train.main([*flags, "--out", str(whole)])
+    rng, while_saving = random.Random(0), 0
+    for kill in range(20):
+        process = start(*flags, "--save-every", "1", "--out", str(cut), *["--resume"] * (cut / "config.json").exists())
+        # Every other kill comes while a state is being written, at one of its first, or later.
+        deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.2, 2.5))
+        patience = rng.randrange(1, 40)
+        while process.is_alive() and time.monotonic() < deadline:
+            if kill % 2 and list(cut.glob("checkpoint/.step-*.part")):
+                patience -= 1
+                if not patience:
+                    break
+            time.sleep(0.0002)
+        os.kill(process.pid, signal.SIGSTOP)
+        while_saving += bool(list(cut.glob("checkpoint/.step-*.part")))
+        process.kill()
+        process.join()
+        for state in runs.states(cut / "checkpoint"):  # whatever has its name is whole
+            about = json.loads((state / "state.json").read_text())
+            assert all(runs.sha256(state / name) == digest for name, digest in about["sha256"].items())
+    assert while_saving >= 3
+    train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
+    assert same(adapter(cut), adapter(whole)) and losses(cut) == losses(whole)
+    assert [state.name for state in runs.states(cut / "checkpoint")] == ["step-00000029", "step-00000030"]  # --keep 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path, number):
+    flags = [*SMALL, "--steps", "400", "--out", str(tmp_path / "run")]
+    process = start(*flags)
+    log = tmp_path / "run/log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > 1):
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    (state,) = runs.states(tmp_path / "run/checkpoint")
+    assert len(losses(tmp_path / "run")) == json.loads((state / "state.json").read_text())["step"]
+
+
+def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
+    flags = ["--batch", "5", "--micro-batch", "2", "--sample", "0.005", "--k", "3", "--lr", "1e-3"]
+    train.main([*flags, "--steps", "6", "--out", str(tmp_path / "whole")])
+    out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def on_two(*more: str) -> None:
+        command = torchrun(*flags, "--out", str(out), "--save-every", "2", *more)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+
+    on_two("--steps", "2", "--shard", "full")
+    train.main([*flags, "--out", str(out), "--save-every", "2", "--steps", "4", "--resume"])
+    on_two("--steps", "6", "--shard", "none", "--resume")
+    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    ours, want = adapter(out), adapter(tmp_path / "whole")
+    assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
+
+
+def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_path):
+    flags = [*SMALL, "--out", str(tmp_path / "run"), "--save-every", "1"]
+    job = subprocess.Popen(
+        torchrun(*flags, "--steps", "1000"),
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    checkpoints = tmp_path / "run/checkpoint"
+    while not runs.states(checkpoints):
+        assert job.poll() is None
+        time.sleep(0.05)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert job.wait(60) != 0
+    done = int(runs.last_state(checkpoints).name.removeprefix("step-"))
+    result = train.main([*flags, "--steps", str(done + 2), "--resume"])
+    assert result["steps"] == done + 2 == len(losses(tmp_path / "run"))
+
+
+def test_a_full_disk_is_an_error_and_the_state_before_it_loads(tmp_path):
+    out = tmp_path / "run"
+    train.main([*SMALL, "--steps", "2", "--save-every", "1", "--out", str(out)])
+
+    def with_little_room() -> None:
+        size = sum(file.stat().st_size for file in runs.last_state(out / "checkpoint").iterdir())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        try:
+            train.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", str(out), "--resume"])
+        except RunError as error:
+            assert "step 3 cannot be written" in str(error) and "step-00000002" in str(error)
+            os._exit(17)
+
+    process = FORK.Process(target=with_little_room)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 17
+    assert not list((out / "checkpoint").glob(".*"))  # nothing half-written
+    assert train.main([*SMALL, "--steps", "3", "--out", str(out), "--resume"])["steps"] == 3
+
+
+def test_what_may_not_change_on_resuming_is_named_and_more_steps_are_welcome(tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--save-every", "1", "--out", str(out)]
+    train.main([*flags, "--steps", "2"])
+    with pytest.raises(InputError, match="add --resume to go on"):
+        train.main([*flags, "--steps", "2"])
+    for change, said in (
+        (["--seed", "5"], "seed 0 then, 5 now"),
+        (["--lr", "0.1"], "lr 0.003 then, 0.1 now"),
+        (["--method", "hellori-d"], "method hellora then, hellori-d now"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train.main([*flags, "--steps", "2", "--resume", *change])
+    with pytest.raises(InputError, match="k 3 then, 4 now, rank 4 then, 8 now"):
+        train.main(["--batch", "2", "--sample", "0.005", "--k", "4", "--rank", "8", "--out", str(out), "--resume"])
+    with pytest.raises(InputError, match="1 steps are fewer than the 2"):
+        train.main([*flags, "--steps", "1", "--resume"])
+    assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--save-every", "1", "--out", str(out), "--steps", "2"]
+    train.main(flags)
+    state = runs.last_state(out / "checkpoint")
+    content = bytearray((state / "model.safetensors").read_bytes())
+    content[-5] ^= 1
+    (state / "model.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="step-00000002: model.safetensors is damaged; remove the folder"):
+        train.main([*flags, "--resume"])
+
+
+def test_a_number_that_is_none_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    real, calls = train.global_step, []
+
+    def sometimes(*args, **kwargs):
+        done = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 2:
+            done.loss = done.loss * float("nan")
+            for parameter in args[0].parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(float("inf"))
+        return done
+
+    monkeypatch.setattr(train, "global_step", sometimes)
+    flags = [*SMALL, "--steps", "4", "--save-every", "1"]
+    with pytest.raises(RunError) as caught:
+        train.main([*flags, "--out", str(tmp_path / "stop")])
+    message = str(caught.value)
+    assert "step 2: loss nan" in message and "step-00000001" in message and re.search(r"on examples \d+ \d+;", message)
+    calls.clear()
+    result = train.main([*flags, "--out", str(tmp_path / "skip"), "--on-nonfinite", "skip"])
+    assert result["skipped_steps"] == 1 and result["steps"] == 4
+    assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "skip").values())
+    assert "step 2: loss nan" in capsys.readouterr().out
+
+
+def test_an_adapted_expert_that_no_token_reached_is_reported(tmp_path, capsys):
+    flags = ["--experts", "cold", "--batch", "1", "--steps", "2", "--sample", "0.005", "--out", str(tmp_path / "run")]
+    idle = train.main(flags)["idle_hot_experts"]
+    about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
+    assert idle and all(int(name.split(":")[1]) in about["hot"][int(name.split(":")[0])] for name in idle)
+    B = adapter(tmp_path / "run")["layers.0.mlp.experts.lora.up_proj.lora_B"]
+    learnt = [f"0:{e}" for e, rows in zip(about["hot"][0], B, strict=True) if rows.any()]
+    assert not set(learnt) & set(idle)
+    assert f"{len(idle)} adapted experts" in capsys.readouterr().out
