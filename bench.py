@@ -20,7 +20,7 @@ COMMANDS = ("step", "generate", "load", "plan")
 def main(argv: list[str] | None = None) -> object:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
-        print(__doc__)
+        print(f"usage: bench.py {'|'.join(COMMANDS)} [flags]\n\n{__doc__}")
         return None
     if not argv or argv[0] not in COMMANDS:
         given = repr(argv[0]) if argv else "nothing"

@@ -6,6 +6,7 @@ which can hold nothing but numbers; a pickle is never opened.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def resolve(path: str | Path) -> Path:
     """The folder of a checkpoint: 'tiny', a local folder, or a hub id (downloaded once, then cached)."""
     if str(path) == "tiny":
         return TINY
-    if Path(path).exists():
+    if os.path.exists(path):  # unlike Path.exists, also for a name that is too long to be one
         if not (Path(path) / "config.json").is_file():
             raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
         return Path(path)
@@ -54,7 +55,10 @@ def read_config(folder: Path) -> MoEConfig:
         raise InputError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(hub, dict):
         raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
-    return MoEConfig.from_dict(hub)
+    try:
+        return MoEConfig.from_dict(hub)
+    except InputError as error:  # which begins with "config.json:"
+        raise InputError(f"{folder}/{error}") from None
 
 
 def unread_keys(config: MoEConfig) -> list[str]:
@@ -128,12 +132,30 @@ def files(folder: Path) -> list[Path]:
 
 
 def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
-    """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold."""
-    for file in dict.fromkeys(weight.file for weight in weights.values()):
-        with safe_open(file, framework="pt") as content:
+    """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold.
+
+    Plain reads, since a mapped file would count as memory of the process until it is closed. `stored` has checked the
+    files: 8 bytes with the size of a JSON header, the header with the place of every tensor, the tensors.
+    """
+    for path in dict.fromkeys(weight.file for weight in weights.values()):
+        with path.open("rb", buffering=0) as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(8)
+            header = json.loads(file.read(start - 8))
             for key, wanted in rows.items():
-                if weights[key].file == file:
-                    yield key, content.get_slice(key)[wanted]
+                weight = weights[key]
+                if weight.file != path:
+                    continue
+                first, end, _ = wanted.indices(weight.shape[0])
+                tensor = torch.empty(max(0, end - first), *weight.shape[1:], dtype=weight.dtype)
+                file.seek(start + header[key]["data_offsets"][0] + first * weight.nbytes // weight.shape[0])
+                left = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
+                while left:  # the system may give less than asked for
+                    got = file.readinto(left)
+                    if not got:
+                        raise InputError(f"{path}: ends early; download it again")
+                    left = left[got:]
+                yield key, tensor
 
 
 def write_checkpoint(
@@ -146,9 +168,7 @@ def write_checkpoint(
     write_json(folder / "config.json", hub)
 
 
-def write_shards(
-    folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> None:
+def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write tensors as safetensors files of up to `shard_bytes`, with an index if there are several.
 
     sizes: bytes of every tensor, in the order of `weights`. No more than one file's tensors are held in memory.

@@ -56,23 +56,32 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        if "" in (sys.argv[1:] if args is None else args):  # `--mask "$RUN"` with RUN unset is not "no mask"
+            raise InputError(f"an argument is empty, an unset variable? Leave it out (see {self.prog} --help)")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+LARGEST = 2**31 - 1  # of a whole number on the command line
+
+
 def number(kind: type, low: float, high: float = float("inf"), *, above: bool = False) -> Callable:
-    """An argparse `type`: an int or float in [low, high], or in (low, high] if `above`."""
+    """An argparse `type`: an int or float in [low, high], or in (low, high] if `above`; no int is beyond LARGEST."""
+    top = min(high, LARGEST) if kind is int else high
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not math.isfinite(value) or value > high or value < low or (above and value == low):
+        if value is None or not low <= value <= top or value == math.inf or (above and value == low):
             bound = "above" if above else "at least"
-            upper = f" and at most {high:g}" if high != float("inf") else ""
+            upper = f" and at most {top:,}" if high < math.inf or (value or 0) > top else ""
             name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}; want {name} {bound} {low:g}{upper}")
+            raise argparse.ArgumentTypeError(f"got {text!r:.40}; want {name} {bound} {low:g}{upper}")
         return value
 
     return parse

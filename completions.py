@@ -58,12 +58,12 @@ def default_decoding(task: str) -> Decoding:
 
 
 def run_config(source: str) -> dict | None:
-    """config.json of a run folder of train.py; None if `source` is not one. (A checkpoint's has a model_type.)"""
+    """config.json of a run folder of train.py; None if `source` is not one."""
     try:
         config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        is_run = isinstance(config["model"], str) and isinstance(config["settings"], dict)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
-    is_run = isinstance(config, dict) and "model" in config and "model_type" not in config
     return config if is_run else None
 
 
@@ -179,12 +179,12 @@ def read_generations(folder: Path) -> dict[tuple[str, int], dict]:
     """What an earlier evaluation left in `folder`, gathered into one file. A line that was torn off does not count."""
     done = {}
     for path in sorted(folder.glob("generations*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-            except ValueError:
+                done[record["id"], record["sample"]] = record
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            done[record["id"], record["sample"]] = record
     write_generations(folder, done)
     return done
 

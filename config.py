@@ -117,13 +117,15 @@ class MoEConfig:
     def from_dict(cls, hub: dict) -> "MoEConfig":
         """Read the hub's config.json; a value that this forward does not implement is an InputError."""
         model_type = hub.get("model_type")
-        if model_type not in FAMILIES:
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise InputError(f"config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
         family = FAMILIES[model_type]
         rope = hub.get("rope_parameters") or {}  # transformers 5 nests what 4 keeps at the top level
         check_values(hub, rope, family)
-        size_keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts_per_tok")
-        sizes = {key: whole(hub, key) for key in size_keys}
+        size_keys = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok")
+        sizes = {key: whole(hub, key) for key in size_keys} | {
+            "num_hidden_layers": whole(hub, "num_hidden_layers", most=1000)
+        }
         heads, expert_size = sizes["num_attention_heads"], whole(hub, family.expert_size)
         if not hub.get("head_dim") and sizes["hidden_size"] % heads:
             raise InputError(f"config.json: hidden_size {sizes['hidden_size']} is no multiple of {heads} heads")
@@ -135,7 +137,6 @@ class MoEConfig:
         # transformers 5 writes Qwen3's under Mixtral's name
         num_experts = next((key for key in (family.num_experts, "num_local_experts") if key in hub), family.num_experts)
         windowed = family.sliding_window and hub.get("sliding_window") is not None
-        eos = hub.get("eos_token_id")
         config = cls(
             model_type=model_type,
             **sizes,
@@ -152,8 +153,8 @@ class MoEConfig:
             shared_intermediate_size=shared_size,
             sliding_window=whole(hub, "sliding_window") if windowed else None,
             tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
-            eos_token_id=eos[0] if isinstance(eos, list) and eos else eos,
-            pad_token_id=hub.get("pad_token_id"),
+            eos_token_id=token(hub, "eos_token_id", sizes["vocab_size"]),
+            pad_token_id=token(hub, "pad_token_id", sizes["vocab_size"]),
             hub=hub,
         )
         for key, value, most in (
@@ -162,6 +163,9 @@ class MoEConfig:
         ):
             if value > most:
                 raise InputError(f"config.json: {key} {hub[key]} is too large; want at most {most - value + hub[key]}")
+        if config.num_hidden_layers * config.num_experts > MOST_EXPERTS:
+            stacks = f"{config.num_hidden_layers} layers of {config.num_experts} experts"
+            raise InputError(f"config.json: {stacks} are too many; want at most {MOST_EXPERTS:,} in all")
         if heads % config.num_key_value_heads or config.head_dim % 2:
             raise InputError(
                 f"config.json: {heads} heads, {config.num_key_value_heads} key-value heads of size {config.head_dim}; "
@@ -170,7 +174,11 @@ class MoEConfig:
         return config
 
 
-def whole(hub: dict, key: str, default: int | None = None) -> int:
+# Far beyond any model, and still quick to refuse: the names of all weights are made before a file is looked into.
+MOST, MOST_EXPERTS = 10**6, 10**5
+
+
+def whole(hub: dict, key: str, default: int | None = None, most: int = MOST) -> int:
     """A size from config.json; missing or null is `default`. Raises InputError for anything but a sane whole number."""
     value = hub.get(key)
     if value is None and default is not None:
@@ -178,26 +186,44 @@ def whole(hub: dict, key: str, default: int | None = None) -> int:
     if value is None:
         raise InputError(f"config.json: {key} is missing")
     least = 1 if default is None or default else 0
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= 10**7:
-        raise InputError(f"config.json: {key} is {value!r}; want a whole number from {least} to 10,000,000")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"config.json: {key} is {value!r:.40}; want a whole number from {least} to {most:,}")
     return value
+
+
+def token(hub: dict, key: str, vocab_size: int) -> int | None:
+    """A token id from config.json, the first where there are several; None where there is none (some write -1)."""
+    value = hub.get(key)
+    first = value[0] if isinstance(value, list) and value else value
+    if first is None or first == -1:
+        return None
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < vocab_size:
+        raise InputError(f"config.json: {key} is {value!r:.40}; want a token id from 0 to {vocab_size - 1}")
+    return first
 
 
 def check_values(hub: dict, rope: dict, family: Family) -> None:
     """Raise InputError for a value that is not implemented, or a number that is none."""
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if not isinstance(rope, dict) or rope.keys() - known:
+        raise InputError(f"config.json: rope_parameters {rope!r:.80} cannot be read, only rope_theta and rope_type")
     allowed = ONLY | ({"qkv_bias": True} if family.qkv_bias else {})
     for key, only in allowed.items():
-        value = hub.get(key)
-        if key == "layer_types" and isinstance(value, list) and set(value) == {"full_attention"}:
+        value = (rope | hub).get(key)
+        if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         if value not in (None, only):
             raise InputError(f"config.json: {key} {value!r} is not implemented, only {only!r}")
-    if rope.get("rope_type", "default") != "default":
-        raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not implemented, only 'default'")
+    for key in rope.keys() & {"rope_type", "type"}:
+        if rope[key] not in (None, "default"):
+            raise InputError(f"config.json: rope_type {rope[key]!r} is not implemented, only 'default'")
+    for key in ("norm_topk_prob", "tie_word_embeddings"):
+        if hub.get(key) not in (None, True, False):
+            raise InputError(f"config.json: {key} is {hub[key]!r:.40}; want true or false")
     for key, value in (rope | hub).items():
-        if key in ("rope_theta", "rms_norm_eps", "clip_qkv") and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise InputError(f"config.json: {key} is {value!r}; want a positive number")
+        if key in ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings") and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+                raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number")
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).

@@ -163,12 +163,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
             raise InputError("nothing to evaluate; name a run, a checkpoint or 'tiny', or pass --completions FILE")
         if args.partial:
             raise InputError("--partial is for --completions; leave it out")
-        args.task = args.task or (completions.run_config(args.source) or {}).get("settings", {}).get("task")
+        args.task = args.task or (completions.run_config(args.source) or {"settings": {}})["settings"].get("task")
     elif args.source is not None or given:
         what = args.source or ", ".join(given)
         raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
-    if args.task is None:
-        raise InputError(f"--task is missing; choose from {', '.join(data.TASKS)}")
+    if args.task not in list(data.TASKS):  # a run's settings may say anything
+        given = "is missing" if args.task is None else f"{args.task!r} is unknown"
+        raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")
     benchmark = data.TASKS[args.task].benchmark
     if args.refusal_rule and benchmark != "hexphi":
         raise InputError(f"--refusal-rule {args.refusal_rule} has no meaning for {args.task}; leave it out")

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attention import KVCache
 from cli import is_main_process
-from model import KVCache, MoETransformer
+from model import MoETransformer
 
 # Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So
 # freed rows wait until one in eight is free.

@@ -339,11 +339,14 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     try:
         about = json.loads(Path(path).read_text(encoding="utf-8"))
         hot = about["hot"] if isinstance(about, dict) else about
-        return hot_mask([[int(e) for e in ids] for ids in hot], config)
-    except InputError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(hot, list) or not any(hot) or any(type(e) is not int for ids in hot for e in ids):
+            raise ValueError(f"it holds {hot!r:.60}")
+        mask = hot_mask(hot, config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"{path}: want a JSON list of expert ids for every layer ({error})") from None
+    return mask
 
 
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:

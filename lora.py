@@ -152,14 +152,17 @@ class LoRAExperts(Experts):
     def hot_weights(self) -> dict[str, Tensor]:
         return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
 
-    def adapted(self, x: Tensor, W: Tensor, names: tuple[str, ...], offsets: Tensor, S: int, remake, *sources) -> Tensor:
-        """W x [R, out], on the S hot rows with the pairs `names`, whose outputs lie side by side."""
+    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, S: int, *made_by) -> Tensor:
+        """W x [R, out], on the S hot rows with the pairs `names`, whose outputs lie side by side.
+
+        made_by: a function and tensors that give the hot rows of x, see GroupedLowRankLinear.
+        """
         pairs = [self.lora[name] for name in names]
         A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
         r, last = pairs[0].lora_A.shape[1], len(pairs) - 1
         B = [F.pad(pair.lora_B, (i * r, (last - i) * r)) for i, pair in enumerate(pairs)]  # each reads its own r of A x
         B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, out, p * r]
-        y = GroupedLowRankLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, remake, *sources)
+        y = GroupedLowRankLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, *made_by)
         if isinstance(pairs[0], StackedDoRA):
             weights = self.hot_weights()
             scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
@@ -170,10 +173,10 @@ class LoRAExperts(Experts):
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         S = int(offsets[self.num_hot - 1])  # the hot rows come first
         rows, both = x.index_select(0, token), ("gate_proj", "up_proj")
-        gate_up = self.adapted(rows, self.gate_up_proj, both, offsets, S, gather, x, token[:S])  # [R, 2F]
+        gate_up = self.adapted(both, rows, self.gate_up_proj, offsets, S, gather, x, token[:S])  # [R, 2F]
         hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
         made_from = gate_up[:S].detach(), weight[:S].detach()
-        return self.adapted(hidden, self.down_proj, ("down_proj",), offsets, S, weighted_swiglu, *made_from)
+        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, S, weighted_swiglu, *made_from)
 
 
 KINDS = {  # what trains in a pair -> its classes

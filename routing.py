@@ -232,3 +232,33 @@ def advice_table(choices: list[Choice], num_experts_per_tok: int, targets: tuple
         yield f"to cover {target:.0%} of the routed tokens: k = {mean} on average, k = {least} in every layer"
     rule = choices[num_experts_per_tok - 1]
     yield f"the paper's rule, as many as a token has: k = {rule.k} covers {rule.coverage:.1%}"
+
+
+class HotReach:
+    """Which adapted experts saw no token in a whole epoch (or a run that is shorter): these have learnt nothing."""
+
+    def __init__(self, model: MoETransformer) -> None:
+        config, adapter = model.config, model.adapter
+        self.hot = hellora.hot_mask(adapter.hot if adapter else [[]] * len(config.moe_layers), config)
+        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
+        self.missed = torch.zeros_like(self.hot)  # [L, E] in some epoch
+        self.epochs = 0
+
+    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
+        self.counts += counts
+        if end_of_epoch:
+            self.missed |= self.hot & (self.counts == 0)
+            self.counts.zero_()
+            self.epochs += 1
+
+    def idle(self) -> list[str]:
+        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
+        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
+
+    def state_dict(self) -> dict:
+        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts.copy_(torch.tensor(state["counts"]))
+        self.missed.copy_(torch.tensor(state["missed"]))
+        self.epochs = state["epochs"]

@@ -12,6 +12,7 @@ state is safetensors and JSON, never a pickle, and does not depend on the number
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -198,6 +200,33 @@ def load_state(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.
     for name, tensor in read_rows(weights, rows):
         places[name][0].copy_(tensor)
     return numbers
+
+
+# ---------------------------------------------------------------------------------------------- asked to stop
+
+
+@contextmanager
+def asked_to_stop() -> Iterator:
+    """SIGTERM and the first Ctrl-C let the step finish.  -> function(world): the signal that came anywhere, or 0"""
+    came = [0]
+
+    def remember(number: int, frame) -> None:
+        came[0] = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    def stop(world: int) -> int:
+        if world == 1:
+            return came[0]
+        anywhere = torch.tensor(came, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)  # all processes stop after the same step
+        return int(anywhere)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------------------------------------ the log

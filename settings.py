@@ -1,8 +1,8 @@
 """What a run is made of: the recipe of its task, its method as a row of a table, and the flags that change them."""
 
 import argparse
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import cli
 import hellora
@@ -63,7 +63,7 @@ CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank
 
 def experts_flag(text: str) -> str:
     """A selection policy, or a file that lists the experts of every layer (adapter.json, or a list of lists)."""
-    if text not in hellora.POLICIES and not Path(text).is_file():
+    if text not in hellora.POLICIES and not os.path.isfile(text):
         allowed = ", ".join(hellora.POLICIES)
         raise argparse.ArgumentTypeError(f"got {text!r}; choose from {allowed}, or name a JSON file of expert lists")
     return text
@@ -177,6 +177,8 @@ def check(args: argparse.Namespace) -> None:
         for flag in CHOSEN_WITH_AN_ADAPTER:
             if getattr(args, flag) is not None:
                 raise InputError(f"--{flag} contradicts --init-adapter, which brings its own; leave one out")
+    if args.profile and args.warmup == "lora":
+        raise InputError("--warmup lora is a way to count, and --profile has the counts already; leave one out")
     if args.mask:
         if not method.sparse:
             raise InputError(f"--mask is for lori-s and hellori-s, not for --method {args.method}; leave it out")

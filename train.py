@@ -21,8 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +39,7 @@ import lori
 import memory
 import peft_files
 import profile
+import routing
 import runs
 from checkpoint import read_config, resolve
 from cli import InputError, RunError, say, start_processes
@@ -101,7 +100,8 @@ def main(argv: list[str] | None = None) -> dict:
         """Load, attach, shard, train and save, in the run folder or in a folder of the stage's own."""
         place = partial(attach, positions=positions)
         model = load_shared(folder, dtype, device, sharded=sharded, attach=place, compute_dtype=compute_dtype)
-        model.activation_checkpointing = args.activation_checkpointing
+        for layer in model.layers:
+            layer.activation_checkpointing = args.activation_checkpointing
         if args.init_adapter:
             hellora.fill_factors(model, given[1], args.init_adapter)
         say(*hellora.report(model))
@@ -245,7 +245,7 @@ def fit(
     # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
     growth = drlora.RankGrowth(model, args.rank, steps) if METHODS[args.method].grows else None
-    reach = HotReach(model)
+    reach = routing.HotReach(model)
     numbers = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
     first, losses, checkpoints = 1, [], out / "checkpoint"
     if args.resume and (last := runs.last_state(checkpoints)):
@@ -277,7 +277,7 @@ def fit(
     bar = tqdm(total=steps, initial=first - 1, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
     began = time.perf_counter() - numbers["seconds"]
     model.train()
-    with asked_to_stop() as stop:
+    with runs.asked_to_stop() as stop:
         for step in range(first, steps + 1):
             epoch, place = divmod(step - 1, steps_per_epoch)
             batch = data.global_batches(len(items), args.batch, args.seed, epoch)[place]
@@ -363,60 +363,6 @@ def fit(
         "idle_hot_experts": idle,
         "optimizer_bytes": state_bytes(optimizer),
     }
-
-
-class HotReach:
-    """Which adapted experts saw no token in a whole epoch (or a run that is shorter): these have learnt nothing."""
-
-    def __init__(self, model: MoETransformer) -> None:
-        config, adapter = model.config, model.adapter
-        self.hot = hellora.hot_mask(adapter.hot if adapter else [[]] * len(config.moe_layers), config)
-        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
-        self.missed = torch.zeros_like(self.hot)  # [L, E] in some epoch
-        self.epochs = 0
-
-    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
-        self.counts += counts
-        if end_of_epoch:
-            self.missed |= self.hot & (self.counts == 0)
-            self.counts.zero_()
-            self.epochs += 1
-
-    def idle(self) -> list[str]:
-        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
-        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
-
-    def state_dict(self) -> dict:
-        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.counts.copy_(torch.tensor(state["counts"]))
-        self.missed.copy_(torch.tensor(state["missed"]))
-        self.epochs = state["epochs"]
-
-
-@contextmanager
-def asked_to_stop() -> Iterator:
-    """SIGTERM and the first Ctrl-C let the step finish.  -> function(world): the signal that came anywhere, or 0"""
-    came = [0]
-
-    def remember(number: int, frame) -> None:
-        came[0] = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-
-    def stop(world: int) -> int:
-        if world == 1:
-            return came[0]
-        anywhere = torch.tensor(came, device="cuda" if torch.cuda.is_available() else "cpu")
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)  # all processes stop after the same step
-        return int(anywhere)
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

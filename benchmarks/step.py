@@ -6,7 +6,7 @@
 
 `floor` is what no method can avoid: all weights frozen, no adapter, forward and backward to the inputs of every layer.
 A step is forward, backward, optimizer step and clearing the gradients. All rows are timed in one process in turn, on
-the same batches, and medians are taken: read the ratios, the absolute numbers are the machine's.
+the same batches; a ratio is the median over the turns. Read the ratios, the absolute numbers are the machine's.
 
 The model has the shape of OLMoE-1B-7B at a quarter of its width and depth, with random weights; rank 8 is a quarter of
 the paper's 32, so that adapters have their real share of the multiplications. Lengths are drawn from a histogram of
@@ -18,8 +18,10 @@ Dimensions: B sequences of a batch, S positions, L layers, E experts a layer.
 
 import argparse
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,7 +52,9 @@ SHAPE = {
     "num_experts_per_tok": 8,
 }
 # Examples of GSM8K's training split by tokens (prompt, answer and end), in bins of 16: [16 i, 16 i + 16).
-LENGTHS = [0, 0, 0, 1, 92, 538, 965, 1124, 1096, 866, 794, 595, 438, 336, 210, 158, 95, 73, 35, 16, 18, 13, 3, 4, 1, 1, 0, 1]
+LENGTHS = np.array(
+    "0 0 0 1 92 538 965 1124 1096 866 794 595 438 336 210 158 95 73 35 16 18 13 3 4 1 1 0 1".split(), dtype=float
+)
 TARGET_SHARE = 0.51  # of those tokens: the answer, 76.7 of 151.6 on average
 METHODS = {  # name -> which experts, kind of pair
     "lora": ("all", "lora"),
@@ -79,7 +83,7 @@ EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
 def make_batches(B: int, n: int, vocab_size: int, device: torch.device, length: int | None = None) -> list[Batch]:
     """n batches of B sequences, lengths as GSM8K's (or all `length`): the same ones whatever is measured on them."""
-    rng, shares = np.random.default_rng(0), np.array(LENGTHS) / sum(LENGTHS)
+    rng, shares = np.random.default_rng(0), LENGTHS / LENGTHS.sum()
     zipf = 1 / np.arange(3, vocab_size + 3)
     batches = []
     for _ in range(n):
@@ -197,6 +201,19 @@ def nbytes(tensors: set[Tensor]) -> int:
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
 
 
+@contextmanager
+def no_stderr() -> Iterator[None]:
+    """Some builds of torch announce every start of the profiler there."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak_bytes(subject: Subject, batch: Batch, device: torch.device) -> int:
     """Most bytes live at once in a step: weights, moments, gradients, activations; every tensor that is allocated."""
     resident = nbytes(subject.resident())
@@ -205,7 +222,7 @@ def peak_bytes(subject: Subject, batch: Batch, device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         subject.step(batch)
         return resident + torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with no_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         subject.step(batch)
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
@@ -288,33 +305,34 @@ def measure(
             say(f"{name}: not run, {error.name} is not installed")
             keys = ("samples_per_s", "tokens_per_s", "over_floor", "peak_bytes", "saved_bytes", "adapter_flops")
             rows.append({"name": name, "batch": B, **dict.fromkeys(keys), "note": f"{error.name} is not installed"})
-    times = {subject.name: [] for subject in subjects}
     for subject in subjects:
         subject.step(batches[0])  # warm up; the optimizer makes its moments
-    for repeat in range(repeats):
-        for subject in subjects[repeat % 2 :] + subjects[: repeat % 2]:  # in turn, and not always after the same one
-            times[subject.name].append(seconds(lambda s=subject: [s.step(batch) for batch in batches], device))
+    turns = {subject.name: [] for subject in subjects}  # seconds of a step, batch after batch, `repeats` times
+    for turn in range(repeats * len(batches)):
+        for subject in subjects if turn % 2 else subjects[::-1]:
+            turns[subject.name].append(seconds(lambda s=subject: s.step(batches[turn % len(batches)]), device))  # noqa: B023
     samples, tokens = B * len(batches), sum(int(batch.lengths.sum()) for batch in batches)
-    took = {name: median(values) for name, values in times.items()}
+    took = {name: sum(median(t[i :: len(batches)]) for i in range(len(batches))) for name, t in turns.items()}
     for subject in subjects:
-        t = took[subject.name]
+        t = turns[subject.name]
+        over = {name: median(np.divide(turns[name], t)) for name in ("floor", *PEERS) if name in turns}
         rows.append(
             {
                 "name": subject.name,
                 "batch": B,
-                "samples_per_s": samples / t,
-                "tokens_per_s": tokens / t,
-                "over_floor": took["floor"] / t if "floor" in took else None,
-                **{f"over_{peer}": took[peer] / t for peer in PEERS if peer in took},
+                "samples_per_s": samples / took[subject.name],
+                "tokens_per_s": tokens / took[subject.name],
+                "over_floor": over.pop("floor", None),
+                **{f"over_{name}": ratio for name, ratio in over.items()},
                 "peak_bytes": peak_bytes(subject, batches[0], device),
                 "saved_bytes": saved_bytes(subject, batches[0]),
                 "adapter_flops": adapter_flops(subject.model, batches[0]),
-                "seconds": times[subject.name],
+                "seconds": t,
             }
         )
     if "hellora" in took:  # what choosing the experts costs beside training on them
         t = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(repeats))
-        share = 0.1 * t / (3 * took["hellora"])
+        share = 0.1 * t / (0.1 * t + 3 * took["hellora"])
         hot_share = float((counts * hot).sum() / counts.sum())
         rows.append(
             {"name": "profile", "batch": B, "samples_per_s": samples / t, "share": share, "hot_share": hot_share}
@@ -348,49 +366,6 @@ def show(rows: list[dict]) -> None:
                 + "".join(f"{row[peer]:17.2f}" for peer in peers)
                 + f"{row['peak_bytes'] / 1e6:9,.0f}{row['saved_bytes'] / 1e6:10,.1f}{row['adapter_flops'] / 1e9:15,.1f}"
             )
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Bars: samples per second and peak memory of every row, a panel a batch size."""
-    from matplotlib.figure import Figure  # pyplot would bring global state, and look for a display
-
-    run = [row for row in rows if row.get("peak_bytes")]
-    batches = sorted({row["batch"] for row in run})
-    figure = Figure(figsize=(10, 1 + 0.35 * len(run)), dpi=120, layout="constrained")
-    panels = figure.subplots(len(batches), 2, squeeze=False, sharex="col")
-    for (speed, memory), batch in zip(panels, batches, strict=True):
-        shown = [row for row in run if row["batch"] == batch][::-1]
-        names = [row["name"] for row in shown]
-        colors = ["0.6" if n == "floor" else "tab:orange" if n in PEERS else "tab:blue" for n in names]
-        bars = speed.barh(names, [row["samples_per_s"] for row in shown], color=colors)
-        ratios = ["" if row["over_floor"] is None else f"{row['over_floor']:.2f} of floor" for row in shown]
-        speed.bar_label(bars, ratios, padding=3, fontsize=8)
-        speed.set(title=f"batch {batch}: samples per second", xlim=(0, 1.2 * max(r["samples_per_s"] for r in shown)))
-        bars = memory.barh(names, [row["peak_bytes"] / 1e6 for row in shown], color=colors)
-        memory.bar_label(bars, fmt="%.0f", padding=3, fontsize=8)
-        memory.set(title=f"batch {batch}: peak memory, MB", yticks=[])
-    figure.savefig(path)
-
-
-def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Lines: samples per second, share of the floor's, and bytes saved for backward, over the values swept."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 3)
-    sweep = rows[0]["sweep"]
-    for name in SWEPT:
-        line = [row for row in rows if row["name"] == name]
-        values = [row["value"] for row in line]
-        for axes, key in zip(panels, ("samples_per_s", "over_floor", "saved_bytes"), strict=True):
-            scale = 1e6 if key == "saved_bytes" else 1
-            axes.plot(values, [row[key] / scale for row in line], marker="o", label=name)
-    for axes, title in zip(panels, ("samples per second", "share of the floor's speed", "saved for backward, MB")):
-        axes.set(title=title, xlabel=sweep, xscale="log", ylim=(0, None))
-        axes.set_xticks(values, [str(value) for value in values], minor=False)
-        axes.minorticks_off()
-    panels[0].legend(frameon=False)
-    figure.savefig(path)
 
 
 def parse_flags(argv: list[str]) -> argparse.Namespace:
@@ -440,5 +415,7 @@ def main(argv: list[str]) -> list[dict]:
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        (plot_sweep if args.sweep else plot)(rows, Path(args.plot))
+        from benchmarks import step_charts  # here, since matplotlib takes long to import
+
+        (step_charts.lines if args.sweep else step_charts.bars)(rows, Path(args.plot))
     return rows

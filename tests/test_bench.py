@@ -3,10 +3,13 @@
 import json
 import random
 import statistics
+import sys
 
 import pytest
+import torch
 
 import bench
+from cli import InputError
 
 
 def test_decoding_is_timed_on_the_same_tokens_as_transformers(olmoe, tmp_path, capsys):
@@ -28,3 +31,89 @@ def test_drawn_lengths_have_the_deciles_they_are_drawn_from():
         drawn = draw_lengths(deciles, 300_000, random.Random(0))
         assert min(drawn) >= deciles[0] and max(drawn) <= deciles[-1]
         assert statistics.quantiles(drawn, n=10) == pytest.approx(deciles[1:-1], abs=1)
+
+# -------------------------------------------------------------------------------------------------- bench.py step
+
+
+@pytest.fixture
+def tiny_step(monkeypatch):
+    """`bench.py step` on a model of a few thousand weights, one batch a turn."""
+    from benchmarks import step
+
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_experts=8)
+    monkeypatch.setattr(step, "SHAPE", {**step.SHAPE, **sizes, "num_experts_per_tok": 2})
+    monkeypatch.setattr(step, "EXAMPLES", 3)
+    monkeypatch.setattr(step, "SWEEPS", {"k": (1, 3), "experts": (8, 16), "length": (24, 40), "rank": (1, 4)})
+    return step
+
+
+def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_path):
+    flags = ["--batch", "3", "--k", "2", "--rank", "4", "--repeats", "3"]
+    rows = bench.main(["step", *flags, "--json", str(tmp_path / "rows.json"), "--plot", str(tmp_path / "rows.png")])
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows and (tmp_path / "rows.png").stat().st_size
+    table = {row["name"]: row for row in rows}
+    assert list(table) == [*tiny_step.NAMES, "profile"]
+    floor, lora, hellora, peer = (table[name] for name in ("floor", "lora", "hellora", "peft-all"))
+    assert floor["over_floor"] == 1 and floor["adapter_flops"] == 0
+    assert hellora["samples_per_s"] == pytest.approx(3 / statistics.median(hellora["seconds"]))
+    turns = [b / a for a, b in zip(hellora["seconds"], peer["seconds"], strict=True)]
+    assert hellora["over_peft-all"] == pytest.approx(statistics.median(turns))
+    assert floor["saved_bytes"] < hellora["saved_bytes"] < lora["saved_bytes"] < peer["saved_bytes"]
+    assert floor["peak_bytes"] < hellora["peak_bytes"] < peer["peak_bytes"] and floor["peak_bytes"] < lora["peak_bytes"]
+    assert 0 < hellora["adapter_flops"] < lora["adapter_flops"] < table["dora"]["adapter_flops"]
+    assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
+
+
+def test_peers_have_our_weights_and_our_loss(tiny_step):
+    device = torch.device("cpu")
+    (batch,) = tiny_step.make_batches(3, 1, 97, device)
+    model = tiny_step.our_model(tiny_step.SHAPE, device, torch.float32)
+    peers = [tiny_step.make_peer(name, model, 4).loss(batch) for name in tiny_step.PEERS]
+    ours = tiny_step.make_ours("lora", model, torch.ones(2, 8, dtype=torch.bool), 4).loss(batch)
+    assert all(torch.allclose(loss, ours, rtol=1e-5) for loss in peers)
+
+
+def test_lengths_are_those_of_the_histogram_and_labels_the_next_tokens_of_the_answer(tiny_step):
+    (batch,) = tiny_step.make_batches(2000, 1, 97, torch.device("cpu"))
+    assert batch.lengths.float().mean() == pytest.approx(151.6, rel=0.03)  # of GSM8K
+    for ids, labels, length in zip(batch.input_ids[:9], batch.labels, batch.lengths.tolist(), strict=False):
+        where = (labels != -100).nonzero().flatten()
+        assert where.tolist() == list(range(int(where[0]), length - 1))
+        assert len(where) == pytest.approx(0.51 * length, abs=2) and labels[where].equal(ids[where + 1])
+
+
+def test_bytes_are_those_of_a_step_worked_out_by_hand(tiny_step):
+    model = torch.nn.Linear(1, 1000, bias=False)  # 4,000 bytes, and as much for its gradient
+
+    def loss(batch):
+        return (model.weight.exp() * 2).sum()  # exp keeps its result for backward; 2 exp is made and dropped
+
+    subject = tiny_step.Subject("x", model, loss, None)
+    assert tiny_step.saved_bytes(subject, None) == 4000
+    model.weight.grad = None
+    peak = tiny_step.peak_bytes(subject, None, torch.device("cpu"))
+    # the weight; exp and 2 exp forward; backward exp, the gradients of both and of the weight, not all at once
+    assert 4000 * 3 <= peak <= 4000 * 5
+
+
+def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tiny_step, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    rows = bench.main(["step", "--batch", "2", "--k", "2", "--repeats", "1", "--names", "floor", "peft-all"])
+    missing = next(row for row in rows if row["name"] == "peft-all")
+    assert missing["samples_per_s"] is None and missing["note"] == "peft is not installed"
+    assert "peft-all: not run, peft is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sweep", ["k", "experts", "length", "rank"])
+def test_a_sweep_has_a_row_for_every_value(tiny_step, tmp_path, sweep):
+    flags = ["--batch", "2", "--k", "2", "--rank", "2", "--repeats", "1", "--plot", str(tmp_path / "sweep.svg")]
+    rows = bench.main(["step", "--sweep", sweep, *flags])
+    seen = [(row["value"], row["name"]) for row in rows if row["name"] != "profile"]
+    assert seen == [(value, name) for value in tiny_step.SWEEPS[sweep] for name in ("floor", "lora", "hellora")]
+    assert (tmp_path / "sweep.svg").stat().st_size
+
+
+@pytest.mark.parametrize("flags", [["--k", "9"], ["--json", "nowhere/rows.json"], ["--names", "qlora"]], ids=str)
+def test_wrong_flags_of_step_are_refused(tiny_step, flags):
+    with pytest.raises(InputError, match=flags[1]):
+        bench.main(["step", *flags])

@@ -111,6 +111,8 @@ def test_profile_counts_the_embedded_model_alone_and_under_torchrun(tmp_path):
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
     assert one["counts"] == two["counts"] and one["num_tokens"] == two["num_tokens"]
     assert [sum(row) for row in one["counts"]] == [one["num_tokens"] * one["num_experts_per_tok"]] * len(one["counts"])
-    assert alone.splitlines()[1:] == together.splitlines()[1:]  # but for the first line, which names the files
+    placed, *shared = together.splitlines()
+    assert placed.startswith("every process holds the base whole (")
+    assert alone.splitlines()[1:] == shared[1:]  # but for the line that names the files
     assert alone.splitlines()[-1].startswith("top 8 of 64: ")
     assert (tmp_path / "1.png").read_bytes().startswith(b"\x89PNG")

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+from attention import KVCache, lay_out
 from checkpoint import TINY, read_config, resolve
 from cli import InputError
 from config import FAMILIES, MoEConfig
 from model import (
-    KVCache,
     MoETransformer,
     SparseMoE,
     grouped_linear,
@@ -155,8 +155,9 @@ def test_the_content_and_the_amount_of_padding_change_nothing(make_checkpoint, f
 @torch.no_grad()
 def test_no_padding_token_is_multiplied_by_an_expert_or_the_head(olmoe):
     model, rows = load_model(olmoe.folder), []
-    for module, rows_of in ((model.layers[1].mlp.experts, 1), (model.layers[1].self_attn.q_proj, 0), (model.lm_head, 0)):
-        module.register_forward_pre_hook(lambda module, args, i=rows_of: rows.append(len(args[i])))
+    layer = model.layers[1]
+    for module, i in ((layer.mlp.experts, 1), (layer.self_attn.q_proj, 0), (model.lm_head, 0)):  # i: its rows
+        module.register_forward_pre_hook(lambda module, args, i=i: rows.append(len(args[i])))
     model(random_ids(50, B, S), LENGTHS)
     T, K = int(LENGTHS.sum()), model.config.num_experts_per_tok
     assert rows == [T, T * K, T]
@@ -179,7 +180,8 @@ def test_rotary_angles_equal_those_of_transformers_to_the_last_bit_far_from_the_
     checkpoint = make_checkpoint(family)
     places = torch.arange(32768)
     cos, sin = checkpoint.hf.model.rotary_emb(torch.zeros(1), places[None])  # [1, S, Dh]
-    layout = load_model(checkpoint.folder).layout(1, len(places), None, None)
+    model = load_model(checkpoint.folder)
+    layout = lay_out(model.config, model.embed_tokens.weight, 1, len(places), None, None)
     assert torch.equal(layout.cos[:, 0], cos[0])
     assert torch.equal(layout.sin[:, 0], sin[0])
 

@@ -106,3 +106,37 @@ def test_a_sharded_model_is_saved_whole_in_shards_that_load_to_the_same_bits(olm
     assert len(list((shared / "saved").glob("model-*.safetensors"))) > 3
     one, again = load_model(olmoe.folder), load_model(shared / "saved")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters(), strict=True))
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(olmoe):
+    """What train.py does with --method fft on a GPU, on one process of the CPU."""
+    whole = load_model(olmoe.folder)
+    want = global_step(whole, items(50), 2, 0, 1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cpu, half = torch.device("cpu"), torch.bfloat16
+        model = load_shared(olmoe.folder, torch.float32, cpu, sharded=True, compute_dtype=half)
+        step = global_step(model, items(50), 2, 0, 1)
+        assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        assert 0 < abs(step.loss - want.loss) < 0.02 * want.loss  # computed in bfloat16
+        before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
+        for _ in range(3):  # updates that bfloat16 would lose
+            optimizer.step()
+        assert all(not torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_thousand_tiny_updates_of_an_adapter_are_not_lost_beside_a_bfloat16_base(olmoe):
+    model = load_model(olmoe.folder, torch.bfloat16)
+    attach(model, "lora")
+    A = model.layers[0].mlp.experts.lora["up_proj"].lora_A
+    A.data.fill_(1.0)
+    optimizer = torch.optim.SGD([A], lr=1e-6)
+    for _ in range(1000):
+        A.grad = torch.ones_like(A)
+        optimizer.step()
+    assert A.dtype == torch.float32
+    torch.testing.assert_close(A, torch.full_like(A, 0.999), rtol=0, atol=1e-4)
+    assert torch.tensor(1.0, dtype=torch.bfloat16) - 1e-6 == 1.0  # there they would be

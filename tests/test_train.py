@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import data
+import export
 import hellora
 import profile
 import runs
@@ -272,3 +273,49 @@ def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match="model-00002-of-00002.safetensors is missing"):
         train.main(["--model", str(tmp_path), "--out", str(tmp_path / "run")])
+
+
+def test_init_adapter_goes_on_from_a_run_or_from_what_peft_saved(tmp_path):
+    flags = ["--batch", "4", "--sample", "0.01"]
+    first = ["--k", "3", "--steps", "3", "--rank", "4", "--alpha", "6", "--out", str(tmp_path / "first")]
+    train.main([*flags, *first])
+    before = load_file(tmp_path / "first/adapter/adapter.safetensors")
+    export.main([str(tmp_path / "first"), "--to", "peft", "--out", str(tmp_path / "peft")])
+    results = {}
+    for source in ("first", "first/adapter", "peft"):
+        out = tmp_path / f"from-{source.replace('/', '-')}"
+        more = ["--init-adapter", str(tmp_path / source), "--steps", "1", "--lr", "1e-12", "--seed", "9"]
+        results[source] = train.main([*flags, *more, "--out", str(out)])
+        after = load_file(out / "adapter/adapter.safetensors")
+        assert after.keys() == before.keys()
+        assert all(torch.allclose(after[name], before[name], atol=1e-8) for name in before)
+        about = json.loads((out / "adapter/adapter.json").read_text())
+        assert (about["r"], about["alpha"]) == (4, 6.0)
+    assert results["first"]["first_loss"] == results["peft"]["first_loss"] == results["first/adapter"]["first_loss"]
+    fresh = train.main([*flags, "--k", "3", "--steps", "1", "--seed", "9", "--out", str(tmp_path / "fresh")])
+    assert results["first"]["first_loss"] < fresh["first_loss"] - 0.05  # it had learnt something
+
+
+def test_init_adapter_of_another_kind_or_beside_flags_that_it_decides_is_refused(tmp_path):
+    flags = ["--batch", "4", "--sample", "0.01", "--steps", "2"]
+    train.main([*flags, "--method", "hellori-d", "--out", str(tmp_path / "run")])
+    for more, said in (
+        (["--k", "3"], "--k contradicts --init-adapter"),
+        (["--rank", "4"], "--rank contradicts --init-adapter"),
+        (["--method", "hellori-s"], "starts from zero"),
+        (["--method", "fft"], "without adapters"),
+        (["--method", "hellora"], "is of kind lori; --method hellora is lora"),
+        (["--method", "hellori-d", "--seed", "3"], "has its A from --seed 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train.main([*flags, "--init-adapter", str(tmp_path / "run"), *more, "--out", str(tmp_path / "no")])
+    assert not (tmp_path / "no").exists()
+
+
+def test_activation_checkpointing_changes_no_loss_and_no_gradient(tmp_path):
+    results = []
+    for more in ([], ["--activation-checkpointing"]):
+        flags = ["--batch", "4", "--sample", "0.01", "--steps", "3", "--out", str(tmp_path / str(len(more)))]
+        train.main([*flags, *more])
+        results.append(load_file(tmp_path / str(len(more)) / "adapter/adapter.safetensors"))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

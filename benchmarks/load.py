@@ -1,0 +1,121 @@
+"""Reading a checkpoint: time and peak memory, beside transformers' from_pretrained, and shared by two processes.
+
+    python bench.py load                    # writes a checkpoint of 2 GB to a temporary folder, and reads it
+    python bench.py load --model DIR        # one that is there
+
+Each reading is a process of its own, in turn, several times: medians. Peak memory is the most the process ever held
+(resident, shared pages of the file included) beyond what it held before it began, over the bytes of the weights.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cli
+
+SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "rope_theta": 10000.0,
+    "eos_token_id": 0,
+}
+
+READERS = {  # what a process of its own runs; `folder` is the checkpoint
+    "ours": "from model import load_model\nbegin()\nmodel = load_model(folder, torch.bfloat16)",
+    "ours, half of two processes": """
+import torch.distributed as dist
+from parallel import load_shared
+dist.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+begin()
+model = load_shared(folder, torch.bfloat16, torch.device("cpu"), sharded=True)""",
+    "transformers": """
+from transformers import AutoModelForCausalLM
+begin()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)""",
+}
+FRAME = """
+import json, resource, sys, time
+import torch
+folder, meet, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+def resident(field):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+def begin():
+    global began, before
+    began, before = time.perf_counter(), resident("VmRSS")
+{reader}
+seconds = time.perf_counter() - began
+held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters())
+print(json.dumps(dict(seconds=seconds, peak_bytes=resident("VmHWM") - before, held_bytes=held)))
+"""
+
+
+def read(name: str, folder: Path) -> dict:
+    """One reading, in one process or two: the slower one's time, the larger one's memory."""
+    world = 2 if "two processes" in name else 1
+    meet = Path(tempfile.mkdtemp()) / "meet"
+    root = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", FRAME.format(reader=READERS[name]), str(folder), str(meet)]
+    options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": root}}
+    jobs = [subprocess.Popen([*command, str(rank)], **options) for rank in range(world)]
+    results = [json.loads(job.communicate()[0].splitlines()[-1]) for job in jobs]
+    return {key: max(result[key] for result in results) for key in results[0]}
+
+
+def make(folder: Path) -> None:
+    """Write a random checkpoint of SHAPE in bfloat16."""
+    import torch
+
+    from config import MoEConfig
+    from model import MoETransformer, init_weights, save_model
+
+    model = MoETransformer(MoEConfig.from_dict(SHAPE)).to(torch.bfloat16)
+    init_weights(model, std=0.02)
+    save_model(model, folder, shard_bytes=10**9)
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = cli.Parser(prog="bench.py load", description="Time and peak memory of reading a checkpoint.")
+    parser.add_argument("--model", help="a checkpoint folder (default: 2 GB are made on the spot)")
+    parser.add_argument("--repeat", type=cli.number(int, 1), default=3, help="readings of each; medians are shown")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    args: argparse.Namespace = parser.parse_args(argv)
+    names = list(READERS)
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        cli.say("transformers is not installed: no row of it")
+        names.remove("transformers")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(args.model or temporary)
+        if not args.model:
+            began = time.perf_counter()
+            make(folder)
+            cli.say(f"wrote a checkpoint in {time.perf_counter() - began:.0f} s")
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        cli.say(f"{size / 1e9:.2f} GB of weights in {len(list(folder.glob('*.safetensors')))} files, bfloat16")
+        found = {name: [] for name in names}
+        for _ in range(args.repeat):  # in turn, so that what else the machine does meets all of them
+            for name in names:
+                found[name].append(read(name, folder))
+    rows = []
+    cli.say(f"{'':28} {'seconds':>8} {'peak GB':>8} {'peak / held':>12}")
+    for name, readings in found.items():
+        row = {"name": name} | {key: statistics.median(r[key] for r in readings) for key in readings[0]}
+        rows.append(row | {"peak_over_held": row["peak_bytes"] / row["held_bytes"]})
+        cli.say(f"{name:28} {row['seconds']:8.2f} {row['peak_bytes'] / 1e9:8.2f} {rows[-1]['peak_over_held']:12.2f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows

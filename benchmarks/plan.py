@@ -1,0 +1,91 @@
+"""Memory and traffic of a run on machines that are not here: from config.json alone, no weights.
+
+    python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
+    python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
+
+Gigabytes are 10^9 bytes, on each GPU. The terms are those of memory.plan, by which train.py chooses --shard.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import cli
+import drlora
+import hellora
+import memory
+from checkpoint import read_config, resolve
+from cli import InputError
+from config import PRESETS, MoEConfig
+from model import MoETransformer
+from settings import METHODS, Recipe, k_flag
+
+
+def traffic(config: MoEConfig, trained: int, *, world: int, sharded: bool, micro_batches: int) -> int:
+    """Bytes that each of `world` GPUs sends in an optimizer step, by ring collectives. trained: bytes that train.
+
+    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: every weight (bfloat16) gathered
+    in the forward and again in the backward pass of each micro-batch, and the gradients reduced once.
+    """
+    ring = (world - 1) / world
+    if not sharded:
+        return int(2 * ring * trained)
+    with torch.device("meta"):
+        weights = 2 * sum(p.numel() for p in MoETransformer(config).parameters()) + trained
+    return int(ring * (2 * micro_batches * weights + trained))
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = cli.Parser(prog="bench.py plan", description="Memory a GPU needs, term by term, and bytes sent a step.")
+    whole = cli.number(int, 1)
+    parser.add_argument("--model", default="olmoe-1b-7b", help=f"{', '.join(PRESETS)}, a checkpoint folder or a hub id")
+    parser.add_argument("--method", default="hellora", choices=list(METHODS), help="what trains")
+    parser.add_argument("--k", type=k_flag, help="hot experts per layer (default: experts per token)")
+    parser.add_argument("--rank", type=whole, default=Recipe.r, help="LoRA rank r")
+    parser.add_argument("--targets", default="all", choices=list(hellora.TARGETS), help="modules beside the experts")
+    parser.add_argument("--gpus", type=whole, default=2, help="processes, one a GPU")
+    parser.add_argument("--batch", type=whole, default=128, help="examples a step, over all GPUs")
+    parser.add_argument("--micro-batch", type=whole, default=16, help="examples a forward pass")
+    parser.add_argument("--length", type=whole, default=512, help="tokens of the longest examples")
+    parser.add_argument("--memory", type=cli.number(float, 1), default=80, help="GB of a GPU")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="compute layers twice, to keep less")
+    parser.add_argument("--json", metavar="FILE", help="write the rows here")
+    args = parser.parse_args(argv)
+    config = MoEConfig.from_dict(PRESETS[args.model]) if args.model in PRESETS else read_config(resolve(args.model))
+    method = METHODS[args.method]
+    num_hot = args.k or method.k or config.num_experts_per_tok
+    num_hot = config.num_experts if method.experts == "all" else num_hot
+    num_hot = max(1, int(num_hot * config.num_experts)) if isinstance(num_hot, float) else num_hot
+    if num_hot > config.num_experts:
+        raise InputError(f"--k {args.k}: want 1..{config.num_experts}, the experts of a layer of {args.model}")
+
+    def attach(model: MoETransformer) -> None:
+        hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
+        r_max = drlora.RESERVED * args.rank if method.grows else None
+        hellora.attach(model, hot, args.rank, Recipe.alpha, kind=method.kind, targets=args.targets, r_max=r_max)
+
+    rows = []
+    for sharded in (False, True):
+        plan = memory.plan(
+            config,
+            attach if method.experts else None,
+            dtype=torch.bfloat16 if method.experts else torch.float32,
+            world=args.gpus,
+            sharded=sharded,
+            tokens=args.micro_batch * args.length,
+            checkpointing=args.activation_checkpointing,
+        )
+        trained = plan.optimizer // 2 * (args.gpus if sharded else 1)
+        passes = -(-args.batch // (args.gpus * args.micro_batch))
+        sent = traffic(config, trained, world=args.gpus, sharded=sharded, micro_batches=passes)
+        row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
+        rows.append(row | {"fits": plan.total <= (1 - memory.SPARE) * args.memory * 1e9})
+    cli.say(f"{args.model}, {args.method}, {args.gpus} GPUs of {args.memory:g} GB: GB on each")
+    cli.say(f"{'':14} {'--shard none':>12} {'--shard full':>12}")
+    for term in (*memory.Plan._fields, "total", "sent_per_step"):
+        cli.say(f"{term.replace('_', ' '):14} {rows[0][term] / 1e9:12.2f} {rows[1][term] / 1e9:12.2f}")
+    cli.say(f"{'fits':14} {'yes' if rows[0]['fits'] else 'no':>12} {'yes' if rows[1]['fits'] else 'no':>12}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows

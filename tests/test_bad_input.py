@@ -1,0 +1,623 @@
+"""Wrong input, through the real commands: one line that says what was given and what is allowed, exit status 2, and
+nothing written. Every case is a command line in a folder that holds just the files it names (`FILES`)."""
+
+import importlib
+import json
+import os
+import pickle
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cli
+import hellora
+import train
+from checkpoint import TINY
+
+ROOT = Path(__file__).parent.parent
+GSM8K = json.dumps({"question": "How many?", "answer": "One.\n#### 1"})
+ALPACA = json.dumps({"instruction": "Say one.", "output": "One."})
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> SimpleNamespace:
+    """Two finished runs on the embedded model."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = "--steps 1 --batch 2 --sample 0.005 --k 3 --rank 4 --alpha 8 --max-length 32".split()
+    for method in ("hellora", "hellori-d"):
+        train.main([*small, "--method", method, "--out", str(folder / method)])
+    return SimpleNamespace(run=folder / "hellora", lori=folder / "hellori-d")
+
+
+# ----------------------------------------------------------------------------------------- the files of the cases
+
+
+def text(content: str | bytes) -> Callable:
+    """A file of this content."""
+
+    def make(path: Path, made) -> None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return make
+
+
+def folder_of(**files: str) -> Callable:
+    def make(path: Path, made) -> None:
+        path.mkdir()
+        for name, content in files.items():
+            (path / name.replace("__", ".")).write_text(content, encoding="utf-8")
+
+    return make
+
+
+def model(weights: Callable | None = None, tokenizer: Callable | None = None, **changes) -> Callable:
+    """The embedded model with another config.json (... takes a key out), other weights, another tokenizer.json."""
+
+    def make(path: Path, made) -> None:
+        path.mkdir()
+        config = json.loads((TINY / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not ...}
+        (path / "config.json").write_text(json.dumps(config))
+        for name, change in (("model.safetensors", weights), ("tokenizer.json", tokenizer)):
+            if change:
+                (path / name).write_bytes(change((TINY / name).read_bytes()))
+            else:
+                (path / name).symlink_to(TINY / name)
+
+    return make
+
+
+def config_text(content: str) -> Callable:
+    def make(path: Path, made) -> None:
+        model()(path, made)
+        (path / "config.json").write_text(content, encoding="utf-8")
+
+    return make
+
+
+class Trap:
+    """Unpickling it leaves a mark."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+def copy_of(name: str, change: Callable[[Path], None] = lambda run: None) -> Callable:
+    """A copy of a finished run, changed."""
+
+    def make(path: Path, made) -> None:
+        shutil.copytree(getattr(made, name), path)
+        change(path)
+
+    return make
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def edit(run: Path) -> None:
+    path = run / "adapter/adapter.json"
+    path.write_text(path.read_text().replace('"alpha": 8.0', '"alpha": 9.0'))
+
+
+def reseal(**changes) -> Callable:
+    """An adapter that is whole, and not of this model."""
+
+    def change(run: Path) -> None:
+        about = json.loads((run / "adapter/adapter.json").read_text())
+        about = {key: about[key] for key in hellora.Adapter.__dataclass_fields__} | changes
+        hellora.save_adapter(load_file(run / "adapter/adapter.safetensors"), run / "adapter", hellora.Adapter(**about))
+
+    return change
+
+
+def write(name: str, content: str | bytes) -> Callable:
+    return lambda run: (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def profile_of(layers: int = 4, experts: int = 64, tokens: int = 8, k: int = 8, **changes) -> str:
+    """A profile.json of even counts."""
+    counts = [[tokens * k // experts] * experts] * layers
+    about = {"model": "tiny", "task": "tiny-math", "num_tokens": tokens, "num_experts_per_tok": k}
+    return json.dumps(about | {"counts": counts, "gate_mass": counts} | changes)
+
+
+def peft(config: dict, tensors: dict) -> Callable:
+    """The folder of an adapter as PEFT writes it."""
+
+    def make(path: Path, made) -> None:
+        path.mkdir()
+        about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "tiny"} | config
+        (path / "adapter_config.json").write_text(json.dumps(about))
+        save_file(tensors, path / "adapter_model.safetensors")
+
+    return make
+
+
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
+UNEVEN = [[8.0 if e < 8 else 0.0 for e in range(64)]] * 4
+PREFIX = json.loads(profile_of())
+HEADER = TINY / "model.safetensors"
+A_PICKLE = pickle.dumps(Trap())
+FILES = {
+    "file": text("a file\n"),
+    "notes": folder_of(thesis__txt="precious"),
+    "empty": folder_of(),
+    # data
+    "nothing.jsonl": text(""),
+    "broken.jsonl": text(f'{GSM8K}\n{{"question": "And\n{GSM8K}\n'),
+    "columns.jsonl": text('{"q": "How many?", "a": "#### 1"}\n'),
+    "blank.jsonl": text('{"question": "  ", "answer": "#### 1"}\n'),
+    "latin.jsonl": text(f"{GSM8K}\n".encode() + "Zoë".encode("latin-1")),
+    "utf16.jsonl": text(GSM8K.encode("utf-16")),
+    "cut.jsonl.gz": text(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x01"),
+    "deep.json": text("[" * 100_000),
+    "half.jsonl": text('{"question": "\\ud83d", "answer": "#### 1"}'),
+    "pickle.json": text(A_PICKLE),
+    "alpaca.json": text(f"[{ALPACA}]"),
+    "gsm8k.jsonl": text(f"{GSM8K}\n" * 3),
+    "short.csv": text("prompt,type\nx,y\nx\n"),
+    # models
+    "no-config": folder_of(tokenizer__json="{}"),
+    "config-broken": config_text('{"model_type": "olmoe",'),
+    "config-list": config_text("[]"),
+    "config-deep": config_text('{"a":' * 10_000 + "1" + "}" * 10_000),
+    "config-huge": model(hidden_size=10**18),
+    "config-layers": model(num_hidden_layers=900_000),
+    "config-experts": model(num_experts=900_000),
+    "config-wide": model(hidden_size=999_999, intermediate_size=999_999, num_attention_heads=1, head_dim=2),
+    "config-negative": model(num_hidden_layers=-4),
+    "config-float": model(num_experts=64.0),
+    "config-bool": model(num_attention_heads=True),
+    "config-text": model(vocab_size="4096"),
+    "config-missing": model(num_experts_per_tok=...),
+    "config-k": model(num_experts_per_tok=65),
+    "config-theta": model(rope_theta=10**400),
+    "config-nan": model(rms_norm_eps=float("nan")),
+    "config-norm": model(norm_topk_prob="false"),
+    "config-eos": model(eos_token_id="</s>"),
+    "config-pad": model(pad_token_id=10**6),
+    "config-type": model(model_type=["olmoe"]),
+    "config-rope": model(rope_parameters=[10000.0]),
+    "config-rope-kinds": model(rope_parameters={"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}),
+    "config-layer-types": model(layer_types=[["full_attention"]]),
+    "config-positions": model(max_position_embeddings="long"),
+    "config-other": model(intermediate_size=64),
+    "weights-cut": model(weights=lambda content: content[: len(content) // 2]),
+    "weights-short": model(weights=lambda content: content[:5]),
+    "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
+    "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
+    "weights-pickle": model(weights=lambda content: A_PICKLE),
+    "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
+    "tokenizer-big": model(vocab_size=4000),
+    "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
+    "tokenizer-list": model(tokenizer=lambda content: b"[]"),
+    # profiles and lists of experts
+    "profile.json": text(profile_of()),
+    "profile-layers.json": text(profile_of(layers=3)),
+    "profile-experts.json": text(profile_of(experts=32)),
+    "profile-k.json": text(profile_of(k=16)),
+    "profile-nan.json": text(profile_of(gate_mass=[[float("nan")] * 64] * 4)),
+    "profile-counts-nan.json": text(profile_of(counts=[[float("nan")] * 64] * 4)),
+    "profile-negative.json": text(profile_of(counts=[[-1, 3, *[1] * 62]] * 4)),
+    "profile-sum.json": text(profile_of(num_tokens=9)),
+    "profile-float.json": text(profile_of(counts=UNEVEN)),
+    "profile-ragged.json": text(profile_of(counts=[[1] * 64, [1]])),
+    "profile-huge.json": text(profile_of(counts=[[10**30] * 64] * 4)),
+    "profile-mass.json": text(profile_of(gate_mass=[[1.0] * 64] * 3)),
+    "profile-model.json": text(profile_of(model="no/such-model")),
+    "profile-keys.json": text('{"counts": [[1]]}'),
+    "lists-short.json": text("[[1, 2], [3]]"),
+    "lists-high.json": text("[[1], [2], [3], [64]]"),
+    "lists-negative.json": text("[[1], [2], [3], [-1]]"),
+    "lists-float.json": text("[[1.5], [2], [3], [4]]"),
+    "lists-text.json": text('{"hot": "all"}'),
+    "lists-twice.json": text("[[1, 1], [2], [3], [4]]"),
+    "lists-none.json": text("[[], [], [], []]"),
+    # runs and adapters
+    "run": copy_of("run"),
+    "lori": copy_of("lori"),
+    "run-bare": folder_of(config__json='{"model": "tiny"}'),
+    "run-list": folder_of(config__json='{"model": "tiny", "settings": []}'),
+    "run-task": folder_of(config__json='{"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}'),
+    "run-model": copy_of("run", write("config.json", '{"model": 7, "settings": {"task": "tiny-math"}}')),
+    "run-flip": copy_of("run", lambda run: flip(run / "adapter/adapter.safetensors", -3)),
+    "run-edited": copy_of("run", edit),
+    "run-cut": copy_of("run", write("adapter/adapter.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}")),
+    "run-pickle": copy_of("run", write("adapter/adapter.safetensors", A_PICKLE)),
+    "run-list-json": copy_of("run", write("adapter/adapter.json", "[]")),
+    "run-no-adapter": copy_of("run", lambda run: shutil.rmtree(run / "adapter")),
+    "run-layers": copy_of("run", reseal(hot=[[0, 1, 2]] * 5)),
+    "run-experts": copy_of("run", reseal(hot=[[0, 1, 64]] * 4)),
+    "run-k": copy_of("run", reseal(hot=[[0, 1]] * 4)),
+    "run-rank": copy_of("run", reseal(r=8)),
+    "peft-dora": peft({"use_dora": True}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
+    "peft-other": peft({}, {Q_PROJ("A"): torch.ones(2, 40), Q_PROJ("B"): torch.ones(40, 2)}),
+    "peft-half": peft({}, {Q_PROJ("A"): torch.ones(2, 256)}),
+    "peft-rank": peft({"r": 1e400}, {Q_PROJ("A"): torch.ones(2, 256)}),
+    "peft-base": peft({"base_model_name_or_path": None}, {Q_PROJ("A"): torch.ones(2, 256)}),
+    # completions and evaluations
+    "answers.jsonl": text('{"id": 0, "completion": "7"}\n'),
+    "answers-id.jsonl": text('{"id": 400, "completion": "7"}\n'),
+    "answers-twice.jsonl": text('{"id": 0, "completion": "7"}\n' * 2),
+    "answers-text.jsonl": text('{"id": 0, "completion": 7}\n'),
+    "answers-keys.jsonl": text('{"id": 0, "text": "7"}\n'),
+    "answers-list.jsonl": text("[0]\n"),
+    "evaluation": folder_of(
+        items__jsonl='{"id": "0", "correct": true}\n', score__json='{"settings": {"task": "tiny-math"}}'
+    ),
+    "evaluation-ids": folder_of(
+        items__jsonl='{"id": "1", "correct": true}\n', score__json='{"settings": {"task": "tiny-math"}}'
+    ),
+    "evaluation-task": folder_of(
+        items__jsonl='{"id": "0", "correct": true}\n', score__json='{"settings": {"task": "gsm8k"}}'
+    ),
+    "evaluation-items": folder_of(items__jsonl='{"id": "0"}\n', score__json="{}"),
+}
+
+LONG = "long" * 80  # no file system takes such a name
+CASES = """
+train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny', not a local folder
+train --model file                                   | model 'file' | config.json
+train --model no-config                              | 'no-config' | config.json
+train --model LONG                                   | longlong
+train --model ''                                     | empty
+train --task chess                                   | 'chess' | tiny-math
+train --method magic                                 | 'magic' | hellora
+train --methd lora                                   | --methd
+train extra                                          | extra
+train --k 0                                          | '0' | at least 1
+train --k 1.5                                        | '1.5' | between 0 and 1
+train --k eight                                      | 'eight'
+train --k 65                                         | 65 | 1..64
+train --k MANY                                       | 1..64
+train --experts warm                                 | 'warm' | coverage
+train --experts LONG                                 | longlong
+train --experts notes                                | 'notes' | coverage
+train --experts file                                 | file: want a JSON list
+train --experts deep.json                            | deep.json: want a JSON list
+train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
+train --experts lists-high.json                      | expert 64
+train --experts lists-negative.json                  | 64 experts
+train --experts lists-float.json                     | 1.5
+train --experts lists-text.json                      | lists-text.json
+train --experts lists-none.json                      | lists-none.json
+train --experts coverage                             | give both or neither
+train --coverage 0.5                                 | give both or neither
+train --experts coverage --coverage 1.5              | '1.5' | at most 1
+train --experts coverage --coverage x                | 'x'
+train --scores mass                                  | 'mass' | gate-mass
+train --targets most                                 | 'most' | gate
+train --rank 0                                       | '0' | at least 1
+train --rank 1.0                                     | '1.0' | whole number
+train --rank 65                                      | 65 | 1..64
+train --rank MANY                                    | --rank
+train --alpha 0                                      | '0' | above 0
+train --alpha nan                                    | 'nan'
+train --lr 0                                         | '0' | above 0
+train --lr inf                                       | 'inf'
+train --lr -1e-3                                     | -1e-3
+train --epochs 0                                     | '0' | at least 1
+train --steps -1                                     | '-1' | at least 1
+train --steps 1e3                                    | '1e3' | whole number
+train --steps MANY                                   | --steps
+train --batch 0                                      | '0' | at least 1
+train --micro-batch 0.5                              | '0.5' | whole number
+train --max-length 7                                 | '7' | at least 8
+train --clip 0                                       | '0' | above 0
+train --router-aux-loss -1                           | -1
+train --router-aux-form both                         | 'both' | layer
+train --sample 0                                     | '0' | above 0
+train --sample 1.01                                  | '1.01' | at most 1
+train --warmup dora                                  | 'dora' | lora
+train --save-every 0                                 | '0' | at least 1
+train --keep 0                                       | '0' | at least 1
+train --resume now                                   | now
+train --on-nonfinite ignore                          | 'ignore' | skip
+train --shard half                                   | 'half' | full
+train --seed -1                                      | '-1' | at least 0
+train --seed 2147483648                              | '2147483648' | at most
+train --out notes                                    | --out notes | another folder
+train --out file                                     | --out file
+train --out file/run                                 | --out file/run
+train --out run --steps 2                            | --out run holds another run | steps 1 then, 2 now
+train --out ''                                       | empty
+train --method fft --k 8                             | --k | trains every weight
+train --method fft --experts hot                     | --experts | trains every weight
+train --method fft --rank 8                          | --rank | trains every weight
+train --method fft --targets gate                    | --targets
+train --method fft --init-adapter run                | --init-adapter
+train --method lora --k 8                            | --k 8 | no meaning
+train --method dr-lora --experts hot                 | all experts
+train --method dr-lora --steps 1                     | at least 2 steps
+train --steps 3 --epochs 1                           | contradict
+train --router-aux-form layer                        | both or neither
+train --profile profile.json --warmup lora           | --warmup lora | --profile
+train --mask run                                     | lori-s and hellori-s
+train --method hellori-s --mask lori --k 3           | contradicts --mask
+train --method hellori-s --mask notes                | adapter.json is missing
+train --method hellori-s --mask run --rank 4 --alpha 8       | kind lora | hellori-d
+train --method hellori-s --mask lori --rank 8                | rank 4 | 8
+train --method hellori-s --mask lori --rank 4 --alpha 8 --seed 1 | seed 0 | 1
+train --init-adapter notes                           | missing
+train --init-adapter run --k 8                       | contradicts --init-adapter
+train --init-adapter lori                            | kind lori | lora
+train --method hellori-d --init-adapter lori --seed 1 | --seed 0
+train --init-adapter run-layers                      | 5 layers | 4 layers of 64
+train --init-adapter run-experts                     | expert 64 | 64 experts
+train --init-adapter run-k                           | (3, | (2,
+train --init-adapter run-rank                        | (8,
+train --init-adapter run-flip                        | run-flip/adapter | sha256
+train --init-adapter run-pickle                      | run-pickle/adapter
+train --init-adapter peft-dora                       | use_dora
+train --init-adapter peft-other                      | another model or rank
+train --init-adapter peft-half                       | lora_A alone
+train --init-adapter peft-rank                       | peft-rank
+train --profile absent.json                          | absent.json
+train --profile notes                                | notes
+train --profile ''                                   | empty
+train --profile deep.json                            | deep.json
+train --profile pickle.json                          | pickle.json
+train --profile profile-layers.json                  | 3 layers | 4 layers of 64
+train --profile profile-experts.json                 | 32 experts | 64 experts
+train --profile profile-k.json                       | 16 a token | 8 a token
+train --profile profile-nan.json                     | gate_mass of layer 0, expert 0 is nan
+train --profile profile-counts-nan.json              | counts | whole numbers
+train --profile profile-negative.json                | layer 0, expert 0 is -1
+train --profile profile-sum.json                     | sum to 64, not to 9 tokens
+train --profile profile-float.json                   | whole numbers
+train --profile profile-ragged.json                  | profile-ragged.json
+train --profile profile-huge.json                    | profile-huge.json
+train --profile profile-mass.json                    | (4, 64) | (3, 64)
+train --profile profile-keys.json                    | model | want str
+train --model config-broken                          | config.json
+train --model config-list                            | JSON object
+train --model config-deep                            | config-deep/config.json
+train --model config-huge                            | hidden_size | 1000000000000000000 | to 1,000,000
+train --model config-layers                          | num_hidden_layers | 900000
+train --model config-experts                         | 900000
+train --model config-wide                            | shape
+train --model config-negative                        | num_hidden_layers is -4 | from 1
+train --model config-float                           | num_experts is 64.0 | whole number
+train --model config-bool                            | num_attention_heads is True | whole number
+train --model config-text                            | vocab_size is '4096' | whole number
+train --model config-missing                         | num_experts_per_tok is missing
+train --model config-k                               | num_experts_per_tok 65 | at most 64
+train --model config-theta                           | rope_theta
+train --model config-nan                             | rms_norm_eps is nan | positive
+train --model config-norm                            | norm_topk_prob is 'false' | true or false
+train --model config-eos                             | eos_token_id | '</s>'
+train --model config-pad                             | pad_token_id is 1000000
+train --model config-type                            | model_type ['olmoe'] | mixtral
+train --model config-rope                            | rope_parameters
+train --model config-rope-kinds                      | rope_parameters | full_attention
+train --model config-layer-types                     | layer_types
+train --model config-positions                       | max_position_embeddings is 'long'
+train --model config-other                           | shape | config.json wants
+train --model weights-cut                            | model.safetensors | download it again
+train --model weights-short                          | model.safetensors | download it again
+train --model weights-header                         | model.safetensors
+train --model weights-length                         | model.safetensors | download it again
+train --model weights-pickle                         | model.safetensors | download it again
+train --model weights-none                           | tokenizer.json
+train --model tokenizer-big                          | tokenizer.json | vocab_size 4000
+train --model tokenizer-cut                          | tokenizer.json
+train --model tokenizer-list                         | tokenizer.json
+train --task gsm8k --train-data absent.jsonl         | absent.jsonl | GSM8K rows
+train --task gsm8k --train-data notes                | notes | GSM8K rows
+train --task gsm8k --train-data nothing.jsonl        | nothing.jsonl: no rows
+train --task gsm8k --train-data broken.jsonl         | broken.jsonl, line 2 | GSM8K rows
+train --task gsm8k --train-data columns.jsonl        | 'question' | GSM8K rows
+train --task gsm8k --train-data blank.jsonl          | 'question'
+train --task gsm8k --train-data latin.jsonl          | line 2 | UTF-8
+train --task gsm8k --train-data utf16.jsonl          | line 1 | UTF-8
+train --task gsm8k --train-data cut.jsonl.gz         | cut.jsonl.gz
+train --task gsm8k --train-data deep.json            | deep.json
+train --task gsm8k --train-data half.jsonl           | line 1
+train --task gsm8k --train-data pickle.json          | pickle.json
+train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
+train --task saferpaca                               | saferpaca_Instructions_2000.json | --train-data
+train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
+evaluate                                             | nothing to evaluate
+evaluate tiny                                        | --task is missing | gsm8k
+evaluate tiny --task chess                           | 'chess' | tiny-math
+evaluate nowhere/at-all --task tiny-math             | nowhere/at-all
+evaluate notes --task tiny-math                      | notes | config.json
+evaluate weights-cut --task tiny-math                | model.safetensors
+evaluate tokenizer-cut --task tiny-math              | tokenizer.json
+evaluate config-experts --task tiny-math             | 900000
+evaluate run-bare                                    | run-bare
+evaluate run-list                                    | run-list
+evaluate run-task                                    | chess
+evaluate run-model                                   | run-model
+evaluate run-no-adapter                              | missing
+evaluate run-flip                                    | run-flip/adapter | sha256
+evaluate run-edited                                  | run-edited/adapter | sha256
+evaluate run-cut                                     | run-cut/adapter
+evaluate run-pickle                                  | run-pickle/adapter
+evaluate run-list-json                               | run-list-json/adapter
+evaluate run-experts                                 | expert 64
+evaluate run-k                                       | (3,
+evaluate peft-other --task tiny-math                 | another model or rank
+evaluate peft-base --task tiny-math                  | base model
+evaluate tiny --task tiny-math --limit 0             | '0' | at least 1
+evaluate tiny --task tiny-math --batch many          | 'many'
+evaluate tiny --task tiny-math --max-new-tokens 0    | '0'
+evaluate tiny --task tiny-math --temperature -1      | -1
+evaluate tiny --task tiny-math --top-p 0             | '0' | above 0
+evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
+evaluate tiny --task tiny-math --samples 2           | --samples 2 | scores one completion
+evaluate tiny --task tiny-code --samples 2 --temperature 0 | greedy samples
+evaluate tiny --task tiny-code --shots 2             | --shots 2
+evaluate tiny --task tiny-math --shots 2001          | 2000 problems
+evaluate tiny --task tiny-math --train-data file     | --shots
+evaluate tiny --task tiny-math --seed -1             | '-1'
+evaluate tiny --task tiny-math --dtype int8          | 'int8' | bfloat16
+evaluate tiny --task tiny-math --refusal-rule lori   | --refusal-rule lori
+evaluate tiny --task tiny-safety --refusal-rule no   | 'no' | lori
+evaluate tiny --task tiny-math --timeout 0           | '0' | above 0
+evaluate tiny --task tiny-math --workers 0           | '0'
+evaluate tiny --task tiny-math --partial             | --completions
+evaluate tiny --task tiny-math --out notes           | --out notes
+evaluate tiny --task tiny-math --out file            | --out file
+evaluate tiny --task tiny-math --out file/x          | --out file/x
+evaluate tiny --task gsm8k --eval-data absent.jsonl  | absent.jsonl | GSM8K rows
+evaluate tiny --task saferpaca --eval-data short.csv | short.csv, line 3
+evaluate tiny --task tiny-math --completions answers.jsonl | one or the other
+evaluate --task tiny-math --completions answers.jsonl --batch 2 | --batch | one or the other
+evaluate --task tiny-math --completions absent.jsonl | absent.jsonl
+evaluate --task tiny-math --completions notes        | notes
+evaluate --task tiny-math --completions nothing.jsonl | holds no completions
+evaluate --task tiny-math --completions latin.jsonl  | UTF-8
+evaluate --task tiny-math --completions answers.jsonl        | 399 of 400 ids | --partial
+evaluate --task tiny-math --completions answers-id.jsonl     | line 1 | '400' is unknown
+evaluate --task tiny-math --completions answers-twice.jsonl  | line 2 | already
+evaluate --task tiny-math --completions answers-text.jsonl   | line 1 | not text
+evaluate --task tiny-math --completions answers-keys.jsonl   | line 1 | 'text'
+evaluate --task tiny-math --completions answers-list.jsonl   | line 1 | list
+evaluate --task tiny-math --completions deep.json            | line 1
+evaluate --task tiny-math --completions ''           | empty
+evaluate compare evaluation                          | FOLDER
+evaluate compare evaluation absent                   | absent
+evaluate compare evaluation evaluation-ids           | 2 ids
+evaluate compare evaluation evaluation-task          | tiny-math | gsm8k
+evaluate compare evaluation evaluation-items         | line 1
+export                                               | run
+export run                                           | --to
+export run --to merged                               | --out
+export run --to gguf --out new                       | 'gguf' | merged
+export notes --to merged --out new                   | notes is not a run folder
+export tiny --to merged --out new                    | tiny is not a run folder
+export run-bare --to merged --out new                | run-bare
+export run-list --to merged --out new                | run-list
+export run-model --to merged --out new               | run-model
+export run-flip --to merged --out new                | sha256
+export run-flip --to peft --out new                  | sha256
+export run-pickle --to peft --out new                | run-pickle/adapter
+export run-no-adapter --to peft --out new            | missing
+export run-experts --to peft --out new               | expert 64
+export run --to merged --out notes                   | not empty
+export run --to peft --out file                      | not empty
+export run --to peft --out file/new                  | file/new
+export run --to merged --out new --model nowhere/at-all | nowhere/at-all
+export run --to merged --out new --model config-other   | shape
+export run --to merged --out new --model weights-cut    | model.safetensors
+export run --to merged --out new --dtype int8        | 'int8' | bfloat16
+export run --to merged --out new --examples 0        | '0'
+export run --to merged --out new --train-data file   | file
+export run --to merged --out new --compact           | --compact
+export run --to peft --out new --examples 2          | --examples
+profile                                              | --out
+profile --out notes                                  | notes is a folder
+profile --out file/p.json                            | file/p.json
+profile --out new/p.json --k 65                      | 65 | 1..64
+profile --out p.json --plot p.txt                    | 'p.txt' | .png
+profile --out p.json --sample 2                      | '2' | at most 1
+profile --out p.json --warmup yes                    | 'yes' | lora
+profile --out p.json --seed x                        | 'x'
+profile --out p.json --batch 0                       | '0'
+profile --out p.json --max-length 1                  | '1' | at least 8
+profile --out p.json --shard some                    | 'some' | full
+profile --out p.json --task chess                    | 'chess'
+profile --out p.json --model weights-cut             | model.safetensors
+profile --out p.json --task gsm8k --train-data columns.jsonl | 'question'
+profile compare profile.json                         | FILE
+profile compare profile.json absent.json             | absent.json
+profile compare profile.json profile-layers.json     | (4, 64) | (3, 64)
+profile compare profile.json profile.json --k 65     | 65 | 1..64
+profile compare profile.json profile.json --plot p.gif | 'p.gif' | .png
+profile compare profile.json profile-negative.json   | profile-negative.json
+profile advise absent.json                           | absent.json
+profile advise profile.json --rank 0                 | '0'
+profile advise profile.json --rank 65                | 65 | 1..64
+profile advise profile.json --coverage 0             | '0'
+profile advise profile.json --model mixtral-8x7b     | 32 layers of 8 experts
+profile advise profile-model.json                    | no/such-model
+bench                                                | nothing | step
+bench stride                                         | 'stride' | step
+bench step --batch 0                                 | '0'
+bench step --k 65                                    | 65 | 1..64
+bench step --rank x                                  | 'x'
+bench step --rank 257                                | 257 | 1..256
+bench step --names lora nothing                      | 'nothing' | floor
+bench step --repeats 0                               | '0'
+bench step --sweep width                             | 'width' | rank
+bench step --json absent/rows.json                   | absent/rows.json
+bench step --json notes                              | notes
+bench step --plot rows.txt                           | rows.txt | .png
+bench step --sweep k --batch 8 32                    | one
+bench generate --prompts 0                           | '0'
+bench generate --dtype int8                          | 'int8' | bfloat16
+bench generate --model nowhere/at-all                | nowhere/at-all
+bench generate --json absent/rows.json               | absent/rows.json
+bench generate --json notes                          | notes
+reproduce                                            | nothing | params
+reproduce table99                                    | 'table99' | params
+reproduce params extra                               | extra
+reproduce params --json notes                        | notes is a folder
+reproduce params --json file/rows.json               | file/rows.json
+"""
+
+
+def cases() -> list:
+    rows = [[part.strip() for part in line.split(" | ")] for line in CASES.strip().splitlines()]
+    return [pytest.param(command, said, id=command) for command, *said in rows]
+
+
+def arguments(command: str) -> list[str]:
+    return shlex.split(command.replace("LONG", LONG).replace("MANY", "1" + "0" * 400))
+
+
+def listing() -> dict[str, tuple]:
+    """Everything in the folder of the case, with sizes and times."""
+    found = (Path(folder, name) for folder, *names in os.walk(".") for name in sum(names, []))
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in found}
+
+
+def complaint(command: str, made: SimpleNamespace, capsys) -> str:
+    """Run a wrong command as it runs itself, in its folder.  -> the one line that it answers"""
+    name, *flags = arguments(command)
+    for file in {part.split("/")[0] for part in flags} & FILES.keys():
+        FILES[file](Path(file), made)
+    before = listing()
+    main = importlib.import_module(name).main
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: main(flags))
+    err = capsys.readouterr().err
+    assert end.value.code == 2, err
+    assert listing() == before
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    return err
+
+
+@pytest.fixture
+def no_work(made, monkeypatch):
+    """What takes long is never reached: wrong input is found before."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("the work has begun")
+
+    for name in ("train.fit", "completions.stream", "benchmarks.step.measure", "benchmarks.generate.decode_ours"):
+        monkeypatch.setattr(name, reached)
+
+
+@pytest.mark.parametrize("command, said", cases())
+def test_wrong_input_ends_in_one_line_with_status_2_and_writes_nothing(command, said, made, no_work, capsys):
+    line = complaint(command, made, capsys)
+    assert all(part in line for part in said), line
