@@ -34,7 +34,8 @@ class Layout:
     def pad(self, x: Tensor) -> Tensor:
         """[T, H, Dh] -> [B, H, S, Dh], zeros at padding."""
         if self.index is not None:
-            x = x.new_zeros(self.B * self.S, *x.shape[1:]).index_copy(0, self.index, x)  # [B * S, H, Dh]
+            # Of the ways to write rows, the one whose backward pass needs the index alone.
+            x = x.new_zeros(self.B * self.S, *x.shape[1:]).index_put((self.index,), x)  # [B * S, H, Dh]
         return x.view(self.B, self.S, *x.shape[1:]).transpose(1, 2)
 
     def unpad(self, x: Tensor) -> Tensor:

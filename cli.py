@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def number(kind: type, low: float, high: float = float("inf"), *, above: bool = 
         return value
 
     return parse
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file that can be written, its folder made if need be; otherwise an InputError."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name a file in a writable folder") from None
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    return path
 
 
 def run(main: Callable[[], object]) -> None:

@@ -84,7 +84,7 @@ def plan(
         gathered=root + 2 * max(layers) if sharded else 0,
         gradients=trained // share + (trained_layer if sharded else 0),
         optimizer=2 * trained // share,
-        activations=config.num_hidden_layers * kept + tokens * config.hidden_size * dtype.itemsize,
+        activations=config.num_hidden_layers * kept + 2 * tokens * config.hidden_size * dtype.itemsize,
         transient=max(passing, head),
     )
 
@@ -93,11 +93,12 @@ def layer_activations(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tup
     """Bytes that a layer keeps for its backward pass, and bytes that come and go within it."""
     D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # Both norms' inputs and outputs; q, k, v before the norm, and as attention gets them; its output, padded and not.
-    attention = 2 * D + (2 * q + 2 * kv if config.family.qk_norm else q + kv) + kv + 2 * q
-    router = 2 * D + 2 * config.num_experts
-    experts = K * 2 * F + 3 * config.shared_intermediate_size
-    kept = tokens * (attention + router + experts) * dtype.itemsize + tokens * K * 24  # order, places, weights
+    normed = D + q + kv if config.family.qk_norm else D  # what goes into a norm; the product's input is made again
+    attention = normed + 2 * q + 2 * kv  # queries, keys, values and result of the attention itself
+    shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
+    experts = 2 * D + config.num_experts + K * 2 * F + shared
+    indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
+    kept = tokens * ((attention + experts) * dtype.itemsize + indices)
     passing = tokens * K * (3 * F + 2 * D) * dtype.itemsize
     return kept, passing
 
@@ -105,6 +106,7 @@ def layer_activations(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tup
 def available(device: torch.device) -> int:
     """Bytes that this process may use: the GPU's, or its share of the memory that the machine has left."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the counting left behind
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo", encoding="ascii") as file:
         left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

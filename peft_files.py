@@ -158,9 +158,11 @@ def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str,
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
         r, alpha = int(about["r"]), float(about["lora_alpha"])
+        if not (r > 0 and 0 < alpha < float("inf")):
+            raise ValueError(f"r {r}, lora_alpha {alpha}")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the folder of a PEFT adapter") from None
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
     for name, only in PLAIN.items():
         if (about.get(name) or only) != only:

@@ -35,7 +35,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +50,7 @@ import hellora
 import memory
 import routing
 from checkpoint import read_config, resolve
-from cli import InputError
+from cli import InputError, writable
 from config import PRESETS, MoEConfig
 from model import MoETransformer
 from parallel import global_step, load_shared
@@ -185,20 +184,6 @@ def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: st
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(about, default=Tensor.tolist) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def writable(path: str | Path) -> Path:
-    """The path of a file that can be written, its folder made if need be; otherwise an InputError."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); name a file in a writable folder") from None
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file to write")
-    return path
 
 
 def load_profile(path: str | Path) -> RoutingProfile:

@@ -15,11 +15,10 @@ import torch
 import cli
 import hellora
 import lori
-from cli import InputError
+from cli import InputError, writable
 from config import PRESETS, MoEConfig
 from lora import sparsify
 from model import MoETransformer
-from profile import writable
 from routing import without_weights
 from settings import METHODS, Recipe
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import resolve
-from cli import InputError
+from cli import InputError, writable
 from generate import generate
 from model import MoETransformer, load_model
 
@@ -104,8 +104,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3, help="turns of each side")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of lengths and tokens")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
+    args = parser.parse_args(argv)
+    args.json = args.json and writable(args.json)
+    return args
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import cli
+from checkpoint import read_config, resolve
 
 SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
     "model_type": "olmoe",
@@ -92,6 +93,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--repeat", type=cli.number(int, 1), default=3, help="readings of each; medians are shown")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args: argparse.Namespace = parser.parse_args(argv)
+    args.json = args.json and cli.writable(args.json)
+    if args.model:
+        read_config(resolve(args.model))
     names = list(READERS)
     try:
         import transformers  # noqa: F401
@@ -99,7 +103,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         cli.say("transformers is not installed: no row of it")
         names.remove("transformers")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.model or temporary)
+        folder = resolve(args.model) if args.model else Path(temporary)
         if not args.model:
             began = time.perf_counter()
             make(folder)
@@ -117,5 +121,5 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows.append(row | {"peak_over_held": row["peak_bytes"] / row["held_bytes"]})
         cli.say(f"{name:28} {row['seconds']:8.2f} {row['peak_bytes'] / 1e9:8.2f} {rows[-1]['peak_over_held']:12.2f}")
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

@@ -7,7 +7,6 @@ Gigabytes are 10^9 bytes, on each GPU. The terms are those of memory.plan, by wh
 """
 
 import json
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ import drlora
 import hellora
 import memory
 from checkpoint import read_config, resolve
-from cli import InputError
+from cli import InputError, writable
 from config import PRESETS, MoEConfig
 from model import MoETransformer
 from settings import METHODS, Recipe, k_flag
@@ -52,6 +51,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--activation-checkpointing", action="store_true", help="compute layers twice, to keep less")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args = parser.parse_args(argv)
+    args.json = args.json and writable(args.json)
     config = MoEConfig.from_dict(PRESETS[args.model]) if args.model in PRESETS else read_config(resolve(args.model))
     method = METHODS[args.method]
     num_hot = args.k or method.k or config.num_experts_per_tok
@@ -87,5 +87,5 @@ def main(argv: list[str] | None = None) -> list[dict]:
         cli.say(f"{term.replace('_', ' '):14} {rows[0][term] / 1e9:12.2f} {rows[1][term] / 1e9:12.2f}")
     cli.say(f"{'fits':14} {'yes' if rows[0]['fits'] else 'no':>12} {'yes' if rows[1]['fits'] else 'no':>12}")
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -33,12 +32,12 @@ from torch.profiler import ProfilerActivity
 
 import cli
 import hellora
-from cli import InputError, say
+from cli import InputError, say, writable
 from config import MoEConfig
 from data import Batch
 from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA, sparsify
 from model import MoETransformer, init_weights
-from profile import profile_routing
+from profile import picture, profile_routing
 
 SHAPE = {
     "model_type": "olmoe",
@@ -371,22 +370,21 @@ def show(rows: list[dict]) -> None:
 def parse_flags(argv: list[str]) -> argparse.Namespace:
     positive = cli.number(int, 1)
     parser = cli.Parser(prog="bench.py step", description="Time and memory of a training step.")
-    parser.add_argument("--batch", type=positive, nargs="+", default=[8, 32], help="sequences of a step")
+    parser.add_argument("--batch", type=positive, nargs="+", help="sequences of a step (default: 8 32; with --sweep 8)")
     parser.add_argument("--k", type=positive, default=8, help="hot experts per layer")
     parser.add_argument("--rank", type=positive, default=8, help="LoRA rank r; alpha is 2 r")
     parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES), help="rows to measure")
     parser.add_argument("--repeats", type=positive, default=5, help="times every row is timed, in turn")
     parser.add_argument("--sweep", choices=list(SWEEPS), help=f"{', '.join(SWEPT)} over values of this, one batch size")
     parser.add_argument("--json", metavar="FILE", help="write the rows")
-    parser.add_argument("--plot", metavar="FILE", help="draw the rows (.png, .pdf or .svg)")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw the rows (.png, .pdf or .svg)")
     args = parser.parse_args(argv)
     if args.k > SHAPE["num_experts"]:
         raise InputError(f"--k {args.k}: want 1..{SHAPE['num_experts']}, the experts of a layer")
+    args.batch = args.batch or ([8] if args.sweep else [8, 32])
     if args.sweep and len(args.batch) > 1:
-        args.batch = args.batch[:1]
-    for file in (args.json, args.plot):
-        if file and not Path(file).resolve().parent.is_dir():
-            raise InputError(f"{file}: its folder does not exist; make it first")
+        raise InputError(f"--sweep {args.sweep} measures one batch size, --batch names {len(args.batch)}; give one")
+    args.json, args.plot = (file and writable(file) for file in (args.json, args.plot))
     return args
 
 
@@ -413,9 +411,9 @@ def main(argv: list[str]) -> list[dict]:
             say(f"{args.sweep} {value}")
             show(part)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if args.plot:
         from benchmarks import step_charts  # here, since matplotlib takes long to import
 
-        (step_charts.lines if args.sweep else step_charts.bars)(rows, Path(args.plot))
+        (step_charts.lines if args.sweep else step_charts.bars)(rows, args.plot)
     return rows

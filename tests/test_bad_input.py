@@ -1,13 +1,19 @@
 """Wrong input, through the real commands: one line that says what was given and what is allowed, exit status 2, and
 nothing written. Every case is a command line in a folder that holds just the files it names (`FILES`)."""
 
+import hashlib
 import importlib
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
+import evaluate
+import export
 import hellora
+import profile
 import train
 from checkpoint import TINY
 
@@ -29,13 +38,14 @@ ALPACA = json.dumps({"instruction": "Say one.", "output": "One."})
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.TINY_TRAIN", 60)  # rows that are made and encoded for every case
 
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> SimpleNamespace:
     """Two finished runs on the embedded model."""
     folder = tmp_path_factory.mktemp("runs")
-    small = "--steps 1 --batch 2 --sample 0.005 --k 3 --rank 4 --alpha 8 --max-length 32".split()
+    small = "--steps 1 --batch 2 --sample 0.005 --k 3 --rank 4 --alpha 8".split()
     for method in ("hellora", "hellori-d"):
         train.main([*small, "--method", method, "--out", str(folder / method)])
     return SimpleNamespace(run=folder / "hellora", lori=folder / "hellori-d")
@@ -151,8 +161,6 @@ def peft(config: dict, tensors: dict) -> Callable:
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
 UNEVEN = [[8.0 if e < 8 else 0.0 for e in range(64)]] * 4
-PREFIX = json.loads(profile_of())
-HEADER = TINY / "model.safetensors"
 A_PICKLE = pickle.dumps(Trap())
 FILES = {
     "file": text("a file\n"),
@@ -180,7 +188,7 @@ FILES = {
     "config-huge": model(hidden_size=10**18),
     "config-layers": model(num_hidden_layers=900_000),
     "config-experts": model(num_experts=900_000),
-    "config-wide": model(hidden_size=999_999, intermediate_size=999_999, num_attention_heads=1, head_dim=2),
+    "config-wide": model(hidden_size=10**6, intermediate_size=10**6, num_attention_heads=1, num_key_value_heads=1),
     "config-negative": model(num_hidden_layers=-4),
     "config-float": model(num_experts=64.0),
     "config-bool": model(num_attention_heads=True),
@@ -204,7 +212,7 @@ FILES = {
     "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
     "weights-pickle": model(weights=lambda content: A_PICKLE),
     "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
-    "tokenizer-big": model(vocab_size=4000),
+    "tokenizer-big": model(vocab_size=1000),
     "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
     "tokenizer-list": model(tokenizer=lambda content: b"[]"),
     # profiles and lists of experts
@@ -289,14 +297,14 @@ train --k MANY                                       | 1..64
 train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
-train --experts file                                 | file: want a JSON list
-train --experts deep.json                            | deep.json: want a JSON list
-train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
-train --experts lists-high.json                      | expert 64
-train --experts lists-negative.json                  | 64 experts
-train --experts lists-float.json                     | 1.5
-train --experts lists-text.json                      | lists-text.json
-train --experts lists-none.json                      | lists-none.json
+train --profile profile.json --experts file                                 | file: want a JSON list
+train --profile profile.json --experts deep.json                            | deep.json: want a JSON list
+train --profile profile.json --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
+train --profile profile.json --experts lists-high.json                      | expert 64
+train --profile profile.json --experts lists-negative.json                  | 64 experts
+train --profile profile.json --experts lists-float.json                     | 1.5
+train --profile profile.json --experts lists-text.json                      | lists-text.json
+train --profile profile.json --experts lists-none.json                      | lists-none.json
 train --experts coverage                             | give both or neither
 train --coverage 0.5                                 | give both or neither
 train --experts coverage --coverage 1.5              | '1.5' | at most 1
@@ -305,13 +313,13 @@ train --scores mass                                  | 'mass' | gate-mass
 train --targets most                                 | 'most' | gate
 train --rank 0                                       | '0' | at least 1
 train --rank 1.0                                     | '1.0' | whole number
-train --rank 65                                      | 65 | 1..64
+train --rank 49 --profile profile.json               | 49 | 1..48
 train --rank MANY                                    | --rank
 train --alpha 0                                      | '0' | above 0
 train --alpha nan                                    | 'nan'
 train --lr 0                                         | '0' | above 0
 train --lr inf                                       | 'inf'
-train --lr -1e-3                                     | -1e-3
+train --lr=-1e-3                                     | -1e-3 | above 0
 train --epochs 0                                     | '0' | at least 1
 train --steps -1                                     | '-1' | at least 1
 train --steps 1e3                                    | '1e3' | whole number
@@ -320,7 +328,7 @@ train --batch 0                                      | '0' | at least 1
 train --micro-batch 0.5                              | '0.5' | whole number
 train --max-length 7                                 | '7' | at least 8
 train --clip 0                                       | '0' | above 0
-train --router-aux-loss -1                           | -1
+train --router-aux-loss=-1e-9                        | -1e-9 | above 0
 train --router-aux-form both                         | 'both' | layer
 train --sample 0                                     | '0' | above 0
 train --sample 1.01                                  | '1.01' | at most 1
@@ -360,8 +368,8 @@ train --init-adapter lori                            | kind lori | lora
 train --method hellori-d --init-adapter lori --seed 1 | --seed 0
 train --init-adapter run-layers                      | 5 layers | 4 layers of 64
 train --init-adapter run-experts                     | expert 64 | 64 experts
-train --init-adapter run-k                           | (3, | (2,
-train --init-adapter run-rank                        | (8,
+train --init-adapter run-k --sample 0.001            | (3, | (2,
+train --init-adapter run-rank --sample 0.001         | (8,
 train --init-adapter run-flip                        | run-flip/adapter | sha256
 train --init-adapter run-pickle                      | run-pickle/adapter
 train --init-adapter peft-dora                       | use_dora
@@ -415,7 +423,7 @@ train --model weights-header                         | model.safetensors
 train --model weights-length                         | model.safetensors | download it again
 train --model weights-pickle                         | model.safetensors | download it again
 train --model weights-none                           | tokenizer.json
-train --model tokenizer-big                          | tokenizer.json | vocab_size 4000
+train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
 train --model tokenizer-list                         | tokenizer.json
 train --task gsm8k --train-data absent.jsonl         | absent.jsonl | GSM8K rows
@@ -441,10 +449,10 @@ evaluate notes --task tiny-math                      | notes | config.json
 evaluate weights-cut --task tiny-math                | model.safetensors
 evaluate tokenizer-cut --task tiny-math              | tokenizer.json
 evaluate config-experts --task tiny-math             | 900000
-evaluate run-bare                                    | run-bare
-evaluate run-list                                    | run-list
+evaluate run-bare --task tiny-math                   | run-bare
+evaluate run-list --task tiny-math                   | run-list
 evaluate run-task                                    | chess
-evaluate run-model                                   | run-model
+evaluate run-model --task tiny-math                  | run-model
 evaluate run-no-adapter                              | missing
 evaluate run-flip                                    | run-flip/adapter | sha256
 evaluate run-edited                                  | run-edited/adapter | sha256
@@ -464,7 +472,7 @@ evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
 evaluate tiny --task tiny-math --samples 2           | --samples 2 | scores one completion
 evaluate tiny --task tiny-code --samples 2 --temperature 0 | greedy samples
 evaluate tiny --task tiny-code --shots 2             | --shots 2
-evaluate tiny --task tiny-math --shots 2001          | 2000 problems
+evaluate tiny --task tiny-math --shots 61            | 60 problems
 evaluate tiny --task tiny-math --train-data file     | --shots
 evaluate tiny --task tiny-math --seed -1             | '-1'
 evaluate tiny --task tiny-math --dtype int8          | 'int8' | bfloat16
@@ -544,7 +552,7 @@ profile compare profile.json profile.json --plot p.gif | 'p.gif' | .png
 profile compare profile.json profile-negative.json   | profile-negative.json
 profile advise absent.json                           | absent.json
 profile advise profile.json --rank 0                 | '0'
-profile advise profile.json --rank 65                | 65 | 1..64
+profile advise profile.json --rank 49                | 49 | 1..48
 profile advise profile.json --coverage 0             | '0'
 profile advise profile.json --model mixtral-8x7b     | 32 layers of 8 experts
 profile advise profile-model.json                    | no/such-model
@@ -553,18 +561,28 @@ bench stride                                         | 'stride' | step
 bench step --batch 0                                 | '0'
 bench step --k 65                                    | 65 | 1..64
 bench step --rank x                                  | 'x'
-bench step --rank 257                                | 257 | 1..256
 bench step --names lora nothing                      | 'nothing' | floor
 bench step --repeats 0                               | '0'
 bench step --sweep width                             | 'width' | rank
-bench step --json absent/rows.json                   | absent/rows.json
+bench step --json file/rows.json                     | file/rows.json
 bench step --json notes                              | notes
 bench step --plot rows.txt                           | rows.txt | .png
 bench step --sweep k --batch 8 32                    | one
+bench plan --model nowhere/at-all                    | nowhere/at-all
+bench plan --k 65                                    | 65 | 1..64
+bench plan --rank 1025                               | 1025 | 1..1024
+bench plan --method magic                            | 'magic' | hellora
+bench plan --gpus 0                                  | '0'
+bench plan --memory 0                                | '0'
+bench plan --json notes                              | notes
+bench load --model nowhere/at-all                    | nowhere/at-all
+bench load --model file                              | config.json
+bench load --repeat 0                                | '0'
+bench load --json notes                              | notes
 bench generate --prompts 0                           | '0'
 bench generate --dtype int8                          | 'int8' | bfloat16
 bench generate --model nowhere/at-all                | nowhere/at-all
-bench generate --json absent/rows.json               | absent/rows.json
+bench generate --json file/rows.json                 | file/rows.json
 bench generate --json notes                          | notes
 reproduce                                            | nothing | params
 reproduce table99                                    | 'table99' | params
@@ -621,3 +639,141 @@ def no_work(made, monkeypatch):
 def test_wrong_input_ends_in_one_line_with_status_2_and_writes_nothing(command, said, made, no_work, capsys):
     line = complaint(command, made, capsys)
     assert all(part in line for part in said), line
+
+
+def test_a_process_of_its_own_answers_the_same(made, no_work, capsys):
+    commands = ("train --experts warm", "evaluate run-pickle", "export notes --to merged --out new")
+    lines = [complaint(command, made, capsys) for command in commands]
+    started = [
+        subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], stderr=subprocess.PIPE, text=True)
+        for name, *flags in map(arguments, commands)
+    ]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in started]
+    # argparse's advice names the program: here that is pytest
+    assert ends == [(re.sub(r"see \S+ --help", "see train.py --help", line), 2) for line in lines]
+    assert not Path("unpickled").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- pickles
+
+
+def test_the_pickle_of_these_cases_leaves_a_mark_where_it_is_loaded_and_no_module_loads_one():
+    pickle.loads(A_PICKLE)
+    assert Path("unpickled").is_dir()
+    calls = re.compile(r"\b(pickle|marshal|shelve|dill|joblib)\b|torch\.load\(|allow_pickle|trust_remote_code|\beval\(")
+    modules = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tiny/*.py")]
+    found = {path.name for path in modules for line in path.read_text().splitlines() if calls.search(code_of(line))}
+    assert len(modules) > 20 and not found
+
+
+def code_of(line: str) -> str:
+    """A line without its comment, and without prose about pickles in docstrings."""
+    code = line.split("#")[0].replace(".eval(", "")
+    return code if re.search(r"[(=]|import", code) else ""
+
+
+def test_weights_beside_safetensors_that_could_run_code_are_not_opened(made, no_work, capsys):
+    Path("model").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(TINY / name, "model")
+    for name in ("pytorch_model.bin", "model.bin", "adapter_model.bin"):
+        Path("model", name).write_bytes(A_PICKLE)
+    assert "model.safetensors is missing" in complaint("evaluate model --task tiny-math", made, capsys)
+    index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "pytorch_model.bin: not a whole safetensors file" in complaint("profile --out p --model model", made, capsys)
+    assert not Path("unpickled").exists()
+
+
+# --------------------------------------------------------------------------------------- odd, and still right input
+
+
+def test_examples_that_are_too_long_are_counted_and_said(capsys):
+    rows = [{"question": "How many? " * n, "answer": "One.\n#### 1"} for n in (1, 9, 90, 900)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train.main("--task gsm8k --train-data rows.jsonl --max-length 64 --rank 2 --steps 1 --out run".split())
+    assert result["steps"] == 1
+    out, err = capsys.readouterr()
+    assert err == "2 of 4 examples are longer than 64 tokens and were cut\n"
+    assert "gsm8k: 4 examples, " in out
+
+
+def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
+    place = Path("mes modèles", "учёба 学习")
+    place.mkdir(parents=True)
+    model()(place / "tiny ñ", None)
+    base, run, data = str(place / "tiny ñ"), str(place / "run é"), str(place / "zahlen ü.jsonl")
+    Path(data).write_text(f"{GSM8K}\n" * 6)
+    found = str(place / "profil ß.json")
+    rows = ["--task", "gsm8k", "--train-data", data]
+    profile.main([*rows, "--model", base, "--sample", "1", "--out", found, "--plot", found.replace("json", "png")])
+    train.main([*rows, "--model", base, "--profile", found, "--rank", "2", "--steps", "1", "--out", run])
+    some = ["--limit", "2", "--max-new-tokens", "2"]
+    score = evaluate.main([run, "--eval-data", data, *some, "--out", str(place / "note ø")])
+    assert score["num_total"] == 2 and (place / "note ø" / "score.json").is_file()
+    for kind in ("merged", "peft"):
+        export.main([run, "--to", kind, "--out", str(place / f"{kind} å")])
+    assert evaluate.main([str(place / "merged å"), "--task", "gsm8k", "--eval-data", data, *some])["num_total"] == 2
+    assert all(name.startswith("mes") or name == "./runs" for name in os.listdir() if name != "runs")
+
+
+# ------------------------------------------------------------------------------------------------------- downloads
+
+RESOLVE = """
+import huggingface_hub.constants as constants
+from checkpoint import files, read_config, resolve
+from cli import InputError
+
+def attempt(offline):
+    constants.HF_HUB_OFFLINE = offline
+    try:
+        print("whole", [file.stat().st_size for file in files(resolve("some/model"))])
+    except InputError as error:
+        print(" ".join(str(error).split()))
+
+for phase in ("offline", "cut", "offline", "whole", "offline"):
+    if phase == "whole":
+        open("repaired", "w").close()
+    attempt(offline=phase == "offline")
+"""
+
+
+def test_a_model_download_that_is_cut_is_an_error_the_next_one_is_whole_and_then_no_network_is_needed():
+    """huggingface_hub against a local server that breaks off the weights until the file `repaired` is there."""
+    contents = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": bytes(50_000)}
+    repaired = Path("repaired").resolve()
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            listed = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in contents.items()]
+            about = {"id": "some/model", "sha": "a" * 40, "siblings": [{"rfilename": n} for n in contents]}
+            if name not in contents and not self.path.startswith("/api/models/"):
+                return self.send_error(404)
+            content = contents.get(name) or json.dumps(listed if "/tree/" in self.path else about).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("X-Repo-Commit", "a" * 40)
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.end_headers()
+            if self.command == "GET":
+                cut = name == "model.safetensors" and not repaired.exists()
+                self.wfile.write(content[:1000] if cut else content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    env = os.environ | {"HF_HOME": str(Path("hub").resolve()), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    env |= {"HF_ENDPOINT": f"http://127.0.0.1:{http.server_port}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RESOLVE], env=env, capture_output=True, text=True, timeout=120)
+    http.shutdown()
+    http.server_close()
+    nothing, cut, part, whole, again = done.stdout.splitlines()
+    assert "the hub did not give it" in nothing
+    assert "the hub did not give it" in cut and "50000" in cut
+    assert "model.safetensors is missing; the checkpoint is incomplete" in part
+    assert whole == again == "whole [50000]"

