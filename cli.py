@@ -33,6 +33,9 @@ def start_processes() -> tuple[int, int, torch.device]:
     """Join the process group that torchrun describes, if any.  -> rank, number of processes, device"""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise InputError(f"process {local + 1} of this machine has no GPU, there are {gpus}; want as many processes")
     if cuda:
         torch.cuda.set_device(local)
     if world > 1:
@@ -49,6 +52,11 @@ def say(*lines: str) -> None:
 def is_main_process() -> bool:
     """True for the one process that prints and writes (rank 0 under torchrun, or the only one)."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_first_here() -> bool:
+    """True for one process of every machine: what is wrong may be wrong on that machine alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,11 +115,11 @@ def run(main: Callable[[], object]) -> None:
     try:
         main()
     except InputError as error:
-        if is_main_process():
+        if is_first_here():
             print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever it quotes
         sys.exit(2)
     except RunError as error:
-        if is_main_process():
+        if is_first_here():
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

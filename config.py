@@ -222,8 +222,8 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
             raise InputError(f"config.json: {key} is {hub[key]!r:.40}; want true or false")
     for key, value in (rope | hub).items():
         if key in ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings") and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-                raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
+                raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number up to 1e12")
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).

@@ -3,7 +3,7 @@
     hot = select_experts("hot", counts, num_hot=8)      # the 8 most-routed experts of every layer: bool [L, E]
     attach(model, hot, r=32, alpha=64)                  # freeze the model; LoRA on them, attention and router
     ...                                                 # train whatever still requires a gradient
-    save_adapter(model, "run/adapter")                  # or merge(model): the adapter becomes part of the weights
+    save_adapter(adapter_state(model), folder, model.adapter)      # or merge(model): it becomes part of the weights
 
 `select_experts` turns routing counts (or gate mass) into a mask; `attach` puts the factor pairs of lora.py where the
 mask says, and moves the hot experts to the front of the stacks: the rows they compute are then one contiguous prefix,
@@ -29,7 +29,7 @@ from checkpoint import seal
 from cli import InputError
 from config import MoEConfig
 from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, pad, sparsify, uniform
-from model import Experts, MoETransformer
+from model import Experts, MoETransformer, whole
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
     "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
@@ -77,7 +77,7 @@ def covering(scores: Tensor, coverage: float) -> Tensor:
     """
     share = scores.double() / scores.double().sum(-1, keepdim=True)
     order = hot_first(share)
-    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
+    before = share.whole(-1, order).cumsum(-1) - share.whole(-1, order)  # share of the hotter experts
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
 
 
@@ -218,18 +218,13 @@ def init_factors(model: MoETransformer) -> None:
     if adapter.kind == "dora":
         for module in model.modules():
             if isinstance(module, LoRALinear):
-                fill(module.lora_m, gather(module.weight).float().norm(dim=-1))
+                fill(module.lora_m, whole(module.weight).float().norm(dim=-1))
             elif isinstance(module, LoRAExperts):
-                hot = hot_weights(gather(module.gate_up_proj), gather(module.down_proj), module.num_hot)
+                hot = hot_weights(whole(module.gate_up_proj), whole(module.down_proj), module.num_hot)
                 for name, W in hot.items():
                     fill(module.lora[name].lora_m, W.float().norm(dim=-1))
     if adapter.kind == "lori":
         model.adapter = replace(adapter, sha256_A=digest.hexdigest())
-
-
-def gather(parameter: Tensor) -> Tensor:
-    """All of a parameter, of which this process may hold a part."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
@@ -285,7 +280,7 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
     state = {name: buffer for name, buffer in model.named_buffers() if name.endswith("positions")}
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
-            state[name] = gather(parameter)
+            state[name] = whole(parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -339,7 +334,8 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     try:
         about = json.loads(Path(path).read_text(encoding="utf-8"))
         hot = about["hot"] if isinstance(about, dict) else about
-        if not isinstance(hot, list) or not any(hot) or any(type(e) is not int for ids in hot for e in ids):
+        lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
+        if not lists or any(type(e) is not int for ids in hot for e in ids):
             raise ValueError(f"it holds {hot!r:.60}")
         mask = hot_mask(hot, config)
     except InputError as error:

@@ -9,14 +9,17 @@ Dimensions: T tokens of a micro-batch, K experts a token, D hidden_size, F inter
 Hq and Hk query and key heads, Dh head_dim.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 import cli
 from config import MoEConfig
+from hellora import Adapter
 from model import MoETransformer
 from ops import HEAD_ROWS
 
@@ -67,38 +70,55 @@ def plan(
     base = size(lambda name, p: "lora_" not in name)
     trained = size(lambda name, p: trains and p.requires_grad)
     layers = [size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(config.num_hidden_layers)]
-    trained_layer = max(
-        size(lambda name, p, i=i: trains and p.requires_grad and name.startswith(f"layers.{i}."))
-        for i in range(config.num_hidden_layers)
-    )
+    factors = size(lambda name, p: "lora_" in name and name.startswith("layers."))
     root = size(lambda name, p: not name.startswith("layers."))
-    kept, passing = layer_activations(config, tokens, dtype)
+    kept, passing = layer_activations(config, model.adapter, factors // len(layers), tokens, dtype)
     if not trains:
         kept = 0
     if checkpointing:
         kept, passing = tokens * config.hidden_size * dtype.itemsize, kept + passing
+    entering = 2 * tokens * config.hidden_size * dtype.itemsize  # the first layer, and the head
+    if model.adapter is None:  # the head keeps its weight's gradient, made on the way forward, and its norm's input
+        entering += (config.vocab_size + tokens) * config.hidden_size * dtype.itemsize
     head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 3  # logits, probabilities and their gradient, float32
     return Plan(
         weights=base // share,
         adapters=size(lambda name, p: "lora_" in name) // share,
         gathered=root + 2 * max(layers) if sharded else 0,
-        gradients=trained // share + (trained_layer if sharded else 0),
+        # Those of adapters are added up whole over the micro-batches; full fine-tuning reduces them in each.
+        gradients=trained // share + ((trained if attach else max(layers)) if sharded else 0),
         optimizer=2 * trained // share,
-        activations=config.num_hidden_layers * kept + 2 * tokens * config.hidden_size * dtype.itemsize,
+        activations=config.num_hidden_layers * kept + (entering if trains else 0),
         transient=max(passing, head),
     )
 
 
-def layer_activations(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that a layer keeps for its backward pass, and bytes that come and go within it."""
+def layer_activations(
+    config: MoEConfig, adapter: Adapter | None, factor_bytes: int, tokens: int, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Bytes that a layer keeps for its backward pass, and bytes that come and go within it.
+
+    adapter: None if every weight trains. factor_bytes: of the layer's factors in float32.
+    """
     D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     normed = D + q + kv if config.family.qk_norm else D  # what goes into a norm; the product's input is made again
     attention = normed + 2 * q + 2 * kv  # queries, keys, values and result of the attention itself
     shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
     experts = 2 * D + config.num_experts + K * 2 * F + shared
+    factors = 0
+    if adapter is None:  # the inputs of norms' weights and of all products
+        attention += normed + D + q
+        experts += 2 * D + K * (D + F)
+    else:  # a copy of the factors, side by side, and what A makes of the inputs
+        factors = 1.2 * factor_bytes * dtype.itemsize / 4
+        attention += 4 * adapter.r
+        experts += (3 * K + 1) * adapter.r
+        if adapter.kind == "dora":  # what is scaled, and what the scale multiplies
+            attention += q + 2 * kv + D
+            experts += 2 * K * (2 * F + D)
     indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
-    kept = tokens * ((attention + experts) * dtype.itemsize + indices)
+    kept = tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
     passing = tokens * K * (3 * F + 2 * D) * dtype.itemsize
     return kept, passing
 
@@ -106,10 +126,14 @@ def layer_activations(config: MoEConfig, tokens: int, dtype: torch.dtype) -> tup
 def available(device: torch.device) -> int:
     """Bytes that this process may use: the GPU's, or its share of the memory that the machine has left."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the counting left behind
+        gc.collect()  # modules under FSDP refer to each other: nothing else frees what the counting left behind
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except FileNotFoundError:  # not Linux
+        left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -117,7 +141,10 @@ def choose_shard(asked: str | None, device: torch.device, world: int, whole: Pla
     """Whether to shard: as asked, or if the plan of a process that holds the base `whole` does not fit. Says why."""
     if world == 1:
         return False
-    room = int(available(device) * (1 - SPARE))
+    room = torch.tensor(available(device) * (1 - SPARE), dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(room, dist.ReduceOp.MIN)  # the processes must agree
+    room = int(room)
     need, room_gb = f"{whole.total / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
     sharded = whole.total > room if asked is None else asked == "full"
     if sharded:

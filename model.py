@@ -289,6 +289,11 @@ def hub_views(model: MoETransformer) -> dict[str, Tensor]:
     return {key: view for name, parameter in parameters for key, view in hub_parts(model, name, parameter.data)}
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, of which this process may hold some rows (a collective then)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """What this process holds of a parameter, and the number of its first row; FSDP2 deals rows out evenly."""
     if not isinstance(parameter, DTensor):
@@ -349,14 +354,13 @@ def save_model(
     Under FSDP every process must call it: one parameter after the other is gathered, and the main process writes.
     """
     folder, parameters = Path(path), base_parameters(model)
-    if (folder / INDEX).exists():  # its shards would stay beside ours
+    if is_main_process() and (folder / INDEX).exists():  # its shards would stay beside ours
         raise InputError(f"{folder}: holds a sharded checkpoint; choose another folder")
     stored_dtype = dtype or model.lm_head.weight.dtype
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters.items():
-            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            for key, view in hub_parts(model, name, whole.detach()):
+            for key, view in hub_parts(model, name, whole(parameter).detach()):
                 yield key, view.to("cpu", stored_dtype, copy=True).contiguous()
 
     if not is_main_process():

@@ -55,7 +55,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
         low = F.linear(x, A)  # [..., r]
         ctx.remake, sources = getattr(x, "made_by", (Tensor.detach, (x,)))
-        ctx.save_for_backward(W, A, B, low, *sources)
+        ctx.save_for_backward(W, A, B, low, *(sources if ctx.needs_input_grad[3] else ()))
         return F.linear(x, W, bias).add_(F.linear(low, B))
 
     @staticmethod
@@ -84,7 +84,7 @@ class GroupedLowRankLinear(torch.autograd.Function):
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
         low = grouped_linear(x[:S], A, hot)  # [S, r]
         y[:S] += grouped_linear(low, B, hot)
-        ctx.save_for_backward(W, A, B, low, offsets, *sources)
+        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         ctx.remake = remake
         return y
 
@@ -96,7 +96,7 @@ class GroupedLowRankLinear(torch.autograd.Function):
         grad_x = grouped_linear(grad, W.mT, offsets)  # [R, in]
         grad_x[:S] += grouped_linear(grad_low, A.mT, hot)
         grad_A = grouped_outer(grad_low, ctx.remake(*sources), hot) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_A, grouped_outer(grad[:S], low, hot), *(None,) * (3 + len(sources))
+        return grad_x, None, grad_A, grouped_outer(grad[:S], low, hot), *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ process holds the frozen base whole, and only the gradients of what trains trave
 Dimensions: L layers with experts, E experts a layer, T real tokens of a micro-batch.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,7 @@ def load_shared(
         if sharded:
             shard(model, device, compute_dtype)
 
+    gc.collect()  # FSDP's modules refer to each other: nothing else frees the model that was here before
     model = load_model(folder, dtype, device, prepare)
     if model.adapter is not None:
         hellora.init_factors(model)
@@ -94,7 +96,9 @@ def global_step(
     mine = data.micro_batches(items, micro_batch, rank, world)
     for i, part in enumerate(mine):
         if sharded:
-            model.set_requires_gradient_sync(i == len(mine) - 1)  # reduce once a step, not once a micro-batch
+            # Once a step, not once a micro-batch; but until then gradients are held whole, and those of all weights
+            # would be too many.
+            model.set_requires_gradient_sync(model.adapter is None or i == len(mine) - 1)
         # A process whose share is empty still takes part, since the others wait for it: with no token at all.
         batch = data.collate(part, config.pad_token_id or 0)
         nll, selected, router_logits = model(

@@ -143,7 +143,9 @@ PLAIN = {  # settings of PEFT that change what the factors mean, with the one va
     "lora_bias": False,
     "modules_to_save": None,
     "layer_replication": None,
+    "alora_invocation_tokens": None,
 }
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base model's weights
 
 
 def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
@@ -167,6 +169,9 @@ def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str,
     for name, only in PLAIN.items():
         if (about.get(name) or only) != only:
             raise InputError(f"{folder}: {name} is {about[name]!r}, only {only!r} can be read")
+    if str(about.get("init_lora_weights")).startswith(OTHER_BASE):
+        made = about["init_lora_weights"]
+        raise InputError(f"{folder}: init_lora_weights {made!r} belongs to changed base weights; save it converted")
     for name, doubled in (("rank_pattern", 2 * r), ("alpha_pattern", 2 * alpha)):  # of gate and up in one pair
         if (about.get(name) or {}) not in ({}, {r".*\.gate_up_proj": doubled}):
             raise InputError(f"{folder}: {name} is {about[name]}; only one rank and one alpha for all can be read")

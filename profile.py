@@ -50,7 +50,7 @@ import hellora
 import memory
 import routing
 from checkpoint import read_config, resolve
-from cli import InputError, writable
+from cli import InputError, RunError, writable
 from config import PRESETS, MoEConfig
 from model import MoETransformer
 from parallel import global_step, load_shared
@@ -67,6 +67,8 @@ class RoutingProfile:
     gate_mass: Tensor  # float64 [L, E] sum of the routing weights they gave it
     num_tokens: int  # real tokens seen
     num_experts_per_tok: int
+    model: str | None = None  # where and on what they were counted, if read from a file
+    task: str | None = None
 
 
 # -------------------------------------------------------------------------------------------------- counting
@@ -110,6 +112,7 @@ def profile_warmup(
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
+    micro_batch: int | None = None,
     progress: Callable = iter,
 ) -> RoutingProfile:
     """Count the experts chosen while what requires a gradient trains, one step of `batch` items after the other.
@@ -121,7 +124,11 @@ def profile_warmup(
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
     totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64)
     for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0)):
-        totals += global_step(model, [items[i] for i in chosen], batch, rank, world).routing
+        step = global_step(model, [items[i] for i in chosen], micro_batch or batch, rank, world)
+        if not step.loss.isfinite():
+            raise RunError(f"warm-up: the loss is {step.loss:.3g}; lower the learning rate")
+        totals += step.routing
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     return finish(model.config, totals)
@@ -142,8 +149,8 @@ def count_task(
 ) -> RoutingProfile:
     """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
-    warmup: r, alpha and lr of the LoRA that trains meanwhile; None: count on the base. shard: "full", "none", or None
-    to let the memory plan decide.
+    warmup: r, alpha, lr and batch of the LoRA that trains meanwhile; None: count on the base. shard: "full", "none",
+    or None to let the memory plan decide.
     """
     config = read_config(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -158,8 +165,8 @@ def count_task(
     sharded = memory.choose_shard(shard, device, world, whole)
     model = load_shared(folder, dtype, device, sharded=sharded, attach=attach if warmup else None)
     if warmup:
-        options = {"lr": warmup["lr"], "seed": seed, "rank": rank, "world": world, "progress": progress}
-        return profile_warmup(model, items, batch, **options)
+        options = {"rank": rank, "world": world, "micro_batch": batch, "progress": progress}
+        return profile_warmup(model, items, warmup["batch"], lr=warmup["lr"], seed=seed, **options)
     parts = data.micro_batches(items, batch, rank, world)
     return profile_routing(model, progress([data.collate(part, config.pad_token_id or 0) for part in parts]))
 
@@ -180,7 +187,7 @@ def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
 def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: str) -> None:
     """Write profile.json, whole or not at all. Raises InputError if it cannot be written. Call it on one process."""
     path = writable(path)
-    about = {"model": model, "task": task} | vars(profile)
+    about = vars(profile) | {"model": profile.model or model, "task": profile.task or task}
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(about, default=Tensor.tolist) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -221,7 +228,7 @@ def checked(about: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    return RoutingProfile(counts, gate_mass, num_tokens, K)
+    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"])
 
 
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:
@@ -269,7 +276,8 @@ def count(argv: list[str]) -> RoutingProfile:
 
     rank, world, device = cli.start_processes()
     recipe = RECIPES[args.task]
-    warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr} if args.warmup == "lora" else None
+    warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr, "batch": args.batch}
+    warmup = warmup if args.warmup == "lora" else None
     progress = functools.partial(tqdm, unit="batch", disable=None if rank == 0 else True)  # None: only on a terminal
     options = {"shard": args.shard, "warmup": warmup, "seed": args.seed, "progress": progress}
     counted = count_task(folder, items, args.batch, rank, world, device, **options)

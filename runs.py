@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 import cli
 from checkpoint import SHARD_BYTES, read_rows, seal, sha256, stored, write_shards
 from cli import InputError, RunError
-from model import local_rows
+from model import local_rows, whole
 
 FREE = {"resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing"}
+# but for micro_batch where a balancing loss is taken in each
 
 
 # ------------------------------------------------------------------------------------------------ whose it is
@@ -49,7 +49,8 @@ def check_out(out: Path, settings: dict, resume: bool) -> None:
         before = None
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
-    free = FREE | ({"steps", "epochs"} if resume else set())
+    free = FREE - ({"micro_batch"} if settings["router_aux_loss"] else set())
+    free = free | ({"steps", "epochs"} if resume else set())
     changed = [key for key in settings if key not in free and before.get(key, settings[key]) != settings[key]]
     if changed:
         was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
@@ -88,16 +89,22 @@ def commit() -> str | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole, or as it was before."""
+    """Write a text file so that it is there whole, or as it was before. Raises RunError if the disk refuses."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror})") from None
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when all went well, and is removed if not."""
+    """A new folder beside `folder` that takes its place when all went well, and is removed if not.
+
+    Raises RunError if the disk refuses.
+    """
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -105,11 +112,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         yield part
         for path in [*part.iterdir(), part]:
             sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        drop(folder)
         part.rename(folder)
         sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be written ({error})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder so that, cut off at any moment, nothing incomplete keeps its name."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
@@ -129,40 +147,44 @@ def training_state(trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> 
     state = {}
     for name, parameter in trained.items():
         state[name] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{name} {moment}"] = optimizer.state[parameter][moment]
+        for moment in ("exp_avg", "exp_avg_sq"):  # there are none before the first update
+            state[f"{name} {moment}"] = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
     return state
 
 
-def save_state(folder: Path, step: int, state: dict[str, Tensor], numbers: dict, keep: int) -> None:
+def save_state(
+    folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, numbers: dict, keep: int
+) -> None:
     """Write RUN/checkpoint/step-N, then drop all but the `keep` newest. Every process must call it; one writes.
 
     numbers: whatever else the loop needs, as JSON. Raises RunError if the disk refuses; older states stay.
     """
+    state = training_state(trained, optimizer)
+    updates = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)  # a step may be skipped
 
-    def whole() -> Iterator[tuple[str, Tensor]]:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            yield name, tensor.cpu().contiguous()
+            yield name, whole(tensor).cpu().contiguous()
 
     if not cli.is_main_process():
-        for _ in whole():
+        for _ in tensors():
             pass
         return
+    for left in folder.glob(".step-*"):  # by a run that was killed
+        shutil.rmtree(left)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     try:
         with whole_folder(folder / f"step-{step:08d}") as part:
-            write_shards(part, sizes, whole(), SHARD_BYTES)
+            write_shards(part, sizes, tensors(), SHARD_BYTES)
             digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
-            about = {"step": step, "sha256": digests} | numbers
+            about = {"step": step, "updates": updates, "sha256": digests} | numbers
             text = json.dumps(about | {"seal": seal(about)})
             (part / "state.json").write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except RunError as error:
         last = last_state(folder)
-        good = f"the last good one is {last}" if last else "there is none before it"
-        raise RunError(f"the checkpoint of step {step} cannot be written ({error}); {good}") from None
+        raise RunError(f"{error}; {f'the last good one is {last}' if last else 'there is none before it'}") from None
     for old in states(folder)[:-keep]:
-        shutil.rmtree(old)
+        drop(old)
 
 
 def states(folder: Path) -> list[Path]:
@@ -182,16 +204,19 @@ def load_state(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.
     """
     try:
         numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        step, digests = int(numbers["step"]), dict(numbers["sha256"])
-        damaged = [] if numbers.pop("seal") == seal(numbers) else ["state.json"]
-        damaged += [name for name, digest in digests.items() if sha256(folder / name) != digest]
+        if numbers.pop("seal") != seal(numbers):
+            raise ValueError("not as it was saved")
+        updates, digests = numbers["updates"], numbers["sha256"]
+        # One process reads every byte; the others read their rows.
+        checked = digests.items() if cli.is_main_process() else ()
+        damaged = [name for name, digest in checked if sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        step, damaged = 0, [f"state.json ({error})"]
+        updates, damaged = 0, [f"state.json ({error})"]
     if damaged:
         raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
     about = optimizer.state_dict()
     moments = [{m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")} for p in trained.values()]
-    about["state"] = {i: {"step": torch.tensor(float(step))} | pair for i, pair in enumerate(moments)}
+    about["state"] = {i: {"step": torch.tensor(float(updates))} | pair for i, pair in enumerate(moments)}
     optimizer.load_state_dict(about)
     state = training_state(trained, optimizer)
     places = {name: local_rows(tensor) for name, tensor in state.items()}
@@ -232,11 +257,21 @@ def asked_to_stop() -> Iterator:
 # ------------------------------------------------------------------------------------------------------ the log
 
 
-def cut_log(path: Path, steps: int) -> list[dict]:
-    """Drop the records of log.jsonl after the first `steps`, which will be written again.  -> those that stay"""
-    lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else []
+def cut_log(path: Path, steps: int, whole: bool = False) -> list[dict]:
+    """Drop the records of log.jsonl after the first `steps`, which will be written again.  -> those that stay
+
+    whole: there must be none after them. Raises InputError if it does not hold them.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = lines if whole else lines[:steps]
+    try:
+        records = [json.loads(line) for line in lines]
+        if [record["step"] for record in records] != list(range(1, steps + 1)):
+            raise ValueError("steps are missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the log of the first {steps} steps ({error}); start the run anew") from None
     write_whole(path, "".join(f"{line}\n" for line in lines))
-    return [json.loads(line) for line in lines]
+    return records
 
 
 def draw_loss(losses: list[float], path: Path, title: str) -> None:

@@ -17,10 +17,12 @@ Dimensions: L layers with experts, E experts a layer.
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,7 +47,7 @@ from checkpoint import read_config, resolve
 from cli import InputError, RunError, say, start_processes
 from config import MoEConfig
 from lora import sparsify, truncate
-from model import MoETransformer, save_model
+from model import MoETransformer, save_model, whole
 from parallel import global_step, load_shared
 from settings import METHODS, hot_experts_per_layer, parse_flags
 
@@ -88,10 +90,12 @@ def main(argv: list[str] | None = None) -> dict:
             sparsify(model, positions)
 
     checkpointing = {"checkpointing": args.activation_checkpointing}
-    whole = memory.plan(config, attach, dtype=dtype, world=world, sharded=False, tokens=tokens, **checkpointing)
-    sharded = memory.choose_shard(args.shard, device, world, whole)
-    if compute_dtype not in (None, dtype) and not sharded:  # FSDP keeps float32 weights and computes in bfloat16
+    plan = memory.plan(config, attach, dtype=dtype, world=world, sharded=False, tokens=tokens, **checkpointing)
+    if compute_dtype in (None, dtype):
+        sharded = memory.choose_shard(args.shard, device, world, plan)
+    else:
         sharded = True
+        say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
         if world == 1:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     about["shard"] = "full" if sharded else "none"
@@ -112,11 +116,11 @@ def main(argv: list[str] | None = None) -> dict:
         trainable, total = hellora.count_parameters(model)
         result = fit(model, items, args, out / name, rank, world, [example.id for example in examples])
         if hot is None:
-            shutil.rmtree(out / name / "model", ignore_errors=True)
-            save_model(model, out / name / "model")
             state = {}
-            if rank == 0:
-                shutil.copy(folder / "tokenizer.json", out / name / "model" / "tokenizer.json")
+            with runs.whole_folder(out / name / "model") if rank == 0 else nullcontext(out) as part:
+                save_model(model, part)
+                if rank == 0:
+                    shutil.copy(folder / "tokenizer.json", part / "tokenizer.json")
         else:
             state, adapter = hellora.adapter_state(model), model.adapter
             if method.grows:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
@@ -134,6 +138,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.mask:
             state = given[1]
         elif args.resume and (out / "stage-d" / "adapter").is_dir():
+            runs.cut_log(out / "stage-d" / "log.jsonl", total_steps(args, len(items)), whole=True)
             say(f"stage D is done: {out / 'stage-d'}")
             state = hellora.read_adapter(out / "stage-d" / "adapter")[1]
         else:
@@ -147,11 +152,11 @@ def main(argv: list[str] | None = None) -> dict:
     result = about | result
     if rank == 0:
         runs.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
-    say(
-        f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
-        f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
-    )
-    if world > 1:
+        say(
+            f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
+            f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
+        )
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return result
@@ -195,10 +200,13 @@ def count(
     if source:
         counted = profile.load_profile(source)
         profile.check_fits(counted, config, source)
+        if (counted.model, counted.task) != (args.model, args.task):
+            counted_on = f"{counted.task} on {counted.model}"
+            say(f"note: {source} counted {counted_on}, and this run is {args.task} on {args.model}")
         return counted
     sample = data.sample(items, args.sample, args.seed)
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
-    warmup = {"r": args.rank, "alpha": args.alpha, "lr": args.lr} if args.warmup == "lora" else None
+    warmup = {"r": args.rank, "alpha": args.alpha, "lr": args.lr, "batch": 16} if args.warmup == "lora" else None
     return profile.count_task(
         folder, sample, args.micro_batch, rank, world, device, shard=args.shard, warmup=warmup, seed=args.seed
     )
@@ -224,6 +232,10 @@ def choose_experts(
 # ---------------------------------------------------------------------------------------------------- training
 
 
+def total_steps(args: argparse.Namespace, examples: int) -> int:
+    return args.steps or args.epochs * -(-examples // args.batch)
+
+
 def fit(
     model: MoETransformer,
     items: list[data.Encoded],
@@ -237,8 +249,7 @@ def fit(
 
     ids: the examples' names, for a batch whose numbers are none.
     """
-    steps_per_epoch = -(-len(items) // args.batch)
-    steps = args.steps or args.epochs * steps_per_epoch
+    steps_per_epoch, steps = -(-len(items) // args.batch), total_steps(args, len(items))
     if steps < 2 and METHODS[args.method].grows:
         raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -248,6 +259,7 @@ def fit(
     reach = routing.HotReach(model)
     numbers = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
     first, losses, checkpoints = 1, [], out / "checkpoint"
+    seen = f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
     if args.resume and (last := runs.last_state(checkpoints)):
         saved = runs.load_state(last, trained, optimizer)
         first, numbers = saved["step"] + 1, saved["numbers"]
@@ -256,11 +268,18 @@ def fit(
             growth.load_state_dict({name: torch.tensor(value) for name, value in saved["growth"].items()})
         if steps < saved["step"]:
             raise InputError(f"{steps} steps are fewer than the {saved['step']} that {last} has done; want more")
+        if saved["data"] != seen:
+            raise InputError(f"{last} is of {saved['data']}, the training data are {seen} now; give the same")
         if growth and steps != saved["steps"]:
             raise InputError(f"--method {args.method} planned its growth for {saved['steps']} steps; resume with these")
         say(f"going on after step {saved['step']} from {last}")
     elif args.resume:
         say(f"no checkpoint in {checkpoints} yet: starting from the beginning")
+    if world > 1:
+        furthest = torch.tensor([first, -first], device=model.embed_tokens.weight.device)
+        dist.all_reduce(furthest, dist.ReduceOp.MAX)
+        if furthest.sum():
+            raise InputError(f"processes resume from steps {-furthest[1]} to {furthest[0]}; want one --out for all")
     log = None
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -268,10 +287,12 @@ def fit(
         log = (out / "log.jsonl").open("a", encoding="utf-8")
 
     def save(step: int) -> None:
-        state = {"steps": steps, "reach": reach.state_dict(), "numbers": numbers}
+        if log:
+            os.fsync(log.fileno())
+        state = {"steps": steps, "data": seen, "reach": reach.state_dict(), "numbers": numbers}
         if growth:
             state["growth"] = {name: tensor.tolist() for name, tensor in growth.state_dict().items()}
-        runs.save_state(checkpoints, step, runs.training_state(trained, optimizer), state, args.keep)
+        runs.save_state(checkpoints, step, trained, optimizer, state, args.keep)
 
     say(f"{steps:,} steps of {args.batch} examples, {world} process{'es' * (world > 1)}")
     bar = tqdm(total=steps, initial=first - 1, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
@@ -287,9 +308,9 @@ def fit(
                 before = {name: tensor.clone() for name, tensor in growth.state_dict().items()}
                 growth.observe(done.routing[0].float())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
-            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-            loss = done.loss.item()
-            if math.isfinite(loss) and math.isfinite(norm):
+            norm, loss = whole(norm).item(), done.loss.item()
+            is_finite = math.isfinite(loss) and math.isfinite(norm)
+            if is_finite:
                 optimizer.step()
                 if growth:
                     growth.grow(step)
@@ -311,11 +332,11 @@ def fit(
             numbers["examples"] += len(batch)
             numbers["tokens"] += done.tokens
             numbers["seconds"] = seconds
-            losses.append(loss)
+            losses.append(loss if is_finite else None)
             record = {
                 "step": step,
-                "loss": loss,  # nats per target token, mean over the global batch
-                "grad_norm": norm,  # before clipping
+                "loss": losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
+                "grad_norm": norm if is_finite else None,  # before clipping
                 "lr": args.lr,
                 "target_tokens": done.target_tokens,
                 "samples_per_s": numbers["examples"] / seconds,
@@ -345,6 +366,7 @@ def fit(
     bar.close()
     if log:
         log.close()
+        losses = [loss for loss in losses if loss is not None]
         runs.draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
         if growth:
             drlora.draw_ranks(growth.history, out / "ranks.png")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cli
 from checkpoint import read_config, resolve
+from cli import InputError
 
 SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
     "model_type": "olmoe",
@@ -66,12 +67,15 @@ print(json.dumps(dict(seconds=seconds, peak_bytes=resident("VmHWM") - before, he
 def read(name: str, folder: Path) -> dict:
     """One reading, in one process or two: the slower one's time, the larger one's memory."""
     world = 2 if "two processes" in name else 1
-    meet = Path(tempfile.mkdtemp()) / "meet"
     root = str(Path(__file__).parent.parent)
-    command = [sys.executable, "-c", FRAME.format(reader=READERS[name]), str(folder), str(meet)]
-    options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": root}}
-    jobs = [subprocess.Popen([*command, str(rank)], **options) for rank in range(world)]
-    results = [json.loads(job.communicate()[0].splitlines()[-1]) for job in jobs]
+    with tempfile.TemporaryDirectory() as meet:
+        command = [sys.executable, "-c", FRAME.format(reader=READERS[name]), str(folder), f"{meet}/meet"]
+        options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": root}}
+        jobs = [subprocess.Popen([*command, str(rank)], **options) for rank in range(world)]
+        printed = [job.communicate()[0] for job in jobs]
+    if any(job.returncode for job in jobs):
+        raise InputError(f"{name}: {folder} could not be read; see above")
+    results = [json.loads(text.splitlines()[-1]) for text in printed]
     return {key: max(result[key] for result in results) for key in results[0]}
 
 
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             make(folder)
             cli.say(f"wrote a checkpoint in {time.perf_counter() - began:.0f} s")
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        cli.say(f"{size / 1e9:.2f} GB of weights in {len(list(folder.glob('*.safetensors')))} files, bfloat16")
+        cli.say(f"{size / 1e9:.2f} GB of weights in {len(list(folder.glob('*.safetensors')))} files, read as bfloat16")
         found = {name: [] for name in names}
         for _ in range(args.repeat):  # in turn, so that what else the machine does meets all of them
             for name in names:

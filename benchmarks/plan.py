@@ -18,21 +18,22 @@ from checkpoint import read_config, resolve
 from cli import InputError, writable
 from config import PRESETS, MoEConfig
 from model import MoETransformer
-from settings import METHODS, Recipe, k_flag
+from settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
 
-def traffic(config: MoEConfig, trained: int, *, world: int, sharded: bool, micro_batches: int) -> int:
+def traffic(config: MoEConfig, trained: int, *, full: bool, world: int, sharded: bool, micro_batches: int) -> int:
     """Bytes that each of `world` GPUs sends in an optimizer step, by ring collectives. trained: bytes that train.
 
-    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: every weight (bfloat16) gathered
-    in the forward and again in the backward pass of each micro-batch, and the gradients reduced once.
+    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: every weight (bfloat16, factors
+    float32) gathered in the forward and again in the backward pass of each micro-batch, and the gradients reduced:
+    once, or where all weights train (`full`) in each micro-batch.
     """
     ring = (world - 1) / world
     if not sharded:
         return int(2 * ring * trained)
     with torch.device("meta"):
-        weights = 2 * sum(p.numel() for p in MoETransformer(config).parameters()) + trained
-    return int(ring * (2 * micro_batches * weights + trained))
+        weights = 2 * sum(p.numel() for p in MoETransformer(config).parameters()) + (0 if full else trained)
+    return int(ring * (2 * micro_batches * weights + trained * (micro_batches if full else 1)))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -54,11 +55,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     args.json = args.json and writable(args.json)
     config = MoEConfig.from_dict(PRESETS[args.model]) if args.model in PRESETS else read_config(resolve(args.model))
     method = METHODS[args.method]
-    num_hot = args.k or method.k or config.num_experts_per_tok
+    if args.k and method.experts != "hot":
+        raise InputError(f"--k {args.k} has no meaning with --method {args.method}; leave it out")
+    num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
     num_hot = config.num_experts if method.experts == "all" else num_hot
-    num_hot = max(1, int(num_hot * config.num_experts)) if isinstance(num_hot, float) else num_hot
-    if num_hot > config.num_experts:
-        raise InputError(f"--k {args.k}: want 1..{config.num_experts}, the experts of a layer of {args.model}")
 
     def attach(model: MoETransformer) -> None:
         hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         hellora.attach(model, hot, args.rank, Recipe.alpha, kind=method.kind, targets=args.targets, r_max=r_max)
 
     rows = []
-    for sharded in (False, True):
+    for sharded in (False, True) if method.experts else (True,):  # all weights train in float32, under FSDP
         plan = memory.plan(
             config,
             attach if method.experts else None,
@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         )
         trained = plan.optimizer // 2 * (args.gpus if sharded else 1)
         passes = -(-args.batch // (args.gpus * args.micro_batch))
-        sent = traffic(config, trained, world=args.gpus, sharded=sharded, micro_batches=passes)
+        sent = traffic(config, trained, full=not method.experts, world=args.gpus, sharded=sharded, micro_batches=passes)
         row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
         rows.append(row | {"fits": plan.total <= (1 - memory.SPARE) * args.memory * 1e9})
     cli.say(f"{args.model}, {args.method}, {args.gpus} GPUs of {args.memory:g} GB: GB on each")
-    cli.say(f"{'':14} {'--shard none':>12} {'--shard full':>12}")
+    cli.say(f"{'':14}" + "".join(f" --shard {row['shard']:>4}" for row in rows))
     for term in (*memory.Plan._fields, "total", "sent_per_step"):
-        cli.say(f"{term.replace('_', ' '):14} {rows[0][term] / 1e9:12.2f} {rows[1][term] / 1e9:12.2f}")
-    cli.say(f"{'fits':14} {'yes' if rows[0]['fits'] else 'no':>12} {'yes' if rows[1]['fits'] else 'no':>12}")
+        cli.say(f"{term.replace('_', ' '):14}" + "".join(f" {row[term] / 1e9:12.2f}" for row in rows))
+    cli.say(f"{'fits':14}" + "".join(f" {'yes' if row['fits'] else 'no':>12}" for row in rows))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return rows

@@ -32,6 +32,7 @@ def test_drawn_lengths_have_the_deciles_they_are_drawn_from():
         assert min(drawn) >= deciles[0] and max(drawn) <= deciles[-1]
         assert statistics.quantiles(drawn, n=10) == pytest.approx(deciles[1:-1], abs=1)
 
+
 # -------------------------------------------------------------------------------------------------- bench.py step
 
 
@@ -113,7 +114,7 @@ def test_a_sweep_has_a_row_for_every_value(tiny_step, tmp_path, sweep):
     assert (tmp_path / "sweep.svg").stat().st_size
 
 
-@pytest.mark.parametrize("flags", [["--k", "9"], ["--json", "nowhere/rows.json"], ["--names", "qlora"]], ids=str)
+@pytest.mark.parametrize("flags", [["--k", "9"], ["--json", f"{__file__}/rows.json"], ["--names", "qlora"]], ids=str)
 def test_wrong_flags_of_step_are_refused(tiny_step, flags):
     with pytest.raises(InputError, match=flags[1]):
         bench.main(["step", *flags])

@@ -52,7 +52,7 @@ def test_trainable_parameters_of_the_tables_to_the_last_one(row):
 
 @pytest.mark.parametrize("row", rows())
 def test_the_share_of_base_and_adapters_is_what_the_paper_prints(row):
-    """To the last digit printed, zeros at the end aside. But for DoRA, printed as 4.350: magnitudes on all it adapts make 4.365."""
+    """To the last digit printed, zeros at the end aside; but for DoRA's 4.350, where magnitudes on all make 4.365."""
     half_a_unit = 0.5 * 10.0 ** -len(f"{row.paper:g}".partition(".")[2])
     off = abs(counted(*row[1:5]).percent - row.paper)
     assert off <= half_a_unit if row.method != "dora" else half_a_unit < off < 0.015

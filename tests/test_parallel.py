@@ -50,7 +50,7 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
                 read.append(tensor.numel())
                 yield key, tensor
 
-        for kind in ("lora", "dora"):
+        for kind in ("lora", "dora", "lori"):
             read.clear()
             model_module.read_rows = counting
             options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
@@ -75,7 +75,7 @@ def shared(make_checkpoint, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "lori"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpoint, shared, family, kind):
     model = load_model(checkpoint(make_checkpoint, family).folder)
@@ -85,6 +85,7 @@ def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpo
         found = torch.load(shared / f"{rank}.pt")[family, kind]
         torch.testing.assert_close(found["loss"], step.loss, rtol=0, atol=1e-5)
         assert torch.equal(found["routing"][0], step.routing[0])
+        assert found["A"] == model.adapter.sha256_A and bool(found["A"]) == (kind == "lori")
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert found["grads"].keys() == grads.keys()
         for name, grad in grads.items():

@@ -136,6 +136,7 @@ def plain_warmup(model, batches: list[data.Batch], r: int, alpha: float, lr: flo
                 counts[layer][e] += 1
         optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         optimizer.step()
     hellora.detach(model)
     return counts
@@ -178,7 +179,7 @@ def count_in_process(rank: int, world: int, folder, out) -> None:
     warm = profile.profile_warmup(with_lora(model), items, 3, rank=rank, world=world, **STEPS)
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
-        for warmup in (None, WARMUP):
+        for warmup in (None, WARMUP | {"batch": 3}):
             options = {"shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
             counted.append(profile.count_task(folder, items, 3, rank, world, torch.device("cpu"), **options))
     torch.save([vars(one) for one in counted], out / f"{rank}.pt")

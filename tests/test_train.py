@@ -44,9 +44,11 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     "flags",
     [
         ("--method", "hellora", "--k", "3", "--micro-batch", "2"),  # 7 examples: 3 and 4 of them, in 2 micro-batches
+        ("--method", "hellora", "--k", "3", "--micro-batch", "2", "--shard", "full", "--router-aux-loss", "0.1"),
         ("--method", "hellori-s", "--batch", "1"),  # the second process never has an example
+        ("--method", "hellori-s", "--shard", "full"),
         ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora", "--sample", "0.01"),
-        ("--method", "dr-lora", "--rank", "4", "--lr", "1e-4", "--sample", "0.01"),
+        ("--method", "dr-lora", "--rank", "4", "--lr", "1e-4", "--sample", "0.01", "--shard", "full"),
     ],
 )
 def test_two_processes_give_the_losses_and_the_adapter_of_one(tmp_path, flags):
