@@ -160,7 +160,7 @@ def save_state(
     numbers: whatever else the loop needs, as JSON. Raises RunError if the disk refuses; older states stay.
     """
     state = training_state(trained, optimizer)
-    updates = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)  # a step may be skipped
+    updates = max((int(moments.get("step", 0)) for moments in optimizer.state.values()), default=0)  # fewer if skipped
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():

@@ -254,7 +254,7 @@ def fit(
         raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=True)
     growth = drlora.RankGrowth(model, args.rank, steps) if METHODS[args.method].grows else None
     reach = routing.HotReach(model)
     numbers = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
@@ -367,6 +367,8 @@ def fit(
     if log:
         log.close()
         losses = [loss for loss in losses if loss is not None]
+        if not losses:
+            raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
         runs.draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
         if growth:
             drlora.draw_ranks(growth.history, out / "ranks.png")
@@ -376,7 +378,7 @@ def fit(
     ranks = {"ranks": growth.ranks().tolist()} if growth else {}
     return ranks | {
         "steps": steps,
-        "first_loss": losses[0] if losses else None,
+        "first_loss": losses[0] if losses else None,  # the main process alone has those of before a resume
         "last_loss": losses[-1] if losses else None,
         "samples_per_s": numbers["examples"] / numbers["seconds"],
         "tokens_per_s": numbers["tokens"] / numbers["seconds"],

@@ -123,7 +123,7 @@ class Subject:
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
 
 
 def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETransformer:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,7 @@ def test_a_full_disk_is_an_error_and_the_state_before_it_loads(tmp_path):
         try:
             train.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", str(out), "--resume"])
         except RunError as error:
-            assert "step 3 cannot be written" in str(error) and "step-00000002" in str(error)
+            assert "step-00000003 cannot be written" in str(error) and "step-00000002" in str(error)
             os._exit(17)
 
     process = FORK.Process(target=with_little_room)
@@ -266,7 +267,8 @@ def test_a_number_that_is_none_stops_the_run_or_is_skipped_and_counted(tmp_path,
     for first in (1, 2):  # cut after the skipped step, which AdamW has not seen
         calls[:] = [1] * (2 - first)
         cut = [*flags, "--out", str(tmp_path / f"cut{first}"), "--on-nonfinite", "skip"]
-        train.main([*cut, "--steps", str(first)])  # the last --steps counts
+        with pytest.raises(RunError, match="every step was skipped") if first == 1 else nullcontext():
+            train.main([*cut, "--steps", str(first)])  # the last --steps counts
         train.main([*cut, "--resume"])
         calls[:] = [1] * (2 - first)
         train.main([*flags, "--out", str(tmp_path / f"whole{first}"), "--on-nonfinite", "skip"])
