@@ -77,7 +77,7 @@ def covering(scores: Tensor, coverage: float) -> Tensor:
     """
     share = scores.double() / scores.double().sum(-1, keepdim=True)
     order = hot_first(share)
-    before = share.whole(-1, order).cumsum(-1) - share.whole(-1, order)  # share of the hotter experts
+    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
 
 
