@@ -28,7 +28,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from checkpoint import seal
 from cli import InputError
 from config import MoEConfig
-from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, pad, sparsify, uniform
+from lora import (
+    KINDS,
+    LoRAExperts,
+    LoRALinear,
+    Scatter,
+    StackedLoRA,
+    hot_weights,
+    init_A,
+    pad,
+    positions_of,
+    sparsify,
+    uniform,
+)
 from model import Experts, MoETransformer, whole
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
@@ -277,7 +289,8 @@ def merge(model: MoETransformer) -> None:
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
     """The adapter's trained tensors by name, whole and on the CPU (a collective under FSDP: all ranks must call it)."""
-    state = {name: buffer for name, buffer in model.named_buffers() if name.endswith("positions")}
+    scatters = ((name, module) for name, module in model.named_modules() if isinstance(module, Scatter))
+    state = {f"{name}.positions": module.bits() for name, module in scatters}
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
             state[name] = whole(parameter)
@@ -303,7 +316,8 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
         about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
             raise ValueError("its sha256 is another: it is not as it was saved")
-        state = load_file(folder / "adapter.safetensors")
+        stored = load_file(folder / "adapter.safetensors")
+        state = {name: positions_of(t) if name.endswith("positions") else t for name, t in stored.items()}
         adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
         if adapter.ranks is not None:
             ranks = torch.tensor(adapter.ranks)

@@ -200,6 +200,17 @@ class Scatter(nn.Module):
     def right_inverse(self, B: Tensor) -> Tensor:
         return B.flatten()[self.positions]
 
+    def bits(self) -> Tensor:
+        """A bit for every entry of the matrix, 1 if it is kept: for the file, where positions would outweigh values."""
+        kept = np.zeros(self.shape.numel(), dtype=bool)
+        kept[self.positions.cpu()] = True
+        return torch.from_numpy(np.packbits(kept))  # uint8 [entries / 8]
+
+
+def positions_of(bits: Tensor) -> Tensor:
+    """What `Scatter.bits` packed.  -> int64 [m], rising"""
+    return torch.from_numpy(np.unpackbits(bits.numpy()).nonzero()[0])
+
 
 def sparsify(model: nn.Module, positions: dict[str, Tensor]) -> None:
     """Keep of every lora_B only the entries at `positions` (by the name of its module), as one vector of values.

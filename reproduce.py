@@ -17,7 +17,7 @@ import hellora
 import lori
 from cli import InputError, writable
 from config import PRESETS, MoEConfig
-from lora import sparsify
+from lora import Scatter, sparsify
 from model import MoETransformer
 from routing import without_weights
 from settings import METHODS, Recipe
@@ -94,8 +94,8 @@ def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: 
         trainable, _ = hellora.count_parameters(model)
     trained = [p for name, p in model.named_parameters() if p.requires_grad]
     stored = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-    stored += [buffer for name, buffer in model.named_buffers() if name.endswith("positions")]
-    return Size(trainable, total, sum(t.nbytes for t in stored), sum(2 * 4 * p.numel() for p in trained))
+    bits = sum(-(-module.shape.numel() // 8) for module in model.modules() if isinstance(module, Scatter))
+    return Size(trainable, total, sum(t.nbytes for t in stored) + bits, sum(2 * 4 * p.numel() for p in trained))
 
 
 def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:

@@ -172,6 +172,18 @@ def test_optimizer_and_gradients_are_a_tenth_of_those_of_stage_d(ids):
     assert few == int(0.1 * sum(p.numel() for p in dense.parameters() if p.requires_grad))
 
 
+def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_entry(tmp_path, ids):
+    dense, compact = trained_d(ids), adapted()
+    lora.sparsify(compact, lori.top_entries(hellora.adapter_state(dense)))
+    sizes = {}
+    for name, model in (("d", dense), ("s", compact)):
+        hellora.save_adapter(hellora.adapter_state(model), tmp_path / name, model.adapter)
+        file = (tmp_path / name / "adapter.safetensors").read_bytes()
+        sizes[name] = len(file) - 8 - int.from_bytes(file[:8], "little")  # without the names
+    entries = sizes["d"] // 4
+    assert sizes["s"] <= 4 * (entries // 10) + entries // 8 + len(matrices(dense))
+
+
 def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
     kept = lori.top_entries(hellora.adapter_state(trained_d(ids)))
     name = "layers.1.mlp.gate"
