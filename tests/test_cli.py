@@ -126,16 +126,17 @@ def test_wrong_input_ends_a_command_with_status_2_and_one_line_on_stderr(capsys,
     assert (out, err) == ("", f"error: {' '.join(text.split())}\n")
 
 
-def test_only_the_main_process_prints(capsys, monkeypatch):
-    for rank, says in (("0", True), ("1", False)):
+def test_the_main_process_prints_and_of_errors_one_process_of_every_machine(capsys, monkeypatch):
+    for rank, local, says, warns in (("0", "0", True, True), ("1", "1", False, False), ("2", "0", False, True)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
         assert cli.is_main_process() == says
         cli.say("first", "second")
         with pytest.raises(SystemExit) as end:
             cli.run(stop(InputError("wrong")))
         out, err = capsys.readouterr()
         assert end.value.code == 2
-        assert (out, err) == (("first\nsecond\n", "error: wrong\n") if says else ("", ""))
+        assert (out, err) == ("first\nsecond\n" if says else "", "error: wrong\n" if warns else "")
 
 
 def test_a_bug_keeps_its_traceback_and_a_finished_command_returns():

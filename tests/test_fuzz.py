@@ -326,7 +326,7 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         optimizer = torch.optim.AdamW([parameter])
         parameter.sum().backward()
         optimizer.step()
-        runs.save_state(path, 5, runs.training_state({"a": parameter}, optimizer), {"numbers": {"tokens": 7}}, 1)
+        runs.save_state(path, 5, {"a": parameter}, optimizer, {"numbers": {"tokens": 7}}, 1)
 
         def read(path: Path) -> tuple:
             numbers = runs.load_state(path, {"a": parameter}, optimizer)

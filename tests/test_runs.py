@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -92,14 +92,14 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
 
 
 def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
-    flags = [*SMALL, "--steps", "30"]
+    flags = [*SMALL, "--steps", "100"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train.main([*flags, "--out", str(whole)])
     rng, while_saving = random.Random(0), 0
     for kill in range(20):
         process = start(*flags, "--save-every", "1", "--out", str(cut), *["--resume"] * (cut / "config.json").exists())
         # Every other kill comes while a state is being written, at one of its first, or later.
-        deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.2, 2.5))
+        deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.4, 1.6))
         patience = rng.randrange(1, 40)
         while process.is_alive() and time.monotonic() < deadline:
             if kill % 2 and list(cut.glob("checkpoint/.step-*.part")):
@@ -107,7 +107,8 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
                 if not patience:
                     break
             time.sleep(0.0002)
-        os.kill(process.pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):  # it may just have finished
+            os.kill(process.pid, signal.SIGSTOP)
         while_saving += bool(list(cut.glob("checkpoint/.step-*.part")))
         process.kill()
         process.join()
@@ -117,7 +118,7 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
     assert while_saving >= 3
     train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
     assert same(adapter(cut), adapter(whole)) and losses(cut) == losses(whole)
-    assert [state.name for state in runs.states(cut / "checkpoint")] == ["step-00000029", "step-00000030"]  # --keep 2
+    assert [state.name for state in runs.states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
