@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import benchmarks.plan
@@ -120,3 +121,16 @@ def test_the_plan_of_mixtral_fits_two_gpus_sharded_and_not_whole(capsys):
     assert [row["fits"] for row in rows] == [False, True]
     assert rows[0]["weights"] == 2 * 46_702_792_704
     assert "sent per step" in capsys.readouterr().out
+
+
+def choose_with_its_own_room(rank: int, out, plan) -> None:
+    dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
+    memory.available = lambda device: int((2, 0.9)[rank] * plan.total)  # whole would fit on the first alone
+    torch.save(memory.choose_shard(None, torch.device("cpu"), 2, plan), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_with_unlike_room_choose_alike(tmp_path):
+    plan = memory.plan(wide("olmoe"), attach, dtype=torch.float32, world=2, sharded=False, tokens=99)
+    torch.multiprocessing.spawn(choose_with_its_own_room, (tmp_path, plan), nprocs=2)
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [True, True]

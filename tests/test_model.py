@@ -566,6 +566,15 @@ def change_weights(folder: Path, change) -> None:
 DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
 
 
+def test_a_weight_that_two_shards_hold_is_named(olmoe, tmp_path):
+    olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
+    key = next(iter(load_file(first)))
+    save_file(load_file(second) | {key: load_file(first)[key]}, second, metadata={"format": "pt"})
+    message = error_of(load_model, tmp_path)
+    assert key in message and first.name in message and second.name in message
+
+
 def test_a_missing_shard_is_named(olmoe, tmp_path):
     olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

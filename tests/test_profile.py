@@ -165,6 +165,13 @@ def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(checkpoi
     assert first.counts.equal(before.counts)
 
 
+def test_a_warmup_whose_loss_is_no_number_stops_and_counts_nothing(olmoe):
+    model = with_lora(load_model(olmoe.folder))
+    model.layers[1].mlp.experts.lora["up_proj"].lora_A.data[0] = float("nan")
+    with pytest.raises(cli.RunError, match="the loss is nan; lower the learning rate"):
+        profile.profile_warmup(model, make_items(model.config.vocab_size), 3, **STEPS)
+
+
 # ----------------------------------------------------------------------------------------------- two processes
 
 

@@ -1,6 +1,7 @@
 """What counts say: shares, overlap and advice, by hand, by exhaustion, and by adding up what a forward multiplies."""
 
 import itertools
+import json
 import random
 
 import matplotlib.image
@@ -145,3 +146,23 @@ def test_advice_table_shows_powers_of_two_and_the_smallest_k_that_reaches_each_t
     assert ninety == "to cover 90% of the routed tokens: k = 4 on average, k = 4 in every layer"
     assert all_of_it == "to cover 100% of the routed tokens: k = 6 on average, k = 6 in every layer"
     assert rule == "the paper's rule, as many as a token has: k = 2 covers 70.0%"
+
+
+def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_cold_one_is_not(olmoe):
+    model = load_model(olmoe.folder)
+    L, E = 4, 7
+    hot = torch.zeros(L, E, dtype=torch.bool)
+    hot[0, [1, 5]] = hot[2, 3] = True
+    hellora.attach(model, hot, r=2, alpha=3.0)
+    reach, counts = routing.HotReach(model), torch.ones(L, E)
+    without = counts.clone()
+    without[0, 5] = without[2, 3] = without[1, 1] = 0
+    reach.observe(without, end_of_epoch=False)
+    assert reach.idle() == ["0:5", "2:3"]  # the run so far is shorter than an epoch
+    reach.observe(counts, end_of_epoch=True)
+    assert reach.idle() == []  # the second step of the epoch reached them
+    reach.observe(without, end_of_epoch=True)
+    reach.observe(counts, end_of_epoch=True)
+    again = routing.HotReach(model)
+    again.load_state_dict(json.loads(json.dumps(reach.state_dict())))
+    assert again.idle() == reach.idle() == ["0:5", "2:3"]  # not reached in the second of three epochs

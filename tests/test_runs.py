@@ -285,3 +285,16 @@ def test_an_adapted_expert_that_no_token_reached_is_reported(tmp_path, capsys):
     learnt = [f"0:{e}" for e, rows in zip(about["hot"][0], B, strict=True) if rows.any()]
     assert not set(learnt) & set(idle)
     assert f"{len(idle)} adapted experts" in capsys.readouterr().out
+
+
+def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--save-every", "1", "--out", str(out)]
+    train.main([*flags, "--steps", "2"])
+    whole = (out / "log.jsonl").read_text()
+    for left in (whole.splitlines()[0] + "\n", whole[:-20], ""):
+        (out / "log.jsonl").write_text(left)
+        with pytest.raises(InputError, match="not the log of the first 2 steps"):
+            train.main([*flags, "--steps", "3", "--resume"])
+    (out / "log.jsonl").write_text(whole)
+    assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
