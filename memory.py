@@ -31,11 +31,13 @@ class Plan(NamedTuple):
 
     weights: int  # of the base, or this process's rows of them
     adapters: int  # factors, trained and frozen, float32
-    gathered: int  # sharded: the root's weights, and those of the layer at work and of the next
+    gathered: (
+        int  # sharded: the root's weights, the layer at work as unpacked and as received, and the next as received
+    )
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # kept for the backward pass, over all layers
-    transient: int  # of the layer at work
+    transient: int  # of the layer at work, or of the head
 
     @property
     def total(self) -> int:
@@ -62,17 +64,22 @@ def plan(
     if attach is not None:
         attach(model)
     parameters = {name: p for name, p in model.named_parameters()}
+
+    def size(keep: Callable[[str, torch.Tensor], bool], processes: int = 1) -> int:
+        """Bytes of the parameters kept; of many processes the first holds most of each, in whole rows."""
+        rows = {name: -(-len(p) // processes) for name, p in parameters.items() if keep(name, p)}
+        return sum(n * parameters[name].nbytes // len(parameters[name]) for name, n in rows.items())
+
     share = world if sharded else 1
-
-    def size(keep: Callable[[str, torch.Tensor], bool]) -> int:
-        return sum(p.numel() * p.element_size() for name, p in parameters.items() if keep(name, p))
-
-    base = size(lambda name, p: "lora_" not in name)
+    trains_here = size(lambda name, p: trains and p.requires_grad, share)
     trained = size(lambda name, p: trains and p.requires_grad)
-    layers = [size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(config.num_hidden_layers)]
-    factors = size(lambda name, p: "lora_" in name and name.startswith("layers."))
+    factors = size(lambda name, p: "lora_" in name)
     root = size(lambda name, p: not name.startswith("layers."))
-    kept, passing = layer_activations(config, model.adapter, factors // len(layers), tokens, dtype)
+    L = config.num_hidden_layers
+    # The largest layer; and as it travels, in equal parts, whatever of them is padding.
+    layer = max(size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(L))
+    parcel = max(world * size(lambda name, p, i=i: name.startswith(f"layers.{i}."), world) for i in range(L))
+    kept, passing = layer_activations(config, model.adapter, factors // L, tokens, dtype)
     if not trains:
         kept = 0
     if checkpointing:
@@ -80,15 +87,15 @@ def plan(
     entering = 2 * tokens * config.hidden_size * dtype.itemsize  # the first layer, and the head
     if model.adapter is None:  # the head keeps its weight's gradient, made on the way forward, and its norm's input
         entering += (config.vocab_size + tokens) * config.hidden_size * dtype.itemsize
-    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 3  # logits, probabilities and their gradient, float32
+    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 2  # logits and log-probabilities, float32
     return Plan(
-        weights=base // share,
-        adapters=size(lambda name, p: "lora_" in name) // share,
-        gathered=root + 2 * max(layers) if sharded else 0,
+        weights=size(lambda name, p: "lora_" not in name, share),
+        adapters=size(lambda name, p: "lora_" in name, share),
+        gathered=root + layer + 2 * parcel if sharded else 0,
         # Those of adapters are added up whole over the micro-batches; full fine-tuning reduces them in each.
-        gradients=trained // share + ((trained if attach else max(layers)) if sharded else 0),
-        optimizer=2 * trained // share,
-        activations=config.num_hidden_layers * kept + (entering if trains else 0),
+        gradients=trains_here + ((trained if attach else layer) if sharded else 0),
+        optimizer=2 * trains_here,
+        activations=L * kept + (entering if trains else 0),
         transient=max(passing, head),
     )
 
@@ -119,8 +126,13 @@ def layer_activations(
             experts += 2 * K * (2 * F + D)
     indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
     kept = tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
-    passing = tokens * K * (3 * F + 2 * D) * dtype.itemsize
-    return kept, passing
+    # At its largest in SwiGLU's backward, or on the way forward through down and its pairs. By then what the head kept
+    # is gone, and what the shared expert keeps is not there yet, or gone.
+    if adapter is None:
+        passing = K * max(4 * F, 2 * D) - shared
+    else:
+        passing = K * max(5 * F, F + 2 * D) - shared + D
+    return kept, tokens * passing * dtype.itemsize
 
 
 def available(device: torch.device) -> int:

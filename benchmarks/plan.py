@@ -21,19 +21,18 @@ from model import MoETransformer
 from settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
 
-def traffic(config: MoEConfig, trained: int, *, full: bool, world: int, sharded: bool, micro_batches: int) -> int:
-    """Bytes that each of `world` GPUs sends in an optimizer step, by ring collectives. trained: bytes that train.
+def traffic(plan: memory.Plan, *, full: bool, world: int, sharded: bool, micro_batches: int) -> int:
+    """Bytes that each of `world` GPUs sends in an optimizer step, by ring collectives.
 
-    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: every weight (bfloat16, factors
-    float32) gathered in the forward and again in the backward pass of each micro-batch, and the gradients reduced:
-    once, or where all weights train (`full`) in each micro-batch.
+    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: what a process holds of every
+    weight (bfloat16) and factor (float32) goes round in the forward and again in the backward pass of each micro-batch,
+    and the gradients once, or where all weights train (`full`) in each micro-batch.
     """
-    ring = (world - 1) / world
+    trained = plan.optimizer // 2
     if not sharded:
-        return int(2 * ring * trained)
-    with torch.device("meta"):
-        weights = 2 * sum(p.numel() for p in MoETransformer(config).parameters()) + (0 if full else trained)
-    return int(ring * (2 * micro_batches * weights + trained * (micro_batches if full else 1)))
+        return 2 * (world - 1) * trained // world
+    held = plan.weights // 2 if full else plan.weights + plan.adapters  # weights that train are float32
+    return (world - 1) * (2 * micro_batches * held + trained * (micro_batches if full else 1))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -76,9 +75,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             tokens=args.micro_batch * args.length,
             checkpointing=args.activation_checkpointing,
         )
-        trained = plan.optimizer // 2 * (args.gpus if sharded else 1)
         passes = -(-args.batch // (args.gpus * args.micro_batch))
-        sent = traffic(config, trained, full=not method.experts, world=args.gpus, sharded=sharded, micro_batches=passes)
+        sent = traffic(plan, full=not method.experts, world=args.gpus, sharded=sharded, micro_batches=passes)
         row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
         rows.append(row | {"fits": plan.total <= (1 - memory.SPARE) * args.memory * 1e9})
     cli.say(f"{args.model}, {args.method}, {args.gpus} GPUs of {args.memory:g} GB: GB on each")

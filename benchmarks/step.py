@@ -213,19 +213,18 @@ def no_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def peak_bytes(subject: Subject, batch: Batch, device: torch.device) -> int:
-    """Most bytes live at once in a step: weights, moments, gradients, activations; every tensor that is allocated."""
-    resident = nbytes(subject.resident())
+def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that `work` has allocated at once, beyond what was there."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        subject.step(batch)
-        return resident + torch.cuda.max_memory_allocated() - before
+        work()
+        return torch.cuda.max_memory_allocated() - before
     with no_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        subject.step(batch)
+        work()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return resident + max(0, int(np.cumsum(changes).max()))
+    return max(0, int(np.cumsum(changes).max()))
 
 
 def saved_bytes(subject: Subject, batch: Batch) -> int:
@@ -323,7 +322,8 @@ def measure(
                 "tokens_per_s": tokens / took[subject.name],
                 "over_floor": over.pop("floor", None),
                 **{f"over_{name}": ratio for name, ratio in over.items()},
-                "peak_bytes": peak_bytes(subject, batches[0], device),
+                # weights, moments, gradients, activations
+                "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda s=subject: s.step(batches[0]), device),
                 "saved_bytes": saved_bytes(subject, batches[0]),
                 "adapter_flops": adapter_flops(subject.model, batches[0]),
                 "seconds": t,
