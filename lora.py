@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from model import Experts
-from ops import GroupedLowRankLinear, LowRankLinear, WeightedSwiGLU, gather, weighted_swiglu
+from ops import GroupedLowRankLinear, LowRankLinear, WeightedSwiGLU, weighted_swiglu
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + (alpha / r) B A x, W frozen.  [..., in] -> [..., out]"""
+    """y = W x + (alpha / r) B A x, W frozen.  [T, in] -> [T, out]"""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
         nn.Module.__init__(self)
@@ -64,7 +64,7 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.lora_A.to(x.dtype), (self.scaling * self.lora_B).to(x.dtype)
+        A, B = self.lora_A.to(x.dtype), (self.scaling * self.lora_B.T).to(x.dtype)
         return LowRankLinear.apply(x, self.weight, self.bias, A, B)
 
     def merged(self) -> Tensor:
@@ -155,13 +155,13 @@ class LoRAExperts(Experts):
     def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, S: int, *made_by) -> Tensor:
         """W x [R, out], on the S hot rows with the pairs `names`, whose outputs lie side by side.
 
-        made_by: a function and tensors that give the hot rows of x, see GroupedLowRankLinear.
+        made_by: a function and tensors that give the hot rows of x again, see GroupedLowRankLinear.
         """
         pairs = [self.lora[name] for name in names]
         A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
-        r, last = pairs[0].lora_A.shape[1], len(pairs) - 1
-        B = [F.pad(pair.lora_B, (i * r, (last - i) * r)) for i, pair in enumerate(pairs)]  # each reads its own r of A x
-        B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, out, p * r]
+        out, last = pairs[0].lora_B.shape[1], len(pairs) - 1
+        B = [F.pad(pair.lora_B.mT, (i * out, (last - i) * out)) for i, pair in enumerate(pairs)]  # each writes its own
+        B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, p * r, p * out]
         y = GroupedLowRankLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, *made_by)
         if isinstance(pairs[0], StackedDoRA):
             weights = self.hot_weights()
@@ -173,10 +173,18 @@ class LoRAExperts(Experts):
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         S = int(offsets[self.num_hot - 1])  # the hot rows come first
         rows, both = x.index_select(0, token), ("gate_proj", "up_proj")
-        gate_up = self.adapted(both, rows, self.gate_up_proj, offsets, S, gather, x, token[:S])  # [R, 2F]
+        gate_up = self.adapted(both, rows, self.gate_up_proj, offsets, S, rows_of_tokens, x, token[:S])  # [R, 2F]
         hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
         made_from = gate_up[:S].detach(), weight[:S].detach()
-        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, S, weighted_swiglu, *made_from)
+        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, S, rows_of_hidden, *made_from)
+
+
+def rows_of_tokens(rows: slice, x: Tensor, token: Tensor) -> Tensor:
+    return x.index_select(0, token[rows])
+
+
+def rows_of_hidden(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
+    return weighted_swiglu(gate_up[rows], weight[rows])
 
 
 KINDS = {  # what trains in a pair -> its classes

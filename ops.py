@@ -7,7 +7,7 @@ Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of a
 groups), S rows that are theirs (the first rows), r rank, N targets, D hidden_size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,45 @@ from torch import Tensor
 HEAD_ROWS = 256  # targets whose logits exist at once
 
 
+def groups(offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of one group after the other, of every tensor.  offsets int32 [G] ends"""
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    return zip(*(tensor.split(counts) for tensor in tensors), strict=True)
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether grouped_mm takes these: rows of a multiple of 16 bytes (small ranks are not), and not float64."""
+    return all(t.dtype != torch.float64 and all(n * t.element_size() % 16 == 0 for n in t.shape[1:]) for t in tensors)
+
+
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], weight [G, out, in], offsets int32 [G] ends -> [R, out]"""
-    if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]) and x.dtype != torch.float64:
+    if fits(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-    # Row strides that are no multiple of 16 bytes (small ranks) and float64: grouped_mm refuses them.
     # Empty groups take part too, so that their gradient is zero, not None.
-    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.cat([F.linear(x_g, w_g) for x_g, w_g in zip(x.split(counts), weight, strict=True)])
+    return torch.cat([F.linear(x_g, W_g) for (x_g,), W_g in zip(groups(offsets, x), weight, strict=True)])
 
 
-def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """sum y x^T over the rows of each group: a weight's gradient.  y [R, out], x [R, in] -> [G, out, in]"""
-    if all(t.shape[1] * t.element_size() % 16 == 0 for t in (y, x)) and x.dtype != torch.float64:
-        return F.grouped_mm(y.T, x, offs=offsets)
-    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return torch.stack([y_g.T @ x_g for y_g, x_g in zip(y.split(counts), x.split(counts), strict=True)])
+# The next two are grouped_mm as well. On a CPU, where that is a loop too, a loop of ours makes nothing as large as all
+# rows: writing, and paging in, such a tensor takes longer there than the few multiplications of a low rank.
+
+
+def add_grouped(y: Tensor, x: Tensor, M: Tensor, offsets: Tensor) -> None:
+    """y += x M_g in place, for rows sorted by group.  y [R, out], x [R, r], M [G, r, out]"""
+    if y.is_cuda and fits(M):
+        y += F.grouped_mm(x, M, offs=offsets)
+        return
+    for (y_g, x_g), M_g in zip(groups(offsets, y, x), M, strict=True):
+        y_g.addmm_(x_g, M_g)
+
+
+def grouped_outer(y: Tensor, x: Callable[[slice], Tensor], offsets: Tensor) -> Tensor:
+    """sum y x^T over the rows of each group: a weight's gradient.  y [R, out], x(rows) [rows, in] -> [G, out, in]"""
+    if y.is_cuda and fits(y, every := x(slice(None))):
+        return F.grouped_mm(y.T, every, offs=offsets)
+    ends = offsets.tolist()
+    rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return torch.stack([y[n].T @ x(n) for n in rows])
 
 
 def gather(x: Tensor, rows: Tensor) -> Tensor:
@@ -46,44 +69,40 @@ def made(f: Callable[..., Tensor], *sources: Tensor) -> Tensor:
 
 
 class LowRankLinear(torch.autograd.Function):
-    """W x + bias + B A x, W and bias frozen.  x [..., in], W [out, in], A [r, in], B [out, r] -> [..., out]
+    """W x + bias + B A x, W and bias frozen.  x [T, in], W [out, in], A [r, in], B [r, out] -> [T, out]
 
-    For A's gradient it keeps not x but what x was `made` of.
+    For A's gradient it keeps not x but what x was `made` of. B is transposed: products along its long side are faster.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        low = F.linear(x, A)  # [..., r]
+        low = F.linear(x, A)  # [T, r]
         ctx.remake, sources = getattr(x, "made_by", (Tensor.detach, (x,)))
         ctx.save_for_backward(W, A, B, low, *(sources if ctx.needs_input_grad[3] else ()))
-        return F.linear(x, W, bias).add_(F.linear(low, B))
+        return F.linear(x, W, bias).addmm_(low, B)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, low, *sources = ctx.saved_tensors
-        grad_low = grad @ B  # [..., r]
-        grad_x = (grad @ W).add_(grad_low @ A)
-        grad_A = outer(grad_low, ctx.remake(*sources)) if ctx.needs_input_grad[3] else None
-        return grad_x, None, None, grad_A, outer(low, grad).T  # with the short side first: several times faster
-
-
-def outer(y: Tensor, x: Tensor) -> Tensor:
-    """sum y x^T over the rows.  y [..., out], x [..., in] -> [out, in]"""
-    return y.flatten(0, -2).T @ x.flatten(0, -2)
+        grad_low = F.linear(grad, B)  # [T, r]
+        grad_x = (grad @ W).addmm_(grad_low, A)
+        grad_A = grad_low.T @ ctx.remake(*sources) if ctx.needs_input_grad[3] else None
+        return grad_x, None, None, grad_A, low.T @ grad
 
 
 class GroupedLowRankLinear(torch.autograd.Function):
     """W x by group, W frozen, plus B A x on the hot rows.  x [R, in], W [G, out, in] -> [R, out]
 
-    A [n, r, in] and B [n, out, r] belong to the first n groups, and the first S rows to these. For A's gradient
-    backward needs those rows of x again, which are large and cheap: `remake(*sources)`, with the sources kept.
+    A [n, r, in] and B [n, r, out], transposed as above, belong to the first n groups, and the first S rows to these.
+    For A's gradient backward needs those rows of x again, which are large and cheap: `remake(rows, *sources)` gives a
+    slice of them, with the sources kept.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, S: int, remake, *sources) -> Tensor:
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
         low = grouped_linear(x[:S], A, hot)  # [S, r]
-        y[:S] += grouped_linear(low, B, hot)
+        add_grouped(y[:S], low, B, hot)
         ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         ctx.remake = remake
         return y
@@ -92,11 +111,14 @@ class GroupedLowRankLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, low, offsets, *sources = ctx.saved_tensors
         hot, S = offsets[: len(A)], len(low)
-        grad_low = grouped_linear(grad[:S], B.mT, hot)  # [S, r]
+        grad_low = grouped_linear(grad[:S], B, hot)  # [S, r]
         grad_x = grouped_linear(grad, W.mT, offsets)  # [R, in]
-        grad_x[:S] += grouped_linear(grad_low, A.mT, hot)
-        grad_A = grouped_outer(grad_low, ctx.remake(*sources), hot) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_A, grouped_outer(grad[:S], low, hot), *(None,) * (len(ctx.needs_input_grad) - 4)
+        add_grouped(grad_x[:S], grad_low, A, hot)
+        grad_A = None
+        if ctx.needs_input_grad[2]:
+            grad_A = grouped_outer(grad_low, lambda rows: ctx.remake(rows, *sources), hot)
+        grad_B = grouped_outer(low, grad[:S].__getitem__, hot)
+        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def measure_a_process(rank: int, folder, out) -> None:
                 "weights": sum(p.nbytes for name, p in held.items() if "lora_" not in name),
                 "adapters": sum(p.nbytes for name, p in held.items() if "lora_" in name),
                 "optimizer": sum((m.to_local() if sharded else m).nbytes for m in moments),
-                "peak": allocated_peak(lambda model=model: forward_and_backward(model, lengths), cpu),
+                # How long what was received stays alive is a matter of timing: the smallest of a few.
+                "peak": min(allocated_peak(lambda: forward_and_backward(model, lengths), cpu) for _ in range(4)),  # noqa: B023
             }
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
@@ -141,7 +142,7 @@ def test_what_sharded_processes_hold_and_gather_is_planned_to_within_fifteen_per
         measured = found[method, True]
         for term in ("weights", "adapters", "optimizer"):
             assert getattr(plan, term) == measured[term], term
-        # When all weights train, how many gradients wait to be reduced at once is a matter of timing.
+        # When all weights train, so is how many gradients wait to be reduced at once: the plan is then for the most.
         bounds = (0.85, 1.15) if method == "hellora" else (0.95, 2)
         gathered = plan.gathered + (plan.gradients - plan.optimizer // 2)
         assert bounds[0] < gathered / (measured["peak"] - found[method, False]["peak"]) < bounds[1]
