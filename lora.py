@@ -172,8 +172,17 @@ class LoRAExperts(Experts):
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         S = int(offsets[self.num_hot - 1])  # the hot rows come first
-        rows, both = x.index_select(0, token), ("gate_proj", "up_proj")
-        gate_up = self.adapted(both, rows, self.gate_up_proj, offsets, S, rows_of_tokens, x, token[:S])  # [R, 2F]
+        # No name for what is as large as all rows: it would live on until the end.
+        gate_up = self.adapted(
+            ("gate_proj", "up_proj"),
+            x.index_select(0, token),
+            self.gate_up_proj,
+            offsets,
+            S,
+            rows_of_tokens,
+            x,
+            token[:S],
+        )  # [R, 2F]
         hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
         made_from = gate_up[:S].detach(), weight[:S].detach()
         return self.adapted(("down_proj",), hidden, self.down_proj, offsets, S, rows_of_hidden, *made_from)
