@@ -40,13 +40,14 @@ def score(
     texts: list[list[str]],
     *,
     generated: bool = True,
+    shots: int = 0,
     refusal_rule: str = "lori",
     timeout: float = 3.0,
     workers: int | None = None,
 ) -> tuple[dict, list[dict]]:
     """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run.
 
-    generated: code is cut out of the texts first; text of others is run as it is.
+    generated: code is cut out of the texts first; text of others is run as it is. shots: solved problems in a prompt.
     """
     benchmark = data.TASKS[task].benchmark
     if benchmark == "humaneval":
@@ -54,7 +55,7 @@ def score(
         return scoring.score_code(items), items
     single = [samples[0] for samples in texts]
     if benchmark == "gsm8k":
-        return scoring.score_math(examples, single)
+        return scoring.score_math(examples, single, shots)
     return scoring.score_safety(examples, single, refusal_rule)
 
 
@@ -250,6 +251,7 @@ def evaluate(args: argparse.Namespace) -> dict | None:
         examples,
         texts,
         generated=args.source is not None,
+        shots=args.shots or 0,
         refusal_rule=args.refusal_rule or "lori",
         timeout=args.timeout,
         workers=args.workers,

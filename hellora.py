@@ -39,73 +39,15 @@ from lora import (
     pad,
     positions_of,
     sparsify,
-    uniform,
 )
 from model import Experts, MoETransformer, whole
+from policies import POLICIES, SCORED, any_experts, covering
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
     "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
     "gate": ("mlp.gate",),
     "pure": (),
 }
-
-
-# ----------------------------------------------------------------------------------- selection: scores to mask
-#
-# scores [L, E]: how much each expert is used, counts or gate mass (`profile.RoutingProfile`). Ties to the lower id.
-
-
-def hot_first(scores: Tensor) -> Tensor:
-    """Expert ids by falling score, ties to the lower id.  [..., E] -> [..., E]"""
-    return scores.argsort(dim=-1, descending=True, stable=True)
-
-
-def hottest(scores: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` most-used experts of every layer: HELLoRA (§3); MoE-Sieve with a quarter of E."""
-    return _mask(scores, hot_first(scores)[:, :num_hot])
-
-
-def hottest_of_model(scores: Tensor, num_hot: int) -> Tensor:
-    """One set for all layers: the ids with the largest scores summed over layers (ablation HELLoRA_M, §4.5.1)."""
-    return _mask(scores, hot_first(scores.sum(0))[:num_hot].expand(len(scores), -1))
-
-
-def coldest(scores: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` least-used experts of every layer (ablation HELLoRA_C, §4.5.1)."""
-    return _mask(scores, scores.argsort(dim=-1, stable=True)[:, :num_hot])
-
-
-def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
-    """`num_hot` experts of every layer, blind to use: the control that the paper lacks and MoE-Sieve has."""
-    noise = torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
-    return hottest(noise, num_hot)
-
-
-def covering(scores: Tensor, coverage: float) -> Tensor:
-    """Per layer the smallest set whose share of the scores reaches `coverage`.
-
-    Of counts this is ESFT-Token (arXiv 2407.01906) and MoE-Sieve's ablation, of gate mass ESFT-Gate. The share is of
-    the layer's sum; ESFT's released script divides by the sum over layers, which is not what its paper says.
-    """
-    share = scores.double() / scores.double().sum(-1, keepdim=True)
-    order = hot_first(share)
-    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
-
-
-def greedy(scores: Tensor, num_hot: int) -> Tensor:
-    """`num_hot` experts a layer on average, spent where they cover the largest shares (MoE-Sieve's ablation)."""
-    share = scores.double() / scores.double().sum(-1, keepdim=True)
-    chosen = hot_first(share.flatten())[: num_hot * len(scores)]
-    return torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, chosen, True).view(scores.shape)
-
-
-def _mask(scores: Tensor, ids: Tensor) -> Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
-
-
-SCORED = {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}
-POLICIES = (*SCORED, "coverage", "random", "all")
 
 
 def select_experts(
@@ -401,7 +343,7 @@ def report(model: MoETransformer) -> Iterator[str]:
     trainable, total = count_parameters(model)
     adapter, E = model.adapter, model.config.num_experts
     if adapter is not None:
-        for i, ids in enumerate(adapter.hot):
+        for i, ids in zip(model.config.moe_layers, adapter.hot, strict=True):
             shown = "all" if len(ids) == E else " ".join(map(str, ids))
             yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
         modules = ", ".join(path.rsplit(".")[-1] for path in TARGETS[adapter.targets]) or "none"

@@ -48,6 +48,7 @@ import cli
 import data
 import hellora
 import memory
+import policies
 import routing
 from checkpoint import read_config, resolve
 from cli import InputError, RunError, writable
@@ -283,6 +284,8 @@ def count(argv: list[str]) -> RoutingProfile:
     counted = count_task(folder, items, args.batch, rank, world, device, **options)
     title = f"Routing of {args.model} on {args.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts a token"
+    if dense := config.num_hidden_layers - len(config.moe_layers):
+        title += f"; layers are numbered from the first with experts, after {dense} without"
     if rank == 0:
         save_profile(counted, out, args.model, args.task)
         if drawn:
@@ -308,7 +311,7 @@ def compare(argv: list[str]) -> None:
         shapes = " and ".join(f"{tuple(p.counts.shape)}" for p in (a, b))
         raise InputError(f"{' and '.join(args.profiles)} are of unlike models: {shapes} (layers, experts)")
     num_hot = hot_experts(args.k, a.num_experts_per_tok, a.counts.shape[1])
-    hot_a, hot_b = (hellora.hottest(p.counts, num_hot) for p in (a, b))
+    hot_a, hot_b = (policies.hottest(p.counts, num_hot) for p in (a, b))
     cli.say(*routing.overlap_table(hot_a, hot_b))
     if args.plot:
         routing.plot_overlap(hot_a, hot_b, " and ".join(args.profiles), writable(args.plot))

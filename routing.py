@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import hellora
+import policies
 from config import MoEConfig
 from model import MoETransformer
 
@@ -56,7 +57,7 @@ def table(counts: Tensor, num_hot: int) -> Iterator[str]:
     """Lines for the terminal: per layer the share of the `num_hot` hottest experts, entropy, hottest and coldest."""
     E, share = counts.shape[-1], 100 * top_share(counts, num_hot)
     top, shown = f"top {num_hot} of {E}", min(8, E)
-    hottest, coldest = hellora.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
+    hottest, coldest = policies.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
     yield f"layer  {top:>12}  entropy  {'hottest':{4 * shown}}  coldest"
     for layer, h in enumerate(entropy(counts)):
         hot, cold = (" ".join(f"{e:3d}" for e in ids[layer]) for ids in (hottest, coldest))
@@ -79,7 +80,7 @@ def plot(counts: Tensor, num_hot: int, title: str, path: Path) -> None:
     ticks = range(0, L, -(-L // 16))
 
     image = left.imshow(share, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
-    layers, experts = hellora.hottest(counts, num_hot).numpy().nonzero()
+    layers, experts = policies.hottest(counts, num_hot).numpy().nonzero()
     left.scatter(experts, layers, s=10, c="white", edgecolors="black", linewidths=0.6)
     left.set(xlabel="expert", ylabel="layer", yticks=ticks)
     left.set_title(f"Share of each expert (dots: the {num_hot} hottest of the layer)", fontsize=11)

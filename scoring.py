@@ -222,14 +222,18 @@ def as_published(verdicts: list[bool]) -> dict[str, dict]:
     return {"lori as published": rate(sum(full), len(full))} if full else {}
 
 
-def score_math(examples: list[Example], texts: list[str]) -> tuple[dict, list[dict]]:
-    """GSM8K: `accuracy` by LoRI's rule with lm-eval's two beside it, and an item for each completion in `texts`."""
+def score_math(examples: list[Example], texts: list[str], shots: int = 0) -> tuple[dict, list[dict]]:
+    """GSM8K: `accuracy` by LoRI's rule with lm-eval's two beside it, and an item for each completion in `texts`.
+
+    shots: solved problems in the prompts. LoRI shows none, and what it printed is only then given.
+    """
     answers = [str(example.row["answer"]) for example in examples]
     verdicts = {rule: list(map(partial(math_verdict, rule), texts, answers)) for rule in GSM8K_RULES}
     rates = {rule: rate(sum(correct for _, correct in found), len(found)) for rule, found in verdicts.items()}
     rates["has answer marker"] = rate(sum(bool(MARKER.search(text)) for text in texts), len(texts))
     with_prompt = [example.prompt + text for example, text in zip(examples, texts, strict=True)]
-    rates |= as_published([math_verdict("lori", *pair)[1] for pair in zip(with_prompt, answers, strict=True)])
+    if not shots:
+        rates |= as_published([math_verdict("lori", *pair)[1] for pair in zip(with_prompt, answers, strict=True)])
     items = [
         {"id": example.id, "prompt": example.prompt, "completion": text, "extracted": found, "correct": correct}
         for example, text, (found, correct) in zip(examples, texts, verdicts["lori"], strict=True)

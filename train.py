@@ -40,6 +40,7 @@ import hellora
 import lori
 import memory
 import peft_files
+import policies
 import profile
 import routing
 import runs
@@ -222,7 +223,7 @@ def choose_experts(
     """By the policy of --experts, from its file, or as the adapter that was given has them.  -> hot bool [L, E]"""
     if given is not None:
         return hellora.hot_mask(given[0].hot, config)
-    if args.experts in hellora.POLICIES:
+    if args.experts in policies.POLICIES:
         scores = counted.gate_mass if args.scores == "gate-mass" else counted.counts
         number = None if args.experts in ("all", "coverage") else num_hot
         return hellora.select_experts(args.experts, scores, number, coverage=args.coverage, seed=args.seed)

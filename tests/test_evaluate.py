@@ -15,6 +15,7 @@ import completions
 import data
 import evaluate
 import hellora
+import scoring
 from cli import InputError
 from model import load_model, save_model
 
@@ -306,6 +307,9 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
     ids = torch.tensor([tokenizer.encode(f"{shown}Question: What is 0 + 10?\nAnswer:").ids])
     found = hf.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=0, pad_token_id=1)[0, ids.shape[1] :]
     assert tokenizer.decode(found.tolist()) == free[0]
+    monkeypatch.setattr(scoring, "LORI_BATCH", 1)
+    run(*flags, "--shots", 2, "--out", tmp_path / "rates")
+    assert "lori as published" not in json.loads((tmp_path / "rates" / "score.json").read_text())["rates"]
     with pytest.raises(InputError, match="--shots 4: the training data has 3 problems"):
         run(*flags, "--shots", 4)
 

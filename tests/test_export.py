@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 import torch.nn as nn
+from conftest import with_tokenizer
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -350,13 +350,7 @@ def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
 @pytest.fixture
 def base(olmoe, tmp_path) -> Path:
     """A checkpoint with a tokenizer, which the check of the merged weights needs."""
-    folder = shutil.copytree(olmoe.folder, tmp_path / "base")
-    words = ["<eos>", "<pad>", "<unk>", *"0123456789", "+", "-", "=", "the", "is", "of"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}")
-    return folder
+    return with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base"))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The README against the code: every command names a script and flags that exist, and every module is in the map."""
 
+import importlib
 import re
-import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -24,16 +24,18 @@ SCRIPTS = {(script, *SUBCOMMANDS & set(rest.split()[:1])) for script, rest in CO
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS), ids=" ".join)
-def test_every_flag_of_a_readme_command_exists(script):
-    done = subprocess.run([sys.executable, *script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_every_flag_of_a_readme_command_exists(script, capsys):
+    with suppress(SystemExit):
+        importlib.import_module(script[0].removesuffix(".py")).main([*script[1:], "--help"])
+    said = capsys.readouterr().out
     flags = {
         flag
         for name, rest in COMMANDS
         if (name, *SUBCOMMANDS & set(rest.split()[:1])) == script
         for flag in re.findall(r"--[a-z-]+", rest)
     }
-    assert done.returncode == 0
-    assert not [flag for flag in flags if not re.search(rf"{flag}\b", done.stdout)]
+    assert said.startswith("usage: ")
+    assert not [flag for flag in flags if not re.search(rf"{flag}\b", said)]
 
 
 def test_training_commands_of_the_readme_are_accepted():

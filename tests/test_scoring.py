@@ -63,6 +63,7 @@ def test_only_the_completion_is_read_and_what_lori_published_would_read_is_repor
     assert (published["num_correct"], published["num_total"]) == (64, 64)
     assert len(items) == 70 and items[0]["extracted"] is None and items[0]["correct"] is False
     assert "lori as published" not in scoring.score_math(examples[:63], [""] * 63)[0]["rates"]
+    assert "lori as published" not in scoring.score_math(examples, [""] * 70, shots=8)[0]["rates"]  # nor did LoRI
 
 
 def test_the_share_of_completions_with_the_answer_marker_is_reported():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import with_tokenizer
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 import hellora
 import settings
@@ -29,13 +29,7 @@ FACTORS = {"lori-d": "B", "hellori-d": "B", "lori-s": "b", "hellori-s": "b", "do
 def base(make_checkpoint, tmp_path_factory) -> Path:
     """A small random checkpoint with a tokenizer that knows the digits."""
     folder = tmp_path_factory.mktemp("base")
-    shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True)
-    words = ["<eos>", "<pad>", "<unk>", *"0123456789", "+", "-", "=", "the", "is", "of"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text("{}")
-    return folder
+    return with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True))
 
 
 @pytest.fixture

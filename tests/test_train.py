@@ -37,7 +37,7 @@ def run(out: Path, *flags: str, processes: int = 1) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-BASE = ["--batch", "7", "--steps", "3", "--lr", "1e-3"]
+BASE = ["--batch", "7", "--steps", "3", "--lr", "1e-3", "--sample", "0.01"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -48,8 +48,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         ("--method", "hellora", "--k", "3", "--micro-batch", "2", "--shard", "full", "--router-aux-loss", "0.1"),
         ("--method", "hellori-s", "--batch", "1"),  # the second process never has an example
         ("--method", "hellori-s", "--shard", "full"),
-        ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora", "--sample", "0.01"),
-        ("--method", "dr-lora", "--rank", "4", "--lr", "1e-4", "--sample", "0.01", "--shard", "full"),
+        ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora"),
+        ("--method", "dr-lora", "--rank", "4", "--lr", "1e-4", "--shard", "full"),
     ],
 )
 def test_two_processes_give_the_losses_and_the_adapter_of_one(tmp_path, flags):
