@@ -15,7 +15,7 @@ import hellora
 import lora
 from cli import InputError
 from config import MoEConfig
-from model import Experts, MoETransformer, hub_views, init_weights, route
+from model import Experts, MoETransformer, hub_views, init_weights, load_model, route
 
 L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
 CONFIG = {
