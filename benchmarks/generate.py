@@ -13,14 +13,13 @@ import argparse
 import json
 import random
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import cli
+from benchmarks.measure import seconds
 from checkpoint import resolve
 from cli import InputError, writable
 from generate import generate
@@ -84,15 +83,6 @@ def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall-clock seconds of `run()`, work on the device included."""
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -18,20 +18,18 @@ Dimensions: B sequences of a batch, S positions, L layers, E experts a layer.
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity
+from tqdm import tqdm
 
 import cli
 import hellora
+from benchmarks.measure import allocated_peak, nbytes, saved_bytes, seconds
 from cli import InputError, say, writable
 from config import MoEConfig
 from data import Batch
@@ -181,65 +179,6 @@ def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes, by CUDA events on a GPU."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
-
-
-def nbytes(tensors: set[Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each counted once."""
-    return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
-
-
-@contextmanager
-def no_stderr() -> Iterator[None]:
-    """Some builds of torch announce every start of the profiler there."""
-    kept = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `work` has allocated at once, beyond what was there."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return torch.cuda.max_memory_allocated() - before
-    with no_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(0, int(np.cumsum(changes).max()))
-
-
-def saved_bytes(subject: Subject, batch: Batch) -> int:
-    """Bytes kept by the forward pass for the backward pass, weights left out; a storage counts once, and whole."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = subject.loss(batch)
-    weights = {w.untyped_storage().data_ptr() for w in subject.resident()}
-    saved = nbytes({t for t in kept if t.untyped_storage().data_ptr() not in weights})
-    loss.backward()
-    if subject.optimizer:
-        subject.optimizer.zero_grad()
-    return saved
-
-
 @torch.no_grad()
 def adapter_flops(model: torch.nn.Module, batch: Batch) -> int:
     """Multiplications and additions of the adapters in one step on this batch.
@@ -306,7 +245,7 @@ def measure(
     for subject in subjects:
         subject.step(batches[0])  # warm up; the optimizer makes its moments
     turns = {subject.name: [] for subject in subjects}  # seconds of a step, batch after batch, `repeats` times
-    for turn in range(repeats * len(batches)):
+    for turn in tqdm(range(repeats * len(batches)), f"batch {B}", unit="turn", disable=None):  # None: on a terminal
         for subject in subjects if turn % 2 else subjects[::-1]:
             turns[subject.name].append(seconds(lambda s=subject: s.step(batches[turn % len(batches)]), device))  # noqa: B023
     samples, tokens = B * len(batches), sum(int(batch.lengths.sum()) for batch in batches)
@@ -324,7 +263,7 @@ def measure(
                 **{f"over_{name}": ratio for name, ratio in over.items()},
                 # weights, moments, gradients, activations
                 "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda s=subject: s.step(batches[0]), device),
-                "saved_bytes": saved_bytes(subject, batches[0]),
+                "saved_bytes": saved_bytes(lambda s=subject: s.loss(batches[0]), subject.resident()),
                 "adapter_flops": adapter_flops(subject.model, batches[0]),
                 "seconds": t,
             }
@@ -396,8 +335,9 @@ def main(argv: list[str]) -> list[dict]:
     rows = []
     if not args.sweep:
         for B in args.batch:
-            rows += measure(tuple(args.names), SHAPE, B, args.k, args.rank, args.repeats, device)
-        show(rows)
+            part = measure(tuple(args.names), SHAPE, B, args.k, args.rank, args.repeats, device)
+            rows += part
+            show(part)
     else:
         for value in SWEEPS[args.sweep]:
             now = {"B": args.batch[0], "k": args.k, "rank": args.rank}

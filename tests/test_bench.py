@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import bench
+from benchmarks.measure import allocated_peak, saved_bytes
 from cli import InputError
 
 
@@ -90,9 +91,8 @@ def test_bytes_are_those_of_a_step_worked_out_by_hand(tiny_step):
         return (model.weight.exp() * 2).sum()  # exp keeps its result for backward; 2 exp is made and dropped
 
     subject = tiny_step.Subject("x", model, loss, None)
-    assert tiny_step.saved_bytes(subject, None) == 4000
-    model.weight.grad = None
-    peak = tiny_step.allocated_peak(lambda: subject.step(None), torch.device("cpu"))
+    assert saved_bytes(lambda: loss(None), subject.resident()) == 4000
+    peak = allocated_peak(lambda: subject.step(None), torch.device("cpu"))
     # exp and 2 exp forward; backward exp, the gradients of both and of the weight, not all at once
     assert 4000 * 2 <= peak <= 4000 * 4
 

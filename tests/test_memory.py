@@ -8,7 +8,7 @@ from torch import Tensor
 import benchmarks.plan
 import hellora
 import memory
-from benchmarks.step import allocated_peak
+from benchmarks.measure import allocated_peak, saved_bytes
 from config import PRESETS, MoEConfig
 from model import MoETransformer, init_weights, save_model
 from parallel import load_shared
@@ -36,23 +36,6 @@ def attach(model: MoETransformer, num_hot: int = 3, kind: str = "lora") -> None:
     hellora.attach(model, hot, R, 16.0, kind=kind)
 
 
-def saved_bytes(model: MoETransformer, lengths: Tensor) -> int:
-    """Bytes that autograd keeps from the forward pass, each storage once, parameters not counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used again
-        return tensor
-
-    ids = torch.randint(0, 200, (len(lengths), S), generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(ids, lengths, labels=ids)
-    return sum(size for size, _ in kept.values())
-
-
 ATTACH = {
     "hellora": attach,
     "lora": lambda model: attach(model, model.config.num_experts),
@@ -62,9 +45,9 @@ ATTACH = {
 }
 
 
-def forward_and_backward(model: MoETransformer, lengths: Tensor) -> None:
+def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
     ids = torch.randint(0, 200, (len(lengths), S), generator=torch.Generator().manual_seed(0))
-    model(ids, lengths, labels=ids)[0].backward()
+    return model(ids, lengths, labels=ids)[0]
 
 
 @pytest.mark.parametrize("method", ATTACH)
@@ -77,14 +60,14 @@ def test_what_a_pass_keeps_and_what_comes_and_goes_are_planned_to_within_fifteen
         attach(model)
     lengths = torch.tensor([65, 60, 52, 65, 61, 58, 65])
     options = {"dtype": dtype, "world": 1, "sharded": False, "tokens": int(lengths.sum())}
-    forward_and_backward(model, lengths)  # gradients are there from the first micro-batch on
+    loss(model, lengths).backward()  # gradients are there from the first micro-batch on
     plans = {}
     for checkpointing in (False, True):
         for layer in model.layers:
             layer.activation_checkpointing = checkpointing
         plan = plans[checkpointing] = memory.plan(model.config, attach, **options, checkpointing=checkpointing)
-        kept = saved_bytes(model, lengths)
-        peak = allocated_peak(lambda: forward_and_backward(model, lengths), torch.device("cpu"))
+        kept = saved_bytes(lambda: loss(model, lengths), model.parameters())
+        peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
         assert plan.activations == pytest.approx(kept, rel=0.15)
         assert plan.activations + plan.transient == pytest.approx(peak, rel=0.15)
     assert plan.transient == pytest.approx(peak - kept, rel=0.15)  # most of it, where little is kept
@@ -97,13 +80,15 @@ def test_the_heads_logits_are_planned_to_within_fifteen_percent():
     init_weights(model, std=0.05)
     attach(model)
     lengths = torch.tensor([65, 60, 52])
-    forward_and_backward(model, lengths)
+    loss(model, lengths).backward()
     plan = memory.plan(
         model.config, attach, dtype=torch.float32, world=1, sharded=False, tokens=int(lengths.sum()), checkpointing=True
     )
-    peak = allocated_peak(lambda: forward_and_backward(model, lengths), torch.device("cpu"))
+    peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
     assert plan.transient == 2 * 4 * 177 * 5003
-    assert plan.transient == pytest.approx(peak - saved_bytes(model, lengths), rel=0.15)
+    assert plan.transient == pytest.approx(
+        peak - saved_bytes(lambda: loss(model, lengths), model.parameters()), rel=0.15
+    )
 
 
 def measure_a_process(rank: int, folder, out) -> None:
@@ -115,7 +100,7 @@ def measure_a_process(rank: int, folder, out) -> None:
         for sharded in (False, True):
             model = load_shared(folder, torch.float32, cpu, sharded=sharded, attach=ATTACH[method])
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-            forward_and_backward(model, lengths)
+            loss(model, lengths).backward()
             optimizer.step()
             held = {n: p.to_local() if sharded else p for n, p in model.named_parameters()}
             moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -124,7 +109,7 @@ def measure_a_process(rank: int, folder, out) -> None:
                 "adapters": sum(p.nbytes for name, p in held.items() if "lora_" in name),
                 "optimizer": sum((m.to_local() if sharded else m).nbytes for m in moments),
                 # How long what was received stays alive is a matter of timing: the smallest of a few.
-                "peak": min(allocated_peak(lambda: forward_and_backward(model, lengths), cpu) for _ in range(4)),  # noqa: B023
+                "peak": min(allocated_peak(lambda: loss(model, lengths).backward(), cpu) for _ in range(4)),  # noqa: B023
             }
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""How long something takes, how much it allocates, and how much autograd keeps of it."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes, by CUDA events on a GPU."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each counted once."""
+    return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
+
+
+@contextmanager
+def no_stderr() -> Iterator[None]:
+    """Some builds of torch announce every start of the profiler there."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that `work` has allocated at once, beyond what was there."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with no_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(0, int(np.cumsum(changes).max()))
+
+
+def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    """Bytes kept by a forward pass for its backward pass, weights left out; a storage counts once, and whole."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = forward()  # noqa: F841 - keeps the graph
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    return nbytes(t for t in kept if t.untyped_storage().data_ptr() not in own)
