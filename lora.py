@@ -172,7 +172,7 @@ class LoRAExperts(Experts):
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         S = int(offsets[self.num_hot - 1])  # the hot rows come first
-        # No name for what is as large as all rows: it would live on until the end.
+        # The gathered rows [R, D] get no name: it would keep them until the end.
         gate_up = self.adapted(
             ("gate_proj", "up_proj"),
             x.index_select(0, token),
@@ -189,10 +189,12 @@ class LoRAExperts(Experts):
 
 
 def rows_of_tokens(rows: slice, x: Tensor, token: Tensor) -> Tensor:
+    """What gate and up multiply, on some rows.  x [T, D], token [S] -> [rows, D]"""
     return x.index_select(0, token[rows])
 
 
 def rows_of_hidden(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
+    """What down multiplies, on some rows.  gate_up [S, 2F], weight [S, 1] -> [rows, F]"""
     return weighted_swiglu(gate_up[rows], weight[rows])
 
 

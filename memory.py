@@ -31,9 +31,7 @@ class Plan(NamedTuple):
 
     weights: int  # of the base, or this process's rows of them
     adapters: int  # factors, trained and frozen, float32
-    gathered: (
-        int  # sharded: the root's weights, the layer at work as unpacked and as received, and the next as received
-    )
+    gathered: int  # sharded: the root, the layer at work twice (received and unpacked), the next as received
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # kept for the backward pass, over all layers
@@ -79,9 +77,7 @@ def plan(
     # The largest layer; and as it travels, in equal parts, whatever of them is padding.
     layer = max(size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(L))
     parcel = max(world * size(lambda name, p, i=i: name.startswith(f"layers.{i}."), world) for i in range(L))
-    kept, passing = layer_activations(config, model.adapter, factors // L, tokens, dtype)
-    if not trains:
-        kept = 0
+    kept, passing = layer_activations(config, model.adapter, factors // L, tokens, dtype, trains)
     if checkpointing:
         kept, passing = tokens * config.hidden_size * dtype.itemsize, kept + passing
     entering = 2 * tokens * config.hidden_size * dtype.itemsize  # the first layer, and the head
@@ -93,7 +89,7 @@ def plan(
         adapters=size(lambda name, p: "lora_" in name, share),
         gathered=root + layer + 2 * parcel if sharded else 0,
         # Those of adapters are added up whole over the micro-batches; full fine-tuning reduces them in each.
-        gradients=trains_here + ((trained if attach else layer) if sharded else 0),
+        gradients=trains_here + ((trained if model.adapter else layer) if sharded else 0),
         optimizer=2 * trains_here,
         activations=L * kept + (entering if trains else 0),
         transient=max(passing, head),
@@ -101,7 +97,7 @@ def plan(
 
 
 def layer_activations(
-    config: MoEConfig, adapter: Adapter | None, factor_bytes: int, tokens: int, dtype: torch.dtype
+    config: MoEConfig, adapter: Adapter | None, factor_bytes: int, tokens: int, dtype: torch.dtype, trains: bool
 ) -> tuple[int, int]:
     """Bytes that a layer keeps for its backward pass, and bytes that come and go within it.
 
@@ -126,6 +122,8 @@ def layer_activations(
             experts += 2 * K * (2 * F + D)
     indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
     kept = tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
+    if not trains:
+        return 0, tokens * (K * max(5 * F, F + 2 * D) + D) * dtype.itemsize
     # At its largest in SwiGLU's backward, or on the way forward through down and its pairs. By then what the head kept
     # is gone, and what the shared expert keeps is not there yet, or gone.
     if adapter is None:

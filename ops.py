@@ -7,19 +7,20 @@ Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of a
 groups), S rows that are theirs (the first rows), r rank, N targets, D hidden_size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_ROWS = 256  # targets whose logits exist at once
+ONE_KERNEL = ("cuda",)  # device types where grouped_mm is one kernel
 
 
-def groups(offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of one group after the other, of every tensor.  offsets int32 [G] ends"""
-    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return zip(*(tensor.split(counts) for tensor in tensors), strict=True)
+def slices(offsets: Tensor) -> list[slice]:
+    """The rows of one group after the other.  offsets int32 [G] ends"""
+    ends = offsets.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -32,33 +33,27 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if fits(weight):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
     # Empty groups take part too, so that their gradient is zero, not None.
-    return torch.cat([F.linear(x_g, W_g) for (x_g,), W_g in zip(groups(offsets, x), weight, strict=True)])
+    return torch.cat([F.linear(x[rows], W_g) for rows, W_g in zip(slices(offsets), weight, strict=True)])
 
 
-# The next two are grouped_mm as well. On a CPU, where that is a loop too, a loop of ours makes nothing as large as all
-# rows: writing, and paging in, such a tensor takes longer there than the few multiplications of a low rank.
+# On a GPU the next two are grouped_mm. On a CPU, where that is a loop anyway, ours makes nothing as large as all rows:
+# writing, and paging in, such a tensor takes longer there than the few multiplications of a low rank.
 
 
 def add_grouped(y: Tensor, x: Tensor, M: Tensor, offsets: Tensor) -> None:
     """y += x M_g in place, for rows sorted by group.  y [R, out], x [R, r], M [G, r, out]"""
-    if y.is_cuda and fits(M):
+    if y.device.type in ONE_KERNEL and fits(M):
         y += F.grouped_mm(x, M, offs=offsets)
         return
-    for (y_g, x_g), M_g in zip(groups(offsets, y, x), M, strict=True):
-        y_g.addmm_(x_g, M_g)
+    for rows, M_g in zip(slices(offsets), M, strict=True):
+        y[rows].addmm_(x[rows], M_g)
 
 
 def grouped_outer(y: Tensor, x: Callable[[slice], Tensor], offsets: Tensor) -> Tensor:
     """sum y x^T over the rows of each group: a weight's gradient.  y [R, out], x(rows) [rows, in] -> [G, out, in]"""
-    if y.is_cuda and fits(y, every := x(slice(None))):
+    if y.device.type in ONE_KERNEL and fits(y) and fits(every := x(slice(None))):
         return F.grouped_mm(y.T, every, offs=offsets)
-    ends = offsets.tolist()
-    rows = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-    return torch.stack([y[n].T @ x(n) for n in rows])
-
-
-def gather(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(0, rows)
+    return torch.stack([y[rows].T @ x(rows) for rows in slices(offsets)])
 
 
 def made(f: Callable[..., Tensor], *sources: Tensor) -> Tensor:
@@ -71,7 +66,8 @@ def made(f: Callable[..., Tensor], *sources: Tensor) -> Tensor:
 class LowRankLinear(torch.autograd.Function):
     """W x + bias + B A x, W and bias frozen.  x [T, in], W [out, in], A [r, in], B [r, out] -> [T, out]
 
-    For A's gradient it keeps not x but what x was `made` of. B is transposed: products along its long side are faster.
+    For A's gradient it keeps not x but what x was `made` of. B is transposed: its gradient then is a product with the
+    short side first, several times faster.
     """
 
     @staticmethod
@@ -167,6 +163,7 @@ class HeadLoss(torch.autograd.Function):
                 grad_x[n] = grad @ W
             if need_W:
                 grad_W += grad.T @ x[n]
+            log_p = grad = None  # or two slices would exist at once
         ctx.save_for_backward(grad_x, grad_W if grad_W is None else grad_W.to(W.dtype))
         return loss
 

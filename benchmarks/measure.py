@@ -54,7 +54,7 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
         work()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(0, int(np.cumsum(changes).max()))
+    return int(np.cumsum([0, *changes]).max())
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:

@@ -3,7 +3,8 @@
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
     python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
 
-Gigabytes are 10^9 bytes, on each GPU. The terms are those of memory.plan, by which train.py chooses --shard.
+Gigabytes are 10^9 bytes, on each GPU. The terms are those of memory.plan, by which train.py chooses --shard. Of full
+fine-tuning, whose float32 weights are computed with in bfloat16, what is gathered and kept is half of what is said.
 """
 
 import json
@@ -26,7 +27,8 @@ def traffic(plan: memory.Plan, *, full: bool, world: int, sharded: bool, micro_b
 
     Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: what a process holds of every
     weight (bfloat16) and factor (float32) goes round in the forward and again in the backward pass of each micro-batch,
-    and the gradients once, or where all weights train (`full`) in each micro-batch.
+    and the gradients once, or where all weights train (`full`) in each micro-batch. A little too much: embedding and
+    head stay gathered between the two passes.
     """
     trained = plan.optimizer // 2
     if not sharded:

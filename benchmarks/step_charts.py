@@ -18,7 +18,7 @@ def bars(rows: list[dict], path: Path) -> None:
         drawn = speed.barh(names, [row["samples_per_s"] for row in shown], color=colors)
         ratios = ["" if row["over_floor"] is None else f"{row['over_floor']:.2f} of floor" for row in shown]
         speed.bar_label(drawn, ratios, padding=3, fontsize=8)
-        speed.set(title=f"batch {batch}: samples per second", xlim=(0, 1.2 * max(r["samples_per_s"] for r in shown)))
+        speed.set(title=f"batch {batch}: samples per second", xlim=(0, 1.3 * max(r["samples_per_s"] for r in shown)))
         drawn = memory.barh(names, [row["peak_bytes"] / 1e6 for row in shown], color=colors)
         memory.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
         memory.set(
@@ -43,7 +43,7 @@ def lines(rows: list[dict], path: Path) -> None:
     for axes, title in zip(
         panels, ("samples per second", "share of the floor's speed", "saved for backward, MB"), strict=True
     ):
-        axes.set(title=title, xlabel=sweep, xscale="log", ylim=(0, None))
+        axes.set(title=title, xlabel=sweep, xscale="log", ylim=(0, 1.1 * axes.dataLim.y1))
         axes.set_xticks(values, [str(value) for value in values], minor=False)
         axes.minorticks_off()
     panels[0].legend(frameon=False)

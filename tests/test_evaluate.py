@@ -307,9 +307,11 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
     ids = torch.tensor([tokenizer.encode(f"{shown}Question: What is 0 + 10?\nAnswer:").ids])
     found = hf.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=0, pad_token_id=1)[0, ids.shape[1] :]
     assert tokenizer.decode(found.tolist()) == free[0]
-    monkeypatch.setattr(scoring, "LORI_BATCH", 1)
-    run(*flags, "--shots", 2, "--out", tmp_path / "rates")
-    assert "lori as published" not in json.loads((tmp_path / "rates" / "score.json").read_text())["rates"]
+    monkeypatch.setattr(scoring, "LORI_BATCH", 1)  # so that it would have a rate
+    for name, shots in (("few", ["--shots", 2, "--train-data", train]), ("none", [])):
+        run(*generating(checkpoint, gsm8k, tmp_path / name, *shots))
+    rates = [json.loads((tmp_path / name / "score.json").read_text())["rates"] for name in ("few", "none")]
+    assert ["lori as published" in found for found in rates] == [False, True]
     with pytest.raises(InputError, match="--shots 4: the training data has 3 problems"):
         run(*flags, "--shots", 4)
 

@@ -1,5 +1,7 @@
 """The memory plan against what small models really hold, and the choice that follows from it."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch import Tensor
 import benchmarks.plan
 import hellora
 import memory
+import ops
 from benchmarks.measure import allocated_peak, saved_bytes
 from config import PRESETS, MoEConfig
 from model import MoETransformer, init_weights, save_model
@@ -52,8 +55,9 @@ def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ATTACH)
 @pytest.mark.parametrize("family", WIDE)
-def test_what_a_pass_keeps_and_what_comes_and_goes_are_planned_to_within_fifteen_percent(family, method):
+def test_what_a_pass_keeps_and_what_comes_and_goes_are_planned_to_within_fifteen_percent(monkeypatch, family, method):
     """In float32: in bfloat16 torch's norm keeps a float32 copy on the CPU, and on a GPU it does not."""
+    monkeypatch.setattr(ops, "ONE_KERNEL", ("cpu",))  # as on a GPU
     model, dtype, attach = MoETransformer(wide(family)), torch.float32, ATTACH[method]
     init_weights(model, std=0.05)
     if attach:
@@ -79,13 +83,14 @@ def test_the_heads_logits_are_planned_to_within_fifteen_percent():
     model = MoETransformer(MoEConfig.from_dict({**wide("olmoe").hub, "vocab_size": 5003}))
     init_weights(model, std=0.05)
     attach(model)
-    lengths = torch.tensor([65, 60, 52])
+    lengths = torch.tensor([65, 60, 52, 65, 61, 58, 65])
+    assert ops.HEAD_ROWS < lengths.sum() / 1.5  # more than one slice of targets
     loss(model, lengths).backward()
     plan = memory.plan(
         model.config, attach, dtype=torch.float32, world=1, sharded=False, tokens=int(lengths.sum()), checkpointing=True
     )
     peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
-    assert plan.transient == 2 * 4 * 177 * 5003
+    assert plan.transient == 2 * 4 * ops.HEAD_ROWS * 5003
     assert plan.transient == pytest.approx(
         peak - saved_bytes(lambda: loss(model, lengths), model.parameters()), rel=0.15
     )
@@ -102,6 +107,7 @@ def measure_a_process(rank: int, folder, out) -> None:
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
             loss(model, lengths).backward()
             optimizer.step()
+            gc.collect()  # the model before this one, whose modules refer to each other
             held = {n: p.to_local() if sharded else p for n, p in model.named_parameters()}
             moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
             found[method, sharded] = {
@@ -115,7 +121,7 @@ def measure_a_process(rank: int, folder, out) -> None:
     dist.destroy_process_group()
 
 
-def test_what_sharded_processes_hold_and_gather_is_planned_to_within_fifteen_percent(tmp_path):
+def test_what_sharded_processes_hold_and_gather_is_planned(tmp_path):
     config = MoEConfig.from_dict({**wide("olmoe").hub, "hidden_size": 256})
     model = MoETransformer(config)
     init_weights(model, std=0.05)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd.graph import saved_tensors_hooks
 
 import hellora
 import ops
+from benchmarks.measure import saved_bytes
 from config import MoEConfig
 from model import MoETransformer, init_weights
 from ops import GroupedLowRankLinear, HeadLoss, LowRankLinear, WeightedSwiGLU, grouped_outer
@@ -31,10 +31,14 @@ def plain_grouped(x, W, A, B, counts):
     return torch.cat(parts)
 
 
+@pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("counts", [COUNTS, [0, 0, 0, 4, 7], [0, 0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype, fan_in, fan_out, r", [(torch.float64, 7, 6, 2), (torch.float32, 12, 20, 4)], ids=str)
-def test_adapted_groups_have_the_gradients_of_the_plain_formula(dtype, fan_in, fan_out, r, counts, n):
+def test_adapted_groups_have_the_gradients_of_the_plain_formula(
+    monkeypatch, dtype, fan_in, fan_out, r, counts, n, devices
+):
+    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
     source = draw(sum(counts), fan_in, dtype=dtype)
     W = draw(len(counts), fan_out, fan_in, dtype=dtype).detach()
     A, B = draw(n, r, fan_in, dtype=dtype), draw(n, fan_out, r, dtype=dtype)
@@ -106,10 +110,12 @@ def test_the_loss_never_holds_more_logits_than_a_slice(monkeypatch):
     assert [len(logits) for logits in seen] == [4] * 7 + [2]
 
 
+@pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
 @pytest.mark.parametrize(
     "dtype, fan_in, fan_out", [(torch.float64, 7, 6), (torch.float32, 12, 20), (torch.float32, 3, 8)]
 )
-def test_grouped_outer_is_one_product_a_group(dtype, fan_in, fan_out):
+def test_grouped_outer_is_one_product_a_group(monkeypatch, dtype, fan_in, fan_out, devices):
+    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
     x, y = draw(sum(COUNTS), fan_in, dtype=dtype), draw(sum(COUNTS), fan_out, dtype=dtype)
     parts = zip(y.split(COUNTS), x.split(COUNTS), strict=True)
     want = torch.stack([torch.einsum("ro,ri->oi", y_g, x_g) for y_g, x_g in parts])
@@ -143,12 +149,7 @@ def attached(kind: str = "lora") -> MoETransformer:
 
 
 def saved_floats(model: MoETransformer) -> int:
-    """Floats kept for backward outside the weights, a storage counted once and whole."""
-    kept, weights = [], {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        loss = model(IDS, LENGTHS, labels=IDS)[0]  # noqa: F841 - keeps the graph
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-    return sum(size for pointer, size in storages.items() if pointer not in weights) // 4
+    return saved_bytes(lambda: model(IDS, LENGTHS, labels=IDS)[0], model.parameters()) // 4
 
 
 def test_an_adapter_keeps_neither_the_rows_of_hot_experts_nor_what_norms_and_padding_made():

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ SCRIPTS = {(script, *SUBCOMMANDS & set(rest.split()[:1])) for script, rest in CO
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS), ids=" ".join)
 def test_every_flag_of_a_readme_command_exists(script, capsys):
-    with suppress(SystemExit):
+    with pytest.raises(SystemExit, match="^0$"):
         importlib.import_module(script[0].removesuffix(".py")).main([*script[1:], "--help"])
     said = capsys.readouterr().out
     flags = {
@@ -36,6 +35,10 @@ def test_every_flag_of_a_readme_command_exists(script, capsys):
     }
     assert said.startswith("usage: ")
     assert not [flag for flag in flags if not re.search(rf"{flag}\b", said)]
+
+
+def test_every_picture_of_the_readme_is_there():
+    assert not [path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) if not (ROOT / path).exists()]
 
 
 def test_training_commands_of_the_readme_are_accepted():
