@@ -58,7 +58,8 @@ def load_shared(
         if sharded:
             shard(model, device, compute_dtype)
 
-    gc.collect()  # FSDP's modules refer to each other: nothing else frees the model that was here before
+    if sharded:
+        gc.collect()  # FSDP's modules refer to each other: nothing else frees the model that was here before
     model = load_model(folder, dtype, device, prepare)
     if model.adapter is not None:
         hellora.init_factors(model)

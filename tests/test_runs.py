@@ -137,18 +137,8 @@ def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path, number):
 
 
 def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
-    flags = [
-        "--batch",
-        "5",
-        "--micro-batch",
-        "2",
-        "--sample",
-        "0.005",
-        "--k",
-        "3",
-        "--lr",
-        "1e-4",
-    ]  # AdamW turns rounding into steps
+    flags = ["--batch", "5", "--micro-batch", "2", "--sample", "0.005", "--k", "3"]
+    flags += ["--lr", "1e-4"]  # AdamW turns rounding into steps
     train.main([*flags, "--steps", "6", "--out", str(tmp_path / "whole")])
     out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
 
