@@ -59,11 +59,18 @@ def is_first_here() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults are shown where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are one line and name the way to the help."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         if "" in (sys.argv[1:] if args is None else args):  # `--mask "$RUN"` with RUN unset is not "no mask"

@@ -168,6 +168,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     elif args.source is not None or given:
         what = args.source or ", ".join(given)
         raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
+    if args.completions and not Path(args.completions).is_file():  # before anything is downloaded to compare it with
+        raise InputError(f"--completions {args.completions}: no such file; name one of JSON lines")
     if args.task not in list(data.TASKS):  # a run's settings may say anything
         given = "is missing" if args.task is None else f"{args.task!r} is unknown"
         raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")

@@ -41,6 +41,9 @@ def check_out(out: Path, settings: dict, resume: bool) -> None:
 
     Settings in FREE may differ, and when resuming so may the number of steps.
     """
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out} cannot be written: {place} is no folder, or not yours; name another folder")
     try:
         before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
     except FileNotFoundError:
@@ -57,6 +60,8 @@ def check_out(out: Path, settings: dict, resume: bool) -> None:
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
     if not resume and any(out.glob("**/checkpoint/step-*")):
         raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
+    if resume and not out.exists():
+        cli.say(f"--resume: there is nothing in {out} yet; the run starts with its first step")
 
 
 def write_config(out: Path, settings: dict) -> None:

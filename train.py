@@ -375,7 +375,7 @@ def fit(
             drlora.draw_ranks(growth.history, out / "ranks.png")
     idle = reach.idle()
     if idle:
-        say(f"{len(idle)} adapted experts (layer:expert) had an epoch without a token: {' '.join(idle)}")
+        say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
     ranks = {"ranks": growth.ranks().tolist()} if growth else {}
     return ranks | {
         "steps": steps,

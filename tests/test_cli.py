@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import train
 from cli import InputError, Parser, number
 
 ROOT = Path(__file__).parent.parent
@@ -163,3 +164,10 @@ def test_the_exit_status_of_a_command_tells_wrong_input_from_a_bug(body, status,
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert done.stderr == said if said else "Traceback" in done.stderr
+
+
+def test_help_names_defaults_where_there_are_any(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert "(default: tiny)" in said and "default: None" not in said and "default: False" not in said

@@ -119,7 +119,7 @@ def test_items_of_an_evaluation_are_a_file_of_completions(gsm8k, tmp_path):
         ("", r"c.jsonl holds no completions; want lines of"),
         ("\n \n", r"c.jsonl holds no completions; want lines of"),
         (b'{"id": 0, "completion": "\xff"}', r"c.jsonl, line 1: not encoded in UTF-8"),
-        (None, r"c.jsonl: cannot be read \(No such file"),
+        (None, "c.jsonl: no such file; name one of JSON lines"),
     ],
 )
 def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_path, lines, message):
@@ -177,7 +177,7 @@ def test_wrong_input_on_the_command_line_is_one_line_and_status_2(gsm8k, tmp_pat
     command = [sys.executable, "evaluate.py", "--task", "gsm8k", "--eval-data", gsm8k, "--completions", "nowhere.jsonl"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == "error: nowhere.jsonl: cannot be read (No such file or directory)\n"
+    assert found.stderr == "error: --completions nowhere.jsonl: no such file; name one of JSON lines\n"
 
 
 def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):

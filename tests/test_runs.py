@@ -288,3 +288,11 @@ def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
             train.main([*flags, "--steps", "3", "--resume"])
     (out / "log.jsonl").write_text(whole)
     assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
+
+
+def test_an_out_below_a_file_is_refused_and_a_resume_of_nothing_says_that_it_starts(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run cannot be written: .*file is no folder"):
+        train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "file/run")])
+    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
+    assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")
