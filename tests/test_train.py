@@ -258,8 +258,8 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("a file")
-    for out in ("mine", "file"):
-        with pytest.raises(InputError, match="not a run of train.py"):
+    for out, says in (("mine", "not a run of train.py"), ("file", "file is no folder")):
+        with pytest.raises(InputError, match=says):
             train.main(["--steps", "1", "--out", str(tmp_path / out)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     asked = vars(settings.parse_flags([]))
