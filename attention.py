@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import MoEConfig
-from ops import made
+from ops import noted, outer
 
 
-def gather(x: Tensor, rows: Tensor) -> Tensor:
-    return x.index_select(0, rows)
+def outer_of_rows(y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """y^T x[rows].  y [T, out], x [B * S, in], rows [T] -> [out, in]"""
+    return outer(y, x.index_select(0, rows))
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Layout:
     def unpad(self, x: Tensor) -> Tensor:
         """[B, H, S, Dh] -> [T, H * Dh]"""
         x = x.transpose(1, 2).flatten(2).flatten(0, 1)
-        return x if self.index is None else made(gather, x, self.index)
+        return x if self.index is None else noted(x.index_select(0, self.index), outer_of_rows, x, self.index)
 
 
 class KVCache:
@@ -100,16 +101,27 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return made(self.normalise, x)
+        return noted(self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps), self.outer, x)
 
-    def normalise(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+    def outer(self, y: Tensor, x: Tensor) -> Tensor:
+        """y^T forward(x), its two scales on the small sides of the product.  y [T, out], x [T, in] -> [out, in]"""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # [T, 1]
+        return outer((y * (norm.square() / x.shape[-1] + self.eps).rsqrt()).to(y.dtype), x) * self.weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split form: pairs are (i, i + Dh / 2).  [T, H, Dh] -> [T, H, Dh]"""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Linear(nn.Linear):
+    """nn.Linear, also together with others of the same input: what an adapter does for all of them is done once."""
+
+    def together(self, x: Tensor, *others: nn.Linear) -> list[Tensor]:
+        """The outputs of this one and of the others.  [T, in] -> [T, out] each"""
+        return [linear(x) for linear in (self, *others)]
 
 
 class Attention(nn.Module):
@@ -119,9 +131,9 @@ class Attention(nn.Module):
         super().__init__()
         D, Dh = config.hidden_size, config.head_dim
         q_size, kv_size = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
-        self.q_proj = nn.Linear(D, q_size, bias=config.family.qkv_bias)
-        self.k_proj = nn.Linear(D, kv_size, bias=config.family.qkv_bias)
-        self.v_proj = nn.Linear(D, kv_size, bias=config.family.qkv_bias)
+        self.q_proj = Linear(D, q_size, bias=config.family.qkv_bias)
+        self.k_proj = Linear(D, kv_size, bias=config.family.qkv_bias)
+        self.v_proj = Linear(D, kv_size, bias=config.family.qkv_bias)
         self.o_proj = nn.Linear(q_size, D, bias=False)
         self.qk_norm, self.clip, self.head_dim = config.family.qk_norm, config.clip_qkv, Dh
         if self.qk_norm:
@@ -130,7 +142,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(Dh if per_head else kv_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [T, Hq * Dh], [T, Hk * Dh] twice
+        q, k, v = self.q_proj.together(x, self.k_proj, self.v_proj)  # [T, Hq * Dh], [T, Hk * Dh] twice
         if self.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.clip is not None:

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from attention import Linear
 from checkpoint import seal
 from cli import InputError
 from config import MoEConfig
@@ -205,7 +205,7 @@ def detach(model: MoETransformer) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             with torch.device("meta"):
-                base = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                base = Linear(module.in_features, module.out_features, bias=module.bias is not None)
             base.weight, base.bias = module.weight, module.bias
             model.set_submodule(name, base)
         elif isinstance(module, LoRAExperts):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from attention import Linear
 from model import Experts
 from ops import GroupedLowRankLinear, LowRankLinear, WeightedSwiGLU, weighted_swiglu
 
@@ -50,7 +51,7 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = W x + (alpha / r) B A x, W frozen.  [T, in] -> [T, out]"""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
@@ -64,8 +65,20 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.lora_A.to(x.dtype), (self.scaling * self.lora_B.T).to(x.dtype)
-        return LowRankLinear.apply(x, self.weight, self.bias, A, B)
+        return self.together(x)[0]
+
+    def together(self, x: Tensor, *others: "LoRALinear") -> list[Tensor]:
+        pairs, weights = (self, *others), []
+        for pair in pairs:
+            # by rows: some matrix products are half as fast by a narrow matrix that lies by columns
+            B = (pair.scaling * pair.lora_B.T.contiguous()).to(x.dtype)  # [r, out]
+            weights += [pair.weight, pair.bias, B]
+        A = torch.cat([pair.lora_A for pair in pairs]).to(x.dtype)  # [p * r, in]
+        return [pair.scaled(y) for pair, y in zip(pairs, LowRankLinear.apply(x, A, *weights), strict=True)]
+
+    def scaled(self, y: Tensor) -> Tensor:
+        """DoRA's scale, of which LoRA has none.  [T, out] -> [T, out]"""
+        return y
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
@@ -87,11 +100,10 @@ class DoRALinear(LoRALinear):
             norm = row_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
         return self.lora_m / norm  # [out]
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+    def scaled(self, y: Tensor) -> Tensor:
         if self.bias is None:
-            return self.scale().to(x.dtype) * y
-        return self.scale().to(x.dtype) * (y - self.bias) + self.bias
+            return self.scale().to(y.dtype) * y
+        return self.scale().to(y.dtype) * (y - self.bias) + self.bias
 
     def merged(self) -> Tensor:
         return self.scale()[:, None] * super().merged()

@@ -36,56 +36,55 @@ def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([F.linear(x[rows], W_g) for rows, W_g in zip(slices(offsets), weight, strict=True)])
 
 
-# On a GPU the next two are grouped_mm. On a CPU, where that is a loop anyway, ours makes nothing as large as all rows:
-# writing, and paging in, such a tensor takes longer there than the few multiplications of a low rank.
+def outer(y: Tensor, x: Tensor) -> Tensor:
+    """sum y x^T over the rows: a weight's gradient.  y [T, out], x [T, in] -> [out, in]"""
+    return y.T @ x
 
 
-def add_grouped(y: Tensor, x: Tensor, M: Tensor, offsets: Tensor) -> None:
-    """y += x M_g in place, for rows sorted by group.  y [R, out], x [R, r], M [G, r, out]"""
-    if y.device.type in ONE_KERNEL and fits(M):
-        y += F.grouped_mm(x, M, offs=offsets)
-        return
-    for rows, M_g in zip(slices(offsets), M, strict=True):
-        y[rows].addmm_(x[rows], M_g)
-
-
-def grouped_outer(y: Tensor, x: Callable[[slice], Tensor], offsets: Tensor) -> Tensor:
-    """sum y x^T over the rows of each group: a weight's gradient.  y [R, out], x(rows) [rows, in] -> [G, out, in]"""
-    # Without any row it refuses its own strides, and of a group without rows some GPUs return what was in memory.
-    if len(y) and y.device.type in ONE_KERNEL and fits(y) and fits(every := x(slice(None))):
-        empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # [G]
-        return F.grouped_mm(y.T, every, offs=offsets).masked_fill(empty[:, None, None], 0)
-    return torch.stack([y[rows].T @ x(rows) for rows in slices(offsets)])
-
-
-def made(f: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """f(*sources), and a note on it of how it was made: an operation may then keep the sources and make it again."""
-    y = f(*sources)
-    y.made_by = f, sources
-    return y
+def noted(x: Tensor, outer: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """x, and a note on it that outer(y, *sources) is y^T x: backward may keep the sources, which it needs anyway."""
+    x.noted = outer, sources
+    return x
 
 
 class LowRankLinear(torch.autograd.Function):
-    """W x + bias + B A x, W and bias frozen.  x [T, in], W [out, in], A [r, in], B [r, out] -> [T, out]
+    """W x + bias + B A x for one or more projections of one input, W and bias frozen.  x [T, in] -> [T, out] each
 
-    For A's gradient it keeps not x but what x was `made` of. B is transposed: its gradient then is a product with the
-    short side first, several times faster.
+    A [p * r, in] of the p projections, one below the other; then W [out, in], bias [out] or None and B [r, out] of
+    each. The A's share their products, and what every projection gives to x's gradient is added up in one place. For
+    A's gradient it keeps not x but the sources `noted` on it. B is transposed: its gradient then is a product with
+    the short side first, several times faster.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
-        low = F.linear(x, A)  # [T, r]
-        ctx.remake, sources = getattr(x, "made_by", (Tensor.detach, (x,)))
-        ctx.save_for_backward(W, A, B, low, *(sources if ctx.needs_input_grad[3] else ()))
-        return F.linear(x, W, bias).addmm_(low, B)
+    def forward(ctx, x: Tensor, A: Tensor, *projections: Tensor | None) -> tuple[Tensor, ...]:
+        Ws, biases, Bs = projections[0::3], projections[1::3], projections[2::3]
+        low = F.linear(x, A)  # [T, p * r]
+        ctx.outer, sources = getattr(x, "noted", (outer, (x,)))
+        ctx.p = len(Ws)
+        ctx.save_for_backward(A, low, *Ws, *Bs, *(sources if ctx.needs_input_grad[1] else ()))
+        parts = zip(Ws, biases, Bs, low.chunk(ctx.p, dim=1), strict=True)
+        return tuple(F.linear(x, W, bias).addmm_(low_x, B) for W, bias, B, low_x in parts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W, A, B, low, *sources = ctx.saved_tensors
-        grad_low = F.linear(grad, B)  # [T, r]
-        grad_x = (grad @ W).addmm_(grad_low, A)
-        grad_A = grad_low.T @ ctx.remake(*sources) if ctx.needs_input_grad[3] else None
-        return grad_x, None, None, grad_A, low.T @ grad
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        A, low, *rest = ctx.saved_tensors
+        Ws, Bs, sources = rest[: ctx.p], rest[ctx.p : 2 * ctx.p], rest[2 * ctx.p :]
+        grad_low = torch.cat([F.linear(grad, B) for grad, B in zip(grads, Bs, strict=True)], dim=1)  # [T, p * r]
+        grad_x = None
+        if ctx.needs_input_grad[0]:  # not in the first layer, whose input comes from a frozen embedding
+            grad_x = grad_low @ A
+            for grad, W in zip(grads, Ws, strict=True):
+                grad_x.addmm_(grad, W)
+        grad_A = ctx.outer(grad_low, *sources) if ctx.needs_input_grad[1] else None
+        grad_Bs = map(outer, low.chunk(ctx.p, dim=1), grads)
+        return grad_x, grad_A, *(g for grad_B in grad_Bs for g in (None, None, grad_B))
+
+
+def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """`outer` of every group, by one kernel.  y [R, out], x [R, in] -> [G, out, in]"""
+    empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # [G]; of these some GPUs return what was in memory
+    return F.grouped_mm(y.T, x, offs=offsets).masked_fill(empty[:, None, None], 0)
 
 
 class GroupedLowRankLinear(torch.autograd.Function):
@@ -94,28 +93,47 @@ class GroupedLowRankLinear(torch.autograd.Function):
     A [n, r, in] and B [n, r, out], transposed as above, belong to the first n groups, and the first S rows to these.
     For A's gradient backward needs those rows of x again, which are large and cheap: `remake(rows, *sources)` gives a
     slice of them, with the sources kept.
+
+    On a GPU each product is one kernel for all groups. On a CPU, where that is a loop anyway, ours does all of a group
+    while its rows are in the cache: fetching rows takes longer there than multiplying them by a low rank.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, S: int, remake, *sources) -> Tensor:
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-        low = grouped_linear(x[:S], A, hot)  # [S, r]
-        add_grouped(y[:S], low, B, hot)
+        ctx.remake, ctx.one_kernel = remake, S > 0 and x.device.type in ONE_KERNEL and fits(A, B)
+        if ctx.one_kernel:
+            low = F.grouped_mm(x[:S], A.mT, offs=hot)  # [S, r]
+            y[:S] += F.grouped_mm(low, B, offs=hot)
+        else:
+            low = x.new_empty(S, A.shape[1])
+            for rows, A_g, B_g in zip(slices(hot), A, B, strict=True):
+                torch.mm(x[rows], A_g.T, out=low[rows])
+                y[rows].addmm_(low[rows], B_g)
         ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
-        ctx.remake = remake
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, low, offsets, *sources = ctx.saved_tensors
+        need_x, _, need_A, *_ = ctx.needs_input_grad
         hot, S = offsets[: len(A)], len(low)
-        grad_low = grouped_linear(grad[:S], B, hot)  # [S, r]
-        grad_x = grouped_linear(grad, W.mT, offsets)  # [R, in]
-        add_grouped(grad_x[:S], grad_low, A, hot)
-        grad_A = None
-        if ctx.needs_input_grad[2]:
-            grad_A = grouped_outer(grad_low, lambda rows: ctx.remake(rows, *sources), hot)
-        grad_B = grouped_outer(low, grad[:S].__getitem__, hot)
+        grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
+        if ctx.one_kernel:
+            grad_low = F.grouped_mm(grad[:S], B.mT, offs=hot)  # [S, r]
+            if need_x:
+                grad_x[:S] += F.grouped_mm(grad_low, A, offs=hot)
+            grad_A = grouped_outer(grad_low, ctx.remake(slice(S), *sources), hot) if need_A else None
+            grad_B = grouped_outer(low, grad[:S], hot)
+        else:
+            grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+            for g, rows in enumerate(slices(hot)):
+                grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+                if need_x:
+                    grad_x[rows].addmm_(grad_low, A[g])
+                if need_A:
+                    torch.mm(grad_low.T, ctx.remake(rows, *sources), out=grad_A[g])
+                torch.mm(low[rows].T, grad[rows], out=grad_B[g])
         return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 

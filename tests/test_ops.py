@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import hellora
 import ops
+from attention import RMSNorm
 from benchmarks.measure import saved_bytes
 from config import MoEConfig
 from model import MoETransformer, init_weights
@@ -55,22 +57,52 @@ def test_adapted_groups_have_the_gradients_of_the_plain_formula(
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("made", [False, True])
-def test_an_adapted_linear_passes_gradcheck(made, bias):
+@pytest.mark.parametrize("noted", [False, True])
+def test_an_adapted_linear_passes_gradcheck(noted, bias):
     W, b = draw(5, 7).detach(), draw(5).detach() if bias else None
 
     def compute(source, A, B):
-        x = ops.made(torch.tanh, source) if made else source.tanh()
-        return LowRankLinear.apply(x, W, b, A, B.T)
+        x = ops.noted(source.tanh(), lambda y, s: y.T @ s.tanh(), source) if noted else source.tanh()
+        return LowRankLinear.apply(x, A, W, b, B.T)[0]
 
     source, A, B = draw(9, 7), draw(2, 7), draw(5, 2)
     assert torch.allclose(compute(source, A, B), F.linear(source.tanh(), W + B @ A, b))
     assert torch.autograd.gradcheck(compute, (source, A, B))
 
 
+def test_projections_of_one_input_together_are_each_alone():
+    """As q, k and v of grouped-query attention, of unlike sizes."""
+    source, fan_outs, r = draw(9, 7), (5, 3, 4), 2
+    Ws, biases = [draw(out, 7).detach() for out in fan_outs], [draw(5).detach(), None, draw(4).detach()]
+    As, Bs = [draw(r, 7, seed=out) for out in fan_outs], [draw(out, r) for out in fan_outs]
+
+    def compute(source, *factors):
+        A, Bs = torch.cat(factors[:3]), factors[3:]
+        parts = [t for W, b, B in zip(Ws, biases, Bs, strict=True) for t in (W, b, B.T)]
+        return LowRankLinear.apply(source.tanh(), A, *parts)
+
+    for y, W, b, A, B in zip(compute(source, *As, *Bs), Ws, biases, As, Bs, strict=True):
+        torch.testing.assert_close(y, F.linear(source.tanh(), W + B @ A, b))
+    assert torch.autograd.gradcheck(compute, (source, *As, *Bs))
+
+
+def test_no_gradient_is_computed_of_an_input_that_nobody_trains():
+    """The first layer's: its own weights' products in the backward pass are as large as all of the forward pass."""
+    x, W, A, B = draw(9, 7).detach(), draw(5, 7).detach(), draw(2, 7), draw(5, 2)
+    y = LowRankLinear.apply(x, A, W, None, B.T)[0]
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 9 * 2 * (5 + 7 + 5)  # B's input, A, B
+    x, W, A, B = draw(11, 7).detach(), draw(5, 6, 7).detach(), draw(3, 2, 7), draw(3, 6, 2)
+    y = GroupedLowRankLinear.apply(x, W, A, B.mT, ends(COUNTS), 8, lambda rows, x: x[rows], x[:8])
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 8 * 2 * (6 + 7 + 6)
+
+
 def test_a_frozen_A_gets_no_gradient_and_the_others_theirs():
     x, W, A, B = draw(9, 7), draw(5, 7).detach(), draw(2, 7).detach(), draw(5, 2)
-    LowRankLinear.apply(x, W, None, A, B.T).square().sum().backward()
+    LowRankLinear.apply(x, A, W, None, B.T)[0].square().sum().backward()
     assert A.grad is None and x.grad.any() and B.grad.any()
     x, W, A, B = draw(11, 7), draw(5, 6, 7).detach(), draw(3, 2, 7).detach(), draw(3, 6, 2)
     y = GroupedLowRankLinear.apply(x, W, A, B.mT, ends(COUNTS), 8, lambda rows, x: x[rows], x.detach()[:8])
@@ -110,16 +142,20 @@ def test_the_loss_never_holds_more_logits_than_a_slice(monkeypatch):
     assert [len(logits) for logits in seen] == [4] * 7 + [2]
 
 
-@pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
-@pytest.mark.parametrize(
-    "dtype, fan_in, fan_out", [(torch.float64, 7, 6), (torch.float32, 12, 20), (torch.float32, 3, 8)]
-)
-def test_grouped_outer_is_one_product_a_group(monkeypatch, dtype, fan_in, fan_out, devices):
-    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
-    x, y = draw(sum(COUNTS), fan_in, dtype=dtype), draw(sum(COUNTS), fan_out, dtype=dtype)
+def test_grouped_outer_is_one_product_a_group():
+    x, y = draw(sum(COUNTS), 12, dtype=torch.float32), draw(sum(COUNTS), 20, dtype=torch.float32)
     parts = zip(y.split(COUNTS), x.split(COUNTS), strict=True)
     want = torch.stack([torch.einsum("ro,ri->oi", y_g, x_g) for y_g, x_g in parts])
-    torch.testing.assert_close(grouped_outer(y, x.__getitem__, ends(COUNTS)), want)
+    torch.testing.assert_close(grouped_outer(y, x, ends(COUNTS)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_gives_the_gradient_of_a_weight_behind_it_without_its_output(dtype):
+    norm, x, y = RMSNorm(40, eps=0.1), draw(9, 40), draw(9, 3)  # an eps that counts
+    norm.weight.data = draw(40)
+    want = y.T @ norm.double()(x)
+    got = norm.to(dtype).outer(y.to(dtype), x.to(dtype))
+    torch.testing.assert_close(got, want.to(dtype), rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
 # ------------------------------------------------------------------------------------------- of a whole model
