@@ -1,7 +1,8 @@
-"""Attention over a padded batch, and the cache that decoding appends to.
+"""Attention within every sequence of a batch, and the cache that decoding appends to.
 
 Everything else in the model sees a flat list of real tokens; attention alone needs to know which sequence a token is
-of. A `Layout` says so once for all layers.
+of. A `Layout` says so once for all layers. A GPU attends to the whole batch at once, padded; a CPU, where padding
+takes as long as tokens, to one sequence after the other.
 
 Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, Hq query heads, Hk key and value heads,
 Dh head_dim, M key positions of a KV cache, L layers.
@@ -16,12 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import MoEConfig
-from ops import noted, outer
+from ops import noted, one_kernel, outer
 
 
 def outer_of_rows(y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """y^T x[rows].  y [T, out], x [B * S, in], rows [T] -> [out, in]"""
     return outer(y, x.index_select(0, rows))
+
+
+def outer_of_parts(y: Tensor, *parts: Tensor) -> Tensor:
+    """y^T cat(parts).  y [T, out], parts [S, in] with S of T rows each -> [out, in]"""
+    return outer(y, torch.cat(parts))
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Layout:
     cos: Tensor  # [T, 1, Dh]
     sin: Tensor  # [T, 1, Dh]
     mask: Tensor | None  # [B or 1, 1, S, M] bool, True = visible; None: plain causal attention
+    lengths: list[int] | None  # [B] tokens of the sequences, to attend to them one by one; None: all at once
 
     def pad(self, x: Tensor) -> Tensor:
         """[T, H, Dh] -> [B, H, S, Dh], zeros at padding."""
@@ -85,11 +92,13 @@ def lay_out(
         keys = torch.arange(S if cache is None else int(filled.max()), device=device)  # [M]
         ago = (positions if past.any() else positions[:1])[:, None, :, None] - keys  # [B or 1, 1, S, M]
         mask = (ago >= 0) & (ago < window)
+    apart = index is not None and mask is None and cache is None and not one_kernel(device)
     flat = positions.flatten() if index is None else positions.flatten()[index]  # [T]
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     angle = flat[:, None].float() * (1.0 / config.rope_theta**exponent)  # [T, Dh / 2], rounded as the hub does
     angle = torch.cat((angle, angle), dim=-1)[:, None]  # [T, 1, Dh]
-    return Layout(B, S, index, flat, angle.cos().to(dtype), angle.sin().to(dtype), mask)
+    lengths = lengths.tolist() if apart else None
+    return Layout(B, S, index, flat, angle.cos().to(dtype), angle.sin().to(dtype), mask, lengths)
 
 
 class RMSNorm(nn.Module):
@@ -114,6 +123,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split form: pairs are (i, i + Dh / 2).  [T, H, Dh] -> [T, H, Dh]"""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v, causal without a mask.  q [B, Hq, S, Dh], k, v [B, Hk, M, Dh] -> [B, Hq, S, Dh]"""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+
+
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within one sequence after the other.  q [T, Hq, Dh], k, v [T, Hk, Dh] -> [T, Hq * Dh]"""
+    parts = (x.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for x in (q, k, v))  # [1, H, S, Dh] each
+    out = [attend(*part).transpose(1, 2).flatten(2)[0] for part in zip(*parts, strict=True)]  # [S, Hq * Dh] each
+    return noted(torch.cat(out), outer_of_parts, *out)
 
 
 class Linear(nn.Linear):
@@ -151,10 +173,9 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        if layout.lengths:
+            return self.o_proj(attend_apart(q, k, v, layout.lengths))
         q = layout.pad(q)  # [B, Hq, S, Dh]
         k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
         # Right padding comes after every real token, so plain causal attention never sees it.
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.o_proj(layout.unpad(out))
+        return self.o_proj(layout.unpad(attend(q, k, v, layout.mask)))

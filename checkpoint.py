@@ -18,26 +18,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import InputError
-from config import KNOWN, ONLY, MoEConfig
+from config import KNOWN, ONLY, PRESETS, MoEConfig
 
 TINY = Path(__file__).parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
+BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", *BESIDE)  # its files on the hub
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def resolve(path: str | Path) -> Path:
-    """The folder of a checkpoint: 'tiny', a local folder, or a hub id (downloaded once, then cached)."""
+def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
+    """The folder of a checkpoint: 'tiny', a local folder, or a hub id (files `wanted` downloaded once, then cached)."""
     if str(path) == "tiny":
         return TINY
     if os.path.exists(path):  # unlike Path.exists, also for a name that is too long to be one
         if not (Path(path) / "config.json").is_file():
             raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
         return Path(path)
-    beside = ["tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"]
-    wanted = ["config.json", "model*.safetensors", "*.safetensors.index.json", *beside]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=wanted))
+        return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
     except Exception as error:  # the library's, its HTTP client's and the disk's; a part of a file is never used
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -58,6 +58,16 @@ def read_config(folder: Path) -> MoEConfig:
         return MoEConfig.from_dict(hub)
     except InputError as error:  # which begins with "config.json:"
         raise InputError(f"{folder}/{error}") from None
+
+
+def config_of(model: str) -> MoEConfig:
+    """The config of a model that is only counted: a preset of config.py, or as `resolve`, nothing else downloaded."""
+    if model in PRESETS:
+        return MoEConfig.from_dict(PRESETS[model])
+    try:
+        return read_config(resolve(model, ("config.json",)))
+    except InputError as error:
+        raise InputError(f"{error}; without a checkpoint there are {', '.join(PRESETS)}") from None
 
 
 def unread_keys(config: MoEConfig) -> list[str]:

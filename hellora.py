@@ -95,6 +95,13 @@ class Adapter:
     ranks: list[list[int]] | None = None  # of every expert where they grew (drlora.py); the tensors are `truncate`d
 
 
+def check_rank(config: MoEConfig, r: int) -> None:
+    """Raise InputError for a rank that no pair of this model's experts can have."""
+    limit = min(config.hidden_size, config.intermediate_size)
+    if not 1 <= r <= limit:
+        raise InputError(f"rank {r}; want 1..{limit}, the smaller side of an expert's matrices")
+
+
 def attach(
     model: MoETransformer,
     hot: Tensor,
@@ -119,10 +126,8 @@ def attach(
         raise InputError(f"the expert list is for {tuple(hot.shape)} (layers, experts), the model has {(L, E)}")
     if targets not in TARGETS:
         raise InputError(f"targets {targets!r} is unknown; choose from {', '.join(TARGETS)}")
-    limit = min(model.config.hidden_size, model.config.intermediate_size)
     reserved = r_max or r
-    if not 1 <= reserved <= limit:
-        raise InputError(f"rank {reserved}; want 1..{limit}, the smaller side of an expert's matrices")
+    check_rank(model.config, reserved)
     linear_pair, stacked_pair = KINDS[kind]
     model.requires_grad_(False)
     for name in adapted_linears(model.config, targets):

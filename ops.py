@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HEAD_ROWS = 256  # targets whose logits exist at once
-ONE_KERNEL = ("cuda",)  # device types where grouped_mm is one kernel
+ONE_KERNEL = ("cuda",)  # device types where grouped_mm, and attention to a batch, are one kernel
+
+
+def one_kernel(device: torch.device) -> bool:
+    """Whether one large operation is faster there than many small ones without the padding and the copies."""
+    return device.type in ONE_KERNEL
 
 
 def slices(offsets: Tensor) -> list[slice]:
@@ -101,7 +106,7 @@ class GroupedLowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, S: int, remake, *sources) -> Tensor:
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-        ctx.remake, ctx.one_kernel = remake, S > 0 and x.device.type in ONE_KERNEL and fits(A, B)
+        ctx.remake, ctx.one_kernel = remake, S > 0 and one_kernel(x.device) and fits(A, B)
         if ctx.one_kernel:
             low = F.grouped_mm(x[:S], A.mT, offs=hot)  # [S, r]
             y[:S] += F.grouped_mm(low, B, offs=hot)

@@ -50,7 +50,7 @@ import hellora
 import memory
 import policies
 import routing
-from checkpoint import read_config, resolve
+from checkpoint import config_of, read_config, resolve
 from cli import InputError, RunError, writable
 from config import PRESETS, MoEConfig
 from model import MoETransformer
@@ -200,7 +200,9 @@ def load_profile(path: str | Path) -> RoutingProfile:
         return checked(json.loads(Path(path).read_text(encoding="utf-8")))
     except InputError as error:
         raise InputError(f"{path}: {error}; write it again with profile.py") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); profile.py --out makes such a file") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
@@ -246,8 +248,12 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
 
 def main(argv: list[str] | None = None) -> object:
     argv = sys.argv[1:] if argv is None else argv
-    command = {"compare": compare, "advise": advise}.get(argv[0] if argv else None)
-    return command(argv[1:]) if command else count(argv)
+    if not argv or argv[0].startswith("-"):
+        return count(argv)
+    commands = {"compare": compare, "advise": advise}
+    if argv[0] not in commands:
+        raise InputError(f"{argv[0]!r} is no command; want {' or '.join(commands)}, or flags alone, to count")
+    return commands[argv[0]](argv[1:])
 
 
 def count(argv: list[str]) -> RoutingProfile:
@@ -333,7 +339,7 @@ def advise(argv: list[str]) -> None:
     counted = load_profile(args.profile)
     about = json.loads(Path(args.profile).read_text(encoding="utf-8"))
     model, recipe = args.model or about["model"], RECIPES.get(about["task"], Recipe)  # or the paper's rank
-    config = MoEConfig.from_dict(PRESETS[model]) if model in PRESETS else read_config(resolve(model))
+    config = config_of(model)
     check_fits(counted, config, args.profile)
     r, K = args.rank or recipe.r, counted.num_experts_per_tok
     sizes = routing.adapter_sizes(config, r, args.targets)

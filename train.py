@@ -59,9 +59,12 @@ def main(argv: list[str] | None = None) -> dict:
     folder, out = resolve(args.model), Path(args.out)
     config = read_config(folder)
     num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
-    given = read_given(args, config)  # an adapter to start from, or whose mask to take
+    hot, start = read_given(args, config)
+    if method.experts:
+        hellora.check_rank(config, drlora.RESERVED * args.rank if method.grows else args.rank)
     if cli.is_main_process():
         runs.check_out(out, vars(args), args.resume)
+    counted = read_counts(args, config)
     rank, world, device = start_processes()
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(args.task, "train", args.train_data)
@@ -73,11 +76,10 @@ def main(argv: list[str] | None = None) -> dict:
     dtype, compute_dtype = (half, None) if method.experts else (torch.float32, half)
     tokens = args.micro_batch * max(len(item.ids) for item in items)
     about = {"method": args.method, "task": args.task, "processes": world}
-    hot = counted = None
     if method.experts:
         began = time.perf_counter()
-        counted = count(folder, config, items, args, rank, world, device)
-        hot = choose_experts(config, counted, args, num_hot, given)
+        counted = count(folder, items, args, rank, world, device) if counted is None else counted
+        hot = choose_experts(counted, args, num_hot) if hot is None else hot
         share = float((counted.counts * hot).sum() / counted.counts.sum())
         say(f"adapted experts take {share:.1%} of the routed tokens")
         about |= {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> dict:
         for layer in model.layers:
             layer.activation_checkpointing = args.activation_checkpointing
         if args.init_adapter:
-            hellora.fill_factors(model, given[1], args.init_adapter)
+            hellora.fill_factors(model, start, args.init_adapter)
         say(*hellora.report(model))
         if rank == 0:  # not before: whatever is wrong with the input has shown by now
             runs.write_config(out, vars(args))
@@ -137,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     if method.sparse:
         if args.mask:
-            state = given[1]
+            state = start
         elif args.resume and (out / "stage-d" / "adapter").is_dir():
             runs.cut_log(out / "stage-d" / "log.jsonl", total_steps(args, len(items)), whole=True)
             say(f"stage D is done: {out / 'stage-d'}")
@@ -166,45 +168,46 @@ def main(argv: list[str] | None = None) -> dict:
 # --------------------------------------------------------------------------------------------- before training
 
 
-def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[hellora.Adapter, dict[str, Tensor]] | None:
-    """The adapter that --mask or --init-adapter names, which decides experts, rank, alpha and targets."""
-    if args.mask:
-        return lori.read_mask(args, config)
-    if not args.init_adapter:
+def read_counts(args: argparse.Namespace, config: MoEConfig) -> profile.RoutingProfile | None:
+    """The routing counts of --profile, or those that the run to resume has made; None: they are yet to be made."""
+    before = Path(args.out) / "profile.json"
+    source = before if args.resume and before.is_file() else args.profile
+    if not source:
         return None
-    adapter, state = peft_files.read_any_adapter(args.init_adapter, config)
-    kind = METHODS[args.method].kind
-    if adapter.kind != kind:
-        is_of = f"is of kind {adapter.kind}"
-        raise InputError(f"--init-adapter {args.init_adapter} {is_of}; --method {args.method} is {kind}")
-    if kind == "lori" and adapter.seed != args.seed:
-        raise InputError(f"--init-adapter {args.init_adapter} has its A from --seed {adapter.seed}; give the same")
-    if any(name.endswith("positions") for name in state):
-        raise InputError(f"--init-adapter {args.init_adapter} holds a tenth of B alone (LoRI-S); want a dense adapter")
-    hellora.hot_mask(adapter.hot, config)
-    args.rank, args.alpha, args.targets = adapter.r, adapter.alpha, adapter.targets
-    return adapter, state
+    counted = profile.load_profile(source)
+    profile.check_fits(counted, config, source)
+    if (counted.model, counted.task) != (args.model, args.task):
+        say(f"note: {source} counted {counted.task} on {counted.model}, and this run is {args.task} on {args.model}")
+    return counted
+
+
+def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | None, dict[str, Tensor] | None]:
+    """What --mask, --init-adapter or a file of --experts say: the experts [L, E], and an adapter's tensors."""
+    if args.mask:
+        adapter, state = lori.read_mask(args, config)
+    elif args.init_adapter:
+        adapter, state = peft_files.read_any_adapter(args.init_adapter, config)
+        kind = METHODS[args.method].kind
+        if adapter.kind != kind:
+            is_of = f"is of kind {adapter.kind}"
+            raise InputError(f"--init-adapter {args.init_adapter} {is_of}; --method {args.method} is {kind}")
+        if kind == "lori" and adapter.seed != args.seed:
+            raise InputError(f"--init-adapter {args.init_adapter} has its A from --seed {adapter.seed}; give the same")
+        if any(name.endswith("positions") for name in state):
+            holds = "holds a tenth of B alone (LoRI-S)"
+            raise InputError(f"--init-adapter {args.init_adapter} {holds}; want a dense adapter")
+        args.rank, args.alpha, args.targets = adapter.r, adapter.alpha, adapter.targets
+    elif args.experts and args.experts not in policies.POLICIES:
+        return hellora.read_hot(args.experts, config), None
+    else:
+        return None, None
+    return hellora.hot_mask(adapter.hot, config), state
 
 
 def count(
-    folder: Path,
-    config: MoEConfig,
-    items: list[data.Encoded],
-    args: argparse.Namespace,
-    rank: int,
-    world: int,
-    device: torch.device,
+    folder: Path, items: list[data.Encoded], args: argparse.Namespace, rank: int, world: int, device: torch.device
 ) -> profile.RoutingProfile:
-    """The hot-expert catcher: routing counts from --profile, or from a sample of the training data now."""
-    before = Path(args.out) / "profile.json"
-    source = before if args.resume and before.is_file() else args.profile
-    if source:
-        counted = profile.load_profile(source)
-        profile.check_fits(counted, config, source)
-        if (counted.model, counted.task) != (args.model, args.task):
-            counted_on = f"{counted.task} on {counted.model}"
-            say(f"note: {source} counted {counted_on}, and this run is {args.task} on {args.model}")
-        return counted
+    """The hot-expert catcher: routing counts from a sample of the training data."""
     sample = data.sample(items, args.sample, args.seed)
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
     warmup = {"r": args.rank, "alpha": args.alpha, "lr": args.lr, "batch": 16} if args.warmup == "lora" else None
@@ -213,21 +216,11 @@ def count(
     )
 
 
-def choose_experts(
-    config: MoEConfig,
-    counted: profile.RoutingProfile,
-    args: argparse.Namespace,
-    num_hot: int,
-    given: tuple[hellora.Adapter, dict] | None,
-) -> Tensor:
-    """By the policy of --experts, from its file, or as the adapter that was given has them.  -> hot bool [L, E]"""
-    if given is not None:
-        return hellora.hot_mask(given[0].hot, config)
-    if args.experts in policies.POLICIES:
-        scores = counted.gate_mass if args.scores == "gate-mass" else counted.counts
-        number = None if args.experts in ("all", "coverage") else num_hot
-        return hellora.select_experts(args.experts, scores, number, coverage=args.coverage, seed=args.seed)
-    return hellora.read_hot(args.experts, config)
+def choose_experts(counted: profile.RoutingProfile, args: argparse.Namespace, num_hot: int) -> Tensor:
+    """By the policy of --experts.  -> hot bool [L, E]"""
+    scores = counted.gate_mass if args.scores == "gate-mass" else counted.counts
+    number = None if args.experts in ("all", "coverage") else num_hot
+    return hellora.select_experts(args.experts, scores, number, coverage=args.coverage, seed=args.seed)
 
 
 # ---------------------------------------------------------------------------------------------------- training

@@ -15,9 +15,9 @@ import cli
 import drlora
 import hellora
 import memory
-from checkpoint import read_config, resolve
+from checkpoint import config_of
 from cli import InputError, writable
-from config import PRESETS, MoEConfig
+from config import PRESETS
 from model import MoETransformer
 from settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args = parser.parse_args(argv)
     args.json = args.json and writable(args.json)
-    config = MoEConfig.from_dict(PRESETS[args.model]) if args.model in PRESETS else read_config(resolve(args.model))
+    config = config_of(args.model)
     method = METHODS[args.method]
     if args.k and method.experts != "hot":
         raise InputError(f"--k {args.k} has no meaning with --method {args.method}; leave it out")

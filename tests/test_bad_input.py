@@ -297,14 +297,14 @@ train --k MANY                                       | 1..64
 train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
-train --profile profile.json --experts file                                 | file: want a JSON list
-train --profile profile.json --experts deep.json                            | deep.json: want a JSON list
-train --profile profile.json --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
-train --profile profile.json --experts lists-high.json                      | expert 64
-train --profile profile.json --experts lists-negative.json                  | 64 experts
-train --profile profile.json --experts lists-float.json                     | 1.5
-train --profile profile.json --experts lists-text.json                      | lists-text.json
-train --profile profile.json --experts lists-none.json                      | lists-none.json
+train --experts file                                 | file: want a JSON list
+train --experts deep.json                            | deep.json: want a JSON list
+train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
+train --experts lists-high.json                      | expert 64
+train --experts lists-negative.json                  | 64 experts
+train --experts lists-float.json                     | 1.5
+train --experts lists-text.json                      | lists-text.json
+train --experts lists-none.json                      | lists-none.json
 train --experts coverage                             | give both or neither
 train --coverage 0.5                                 | give both or neither
 train --experts coverage --coverage 1.5              | '1.5' | at most 1
@@ -313,8 +313,9 @@ train --scores mass                                  | 'mass' | gate-mass
 train --targets most                                 | 'most' | gate
 train --rank 0                                       | '0' | at least 1
 train --rank 1.0                                     | '1.0' | whole number
-train --rank 49 --profile profile.json               | 49 | 1..48
+train --rank 49 --task gsm8k --train-data absent.jsonl | 49 | 1..48
 train --rank MANY                                    | --rank
+train --profile profile-layers.json --task gsm8k --train-data absent.jsonl | profile-layers.json
 train --alpha 0                                      | '0' | above 0
 train --alpha nan                                    | 'nan'
 train --lr 0                                         | '0' | above 0
@@ -469,6 +470,7 @@ evaluate tiny --task tiny-math --max-new-tokens 0    | '0'
 evaluate tiny --task tiny-math --temperature -1      | -1
 evaluate tiny --task tiny-math --top-p 0             | '0' | above 0
 evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
+evaluate tiny --task tiny-math --top-p 0.9           | 0.9 | --temperature
 evaluate tiny --task tiny-math --samples 2           | --samples 2 | scores one completion
 evaluate tiny --task tiny-code --samples 2 --temperature 0 | greedy samples
 evaluate tiny --task tiny-code --shots 2             | --shots 2
@@ -550,7 +552,8 @@ profile compare profile.json profile-layers.json     | (4, 64) | (3, 64)
 profile compare profile.json profile.json --k 65     | 65 | 1..64
 profile compare profile.json profile.json --plot p.gif | 'p.gif' | .png
 profile compare profile.json profile-negative.json   | profile-negative.json
-profile advise absent.json                           | absent.json
+profile advise absent.json                           | absent.json | No such file | --out
+profile advize profile.json                          | 'advize' | advise
 profile advise profile.json --rank 0                 | '0'
 profile advise profile.json --rank 49                | 49 | 1..48
 profile advise profile.json --coverage 0             | '0'
@@ -568,7 +571,7 @@ bench step --json file/rows.json                     | file/rows.json
 bench step --json notes                              | notes
 bench step --plot rows.txt                           | rows.txt | .png
 bench step --sweep k --batch 8 32                    | one
-bench plan --model nowhere/at-all                    | nowhere/at-all
+bench plan --model nowhere/at-all                    | nowhere/at-all | olmoe-1b-7b
 bench plan --k 65                                    | 65 | 1..64
 bench plan --rank 1025                               | 1025 | 1..1024
 bench plan --method magic                            | 'magic' | hellora
