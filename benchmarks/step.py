@@ -6,7 +6,8 @@
 
 `floor` is what no method can avoid: all weights frozen, no adapter, forward and backward to the inputs of every layer.
 A step is forward, backward, optimizer step and clearing the gradients. All rows are timed in one process in turn, on
-the same batches; a ratio is the median over the turns. Read the ratios, the absolute numbers are the machine's.
+the same batches; a ratio is that of the speeds over all of them (`times_as_fast`). Read the ratios, the absolute
+numbers are the machine's.
 
 The model has the shape of OLMoE-1B-7B at a quarter of its width and depth, with random weights; rank 8 is a quarter of
 the paper's 32, so that adapters have their real share of the multiplications. Lengths are drawn from a histogram of
@@ -54,9 +55,9 @@ LENGTHS = np.array(
 )
 TARGET_SHARE = 0.51  # of those tokens: the answer, 76.7 of 151.6 on average
 METHODS = {  # name -> which experts, kind of pair
-    "lora": ("all", "lora"),
     "hellora": ("hot", "lora"),
     "hellori-s": ("hot", "lori"),
+    "lora": ("all", "lora"),
     "dora": ("all", "dora"),
 }
 PEERS = {  # name -> modules and parameters that peft adapts
@@ -71,7 +72,7 @@ SWEEPS = {  # --sweep -> the values tried
     "batch": (1, 2, 4, 8, 16, 32),
     "rank": (1, 2, 4, 8, 16, 32, 64),
 }
-SWEPT = ("floor", "lora", "hellora")
+SWEPT = ("floor", "hellora", "lora")
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
 
@@ -214,6 +215,16 @@ def pair_flops(pair: torch.nn.Module, rows: int) -> int:
     return 2 * rows * r * ((2 + pair.lora_A.requires_grad) * fan_in + 3 * fan_out) + norms
 
 
+def times_as_fast(seconds: np.ndarray, others: np.ndarray) -> float:
+    """Speed over another's on the same batches, from steps timed side by side.  seconds, others [repeats, batches]
+
+    Per batch the median of the ratios, as the machine's own speed changes from turn to turn; then their mean, weighted
+    by time: batches differ, some have more padding.
+    """
+    weight = np.median(seconds, axis=0)  # [batches]
+    return float(np.average(np.median(others / seconds, axis=0), weights=weight))
+
+
 def measure(
     names: tuple[str, ...],
     shape: dict,
@@ -249,10 +260,11 @@ def measure(
         for subject in subjects if turn % 2 else subjects[::-1]:
             turns[subject.name].append(seconds(lambda s=subject: s.step(batches[turn % len(batches)]), device))  # noqa: B023
     samples, tokens = B * len(batches), sum(int(batch.lengths.sum()) for batch in batches)
-    took = {name: sum(median(t[i :: len(batches)]) for i in range(len(batches))) for name, t in turns.items()}
+    turns = {name: np.reshape(t, (repeats, len(batches))) for name, t in turns.items()}
+    took = {name: float(np.median(t, axis=0).sum()) for name, t in turns.items()}
     for subject in subjects:
         t = turns[subject.name]
-        over = {name: median(np.divide(turns[name], t)) for name in ("floor", *PEERS) if name in turns}
+        over = {name: times_as_fast(t, turns[name]) for name in ("floor", *PEERS) if name in turns}
         rows.append(
             {
                 "name": subject.name,
@@ -265,7 +277,7 @@ def measure(
                 "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda s=subject: s.step(batches[0]), device),
                 "saved_bytes": saved_bytes(lambda s=subject: s.loss(batches[0]), subject.resident()),
                 "adapter_flops": adapter_flops(subject.model, batches[0]),
-                "seconds": t,
+                "seconds": t.flatten().tolist(),
             }
         )
     if "hellora" in took:  # what choosing the experts costs beside training on them

@@ -5,6 +5,7 @@ import random
 import statistics
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,6 +67,12 @@ def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_
     assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
 
 
+def test_a_ratio_is_that_of_the_speeds_over_all_batches_whatever_the_machine_does_between_turns(tiny_step):
+    seconds, others = np.array([1.0, 4.0]), np.array([3.0, 8.0])  # of two batches: 11 s to 5 s
+    pace = np.array([[1.0], [2.0], [0.7]])  # of the machine in three turns
+    assert tiny_step.times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)
+
+
 def test_peers_have_our_weights_and_our_loss(tiny_step):
     device = torch.device("cpu")
     (batch,) = tiny_step.make_batches(3, 1, 97, device)
@@ -110,7 +117,7 @@ def test_a_sweep_has_a_row_for_every_value(tiny_step, tmp_path, sweep):
     flags = ["--batch", "2", "--k", "2", "--rank", "2", "--repeats", "1", "--plot", str(tmp_path / "sweep.svg")]
     rows = bench.main(["step", "--sweep", sweep, *flags])
     seen = [(row["value"], row["name"]) for row in rows if row["name"] != "profile"]
-    assert seen == [(value, name) for value in tiny_step.SWEEPS[sweep] for name in ("floor", "lora", "hellora")]
+    assert seen == [(value, name) for value in tiny_step.SWEEPS[sweep] for name in tiny_step.SWEPT]
     assert (tmp_path / "sweep.svg").stat().st_size
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
+import ops
 from attention import KVCache, lay_out
 from checkpoint import TINY, read_config, resolve
 from cli import InputError
@@ -330,8 +331,15 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
 
 
 @every_model
-@padded_or_not
-def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(make_checkpoint, family, changes, lengths):
+@pytest.mark.parametrize(
+    "lengths, devices",
+    [(None, ("cuda",)), (LENGTHS, ("cuda",)), (LENGTHS, ("cpu",)), (SHORT, ("cuda",)), (SHORT, ("cpu",))],
+    ids=["full", "ragged, one by one", "ragged, at once", "short, one by one", "short, at once"],
+)
+def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(
+    make_checkpoint, monkeypatch, family, changes, lengths, devices
+):
+    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
     checkpoint = make_checkpoint(family, **changes)
     model = load_model(checkpoint.folder)
     ids, labels = random_ids(50, B, S), random_ids(50, B, S, seed=1)

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hellora
 import ops
-from attention import RMSNorm
+from attention import RMSNorm, attend_apart
 from benchmarks.measure import saved_bytes
 from config import MoEConfig
 from model import MoETransformer, init_weights
@@ -68,6 +68,14 @@ def test_an_adapted_linear_passes_gradcheck(noted, bias):
     source, A, B = draw(9, 7), draw(2, 7), draw(5, 2)
     assert torch.allclose(compute(source, A, B), F.linear(source.tanh(), W + B @ A, b))
     assert torch.autograd.gradcheck(compute, (source, A, B))
+
+
+def test_parts_of_a_batch_give_the_gradient_of_a_weight_behind_all_of_them():
+    q, k, v = (draw(11, heads, 4, seed=i) for i, heads in enumerate((6, 3, 3)))
+    y, out = draw(11, 5), attend_apart(q, k, v, [4, 1, 6])
+    outer, parts = out.noted
+    assert len(parts) == 3
+    torch.testing.assert_close(outer(y, *parts), y.T @ out)
 
 
 def test_projections_of_one_input_together_are_each_alone():
