@@ -2,7 +2,7 @@
 
 Everything else in the model sees a flat list of real tokens; attention alone needs to know which sequence a token is
 of. A `Layout` says so once for all layers. A GPU attends to the whole batch at once, padded; a CPU, where padding
-takes as long as tokens, to one sequence after the other.
+takes as long as tokens, to one sequence after the other, unless there is a cache or a window to mind.
 
 Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, Hq query heads, Hk key and value heads,
 Dh head_dim, M key positions of a KV cache, L layers.
@@ -110,9 +110,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return noted(self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps), self.outer, x)
+        return noted(self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps), self.gradient, x)
 
-    def outer(self, y: Tensor, x: Tensor) -> Tensor:
+    def gradient(self, y: Tensor, x: Tensor) -> Tensor:
         """y^T forward(x), its two scales on the small sides of the product.  y [T, out], x [T, in] -> [out, in]"""
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # [T, 1]
@@ -142,7 +142,10 @@ class Linear(nn.Linear):
     """nn.Linear, also together with others of the same input: what an adapter does for all of them is done once."""
 
     def together(self, x: Tensor, *others: nn.Linear) -> list[Tensor]:
-        """The outputs of this one and of the others.  [T, in] -> [T, out] each"""
+        """The outputs of this one and of the others.  [T, in] -> [T, out] each
+
+        Adapted ones are not called one by one: a hook on one of them, or a shard of its own, would be passed by.
+        """
         return [linear(x) for linear in (self, *others)]
 
 
@@ -173,7 +176,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
-        if layout.lengths:
+        if layout.lengths is not None:
             return self.o_proj(attend_apart(q, k, v, layout.lengths))
         q = layout.pad(q)  # [B, Hq, S, Dh]
         k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]

@@ -65,9 +65,10 @@ def config_of(model: str) -> MoEConfig:
     if model in PRESETS:
         return MoEConfig.from_dict(PRESETS[model])
     try:
-        return read_config(resolve(model, ("config.json",)))
+        folder = resolve(model, ("config.json",))
     except InputError as error:
         raise InputError(f"{error}; without a checkpoint there are {', '.join(PRESETS)}") from None
+    return read_config(folder)
 
 
 def unread_keys(config: MoEConfig) -> list[str]:

@@ -185,8 +185,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.temperature == 0:
         changed = {"top_p": 1.0, "samples": 1} | changed
     args.decoding = replace(decoding, **changed)
-    if args.top_p and args.decoding.temperature == 0:
-        raise InputError(f"--top-p {args.top_p:g}: greedy decoding draws from no nucleus; add --temperature")
+    if args.decoding.top_p < 1 and args.decoding.temperature == 0:
+        raise InputError(f"--top-p {args.top_p:g}: greedy decoding draws from no nucleus; want a --temperature above 0")
     if args.decoding.samples > 1 and (args.decoding.temperature == 0 or benchmark != "humaneval"):
         why = "greedy samples are all the same" if benchmark == "humaneval" else f"{args.task} scores one completion"
         raise InputError(f"--samples {args.decoding.samples}: {why}; leave it out")

@@ -67,7 +67,9 @@ class LoRALinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.together(x)[0]
 
-    def together(self, x: Tensor, *others: "LoRALinear") -> list[Tensor]:
+    def together(self, x: Tensor, *others: nn.Linear) -> list[Tensor]:
+        if not all(isinstance(linear, LoRALinear) for linear in others):
+            return super().together(x, *others)
         pairs, weights = (self, *others), []
         for pair in pairs:
             # by rows: some matrix products are half as fast by a narrow matrix that lies by columns

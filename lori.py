@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from cli import InputError
-from config import MoEConfig
-from hellora import Adapter, hot_mask, read_adapter
+from hellora import Adapter, read_adapter
 
 KEPT = 0.1  # of B's entries, in stage S (LoRI, section 3.2: a sparsity of 90 %)
 
@@ -45,7 +44,7 @@ def top_entries(state: dict[str, Tensor], share: float = KEPT) -> dict[str, Tens
     return {name.removesuffix(".lora_B"): part.nonzero().flatten() for name, part in parts}
 
 
-def read_mask(args: argparse.Namespace, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+def read_mask(args: argparse.Namespace) -> tuple[Adapter, dict[str, Tensor]]:
     """The finished D run of --mask: its Adapter and tensors. Raises InputError if stage S would not continue it."""
     adapter, state = read_adapter(Path(args.mask) / "adapter")
     if adapter.kind != "lori":
@@ -55,5 +54,4 @@ def read_mask(args: argparse.Namespace, config: MoEConfig) -> tuple[Adapter, dic
     for name, value in asked.items():
         if value != there[name]:
             raise InputError(f"--mask {args.mask} has {name} {there[name]}, this run {value}; they must agree")
-    hot_mask(adapter.hot, config)
     return adapter, state

@@ -4,9 +4,9 @@
     logits, selected_experts = model(input_ids)    # what it says, and which experts it asked
 
 OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward; they differ in config values and key names
-(config.py). Attention sees a padded batch, everything else a flat list of real tokens: padding is never routed,
-counted or multiplied by an expert. The E experts of a layer are stacked tensors, computed by one grouped matmul per
-projection on rows sorted by expert; files hold the hub's per-expert keys (`hub_parts` maps one to the other).
+(config.py). Attention knows which sequence a token is of, all else sees a flat list of real tokens: padding is never
+routed, counted or multiplied by an expert. The E experts of a layer are stacked tensors, computed by one grouped matmul
+per projection on rows sorted by expert; files hold the hub's per-expert keys (`hub_parts` maps one to the other).
 
 Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, F intermediate_size of an expert,
 E experts a layer, K experts a token, R = T * K rows routed, L layers with experts, V vocabulary, Hq query heads,

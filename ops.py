@@ -4,7 +4,8 @@ Autograd keeps every input of a product, also where it is cheap to make again. T
 what. `grouped_linear` is the product all experts share; the rest is a name for a formula that its docstring gives.
 
 Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of an expert, n hot experts (the first
-groups), S rows that are theirs (the first rows), r rank, N targets, D hidden_size, V vocabulary.
+groups), S rows that are theirs (the first rows), T tokens, p projections of one input, r rank, N targets,
+D hidden_size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -46,9 +47,12 @@ def outer(y: Tensor, x: Tensor) -> Tensor:
     return y.T @ x
 
 
-def noted(x: Tensor, outer: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """x, and a note on it that outer(y, *sources) is y^T x: backward may keep the sources, which it needs anyway."""
-    x.noted = outer, sources
+def noted(x: Tensor, gradient: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """x, and a note on it, true until x is changed in place: gradient(y, *sources) is outer(y, x).  x [T, in]
+
+    Backward may then keep the sources, which it needs anyway, in place of x.
+    """
+    x.noted = gradient, sources
     return x
 
 
@@ -65,7 +69,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, A: Tensor, *projections: Tensor | None) -> tuple[Tensor, ...]:
         Ws, biases, Bs = projections[0::3], projections[1::3], projections[2::3]
         low = F.linear(x, A)  # [T, p * r]
-        ctx.outer, sources = getattr(x, "noted", (outer, (x,)))
+        ctx.gradient, sources = getattr(x, "noted", (outer, (x,)))
         ctx.p = len(Ws)
         ctx.save_for_backward(A, low, *Ws, *Bs, *(sources if ctx.needs_input_grad[1] else ()))
         parts = zip(Ws, biases, Bs, low.chunk(ctx.p, dim=1), strict=True)
@@ -81,7 +85,7 @@ class LowRankLinear(torch.autograd.Function):
             grad_x = grad_low @ A
             for grad, W in zip(grads, Ws, strict=True):
                 grad_x.addmm_(grad, W)
-        grad_A = ctx.outer(grad_low, *sources) if ctx.needs_input_grad[1] else None
+        grad_A = ctx.gradient(grad_low, *sources) if ctx.needs_input_grad[1] else None
         grad_Bs = map(outer, low.chunk(ctx.p, dim=1), grads)
         return grad_x, grad_A, *(g for grad_B in grad_Bs for g in (None, None, grad_B))
 

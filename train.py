@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
         hellora.check_rank(config, drlora.RESERVED * args.rank if method.grows else args.rank)
     if cli.is_main_process():
         runs.check_out(out, vars(args), args.resume)
-    counted = read_counts(args, config)
+    counted = read_counts(args, config) if method.experts else None
     rank, world, device = start_processes()
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(args.task, "train", args.train_data)
@@ -184,7 +184,7 @@ def read_counts(args: argparse.Namespace, config: MoEConfig) -> profile.RoutingP
 def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | None, dict[str, Tensor] | None]:
     """What --mask, --init-adapter or a file of --experts say: the experts [L, E], and an adapter's tensors."""
     if args.mask:
-        adapter, state = lori.read_mask(args, config)
+        adapter, state = lori.read_mask(args)
     elif args.init_adapter:
         adapter, state = peft_files.read_any_adapter(args.init_adapter, config)
         kind = METHODS[args.method].kind

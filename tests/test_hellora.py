@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import hellora
 import lora
+from attention import Linear
 from cli import InputError
 from config import MoEConfig
 from model import Experts, MoETransformer, hub_views, init_weights, load_model, route
@@ -125,6 +126,18 @@ def test_wrong_selection_input_is_named(policy, counts, num_hot, coverage, says)
 
 
 # -------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("adapted", ["q", "k", "qv", "qkv"])
+def test_whichever_of_q_k_and_v_are_adapted_each_computes_what_it_does_alone(adapted):
+    """The paper's targets are all of them or none; other ports of LoRA leave k as it is."""
+    x, linears = torch.randn(5, 13), {name: Linear(13, 7 + i, bias=False) for i, name in enumerate("qkv")}
+    for name in adapted:
+        linears[name] = lora.LoRALinear(linears[name], 3, 6.0)
+        torch.nn.init.normal_(linears[name].lora_A), torch.nn.init.normal_(linears[name].lora_B)
+    q, k, v = linears.values()
+    for together, linear in zip(q.together(x, k, v), (q, k, v), strict=True):
+        torch.testing.assert_close(together, linear(x))
 
 
 @pytest.mark.parametrize("bias", [False, True])

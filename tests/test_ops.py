@@ -73,9 +73,9 @@ def test_an_adapted_linear_passes_gradcheck(noted, bias):
 def test_parts_of_a_batch_give_the_gradient_of_a_weight_behind_all_of_them():
     q, k, v = (draw(11, heads, 4, seed=i) for i, heads in enumerate((6, 3, 3)))
     y, out = draw(11, 5), attend_apart(q, k, v, [4, 1, 6])
-    outer, parts = out.noted
+    gradient, parts = out.noted
     assert len(parts) == 3
-    torch.testing.assert_close(outer(y, *parts), y.T @ out)
+    torch.testing.assert_close(gradient(y, *parts), y.T @ out)
 
 
 def test_projections_of_one_input_together_are_each_alone():
@@ -162,7 +162,7 @@ def test_a_norm_gives_the_gradient_of_a_weight_behind_it_without_its_output(dtyp
     norm, x, y = RMSNorm(40, eps=0.1), draw(9, 40), draw(9, 3)  # an eps that counts
     norm.weight.data = draw(40)
     want = y.T @ norm.double()(x)
-    got = norm.to(dtype).outer(y.to(dtype), x.to(dtype))
+    got = norm.to(dtype).gradient(y.to(dtype), x.to(dtype))
     torch.testing.assert_close(got, want.to(dtype), rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
 
 
