@@ -60,7 +60,12 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
     """Bytes kept by a forward pass for its backward pass, weights left out; a storage counts once, and whole."""
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(t: Tensor) -> Tensor:  # an operation that keeps its own output would keep itself alive by it
+        kept.append(t.detach())
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         result = forward()  # noqa: F841 - keeps the graph
     own = {w.untyped_storage().data_ptr() for w in weights}
     return nbytes(t for t in kept if t.untyped_storage().data_ptr() not in own)
