@@ -4,7 +4,7 @@
     python bench.py step --json step.json --plot step.png
     python bench.py step --batch 8 --sweep k --plot k.png     # how time and memory grow with k
 
-`floor` is what no method can avoid: all weights frozen, no adapter, forward and backward to the inputs of every layer.
+`floor` is the model alone: all weights frozen, no adapter, forward and backward to the inputs of every layer.
 A step is forward, backward, optimizer step and clearing the gradients. All rows are timed in one process in turn, on
 the same batches; a ratio is that of the speeds over all of them (`times_as_fast`). Read the ratios, the absolute
 numbers are the machine's.
