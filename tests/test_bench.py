@@ -1,9 +1,11 @@
 """Benchmarks run, and compare what does the same work."""
 
+import gc
 import json
 import random
 import statistics
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -102,6 +104,19 @@ def test_bytes_are_those_of_a_step_worked_out_by_hand(tiny_step):
     peak = allocated_peak(lambda: subject.step(None), torch.device("cpu"))
     # exp and 2 exp forward; backward exp, the gradients of both and of the weight, not all at once
     assert 4000 * 2 <= peak <= 4000 * 4
+
+
+def test_counting_what_is_kept_for_backward_lets_go_of_it():
+    weight, made = torch.ones(7, requires_grad=True), []
+
+    def forward():
+        y = weight.exp()  # which keeps its own result
+        made.append(weakref.ref(y))
+        return y.sum()
+
+    assert saved_bytes(forward, [weight]) == 7 * 4
+    gc.collect()
+    assert made[0]() is None
 
 
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tiny_step, monkeypatch, capsys):
