@@ -11,8 +11,8 @@ Ratios within a run are what these are for; absolute numbers are the machine's. 
 import importlib
 import sys
 
-import cli
-from cli import InputError
+from command import cli
+from command.cli import InputError
 
 COMMANDS = ("step", "generate", "load", "plan")
 

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cli import InputError
-from config import MoEConfig
-from files import Download, Row, fetch, read_rows, say
+from command.cli import InputError, note
+from hub.config import MoEConfig
+from hub.rows import Download, Row, fetch, read_rows
 from tiny import tasks
 
 TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
@@ -186,7 +186,7 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: a task_id stands there twice; want HumanEval problems with a task_id of their own")
     if len(examples) < len(rows):
-        say(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
+        note(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
     return examples[:limit]
 
 
@@ -264,7 +264,7 @@ def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_lengt
             target = target[: max_length - len(prompt)]
         items.append(Encoded(prompt + target, len(prompt)))
     if cut:
-        say(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
+        note(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
     return items
 
 

@@ -24,14 +24,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import cli
-import completions
 import data
-import files
-import sandbox
-import scoring
-from cli import InputError
+from command import cli
+from command.cli import InputError, note
+from command.files import write_jsonl, write_text
 from data import Example
+from hub import rows as files
+from scoring import completions, sandbox
+from scoring import rules as scoring
 
 
 def score(
@@ -118,7 +118,7 @@ def claim(out: Path, identity: dict) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if before != identity:
         if before is not None:
-            files.say(f"{out} holds an evaluation with other settings or weights: starting over")
+            note(f"{out} holds an evaluation with other settings or weights: starting over")
         for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
             old.unlink(missing_ok=True)
         file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
@@ -264,8 +264,8 @@ def evaluate(args: argparse.Namespace) -> dict | None:
     result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings}
     if out:
         out.mkdir(parents=True, exist_ok=True)
-        completions.write_lines(out / "items.jsonl", items)
-        completions.write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
+        write_jsonl(out / "items.jsonl", items)
+        write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
     if protection:
         print(f"programs ran with {protection}")
     print(*scoring.summary(result, args.task), sep="\n")

@@ -27,17 +27,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import cli
-import completions
 import data
 import hellora
-from checkpoint import SHARD_BYTES, Stored, read_config, read_rows, resolve, stored, write_checkpoint
-from cli import InputError
-from config import MoEConfig
+from command import cli
+from command.cli import InputError
 from hellora import Adapter
+from hub.checkpoint import SHARD_BYTES, Stored, read_config, read_rows, resolve, stored, write_checkpoint
+from hub.config import MoEConfig
+from hub.peft import UNDER_5, Factors, hub_name, hub_shapes, modules, peft_bytes, write_peft
 from lora import KINDS, Scatter, init_A
 from model import MoETransformer, hub_views, load_model
-from peft_files import UNDER_5, Factors, hub_name, hub_shapes, modules, peft_bytes, write_peft
+from run import adapters
+from scoring import completions
 
 BESIDE = (  # what a checkpoint folder holds beside its weights
     "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
@@ -54,8 +55,8 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 
     Raises InputError for an adapter that is damaged or of another model.
     """
-    adapter, state = hellora.read_adapter(folder)
-    hellora.hot_mask(adapter.hot, config)
+    adapter, state = adapters.read_adapter(folder)
+    adapters.hot_mask(adapter.hot, config)
     shapes, r, found, digest = hub_shapes(config), adapter.r, {}, hashlib.sha256()
     is_sparse = any(name.endswith("positions") for name in state)
 
@@ -165,7 +166,7 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
 
     model = load_model(base, dtype)
     unadapted = logits(model)
-    hellora.load_adapter(model, folder)
+    adapters.load_adapter(model, folder)
     expected = logits(model)
     hellora.merge(model)
     views, wrong = hub_views(model), []

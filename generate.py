@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention import KVCache
-from cli import is_main_process
+from command.cli import is_main_process
 from model import MoETransformer
 
 # Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So

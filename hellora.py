@@ -13,41 +13,88 @@ Dimensions: L layers, E experts a layer.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from attention import Linear
-from checkpoint import seal
-from cli import InputError
-from config import MoEConfig
+from command.cli import InputError
+from hub.config import MoEConfig
 from lora import (
     KINDS,
     LoRAExperts,
     LoRALinear,
-    Scatter,
     StackedLoRA,
     hot_weights,
     init_A,
-    pad,
-    positions_of,
-    sparsify,
+    uniform,
 )
 from model import Experts, MoETransformer, whole
-from policies import POLICIES, SCORED, any_experts, covering
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
     "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
     "gate": ("mlp.gate",),
     "pure": (),
 }
+
+
+# ------------------------------------------------------------------------------------------------ which experts
+
+
+def hot_first(scores: Tensor) -> Tensor:
+    """Expert ids by falling score, ties to the lower id.  [..., E] -> [..., E]"""
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def hottest(scores: Tensor, num_hot: int) -> Tensor:
+    """The `num_hot` most-used experts of every layer: HELLoRA (§3); MoE-Sieve with a quarter of E."""
+    return _mask(scores, hot_first(scores)[:, :num_hot])
+
+
+def hottest_of_model(scores: Tensor, num_hot: int) -> Tensor:
+    """One set for all layers: the ids with the largest scores summed over layers (ablation HELLoRA_M, §4.5.1)."""
+    return _mask(scores, hot_first(scores.sum(0))[:num_hot].expand(len(scores), -1))
+
+
+def coldest(scores: Tensor, num_hot: int) -> Tensor:
+    """The `num_hot` least-used experts of every layer (ablation HELLoRA_C, §4.5.1)."""
+    return _mask(scores, scores.argsort(dim=-1, stable=True)[:, :num_hot])
+
+
+def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
+    """`num_hot` experts of every layer, blind to use: the control that the paper lacks and MoE-Sieve has."""
+    noise = torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
+    return hottest(noise, num_hot)
+
+
+def covering(scores: Tensor, coverage: float) -> Tensor:
+    """Per layer the smallest set whose share of the scores reaches `coverage`.
+
+    Of counts this is ESFT-Token (arXiv 2407.01906) and MoE-Sieve's ablation, of gate mass ESFT-Gate. The share is of
+    the layer's sum; ESFT's released script divides by the sum over layers, which is not what its paper says.
+    """
+    share = scores.double() / scores.double().sum(-1, keepdim=True)
+    order = hot_first(share)
+    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
+
+
+def greedy(scores: Tensor, num_hot: int) -> Tensor:
+    """`num_hot` experts a layer on average, spent where they cover the largest shares (MoE-Sieve's ablation)."""
+    share = scores.double() / scores.double().sum(-1, keepdim=True)
+    chosen = hot_first(share.flatten())[: num_hot * len(scores)]
+    return torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, chosen, True).view(scores.shape)
+
+
+def _mask(scores: Tensor, ids: Tensor) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
+
+
+SCORED = {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}
+POLICIES = (*SCORED, "coverage", "random", "all")
 
 
 def select_experts(
@@ -232,109 +279,6 @@ def merge(model: MoETransformer) -> None:
             for name, W in module.hot_weights().items():  # views of the stacks
                 W.copy_(module.lora[name].merged(W))
     detach(model)
-
-
-def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
-    """The adapter's trained tensors by name, whole and on the CPU (a collective under FSDP: all ranks must call it)."""
-    scatters = ((name, module) for name, module in model.named_modules() if isinstance(module, Scatter))
-    state = {f"{name}.positions": module.bits() for name, module in scatters}
-    for name, parameter in model.named_parameters():
-        if "lora_" in name and parameter.requires_grad:
-            state[name] = whole(parameter)
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-
-def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
-    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, whatever else, a SHA-256 of it all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter.safetensors", metadata={"format": "pt"})
-    about = asdict(adapter) | about
-    text = json.dumps(about | {"sha256": seal(about, folder / "adapter.safetensors")}, indent=1)
-    (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a missing or damaged file.
-
-    Experts of unlike ranks come out filled with zeros to the largest of them, as a plain adapter of that rank.
-    """
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-        if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
-            raise ValueError("its sha256 is another: it is not as it was saved")
-        stored = load_file(folder / "adapter.safetensors")
-        state = {name: positions_of(t) if name.endswith("positions") else t for name, t in stored.items()}
-        adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
-        if adapter.ranks is not None:
-            ranks = torch.tensor(adapter.ranks)
-            state, r = pad(state, ranks), int(ranks.max())
-            adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None)
-        return adapter, state
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
-        raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
-
-
-def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
-    """An Adapter's lists of experts as a mask for this model.  -> bool [L, E]"""
-    mask = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.bool)
-    if len(hot) != len(mask) or not all(0 <= e < config.num_experts for ids in hot for e in ids):
-        raise InputError(
-            f"the adapter is for {len(hot)} layers and expert {max(map(max, filter(None, hot)), default=-1)}; "
-            f"the model has {len(mask)} layers of {config.num_experts} experts"
-        )
-    for row, ids in zip(mask, hot, strict=True):
-        row[ids] = True
-    return mask
-
-
-def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
-    """A file of expert lists, one list a layer (or an adapter.json, which has them as `hot`).  -> bool [L, E]"""
-    try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
-        hot = about["hot"] if isinstance(about, dict) else about
-        lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
-        if not lists or any(type(e) is not int for ids in hot for e in ids):
-            raise ValueError(f"it holds {hot!r:.60}")
-        mask = hot_mask(hot, config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path}: want a JSON list of expert ids for every layer ({error})") from None
-    return mask
-
-
-def load_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
-    attach_adapter(model, *read_adapter(folder), folder)
-
-
-def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
-    """Attach what `read_adapter` gave. Raises InputError, naming `folder`, if it does not fit to the last tensor."""
-    hot = hot_mask(adapter.hot, model.config)
-    attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
-    if model.adapter != adapter:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
-    positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
-    if positions:
-        sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})
-    values = {name: tensor for name, tensor in state.items() if name not in positions}
-    fill_factors(model, values, folder)
-
-
-@torch.no_grad()
-def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | Path) -> None:
-    """Set the trained factors of an attached model. Raises InputError, naming `source`, if one does not fit."""
-    ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
-    for name in sorted(ours.keys() ^ state.keys()):
-        raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
-    for name, parameter in ours.items():
-        if parameter.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(parameter.shape)}"
-            raise InputError(f"{source}: {name} is {shapes}")
-        fill(parameter, state[name])
 
 
 def count_parameters(model: MoETransformer) -> tuple[int, int]:

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import InputError
-from hellora import Adapter, read_adapter
+from command.cli import InputError
+from hellora import Adapter
+from run.adapters import read_adapter
 
 KEPT = 0.1  # of B's entries, in stage S (LoRI, section 3.2: a sparsity of 90 %)
 
@@ -26,7 +27,7 @@ KEPT = 0.1  # of B's entries, in stage S (LoRI, section 3.2: a sparsity of 90 %)
 def top_entries(state: dict[str, Tensor], share: float = KEPT) -> dict[str, Tensor]:
     """Where the floor(share * N) largest of all N entries |B| lie, one threshold for the whole model.
 
-    state: tensors by name, of which those named MODULE.lora_B count (`hellora.adapter_state` of a D run).
+    state: tensors by name, of which those named MODULE.lora_B count (`adapters.adapter_state` of a D run).
     -> for every MODULE the int64 positions kept in its flat B, rising; equal values: the earlier one is kept.
     Raises InputError if fewer entries than that ever moved from zero: the D run was too short to say.
     """

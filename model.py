@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as compute_again
 
 from attention import Attention, KVCache, Layout, RMSNorm, lay_out
-from checkpoint import (
+from command.cli import InputError, is_main_process, say
+from hub.checkpoint import (
     INDEX,
     SHARD_BYTES,
     read_config,
@@ -34,8 +35,7 @@ from checkpoint import (
     unread_keys,
     write_checkpoint,
 )
-from cli import InputError, is_main_process, say
-from config import MoEConfig
+from hub.config import MoEConfig
 from ops import HeadLoss, WeightedSwiGLU, grouped_linear
 
 # --------------------------------------------------------------------------------------------------- forward

@@ -44,18 +44,19 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import data
 import hellora
-import memory
-import policies
-import routing
-from checkpoint import config_of, read_config, resolve
-from cli import InputError, RunError, writable
-from config import PRESETS, MoEConfig
+from command import cli
+from command.cli import InputError, RunError
+from command.files import writable
+from hub.checkpoint import config_of, read_config, resolve
+from hub.config import PRESETS, MoEConfig
 from model import MoETransformer
-from parallel import global_step, load_shared
-from settings import RECIPES, Recipe
+from routing import statistics as routing
+from run import memory
+from run.processes import start_processes
+from run.settings import RECIPES, Recipe
+from run.step import global_step, load_shared
 
 PLOT_FORMATS = ".png, .pdf, .svg"
 
@@ -281,7 +282,7 @@ def count(argv: list[str]) -> RoutingProfile:
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
     out, drawn = (path and writable(path) for path in (args.out, args.plot))
 
-    rank, world, device = cli.start_processes()
+    rank, world, device = start_processes()
     recipe = RECIPES[args.task]
     warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr, "batch": args.batch}
     warmup = warmup if args.warmup == "lora" else None
@@ -317,7 +318,7 @@ def compare(argv: list[str]) -> None:
         shapes = " and ".join(f"{tuple(p.counts.shape)}" for p in (a, b))
         raise InputError(f"{' and '.join(args.profiles)} are of unlike models: {shapes} (layers, experts)")
     num_hot = hot_experts(args.k, a.num_experts_per_tok, a.counts.shape[1])
-    hot_a, hot_b = (policies.hottest(p.counts, num_hot) for p in (a, b))
+    hot_a, hot_b = (hellora.hottest(p.counts, num_hot) for p in (a, b))
     cli.say(*routing.overlap_table(hot_a, hot_b))
     if args.plot:
         routing.plot_overlap(hot_a, hot_b, " and ".join(args.profiles), writable(args.plot))

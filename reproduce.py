@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import torch
 
-import cli
 import hellora
 import lori
-from cli import InputError, writable
-from config import PRESETS, MoEConfig
+from command import cli
+from command.cli import InputError
+from command.files import writable
+from hub.config import PRESETS, MoEConfig
 from lora import Scatter, sparsify
 from model import MoETransformer
-from routing import without_weights
-from settings import METHODS, Recipe
+from routing.statistics import without_weights
+from run.settings import METHODS, Recipe
 
 
 class Row(NamedTuple):

@@ -33,24 +33,25 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-import cli
 import data
-import drlora
 import hellora
 import lori
-import memory
-import peft_files
-import policies
 import profile
-import routing
-import runs
-from checkpoint import read_config, resolve
-from cli import InputError, RunError, say, start_processes
-from config import MoEConfig
+from command import cli
+from command.cli import InputError, RunError, say
+from command.files import atomic_folder, write_text
+from hub import peft as peft_files
+from hub.checkpoint import read_config, resolve
+from hub.config import MoEConfig
 from lora import sparsify, truncate
 from model import MoETransformer, save_model, whole
-from parallel import global_step, load_shared
-from settings import METHODS, hot_experts_per_layer, parse_flags
+from neighbours import drlora
+from routing import statistics as routing
+from run import adapters, memory
+from run import folder as runs
+from run.processes import start_processes
+from run.settings import METHODS, hot_experts_per_layer, parse_flags
+from run.step import global_step, load_shared
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
         for layer in model.layers:
             layer.activation_checkpointing = args.activation_checkpointing
         if args.init_adapter:
-            hellora.fill_factors(model, start, args.init_adapter)
+            adapters.fill_factors(model, start, args.init_adapter)
         say(*hellora.report(model))
         if rank == 0:  # not before: whatever is wrong with the input has shown by now
             runs.write_config(out, vars(args))
@@ -120,20 +121,20 @@ def main(argv: list[str] | None = None) -> dict:
         result = fit(model, items, args, out / name, rank, world, [example.id for example in examples])
         if hot is None:
             state = {}
-            with runs.whole_folder(out / name / "model") if rank == 0 else nullcontext(out) as part:
+            with atomic_folder(out / name / "model") if rank == 0 else nullcontext(out) as part:
                 save_model(model, part)
                 if rank == 0:
                     shutil.copy(folder / "tokenizer.json", part / "tokenizer.json")
         else:
-            state, adapter = hellora.adapter_state(model), model.adapter
+            state, adapter = adapters.adapter_state(model), model.adapter
             if method.grows:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
                 adapter = replace(adapter, ranks=result.pop("ranks"))
                 state = truncate(state, torch.tensor(adapter.ranks))
                 unused = trainable - sum(tensor.numel() for tensor in state.values())
                 trainable, total = trainable - unused, total - unused
             if rank == 0:
-                with runs.whole_folder(out / name / "adapter") as part:
-                    hellora.save_adapter(state, part, adapter, model=args.model, method=args.method)
+                with atomic_folder(out / name / "adapter") as part:
+                    adapters.save_adapter(state, part, adapter, model=args.model, method=args.method)
         sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
         return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result | sizes
 
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict:
         elif args.resume and (out / "stage-d" / "adapter").is_dir():
             runs.cut_log(out / "stage-d" / "log.jsonl", total_steps(args, len(items)), whole=True)
             say(f"stage D is done: {out / 'stage-d'}")
-            state = hellora.read_adapter(out / "stage-d" / "adapter")[1]
+            state = adapters.read_adapter(out / "stage-d" / "adapter")[1]
         else:
             say("stage D: all of B trains, to find the tenth of its entries that matters")
             state = stage("stage-d")["state"]
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     del result["state"]
     result = about | result
     if rank == 0:
-        runs.write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
+        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
         say(
             f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
             f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
@@ -197,11 +198,11 @@ def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | No
             holds = "holds a tenth of B alone (LoRI-S)"
             raise InputError(f"--init-adapter {args.init_adapter} {holds}; want a dense adapter")
         args.rank, args.alpha, args.targets = adapter.r, adapter.alpha, adapter.targets
-    elif args.experts and args.experts not in policies.POLICIES:
-        return hellora.read_hot(args.experts, config), None
+    elif args.experts and args.experts not in hellora.POLICIES:
+        return adapters.read_hot(args.experts, config), None
     else:
         return None, None
-    return hellora.hot_mask(adapter.hot, config), state
+    return adapters.hot_mask(adapter.hot, config), state
 
 
 def count(

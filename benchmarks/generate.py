@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 from benchmarks.measure import seconds
-from checkpoint import resolve
-from cli import InputError, writable
+from command import cli
+from command.cli import InputError
+from command.files import writable
 from generate import generate
+from hub.checkpoint import resolve
 from model import MoETransformer, load_model
 
 # Tokens of GSM8K's 1,319 test problems, counted with OLMoE's tokenizer: least, deciles, most.

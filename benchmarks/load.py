@@ -17,9 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import cli
-from checkpoint import read_config, resolve
-from cli import InputError
+from command import cli
+from command.cli import InputError
+from command.files import writable
+from hub.checkpoint import read_config, resolve
 
 SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
     "model_type": "olmoe",
@@ -39,7 +40,7 @@ READERS = {  # what a process of its own runs; `folder` is the checkpoint
     "ours": "from model import load_model\nbegin()\nmodel = load_model(folder, torch.bfloat16)",
     "ours, half of two processes": """
 import torch.distributed as dist
-from parallel import load_shared
+from run.step import load_shared
 dist.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
 begin()
 model = load_shared(folder, torch.bfloat16, torch.device("cpu"), sharded=True)""",
@@ -83,7 +84,7 @@ def make(folder: Path) -> None:
     """Write a random checkpoint of SHAPE in bfloat16."""
     import torch
 
-    from config import MoEConfig
+    from hub.config import MoEConfig
     from model import MoETransformer, init_weights, save_model
 
     model = MoETransformer(MoEConfig.from_dict(SHAPE)).to(torch.bfloat16)
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--repeat", type=cli.number(int, 1), default=3, help="readings of each; medians are shown")
     parser.add_argument("--json", metavar="FILE", help="write the rows here")
     args: argparse.Namespace = parser.parse_args(argv)
-    args.json = args.json and cli.writable(args.json)
+    args.json = args.json and writable(args.json)
     if args.model:
         read_config(resolve(args.model))
     names = list(READERS)

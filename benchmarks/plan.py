@@ -11,15 +11,16 @@ import json
 
 import torch
 
-import cli
-import drlora
 import hellora
-import memory
-from checkpoint import config_of
-from cli import InputError, writable
-from config import PRESETS
+from command import cli
+from command.cli import InputError
+from command.files import writable
+from hub.checkpoint import config_of
+from hub.config import PRESETS
 from model import MoETransformer
-from settings import METHODS, Recipe, hot_experts_per_layer, k_flag
+from neighbours import drlora
+from run import memory
+from run.settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
 
 def traffic(plan: memory.Plan, *, full: bool, world: int, sharded: bool, micro_batches: int) -> int:

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import hellora
 from benchmarks.measure import allocated_peak, nbytes, saved_bytes, seconds
-from cli import InputError, say, writable
-from config import MoEConfig
+from command import cli
+from command.cli import InputError, say
+from command.files import writable
 from data import Batch
+from hub.config import MoEConfig
 from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA, sparsify
 from model import MoETransformer, init_weights
 from profile import picture, profile_routing

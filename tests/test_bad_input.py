@@ -21,13 +21,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
 import evaluate
 import export
 import hellora
 import profile
 import train
-from checkpoint import TINY
+from command import cli
+from hub.checkpoint import TINY
+from run import adapters
 
 ROOT = Path(__file__).parent.parent
 GSM8K = json.dumps({"question": "How many?", "answer": "One.\n#### 1"})
@@ -131,7 +132,7 @@ def reseal(**changes) -> Callable:
     def change(run: Path) -> None:
         about = json.loads((run / "adapter/adapter.json").read_text())
         about = {key: about[key] for key in hellora.Adapter.__dataclass_fields__} | changes
-        hellora.save_adapter(load_file(run / "adapter/adapter.safetensors"), run / "adapter", hellora.Adapter(**about))
+        adapters.save_adapter(load_file(run / "adapter/adapter.safetensors"), run / "adapter", hellora.Adapter(**about))
 
     return change
 
@@ -724,8 +725,8 @@ def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
 
 RESOLVE = """
 import huggingface_hub.constants as constants
-from checkpoint import files, read_config, resolve
-from cli import InputError
+from hub.checkpoint import files, read_config, resolve
+from command.cli import InputError
 
 def attempt(offline):
     constants.HF_HUB_OFFLINE = offline

@@ -13,7 +13,7 @@ import torch
 
 import bench
 from benchmarks.measure import allocated_peak, saved_bytes
-from cli import InputError
+from command.cli import InputError
 
 
 def test_decoding_is_timed_on_the_same_tokens_as_transformers(olmoe, tmp_path, capsys):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import train
-from cli import InputError, Parser, number
+from command import cli
+from command.cli import InputError, Parser, number
+from run.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +154,7 @@ def test_an_interrupted_command_ends_with_the_status_of_an_interrupt():
 
 
 def test_without_torchrun_there_is_one_process():
-    rank, world, device = cli.start_processes()
+    rank, world, device = start_processes()
     assert (rank, world) == (0, 1)
     assert device.type in ("cpu", "cuda")
 

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import data
-from checkpoint import TINY, read_config
-from cli import InputError
+from command.cli import InputError
 from data import Encoded, Example, load_examples
+from hub.checkpoint import TINY, read_config
 from model import load_model
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"

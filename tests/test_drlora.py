@@ -15,15 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import cli
-import drlora
 import hellora
 import lora
-import parallel
 import train
-from cli import InputError
-from config import MoEConfig
+from command.cli import InputError
+from hub.config import MoEConfig
 from model import MoETransformer, init_weights
+from neighbours import drlora
+from run import adapters
+from run import step as parallel
+from run.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 L, E, R_TARGET, R_MAX, SCALE = 2, 7, 4, 12, 1.5  # every expert starts with rank 2
@@ -268,7 +269,7 @@ def test_a_run_stopped_and_resumed_grows_as_one_left_alone(tmp_path):
         advance(again, resumed, optimizer, step)
     assert [step for step, _ in resumed.history] == [step for step, _ in growth.history]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed.history, growth.history, strict=True))
-    ours, theirs = hellora.adapter_state(again), hellora.adapter_state(model)
+    ours, theirs = adapters.adapter_state(again), adapters.adapter_state(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -287,7 +288,7 @@ def whole_run(rank: int = 0, world: int = 1) -> dict:
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step, rank, world)
-    return {"growth": growth.state_dict(), "adapter": hellora.adapter_state(model)}
+    return {"growth": growth.state_dict(), "adapter": adapters.adapter_state(model)}
 
 
 def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp_path):
@@ -320,9 +321,9 @@ def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
 
 def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(trained):
     model, growth = trained
-    state = hellora.adapter_state(model)
+    state = adapters.adapter_state(model)
     small = lora.truncate(state, growth.ranks())
-    plain = hellora.adapter_state(adapted(targets="all", r_max=None))
+    plain = adapters.adapter_state(adapted(targets="all", r_max=None))
     assert {name: tensor.numel() for name, tensor in small.items()} == {n: t.numel() for n, t in plain.items()}
     restored, largest = lora.pad(small, growth.ranks()), int(growth.ranks().max())
     for stem in (name.removesuffix(".lora_B") for name in state if "experts" not in name and name.endswith("lora_B")):
@@ -338,7 +339,7 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
             assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
             again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
             assert torch.allclose(again, product, atol=1e-6), (stem, e)
-    of_largest = hellora.adapter_state(adapted(largest, "all", r_max=None))
+    of_largest = adapters.adapter_state(adapted(largest, "all", r_max=None))
     assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
     assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors wants them
 
@@ -349,23 +350,23 @@ AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the 
 def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
     model, growth = trained
     adapter = replace(model.adapter, ranks=growth.ranks().tolist())
-    state = lora.truncate(hellora.adapter_state(model), growth.ranks())
-    hellora.save_adapter(state, tmp_path, adapter)
+    state = lora.truncate(adapters.adapter_state(model), growth.ranks())
+    adapters.save_adapter(state, tmp_path, adapter)
     other, ids = base(), torch.arange(22).view(2, 11)
-    hellora.load_adapter(other, tmp_path)
+    adapters.load_adapter(other, tmp_path)
     logits = model(ids)[0]
     assert torch.allclose(other(ids)[0], logits, atol=1e-4)
     hellora.merge(other)
     assert torch.allclose(other(ids)[0], logits, atol=1e-4)
     for ranks in (adapter.ranks[:1], [row[1:] for row in adapter.ranks], [[1], [2, 3]], 4):
-        hellora.save_adapter(state, tmp_path, replace(adapter, ranks=ranks))
+        adapters.save_adapter(state, tmp_path, replace(adapter, ranks=ranks))
         with pytest.raises(InputError, match="damaged"):
-            hellora.load_adapter(base(), tmp_path)
+            adapters.load_adapter(base(), tmp_path)
 
 
 def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
     model, growth = trained
-    small = lora.truncate(hellora.adapter_state(model), growth.ranks())
+    small = lora.truncate(adapters.adapter_state(model), growth.ranks())
     other = growth.ranks().clone()
     other[1, 3] += 1
     with pytest.raises(ValueError, match="layers.1.mlp.experts.*ranks sum to 29"):
@@ -394,6 +395,6 @@ def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path
 
 
 if __name__ == "__main__":
-    rank, world, _ = cli.start_processes()
+    rank, world, _ = start_processes()
     torch.save(whole_run(rank, world), f"{sys.argv[1]}/{rank}.pt")
     dist.destroy_process_group()

@@ -11,13 +11,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-import completions
 import data
 import evaluate
 import hellora
-import scoring
-from cli import InputError
+from command.cli import InputError
 from model import load_model, save_model
+from run import adapters
+from scoring import completions
+from scoring import rules as scoring
 
 ROOT = Path(evaluate.__file__).parent
 SAFETY = ["--task", "saferpaca", "--eval-data"]
@@ -368,7 +369,7 @@ def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(ch
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0.0, 0.5, generator=generator)
-    hellora.save_adapter(hellora.adapter_state(model), lora / "adapter", model.adapter)
+    adapters.save_adapter(adapters.adapter_state(model), lora / "adapter", model.adapter)
     hellora.merge(model)
     save_model(model, full / "model")
     (full / "model" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())

@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import checkpoint
 import export
 import hellora
 import lori
-from checkpoint import read_config, write_checkpoint
-from cli import InputError
+from command.cli import InputError
+from hub import checkpoint
+from hub.checkpoint import read_config, write_checkpoint
+from hub.peft import UNDER_5, base_of, load_any_adapter, read_peft, write_peft
 from lora import sparsify, trains, truncate
 from model import MoETransformer, load_model
-from peft_files import UNDER_5, base_of, load_any_adapter, read_peft, write_peft
+from run import adapters
 
 R, ALPHA, SEED = 5, 7.0, 3
 # Hot experts by layer, as many as each model has layers; one layer without.
@@ -48,26 +49,26 @@ def randomise(model: MoETransformer) -> None:
 def make_run(base: Path, run: Path, kind: str = "lora", targets: str = "all", dtype=torch.float32) -> MoETransformer:
     """A run folder as train.py leaves it, its adapter random; the adapted model."""
     model = load_model(base, dtype)
-    hot = hellora.hot_mask(HOT[model.config.model_type], model.config)
+    hot = adapters.hot_mask(HOT[model.config.model_type], model.config)
     settings = {"kind": kind.removesuffix("-s").removeprefix("dr-"), "targets": targets, "seed": SEED}
     if kind == "dr-lora":
         hot, settings["r_max"] = torch.ones_like(hot), 2 * R
     hellora.attach(model, hot, R, ALPHA, **settings)
     randomise(model)
     if kind == "lori-s":
-        positions = lori.top_entries(hellora.adapter_state(model))
+        positions = lori.top_entries(adapters.adapter_state(model))
         hellora.detach(model)
         hellora.attach(model, hot, R, ALPHA, **settings)
         sparsify(model, positions)
         randomise(model)
-    state, adapter = hellora.adapter_state(model), model.adapter
+    state, adapter = adapters.adapter_state(model), model.adapter
     if kind == "dr-lora":  # every expert has grown to another rank; what has not grown adds nothing
         ranks = torch.randint(1, 2 * R + 1, hot.shape, generator=torch.Generator().manual_seed(2))
         for i, row in zip(model.config.moe_layers, ranks, strict=True):
             for pair in model.layers[i].mlp.experts.lora.values():
                 pair.lora_B.data *= trains(row, 2 * R)[:, None]
-        state, adapter = truncate(hellora.adapter_state(model), ranks), replace(adapter, ranks=ranks.tolist())
-    hellora.save_adapter(state, run / "adapter", adapter)
+        state, adapter = truncate(adapters.adapter_state(model), ranks), replace(adapter, ranks=ranks.tolist())
+    adapters.save_adapter(state, run / "adapter", adapter)
     about = {"task": "tiny-math", "train_data": None, "max_length": 64, "method": "hellora"}
     (run / "config.json").write_text(json.dumps({"model": str(base), "settings": about}))
     return model
@@ -236,9 +237,9 @@ def test_compact_leaves_out_cold_experts_and_stops_under_transformers_5(olmoe, t
 def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpoint, tmp_path):
     base, targets = make_checkpoint(family).folder, {"all": "all", "compact": "gate", "saved again": "pure"}[layout]
     adapted = make_run(base, tmp_path, targets=targets)
-    adapter, state = hellora.read_adapter(tmp_path / "adapter")
+    adapter, state = adapters.read_adapter(tmp_path / "adapter")
     state["layers.0.mlp.experts.lora.up_proj.lora_B"][0] = 0  # an expert that has not learnt is still hot
-    hellora.save_adapter(state, tmp_path / "adapter", adapter)
+    adapters.save_adapter(state, tmp_path / "adapter", adapter)
     out = peft_folder(base, tmp_path, tmp_path / "out", compact=layout == "compact")
     if layout == "saved again":  # by PEFT under transformers 5: one pair for all experts of a layer
         load_peft(base, out).save_pretrained(tmp_path / "again", selected_adapters=["default"])
@@ -471,16 +472,16 @@ def test_a_full_disk_is_an_input_error_and_nothing_is_half_written(run, tmp_path
 )
 def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
-    adapter, state = hellora.read_adapter(tmp_path / "adapter")
+    adapter, state = adapters.read_adapter(tmp_path / "adapter")
     change(state)
-    hellora.save_adapter(state, tmp_path / "adapter", adapter)
+    adapters.save_adapter(state, tmp_path / "adapter", adapter)
     with pytest.raises(InputError, match=said):
         export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
 
 
 def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path, "lori")
-    adapter, state = hellora.read_adapter(tmp_path / "adapter")
-    hellora.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
+    adapter, state = adapters.read_adapter(tmp_path / "adapter")
+    adapters.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
     with pytest.raises(InputError, match="another checksum"):
         export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 import data
-from cli import InputError
+from command.cli import InputError
 from data import load_examples
-from files import Download
+from hub.rows import Download
 
 GSM8K_ROW = {"question": "Ann has 3 coins. She finds 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 coins.\n#### 7"}
 ALPACA_ROW = {"instruction": "Add {a} to b.", "input": "a=1, b=2\n", "output": "3"}

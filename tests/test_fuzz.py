@@ -20,20 +20,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import completions
 import data
 import evaluate
 import hellora
 import lori
-import peft_files
-import policies
 import profile
-import runs
-import scoring
-from checkpoint import TINY, read_config
-from cli import InputError
+from command.cli import InputError
 from data import Example
+from hub import peft as peft_files
+from hub.checkpoint import TINY, read_config
 from model import load_model
+from run import adapters
+from run import folder as runs
+from scoring import completions
+from scoring import rules as scoring
 
 settings.register_profile("fuzz", derandomize=True, database=None, deadline=None, print_blob=False)
 EXAMPLES = settings.get_profile("fuzz")
@@ -58,7 +58,7 @@ def tables(draw, unique: bool = False, least: int = 0) -> torch.Tensor:
 def test_selection_has_the_size_asked_for_and_ties_go_to_the_lower_id(counts, more):
     L, E = counts.shape
     k = more.draw(st.integers(1, E))
-    found = {policy: hellora.select_experts(policy, counts, k, seed=3) for policy in (*policies.SCORED, "random")}
+    found = {policy: hellora.select_experts(policy, counts, k, seed=3) for policy in (*hellora.SCORED, "random")}
     for policy, hot in found.items():
         assert hot.shape == (L, E) and hot.dtype == torch.bool and hot.sum() == k * L, policy
     for layer, row in enumerate(counts.tolist()):
@@ -318,8 +318,8 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         model = load_model(olmoe.folder)
         hot = hellora.select_experts("random", torch.ones(4, 7), 2)
         hellora.attach(model, hot, 3, 6.0, kind="lori", seed=4)
-        hellora.save_adapter(hellora.adapter_state(model), path, model.adapter, model="m", method="hellora")
-        return Format(path, ["adapter.json", "adapter.safetensors"], hellora.read_adapter, equal)
+        adapters.save_adapter(adapters.adapter_state(model), path, model.adapter, model="m", method="hellora")
+        return Format(path, ["adapter.json", "adapter.safetensors"], adapters.read_adapter, equal)
 
     def state() -> Format:
         path = tmp_path_factory.mktemp("format")
@@ -390,7 +390,7 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
 
     def experts() -> Format:
         path = folder(hot__json="[[0, 3], [6], [2, 1], [5]]")
-        return Format(path, ["hot.json"], lambda path: hellora.read_hot(path / "hot.json", config))
+        return Format(path, ["hot.json"], lambda path: adapters.read_hot(path / "hot.json", config))
 
     def tokenizer() -> Format:
         path = folder(tokenizer__json=(TINY / "tokenizer.json").read_bytes())

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 import hellora
 import lora
 from attention import Linear
-from cli import InputError
-from config import MoEConfig
+from command.cli import InputError
+from hub.config import MoEConfig
 from model import Experts, MoETransformer, hub_views, init_weights, load_model, route
+from run import adapters
 
 L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
 CONFIG = {
@@ -324,7 +325,7 @@ def test_detach_then_attach_elsewhere_is_the_same_as_attaching_there_at_once(ids
 
 
 def saved(folder, model: MoETransformer) -> None:
-    hellora.save_adapter(hellora.adapter_state(model), folder, model.adapter, model="tiny", method="hellora")
+    adapters.save_adapter(adapters.adapter_state(model), folder, model.adapter, model="tiny", method="hellora")
 
 
 def test_a_loaded_adapter_gives_the_same_logits_to_the_last_bit(tmp_path, ids):
@@ -332,7 +333,7 @@ def test_a_loaded_adapter_gives_the_same_logits_to_the_last_bit(tmp_path, ids):
     hellora.attach(model, HOT, R, ALPHA, targets="gate", seed=5)
     randomise_adapters(model)
     saved(tmp_path, model)
-    hellora.load_adapter(other, tmp_path)
+    adapters.load_adapter(other, tmp_path)
     assert torch.equal(model(ids)[0], other(ids)[0])
     assert other.adapter == model.adapter
 
@@ -366,13 +367,13 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path, damage, says):
     saved(tmp_path, model)
     damage(tmp_path)
     with pytest.raises(InputError, match=says):
-        hellora.load_adapter(fresh_model(), tmp_path)
+        adapters.load_adapter(fresh_model(), tmp_path)
 
 
 def edit(folder, tensors=None, **changes) -> None:
     """Save the adapter again, with other tensors or another description."""
-    adapter, state = hellora.read_adapter(folder)
-    hellora.save_adapter(tensors or state, folder, replace(adapter, **changes))
+    adapter, state = adapters.read_adapter(folder)
+    adapters.save_adapter(tensors or state, folder, replace(adapter, **changes))
 
 
 def test_rank_and_expert_list_are_checked():
@@ -386,6 +387,6 @@ def test_rank_and_expert_list_are_checked():
 
 def test_layers_are_reported_by_their_number_in_the_model(make_checkpoint):
     model = load_model(make_checkpoint("deepseek").folder)  # its first layer has no experts
-    hellora.attach(model, hellora.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
+    hellora.attach(model, adapters.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
     lines = list(hellora.report(model))
     assert lines[0] == "layer  1: 2 of 7 experts adapted: 1 4" and lines[2] == "layer  3: 3 of 7 experts adapted: 2 3 5"

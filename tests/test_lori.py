@@ -11,10 +11,11 @@ import torch.distributed as dist
 import hellora
 import lora
 import lori
-import parallel
-from cli import InputError
-from config import MoEConfig
+from command.cli import InputError
+from hub.config import MoEConfig
 from model import MoETransformer, init_weights
+from run import adapters
+from run import step as parallel
 
 L, E, R, ALPHA = 2, 12, 4, 14.0
 CONFIG = {
@@ -79,7 +80,7 @@ def test_A_never_changes_and_all_of_B_trains_in_stage_d(ids):
 
 
 def test_the_entries_kept_are_the_top_tenth_of_all_matrices_together(ids):
-    state = hellora.adapter_state(trained_d(ids))
+    state = adapters.adapter_state(trained_d(ids))
     kept = lori.top_entries(state, share=0.1)
     values = torch.cat([state[f"{name}.lora_B"].abs().flatten() for name in kept])
     chosen = torch.cat([state[f"{name}.lora_B"].abs().flatten()[at] for name, at in kept.items()])
@@ -114,14 +115,14 @@ def choose_in_process(rank: int, world: int, out: Path) -> None:
     dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
     model = with_random_B()
     parallel.shard(model, torch.device("cpu"))
-    torch.save(lori.top_entries(hellora.adapter_state(model)), out / f"{rank}.pt")
+    torch.save(lori.top_entries(adapters.adapter_state(model)), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_choose_by_one_threshold_over_what_both_hold(tmp_path):
     """The first of them holds the larger experts: a tenth of what each holds would be another choice."""
     torch.multiprocessing.spawn(choose_in_process, (2, tmp_path), nprocs=2)
-    alone = lori.top_entries(hellora.adapter_state(with_random_B()))
+    alone = lori.top_entries(adapters.adapter_state(with_random_B()))
     stack = alone["layers.0.mlp.experts.lora.up_proj"]
     assert int((stack < 3 * 24 * R).sum()) > 4 * int((stack >= 3 * 24 * R).sum())  # 3 of its 5 experts, and 2
     for rank in (0, 1):
@@ -140,7 +141,7 @@ def test_a_d_run_that_hardly_moved_is_refused():
 
 def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
     """The reference: a dense B whose gradient is masked before every step of the same optimizer."""
-    kept = lori.top_entries(hellora.adapter_state(trained_d(ids)))
+    kept = lori.top_entries(adapters.adapter_state(trained_d(ids)))
     compact, masked = adapted(), adapted()
     lora.sparsify(compact, kept)
     assert all(not B.any() for B in matrices(compact).values())  # B starts from zero again
@@ -167,17 +168,17 @@ def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
 
 def test_optimizer_and_gradients_are_a_tenth_of_those_of_stage_d(ids):
     dense, compact = trained_d(ids), adapted()
-    lora.sparsify(compact, lori.top_entries(hellora.adapter_state(dense)))
+    lora.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
     few = sum(p.numel() for p in compact.parameters() if p.requires_grad)
     assert few == int(0.1 * sum(p.numel() for p in dense.parameters() if p.requires_grad))
 
 
 def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_entry(tmp_path, ids):
     dense, compact = trained_d(ids), adapted()
-    lora.sparsify(compact, lori.top_entries(hellora.adapter_state(dense)))
+    lora.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
     sizes = {}
     for name, model in (("d", dense), ("s", compact)):
-        hellora.save_adapter(hellora.adapter_state(model), tmp_path / name, model.adapter)
+        adapters.save_adapter(adapters.adapter_state(model), tmp_path / name, model.adapter)
         file = (tmp_path / name / "adapter.safetensors").read_bytes()
         sizes[name] = len(file) - 8 - int.from_bytes(file[:8], "little")  # without the names
     entries = sizes["d"] // 4
@@ -185,7 +186,7 @@ def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_e
 
 
 def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
-    kept = lori.top_entries(hellora.adapter_state(trained_d(ids)))
+    kept = lori.top_entries(adapters.adapter_state(trained_d(ids)))
     name = "layers.1.mlp.gate"
     kept[name] = kept[name][:0]
     model = adapted()
@@ -199,16 +200,16 @@ def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
 def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids, sparse):
     model, other = trained_d(ids), MoETransformer(MoEConfig.from_dict(CONFIG))
     if sparse:
-        kept = lori.top_entries(hellora.adapter_state(model))
+        kept = lori.top_entries(adapters.adapter_state(model))
         kept["layers.0.mlp.gate"] = kept["layers.0.mlp.gate"][:0]
         model = adapted()
         lora.sparsify(model, kept)
         step(model, optimizer_of(model), ids)
     init_weights(other, std=0.15, seed=3)
-    state = hellora.adapter_state(model)
+    state = adapters.adapter_state(model)
     assert not any(name.endswith("lora_A") for name in state)
-    hellora.save_adapter(state, tmp_path, model.adapter)
-    hellora.load_adapter(other, tmp_path)
+    adapters.save_adapter(state, tmp_path, model.adapter)
+    adapters.load_adapter(other, tmp_path)
     assert torch.equal(model(ids)[0], other(ids)[0])
     hellora.merge(other)
     assert torch.allclose(model(ids)[0], other(ids)[0], atol=1e-4)
@@ -216,7 +217,7 @@ def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids
 
 def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
     model = trained_d(ids)
-    hellora.save_adapter(hellora.adapter_state(model), tmp_path, replace(model.adapter, seed=6))
+    adapters.save_adapter(adapters.adapter_state(model), tmp_path, replace(model.adapter, seed=6))
     other = MoETransformer(MoEConfig.from_dict(CONFIG))
     with pytest.raises(InputError, match="another checksum"):
-        hellora.load_adapter(other, tmp_path)
+        adapters.load_adapter(other, tmp_path)

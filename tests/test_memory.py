@@ -9,12 +9,12 @@ from torch import Tensor
 
 import benchmarks.plan
 import hellora
-import memory
 import ops
 from benchmarks.measure import allocated_peak, saved_bytes
-from config import PRESETS, MoEConfig
+from hub.config import PRESETS, MoEConfig
 from model import MoETransformer, init_weights, save_model
-from parallel import load_shared
+from run import memory
+from run.step import load_shared
 
 S, R = 65, 8
 WIDE = {  # sizes that are large beside the constants of the plan, as in real models

@@ -15,9 +15,9 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import ops
 from attention import KVCache, lay_out
-from checkpoint import TINY, read_config, resolve
-from cli import InputError
-from config import FAMILIES, MoEConfig
+from command.cli import InputError
+from hub.checkpoint import TINY, read_config, resolve
+from hub.config import FAMILIES, MoEConfig
 from model import (
     MoETransformer,
     SparseMoE,

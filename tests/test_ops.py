@@ -9,7 +9,7 @@ import hellora
 import ops
 from attention import RMSNorm, attend_apart
 from benchmarks.measure import saved_bytes
-from config import MoEConfig
+from hub.config import MoEConfig
 from model import MoETransformer, init_weights
 from ops import GroupedLowRankLinear, HeadLoss, LowRankLinear, WeightedSwiGLU, grouped_outer
 

@@ -10,7 +10,7 @@ import data
 import hellora
 import model as model_module
 from model import load_model, save_model
-from parallel import global_step, load_shared
+from run.step import global_step, load_shared
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
 R, ALPHA = 5, 7.0

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import cli
 import data
 import hellora
 import profile
-import routing
-from checkpoint import read_config
+from command import cli
+from hub.checkpoint import read_config
 from model import MoETransformer, load_model
+from routing import statistics as routing
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05, seed=3)  # a rate at which the second step already routes otherwise

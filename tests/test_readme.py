@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import settings
+from run import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

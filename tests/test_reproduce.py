@@ -8,10 +8,11 @@ import torch
 import hellora
 import lori
 import reproduce
-from checkpoint import TINY
-from cli import InputError
+from command.cli import InputError
+from hub.checkpoint import TINY
 from lora import sparsify
 from model import load_model
+from run import adapters
 
 
 def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figure(tmp_path, capsys):
@@ -53,13 +54,13 @@ def test_predicted_bytes_are_those_of_the_file_and_of_the_optimizer(method, tmp_
     hellora.attach(model, hot, r, 6.0, kind=how.kind)
     if how.sparse:
         noise = torch.Generator().manual_seed(0)
-        state = {name: torch.rand(B.shape, generator=noise) for name, B in hellora.adapter_state(model).items()}
+        state = {name: torch.rand(B.shape, generator=noise) for name, B in adapters.adapter_state(model).items()}
         sparsify(model, lori.top_entries(state))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     sum(p.sum() for p in trained).backward()
     optimizer.step()
-    hellora.save_adapter(hellora.adapter_state(model), tmp_path, model.adapter)
+    adapters.save_adapter(adapters.adapter_state(model), tmp_path, model.adapter)
     file = (tmp_path / "adapter.safetensors").read_bytes()
     header = int.from_bytes(file[:8], "little")  # safetensors: its length, the names and shapes, the tensors
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]

@@ -10,12 +10,11 @@ import torch
 
 import data
 import hellora
-import policies
 import profile
-import routing
-from config import PRESETS, MoEConfig
+from hub.config import PRESETS, MoEConfig
 from lora import LoRALinear
 from model import load_model
+from routing import statistics as routing
 
 
 def test_top_share_and_entropy_have_their_closed_forms():
@@ -105,7 +104,7 @@ def test_parameters_and_flops_of_every_k_are_those_of_a_model_with_these_adapter
     assert [choice.k for choice in choices] == list(range(1, config.num_experts + 1))
     for choice in choices:
         model = load_model(folder)
-        hot = policies.hottest(counted.counts, choice.k)
+        hot = hellora.hottest(counted.counts, choice.k)
         hellora.attach(model, hot, r, alpha=5.0, targets=targets)
         _, selected = model(batch.input_ids, batch.lengths)  # B is zero: routed as it was counted
         linears = [module for module in model.modules() if isinstance(module, LoRALinear)]

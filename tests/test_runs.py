@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
 import train
-from cli import InputError, RunError
+from command.cli import InputError, RunError
+from run import folder as runs
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")

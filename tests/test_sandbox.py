@@ -13,8 +13,8 @@ from textwrap import dedent
 
 import pytest
 
-import sandbox
-from sandbox import Program
+from scoring import sandbox
+from scoring.sandbox import Program
 
 LINUX = sys.platform == "linux"
 CHECK = "def check(f):\n    assert f(3) == 10\n    assert f(5) == 26\n"  # f(x) = x * x + 1

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import scoring
 from data import Example
-from scoring import extract_function, function_end, math_verdict, mcnemar, pass_at_k, rate, refusal
+from scoring import rules as scoring
+from scoring.rules import extract_function, function_end, math_verdict, mcnemar, pass_at_k, rate, refusal
 
 # ------------------------------------------------------------------------------------------------------- GSM8K
 

@@ -10,10 +10,10 @@ from conftest import with_tokenizer
 from safetensors.torch import load_file
 
 import hellora
-import settings
 import train
-from cli import InputError
+from command.cli import InputError
 from model import hub_views, load_model
+from run import adapters, settings
 
 E, L, R, STEPS = 7, 4, 4, 3
 SIDES = {  # d_in, d_out of the fixture's matrices: width 48, 6 heads of 8 that share 2 keys, 7 experts of 40
@@ -80,11 +80,11 @@ def test_every_method_with_every_choice_of_targets_trains_what_it_says(
 
     # It trains what it says, where it says.
     model = trained_models[-1]
-    adapter, ours = model.adapter, hellora.adapter_state(model)
+    adapter, ours = model.adapter, adapters.adapter_state(model)
     fresh = load_model(base)
     where = {"kind": adapter.kind, "targets": targets, "seed": adapter.seed}
     r_max = 2 * R if method == "dr-lora" else None
-    hellora.attach(fresh, hellora.hot_mask(adapter.hot, fresh.config), R, 6.0, r_max=r_max, **where)
+    hellora.attach(fresh, adapters.hot_mask(adapter.hot, fresh.config), R, 6.0, r_max=r_max, **where)
     before = dict(fresh.named_parameters())
     modules = {name.partition(".lora_")[0].partition(".parametrizations")[0].rpartition(".")[2] for name in ours}
     assert modules == {*BESIDE[targets], "gate_proj", "up_proj", "down_proj"}

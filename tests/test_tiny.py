@@ -8,9 +8,9 @@ import torch
 import data
 import hellora
 import profile
-import routing
-from checkpoint import TINY, read_config
+from hub.checkpoint import TINY, read_config
 from model import load_model
+from routing import statistics as routing
 from tiny import tasks
 from tiny.documents import pretraining_documents
 

@@ -15,13 +15,13 @@ import data
 import export
 import hellora
 import profile
-import runs
-import settings
 import train
-from checkpoint import TINY, read_config
-from cli import InputError
+from command.cli import InputError
+from hub.checkpoint import TINY, read_config
 from model import load_balancing_loss, load_model
-from parallel import global_step
+from run import adapters, settings
+from run import folder as runs
+from run.step import global_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,8 +92,8 @@ def test_a_run_learns_and_its_folder_holds_what_the_design_of_a_run_says(tmp_pat
     hot = hellora.select_experts("hot", counts, 4)
     assert about["hot"] == [row.nonzero().flatten().tolist() for row in hot]
     model = load_model(TINY)
-    hellora.load_adapter(model, tmp_path / "run/adapter")
-    assert sum(t.numel() for t in hellora.adapter_state(model).values()) == result["trainable"]
+    adapters.load_adapter(model, tmp_path / "run/adapter")
+    assert sum(t.numel() for t in adapters.adapter_state(model).values()) == result["trainable"]
 
 
 def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch():

@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
 
-from config import MoEConfig  # noqa: E402
+from hub.config import MoEConfig  # noqa: E402
 from model import MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
 from tiny import tasks  # noqa: E402
 from tiny.documents import pretraining_documents  # noqa: E402

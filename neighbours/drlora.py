@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli import InputError
+from command.cli import InputError
 from lora import trains
 from model import MoETransformer
 

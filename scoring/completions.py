@@ -19,15 +19,16 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 
 import data
-import files
 import hellora
-import scoring
-from checkpoint import read_config, resolve
-from cli import InputError
+from command.cli import InputError, note
+from command.files import write_jsonl
 from data import Example
 from generate import stream
+from hub import rows as files
+from hub.checkpoint import read_config, resolve
+from hub.peft import base_of, load_any_adapter
 from model import MoETransformer, load_model
-from peft_files import base_of, load_any_adapter
+from scoring import rules as scoring
 
 # ------------------------------------------------------------------------------------------------ from a model
 
@@ -119,7 +120,7 @@ def complete(
     positions = model.config.hub.get("max_position_embeddings") or math.inf
     longest = max(map(len, prompts)) + decoding.max_new_tokens
     if longest > positions:
-        files.say(f"prompts and answers of up to {longest} tokens, but the model was made for {positions}")
+        note(f"prompts and answers of up to {longest} tokens, but the model was made for {positions}")
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in done]
     todo.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
 
@@ -166,9 +167,7 @@ def complete(
     records = [[done[example.id, s] for s in range(decoding.samples)] for example in examples]
     cut = sum(record["cut"] for samples in records for record in samples)
     if cut:
-        files.say(
-            f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens"
-        )
+        note(f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
     return [[record["completion"] for record in samples] for samples in records]
 
 
@@ -191,21 +190,9 @@ def read_generations(folder: Path) -> dict[tuple[str, int], dict]:
 
 def write_generations(folder: Path, done: dict[tuple[str, int], dict]) -> None:
     """All completions into generations.jsonl; the processes' own files go."""
-    write_lines(folder / "generations.jsonl", list(done.values()))
+    write_jsonl(folder / "generations.jsonl", list(done.values()))
     for part in folder.glob("generations-*.jsonl"):
         part.unlink()
-
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """A .jsonl file of these objects."""
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 WANTED = '{"id": ..., "completion": "..."}'

@@ -5,7 +5,7 @@ Porting another mixture of experts starts here: its `model_type` becomes a row o
 
 from dataclasses import dataclass, field
 
-from cli import InputError
+from command.cli import InputError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import sys
 import tempfile
 import urllib.request
 import zlib
@@ -22,16 +21,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-import cli
-from cli import InputError
+from command.cli import InputError, note
 
 Row = dict[str, object]
-
-
-def say(message: str) -> None:
-    """A remark on the data, from the main process, on stderr: stdout belongs to the results."""
-    if cli.is_main_process():
-        print(message, file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -156,7 +148,7 @@ def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
     missing = HEXPHI.keys() - files.keys() - {2}
     if missing or len(rows) != 30 * len(files):
         lacks = f", without {', '.join(map(str, sorted(missing)))}" if missing else ""
-        say(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; HEx-PHI has 30 in each of 10 or 11")
+        note(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; want 30 in each of 10 or 11")
     return rows
 
 

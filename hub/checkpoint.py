@@ -4,7 +4,6 @@ Everything here speaks the hub's keys; model.py maps them to parameters. Weights
 which can hold nothing but numbers; a pickle is never opened.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -17,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cli import InputError
-from config import KNOWN, ONLY, PRESETS, MoEConfig
+from command.cli import InputError
+from command.files import write_json
+from hub.config import KNOWN, ONLY, PRESETS, MoEConfig
 
-TINY = Path(__file__).parent / "tiny"  # the embedded model: `--model tiny`
+TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
 BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", *BESIDE)  # its files on the hub
@@ -200,22 +200,3 @@ def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[st
     next(stream, None)  # let the stream end
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def seal(about: dict, *files: Path) -> str:
-    """SHA-256 over what a JSON file says and over the files it goes with: one flipped bit in either, another seal."""
-    text = json.dumps([about, *map(sha256, files)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import cli
-from config import MoEConfig
+from command import cli
 from hellora import Adapter
+from hub.config import MoEConfig
 from model import MoETransformer
 from ops import HEAD_ROWS
 

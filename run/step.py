@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 import data
 import hellora
 from model import MoETransformer, load_balancing_loss, load_model
-from routing import tally
+from routing.statistics import tally
 
 
 def shard(model: MoETransformer, device: torch.device, compute_dtype: torch.dtype | None = None) -> None:

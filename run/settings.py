@@ -4,10 +4,9 @@ import argparse
 import os
 from dataclasses import dataclass
 
-import cli
 import hellora
-import policies
-from cli import InputError
+from command import cli
+from command.cli import InputError
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ RECIPES = {
 class Method:
     """Which experts x what trains beside them."""
 
-    experts: str | None  # key of policies.POLICIES; None: no adapter, the base weights train
+    experts: str | None  # key of hellora.POLICIES; None: no adapter, the base weights train
     kind: str = "lora"  # key of lora.KINDS
     sparse: bool = False  # a second stage trains a tenth of B, chosen by a first that trained all of it
     grows: bool = False  # ranks start at half of --rank and grow where saliency is high (drlora.py)
@@ -64,8 +63,8 @@ CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank
 
 def experts_flag(text: str) -> str:
     """A selection policy, or a file that lists the experts of every layer (adapter.json, or a list of lists)."""
-    if text not in policies.POLICIES and not os.path.isfile(text):
-        allowed = ", ".join(policies.POLICIES)
+    if text not in hellora.POLICIES and not os.path.isfile(text):
+        allowed = ", ".join(hellora.POLICIES)
         raise argparse.ArgumentTypeError(f"got {text!r}; choose from {allowed}, or name a JSON file of expert lists")
     return text
 
@@ -159,7 +158,7 @@ def check(args: argparse.Namespace) -> None:
                 )
     if args.steps and args.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
-    for flag, allowed in (("k", (*policies.SCORED, "random")), ("scores", (*policies.SCORED, "coverage"))):
+    for flag, allowed in (("k", (*hellora.SCORED, "random")), ("scores", (*hellora.SCORED, "coverage"))):
         value = getattr(args, flag)
         if value is not None and experts not in allowed:
             chosen = f"--method {args.method} and experts {experts}"

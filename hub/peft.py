@@ -1,7 +1,7 @@
 """Adapters as PEFT saves them: write ours that way, read theirs.
 
     load_any_adapter(model, "adapter")                # a folder of ours, or one of PEFT's
-    adapter, state = read_peft("adapter", config)     # PEFT's files as `hellora.read_adapter` gives ours
+    adapter, state = read_peft("adapter", config)     # PEFT's files as `adapters.read_adapter` gives ours
 
 PEFT names a pair of factors after its matrix in the hub's checkpoint. Under transformers 4 every expert has matrices
 of its own; under transformers 5 a layer's experts are stacked, and PEFT >= 0.20 stacks the pairs that a file holds for
@@ -21,10 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hellora
-from cli import InputError
-from config import MoEConfig
+from command.cli import InputError
 from hellora import TARGETS, Adapter
+from hub.config import MoEConfig
 from model import MoETransformer, hub_views
+from run import adapters
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 UNDER_5 = ("olmoe", "mixtral", "qwen3_moe")  # the families whose files PEFT 0.21 loads under transformers 5
@@ -149,7 +150,7 @@ OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weight
 
 
 def read_peft(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
-    """A LoRA adapter that PEFT saved, as `hellora.read_adapter` would give it. Experts whose pairs are zero are cold.
+    """A LoRA adapter that PEFT saved, as `adapters.read_adapter` would give it. Experts whose pairs are zero are cold.
 
     Reads a pair per expert, and the stacked pairs that PEFT saves under transformers 5 as long as gate and up do not
     mix. What is missing of a hot expert, or of `targets`, gets zeros: they add nothing, and learn nothing.
@@ -271,9 +272,9 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
     if (Path(folder) / "adapter_config.json").is_file():
         return read_peft(folder, config)
     is_run = (Path(folder) / "adapter" / "adapter.json").is_file()
-    return hellora.read_adapter(Path(folder) / "adapter" if is_run else folder)
+    return adapters.read_adapter(Path(folder) / "adapter" if is_run else folder)
 
 
 def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
     """Attach the adapter of a folder, ours or PEFT's, to its base model."""
-    hellora.attach_adapter(model, *read_any_adapter(folder, model.config), folder)
+    adapters.attach_adapter(model, *read_any_adapter(folder, model.config), folder)

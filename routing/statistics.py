@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import hellora
-import policies
-from config import MoEConfig
+from hub.config import MoEConfig
 from model import MoETransformer
+from run import adapters
 
 # ----------------------------------------------------------------------------------------------- one profile
 
@@ -57,7 +57,7 @@ def table(counts: Tensor, num_hot: int) -> Iterator[str]:
     """Lines for the terminal: per layer the share of the `num_hot` hottest experts, entropy, hottest and coldest."""
     E, share = counts.shape[-1], 100 * top_share(counts, num_hot)
     top, shown = f"top {num_hot} of {E}", min(8, E)
-    hottest, coldest = policies.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
+    hottest, coldest = hellora.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
     yield f"layer  {top:>12}  entropy  {'hottest':{4 * shown}}  coldest"
     for layer, h in enumerate(entropy(counts)):
         hot, cold = (" ".join(f"{e:3d}" for e in ids[layer]) for ids in (hottest, coldest))
@@ -80,7 +80,7 @@ def plot(counts: Tensor, num_hot: int, title: str, path: Path) -> None:
     ticks = range(0, L, -(-L // 16))
 
     image = left.imshow(share, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
-    layers, experts = policies.hottest(counts, num_hot).numpy().nonzero()
+    layers, experts = hellora.hottest(counts, num_hot).numpy().nonzero()
     left.scatter(experts, layers, s=10, c="white", edgecolors="black", linewidths=0.6)
     left.set(xlabel="expert", ylabel="layer", yticks=ticks)
     left.set_title(f"Share of each expert (dots: the {num_hot} hottest of the layer)", fontsize=11)
@@ -240,7 +240,7 @@ class HotReach:
 
     def __init__(self, model: MoETransformer) -> None:
         config, adapter = model.config, model.adapter
-        self.hot = hellora.hot_mask(adapter.hot if adapter else [[]] * len(config.moe_layers), config)
+        self.hot = adapters.hot_mask(adapter.hot if adapter else [[]] * len(config.moe_layers), config)
         self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
         self.missed = torch.zeros_like(self.hot)  # [L, E] in some epoch
         self.epochs = 0

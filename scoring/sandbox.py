@@ -51,7 +51,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-import sandbox_inside
+from scoring import sandbox_inside
 
 STARTUP = 30.0  # seconds beyond the program's own after which the sandbox itself counts as hung
 FIRST_UID, NUM_UIDS = 60578, 600  # for root: ids that belong to nobody (systemd.io/UIDS-GIDS)

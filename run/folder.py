@@ -21,12 +21,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
-import cli
-from checkpoint import SHARD_BYTES, read_rows, seal, sha256, stored, write_shards
-from cli import InputError, RunError
+from command import cli
+from command.cli import InputError, RunError
+from command.files import atomic_folder, remove_folder, seal, sha256, write_text
+from hub.checkpoint import SHARD_BYTES, read_rows, stored, write_shards
 from model import local_rows, whole
 
 FREE = {"resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing"}
@@ -75,7 +75,7 @@ def write_config(out: Path, settings: dict) -> None:
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "config.json", json.dumps(about, indent=1) + "\n")
+        write_text(out / "config.json", json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
 
@@ -88,60 +88,6 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-# -------------------------------------------------------------------------------------------- whole or not at all
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole, or as it was before. Raises RunError if the disk refuses."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        sync(part)
-        part.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror})") from None
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when all went well, and is removed if not.
-
-    Raises RunError if the disk refuses.
-    """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in [*part.iterdir(), part]:
-            sync(path)
-        drop(folder)
-        part.rename(folder)
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder} cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder so that, cut off at any moment, nothing incomplete keeps its name."""
-    gone = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if folder.exists():
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------- the state of training
@@ -179,7 +125,7 @@ def save_state(
         shutil.rmtree(left)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
     try:
-        with whole_folder(folder / f"step-{step:08d}") as part:
+        with atomic_folder(folder / f"step-{step:08d}") as part:
             write_shards(part, sizes, tensors(), SHARD_BYTES)
             digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
             about = {"step": step, "updates": updates, "sha256": digests} | numbers
@@ -189,7 +135,7 @@ def save_state(
         last = last_state(folder)
         raise RunError(f"{error}; {f'the last good one is {last}' if last else 'there is none before it'}") from None
     for old in states(folder)[:-keep]:
-        drop(old)
+        remove_folder(old)
 
 
 def states(folder: Path) -> list[Path]:
@@ -275,7 +221,7 @@ def cut_log(path: Path, steps: int, whole: bool = False) -> list[dict]:
             raise ValueError("steps are missing")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the log of the first {steps} steps ({error}); start the run anew") from None
-    write_whole(path, "".join(f"{line}\n" for line in lines))
+    write_text(path, "".join(f"{line}\n" for line in lines))
     return records
 
 

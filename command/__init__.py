@@ -1,0 +1,1 @@
+"""How every command starts and ends: flags, one-line errors, whole files."""

@@ -1,0 +1,141 @@
+"""How every command starts and ends: settings as flags, one-line errors, the exit status.
+
+    @dataclass(frozen=True)
+    class Settings:
+        k: int | None = flag(None, "hot experts per layer", type=number(int, 1))
+
+    settings = parse(Settings, argv, prog="train.py", description="...")      # --k 8 becomes settings.k
+    run(main)                                                                 # errors as one line, exit status
+
+Exit status: 0 done; 2 the input is wrong (one line on stderr, no traceback); 1 a run cannot go on (one line), or
+there is a bug (traceback).
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+# A debugger, IPython or `python -m cProfile` may have imported the standard library's `profile` before ours.
+_loaded = sys.modules.get("profile")
+if _loaded is not None and Path(_loaded.__file__).parent != Path(__file__).parent.parent:
+    del sys.modules["profile"]
+
+
+class InputError(ValueError):
+    """Wrong input from the user. The message says what was given, what is allowed and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on although its input was right: a full disk, a NaN loss. One line, exit status 1."""
+
+
+# ------------------------------------------------------------------------------------------------- what is printed
+
+
+def is_main_process() -> bool:
+    """True for the process that prints and writes: the only one, or rank 0 under torchrun."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(*lines: str) -> None:
+    """Print lines to stdout, from the main process only."""
+    if is_main_process():
+        print(*lines, sep="\n", flush=True)
+
+
+def note(*lines: str) -> None:
+    """Print remarks to stderr, from the main process only: stdout belongs to the results."""
+    if is_main_process():
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Call `main()`. Wrong input becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except (InputError, RunError) as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once per machine: the fault may be on one machine only
+            print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever it quotes
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------- settings as flags
+
+T = TypeVar("T")
+
+
+def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
+    """A dataclass field that is a flag of the command line. options: as for argparse's add_argument.
+
+    False as default makes a switch. positional=True makes an argument without dashes. group="..." names the section of
+    `--help` in which the flag is shown. Without a default the flag is required.
+    """
+    return field(default=default, metadata={"help": help} | options)
+
+
+def parse(settings: type[T], argv: list[str] | None, **about: Any) -> T:
+    """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError."""
+    parser, groups = Parser(**about), {}
+    for f in fields(settings):
+        options = dict(f.metadata)
+        group, positional = options.pop("group", None), options.pop("positional", False)
+        place = groups.setdefault(group, parser.add_argument_group(group)) if group else parser
+        if f.default is False:
+            options["action"] = "store_true"
+        elif f.default is not MISSING:
+            options["default"] = f.default
+        elif not positional:
+            options["required"] = True
+        place.add_argument(f.name if positional else f"--{f.name.replace('_', '-')}", **options)
+    return settings(**vars(parser.parse_args(argv)))
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations. Its errors are one line that points to the help."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if "" in (sys.argv[1:] if args is None else args):  # `--mask "$RUN"` with RUN unset is not "no mask"
+            raise InputError(f"an argument is empty (an unset variable?); leave it out (see {self.prog} --help)")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+LARGEST = 2**31 - 1  # the largest whole number that a flag takes
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high], or in (low, high] if `above`. No int exceeds LARGEST."""
+    top = min(high, LARGEST) if kind is int else high
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= top or value == math.inf or (above and value == low):
+            bound = "above" if above else "at least"
+            upper = f" and at most {top:,}" if high < math.inf or (value or 0) > top else ""
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"got {text!r:.40}; want {name} {bound} {low:g}{upper}")
+        return value
+
+    return parse

@@ -1,0 +1,108 @@
+"""Files that are there complete or not at all, and checksums of files.
+
+A file or folder is written under a hidden name beside its place, synced to the disk, and renamed. Whatever carries its
+final name is therefore complete, however the process ended.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from command.cli import InputError, RunError
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file that can be written; its folder is made if need be. Raises InputError otherwise."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); name a file in a writable folder") from None
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises RunError if the disk refuses; an older file then stays."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        sync(part)
+        part.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """Write a file with one JSON object per line atomically."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of `folder` if all goes well and is removed if not.
+
+    Raises RunError if the disk refuses.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in [*part.iterdir(), part]:
+            sync(path)
+        remove_folder(folder)
+        part.rename(folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder} cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under a hidden name, so that an interruption leaves nothing incomplete under its own name."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(about: dict, *files: Path) -> str:
+    """SHA-256 over a JSON object and the files it describes: a changed bit in any of them changes the seal."""
+    text = json.dumps([about, *map(sha256, files)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Other people's files: config.json and model families, safetensors, PEFT adapters, rows of data sets."""

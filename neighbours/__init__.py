@@ -1,0 +1,1 @@
+"""Methods near HELLoRA that it is compared with: DR-LoRA."""

@@ -1,0 +1,1 @@
+"""What routing counts say: tables, overlap, advice, pictures."""

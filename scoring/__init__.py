@@ -1,0 +1,1 @@
+"""Rules that turn text into a verdict, and the sandbox that runs model-written code."""
