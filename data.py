@@ -3,7 +3,7 @@
     examples = load_examples("gsm8k", "train", "my_copy.jsonl")      # without a path: download once, or generate
     items = encode(examples, load_tokenizer(folder, config), config.eos_token_id)
     for chosen in global_batches(len(items), 128, seed=0, epoch=0):  # the same on every process
-        for part in micro_batches([items[i] for i in chosen], 16, rank, world):
+        for part in micro_batches([items[i] for i in chosen], 16, process, num_processes):
             batch = collate(part, pad_id)
 
 `TASKS` is the table of tasks, `FORMATS` says how their rows become prompt and target. The tiny tasks have the rows
@@ -303,13 +303,13 @@ def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
 
-def micro_batches(items: list[Encoded], micro_batch: int, rank: int, world: int) -> list[list[Encoded]]:
-    """This rank's part of a global batch, in lists of at most `micro_batch` items of similar length.
+def micro_batches(items: list[Encoded], micro_batch: int, process: int, num_processes: int) -> list[list[Encoded]]:
+    """This process's part of a global batch, in lists of at most `micro_batch` items of similar length.
 
-    The ranks together get every item once, each the same number of lists (some empty if there are too few items).
+    The processes together get every item once, each the same number of lists (some empty if there are too few items).
     """
     items = sorted(items, key=lambda item: len(item.ids))
-    pieces = world * math.ceil(len(items) / (world * micro_batch))
+    pieces = num_processes * math.ceil(len(items) / (num_processes * micro_batch))
     bounds = [i * len(items) // pieces for i in range(pieces + 1)]  # nearly equal
-    # Neighbours in length go to different ranks, which so wait little for each other.
-    return [items[bounds[i] : bounds[i + 1]] for i in range(rank, pieces, world)]
+    # Neighbours in length go to different processes, which so wait little for each other.
+    return [items[bounds[i] : bounds[i + 1]] for i in range(process, pieces, num_processes)]

@@ -54,7 +54,7 @@ from hub.config import PRESETS, MoEConfig
 from model import MoETransformer
 from routing import statistics as routing
 from run import memory
-from run.processes import start_processes
+from run.processes import ALONE, Processes, start_processes
 from run.settings import RECIPES, Recipe
 from run.step import global_step, load_shared
 
@@ -112,8 +112,7 @@ def profile_warmup(
     *,
     lr: float,
     seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
+    processes: Processes = ALONE,
     micro_batch: int | None = None,
     progress: Callable = iter,
 ) -> RoutingProfile:
@@ -126,7 +125,7 @@ def profile_warmup(
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
     totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64)
     for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0)):
-        step = global_step(model, [items[i] for i in chosen], micro_batch or batch, rank, world)
+        step = global_step(model, [items[i] for i in chosen], micro_batch or batch, processes)
         if not step.loss.isfinite():
             raise RunError(f"warm-up: the loss is {step.loss:.3g}; lower the learning rate")
         totals += step.routing
@@ -140,9 +139,7 @@ def count_task(
     folder: Path,
     items: list[data.Encoded],
     batch: int,
-    rank: int,
-    world: int,
-    device: torch.device,
+    processes: Processes,
     *,
     shard: str | None,
     warmup: dict[str, float] | None,
@@ -154,7 +151,7 @@ def count_task(
     warmup: r, alpha, lr and batch of the LoRA that trains meanwhile; None: count on the base. shard: "full", "none",
     or None to let the memory plan decide.
     """
-    config = read_config(folder)
+    config, device = read_config(folder), processes.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def attach(model: MoETransformer) -> None:
@@ -162,14 +159,14 @@ def count_task(
         hellora.attach(model, everything, warmup["r"], warmup["alpha"], seed=seed)
 
     tokens = batch * max((len(item.ids) for item in items), default=0)
-    options = {"dtype": dtype, "world": world, "sharded": False, "tokens": tokens, "trains": bool(warmup)}
+    options = {"dtype": dtype, "world": processes.count, "sharded": False, "tokens": tokens, "trains": bool(warmup)}
     whole = memory.plan(config, attach if warmup else None, **options)
-    sharded = memory.choose_shard(shard, device, world, whole)
+    sharded = memory.choose_shard(shard, device, processes.count, whole)
     model = load_shared(folder, dtype, device, sharded=sharded, attach=attach if warmup else None)
     if warmup:
-        options = {"rank": rank, "world": world, "micro_batch": batch, "progress": progress}
+        options = {"processes": processes, "micro_batch": batch, "progress": progress}
         return profile_warmup(model, items, warmup["batch"], lr=warmup["lr"], seed=seed, **options)
-    parts = data.micro_batches(items, batch, rank, world)
+    parts = data.micro_batches(items, batch, processes.index, processes.count)
     return profile_routing(model, progress([data.collate(part, config.pad_token_id or 0) for part in parts]))
 
 
@@ -282,24 +279,26 @@ def count(argv: list[str]) -> RoutingProfile:
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
     out, drawn = (path and writable(path) for path in (args.out, args.plot))
 
-    rank, world, device = start_processes()
+    processes = start_processes()
     recipe = RECIPES[args.task]
     warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr, "batch": args.batch}
     warmup = warmup if args.warmup == "lora" else None
-    progress = functools.partial(tqdm, unit="batch", disable=None if rank == 0 else True)  # None: only on a terminal
+    progress = functools.partial(
+        tqdm, unit="batch", disable=None if processes.is_main else True
+    )  # None: only on a terminal
     options = {"shard": args.shard, "warmup": warmup, "seed": args.seed, "progress": progress}
-    counted = count_task(folder, items, args.batch, rank, world, device, **options)
+    counted = count_task(folder, items, args.batch, processes, **options)
     title = f"Routing of {args.model} on {args.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts a token"
     if dense := config.num_hidden_layers - len(config.moe_layers):
         title += f"; layers are numbered from the first with experts, after {dense} without"
-    if rank == 0:
+    if processes.is_main:
         save_profile(counted, out, args.model, args.task)
         if drawn:
             routing.plot(counted.counts, num_hot, title, drawn)
     cli.say(f"wrote {' and '.join(str(path) for path in (out, drawn) if path)}", title)
     cli.say(*routing.table(counted.counts, num_hot))
-    if world > 1:
+    if processes.count > 1:
         dist.destroy_process_group()
     return counted
 

@@ -49,7 +49,7 @@ from neighbours import drlora
 from routing import statistics as routing
 from run import adapters, memory
 from run import folder as runs
-from run.processes import start_processes
+from run.processes import Processes, start_processes
 from run.settings import METHODS, hot_experts_per_layer, parse_flags
 from run.step import global_step, load_shared
 
@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> dict:
     if cli.is_main_process():
         runs.check_out(out, vars(args), args.resume)
     counted = read_counts(args, config) if method.experts else None
-    rank, world, device = start_processes()
+    processes = start_processes()
+    rank, world, device = processes
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(args.task, "train", args.train_data)
     items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict:
     about = {"method": args.method, "task": args.task, "processes": world}
     if method.experts:
         began = time.perf_counter()
-        counted = count(folder, items, args, rank, world, device) if counted is None else counted
+        counted = count(folder, items, args, processes) if counted is None else counted
         hot = choose_experts(counted, args, num_hot) if hot is None else hot
         share = float((counted.counts * hot).sum() / counted.counts.sum())
         say(f"adapted experts take {share:.1%} of the routed tokens")
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict:
             if counted:
                 profile.save_profile(counted, out / "profile.json", args.model, args.task)
         trainable, total = hellora.count_parameters(model)
-        result = fit(model, items, args, out / name, rank, world, [example.id for example in examples])
+        result = fit(model, items, args, out / name, processes, [example.id for example in examples])
         if hot is None:
             state = {}
             with atomic_folder(out / name / "model") if rank == 0 else nullcontext(out) as part:
@@ -206,14 +207,14 @@ def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | No
 
 
 def count(
-    folder: Path, items: list[data.Encoded], args: argparse.Namespace, rank: int, world: int, device: torch.device
+    folder: Path, items: list[data.Encoded], args: argparse.Namespace, processes: Processes
 ) -> profile.RoutingProfile:
     """The hot-expert catcher: routing counts from a sample of the training data."""
     sample = data.sample(items, args.sample, args.seed)
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
     warmup = {"r": args.rank, "alpha": args.alpha, "lr": args.lr, "batch": 16} if args.warmup == "lora" else None
     return profile.count_task(
-        folder, sample, args.micro_batch, rank, world, device, shard=args.shard, warmup=warmup, seed=args.seed
+        folder, sample, args.micro_batch, processes, shard=args.shard, warmup=warmup, seed=args.seed
     )
 
 
@@ -236,14 +237,14 @@ def fit(
     items: list[data.Encoded],
     args: argparse.Namespace,
     out: Path,
-    rank: int,
-    world: int,
+    processes: Processes,
     ids: list[str],
 ) -> dict:
     """Train whatever requires a gradient; log.jsonl and loss.png go to `out`.  -> losses, steps and speed
 
     ids: the examples' names, for a batch whose numbers are none.
     """
+    rank, world, _ = processes
     steps_per_epoch, steps = -(-len(items) // args.batch), total_steps(args, len(items))
     if steps < 2 and METHODS[args.method].grows:
         raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
@@ -298,7 +299,7 @@ def fit(
             epoch, place = divmod(step - 1, steps_per_epoch)
             batch = data.global_batches(len(items), args.batch, args.seed, epoch)[place]
             aux = {"aux_loss": args.router_aux_loss, "aux_form": args.router_aux_form}
-            done = global_step(model, [items[i] for i in batch], args.micro_batch, rank, world, **aux)
+            done = global_step(model, [items[i] for i in batch], args.micro_batch, processes, **aux)
             if growth:
                 before = {name: tensor.clone() for name, tensor in growth.state_dict().items()}
                 growth.observe(done.routing[0].float())

@@ -34,7 +34,7 @@ def writable(path: str | Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically. Raises RunError if the disk refuses; an older file then stays."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
         sync(part)

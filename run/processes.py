@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun started them: which one this is, how many there are, and on which device."""
 
 import os
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,15 +9,30 @@ import torch.distributed as dist
 from command.cli import InputError
 
 
-def start_processes() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, if any.  -> rank, number of processes, device"""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+class Processes(NamedTuple):
+    """This process among those of the run. (torch calls these numbers rank and world size; r is LoRA's rank here.)"""
+
+    index: int  # of this process, from 0
+    count: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def start_processes() -> Processes:
+    """Join the process group that torchrun describes, if any. Raises InputError if there are fewer GPUs."""
+    index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise InputError(f"process {local + 1} of this machine has no GPU, there are {gpus}; start {gpus} processes")
     if cuda:
         torch.cuda.set_device(local)
-    if world > 1:
+    if count > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    return rank, world, torch.device("cuda", local) if cuda else torch.device("cpu")
+    return Processes(index, count, torch.device("cuda", local) if cuda else torch.device("cpu"))

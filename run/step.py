@@ -1,7 +1,7 @@
 """One model on one process or many: loaded in parts, and the gradients of one global batch.
 
     model = load_shared(folder, dtype, device, sharded=True, attach=lambda model: hellora.attach(model, hot, r, alpha))
-    step = global_step(model, items, micro_batch, rank, world)     # the loss, and p.grad of whatever trains
+    step = global_step(model, items, micro_batch, processes)     # the loss, and p.grad of whatever trains
 
 What a step computes does not depend on the number of processes: a global batch is cut into micro-batches of similar
 length, its loss is the mean over the target tokens of the whole batch, and the gradients of all processes are summed.
@@ -26,6 +26,7 @@ import data
 import hellora
 from model import MoETransformer, load_balancing_loss, load_model
 from routing.statistics import tally
+from run.processes import Processes
 
 
 def shard(model: MoETransformer, device: torch.device, compute_dtype: torch.dtype | None = None) -> None:
@@ -81,8 +82,7 @@ def global_step(
     model: MoETransformer,
     items: list[data.Encoded],
     micro_batch: int,
-    rank: int,
-    world: int,
+    processes: Processes,
     *,
     aux_loss: float | None = None,
     aux_form: str = "layer",
@@ -94,7 +94,7 @@ def global_step(
     tokens = sum(len(item.ids) for item in items)
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # loss, auxiliary loss
     routed = torch.zeros(2, len(config.moe_layers), config.num_experts, dtype=torch.float64, device=device)
-    mine = data.micro_batches(items, micro_batch, rank, world)
+    mine = data.micro_batches(items, micro_batch, processes.index, processes.count)
     for i, part in enumerate(mine):
         if sharded:
             # Once a step, not once a micro-batch; but until then gradients are held whole, and those of all weights
@@ -113,8 +113,10 @@ def global_step(
             balance = share * load_balancing_loss(router_logits, config.num_experts_per_tok, aux_form)
             losses[1] += balance.detach()
             loss = loss + aux_loss * balance
-        (loss * world if sharded else loss).backward()  # FSDP averages over processes: times world is the sum
-    if world > 1:
+        (
+            loss * processes.count if sharded else loss
+        ).backward()  # FSDP averages over processes: times their number is the sum
+    if processes.count > 1:
         dist.all_reduce(losses)
         dist.all_reduce(routed)
         if not sharded:

@@ -635,7 +635,12 @@ def no_work(made, monkeypatch):
     def reached(*args, **kwargs):
         raise AssertionError("the work has begun")
 
-    for name in ("train.fit", "completions.stream", "benchmarks.step.measure", "benchmarks.generate.decode_ours"):
+    for name in (
+        "train.fit",
+        "scoring.completions.stream",
+        "benchmarks.step.measure",
+        "benchmarks.generate.decode_ours",
+    ):
         monkeypatch.setattr(name, reached)
 
 

@@ -255,7 +255,7 @@ def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkey
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS[:1])
     file = write_lines(tmp_path / "c.jsonl", [{"id": "own/double", "completion": "    return 2 * x"}])
     task = ["--task", "codealpaca", "--eval-data", problems, "--completions", file]
-    monkeypatch.setattr("sandbox.protection", lambda: "limits only")
+    monkeypatch.setattr("scoring.sandbox.protection", lambda: "limits only")
     with pytest.raises(InputError, match="would run with limits only.*pass --allow-code-execution"):
         run(*task)
     assert run(*task, "--allow-code-execution")["pass@1"] == 1.0
@@ -263,7 +263,7 @@ def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkey
     def no_sandbox():
         raise RuntimeError("no sandbox starts here")
 
-    monkeypatch.setattr("sandbox.protection", no_sandbox)
+    monkeypatch.setattr("scoring.sandbox.protection", no_sandbox)
     with pytest.raises(InputError, match="programs cannot be run: no sandbox starts here"):
         run(*task, "--allow-code-execution")
 

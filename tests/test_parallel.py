@@ -10,6 +10,7 @@ import data
 import hellora
 import model as model_module
 from model import load_model, save_model
+from run.processes import ALONE, Processes
 from run.step import global_step, load_shared
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
@@ -56,7 +57,7 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
             options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
             model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
             model_module.read_rows = real
-            step = global_step(model, items(model.config.vocab_size), 2, rank, WORLD)
+            step = global_step(model, items(model.config.vocab_size), 2, Processes(rank, WORLD, torch.device("cpu")))
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
             found[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
@@ -80,7 +81,7 @@ def shared(make_checkpoint, tmp_path_factory) -> Path:
 def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpoint, shared, family, kind):
     model = load_model(checkpoint(make_checkpoint, family).folder)
     attach(model, kind)
-    step = global_step(model, items(model.config.vocab_size), 2, 0, 1)
+    step = global_step(model, items(model.config.vocab_size), 2, ALONE)
     for rank in range(WORLD):
         found = torch.load(shared / f"{rank}.pt")[family, kind]
         torch.testing.assert_close(found["loss"], step.loss, rtol=0, atol=1e-5)
@@ -112,12 +113,12 @@ def test_a_sharded_model_is_saved_whole_in_shards_that_load_to_the_same_bits(olm
 def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(olmoe):
     """What train.py does with --method fft on a GPU, on one process of the CPU."""
     whole = load_model(olmoe.folder)
-    want = global_step(whole, items(50), 2, 0, 1)
+    want = global_step(whole, items(50), 2, ALONE)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         cpu, half = torch.device("cpu"), torch.bfloat16
         model = load_shared(olmoe.folder, torch.float32, cpu, sharded=True, compute_dtype=half)
-        step = global_step(model, items(50), 2, 0, 1)
+        step = global_step(model, items(50), 2, ALONE)
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
         assert 0 < abs(step.loss - want.loss) < 0.02 * want.loss  # computed in bfloat16
         before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}

@@ -18,6 +18,7 @@ from command import cli
 from hub.checkpoint import read_config
 from model import MoETransformer, load_model
 from routing import statistics as routing
+from run.processes import Processes
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05, seed=3)  # a rate at which the second step already routes otherwise
@@ -180,15 +181,16 @@ def count_in_process(rank: int, world: int, folder, out) -> None:
     torch.set_num_threads(1)
     patience = timedelta(minutes=3)  # a process that waits for what never comes is an error, not a hang
     dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
+    processes = Processes(rank, world, torch.device("cpu"))
     model = load_model(folder)
     items = make_items(model.config.vocab_size)
     base = profile.profile_routing(model, make_batches(items, 2)[rank::world])
-    warm = profile.profile_warmup(with_lora(model), items, 3, rank=rank, world=world, **STEPS)
+    warm = profile.profile_warmup(with_lora(model), items, 3, processes=processes, **STEPS)
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
         for warmup in (None, WARMUP | {"batch": 3}):
             options = {"shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
-            counted.append(profile.count_task(folder, items, 3, rank, world, torch.device("cpu"), **options))
+            counted.append(profile.count_task(folder, items, 3, processes, **options))
     torch.save([vars(one) for one in counted], out / f"{rank}.pt")
     dist.destroy_process_group()
 

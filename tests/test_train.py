@@ -21,6 +21,7 @@ from hub.checkpoint import TINY, read_config
 from model import load_balancing_loss, load_model
 from run import adapters, settings
 from run import folder as runs
+from run.processes import ALONE
 from run.step import global_step
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +103,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     tokenizer = data.load_tokenizer(TINY, model.config)
     items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
     hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    done = global_step(model, items, micro_batch=2, rank=0, world=1)
+    done = global_step(model, items, micro_batch=2, processes=ALONE)
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     nll, count = 0.0, 0
