@@ -1,29 +1,30 @@
-# make demo: the whole method on the embedded model.  make test: the whole suite.  Both build .venv first.
+# make demo: the whole method on the embedded model.   make test: the test suite.   make lint: ruff.
+# The packages go into $(VENV), which is made first. PYTHON and VENV can be set: make test PYTHON=python3.10 VENV=.venv-310
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
 RUN := runs/demo
 
-.venv/run: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/dev: $(VENV)/run requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 .PHONY: demo test lint clean
-demo: .venv/run
-	$(BIN)/python evaluate.py tiny --task tiny-math --out $(RUN)/before
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 train.py --method hellora --k 8 --out $(RUN)/hellora
-	$(BIN)/python evaluate.py $(RUN)/hellora --task tiny-math --out $(RUN)/after
+demo: $(VENV)/run
+	$(VENV)/bin/python evaluate.py tiny --task tiny-math --out $(RUN)/before
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 train.py --method hellora --k 8 --out $(RUN)/hellora
+	$(VENV)/bin/python evaluate.py $(RUN)/hellora --task tiny-math --out $(RUN)/after
 
-test: .venv/dev
-	$(BIN)/python -m pytest -q
+test: $(VENV)/dev
+	$(VENV)/bin/python -m pytest -q
 
-lint: .venv/dev
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 
 clean:
 	rm -rf runs
