@@ -3,41 +3,42 @@
     python export.py runs/tiny-math-hellora --to merged --out merged     # for serving: a checkpoint like any other
     python export.py runs/tiny-math-hellora --to peft --out adapter      # PeftModel.from_pretrained(base, "adapter")
 
-`--to merged` reads the base tensor by tensor, adds what the adapter adds and writes a shard when it is full: memory for
-one shard. Then it compares the result with base and adapter: every weight, and the logits on examples of the task.
+`--to merged` reads the base one tensor at a time, adds what the adapter adds, and writes a shard when it is full. It
+needs memory for one shard. It then compares the result with base and adapter: every weight, and the logits on a few
+examples of the task.
 
-`--to peft` writes a pair of factors for every expert, zeros for those without an adapter (why: peft_files.py).
-`--compact` leaves these out. The file is then many times smaller, and loads in PEFT under transformers 4 (under 5 it
-stops with a size mismatch) and in servers that look for each expert by name (SGLang), not in vLLM.
+`--to peft` writes a factor pair for every expert, with zeros for the cold ones (hub/peft.py says why). `--compact`
+leaves the cold experts out. The file is then many times smaller. It loads in PEFT under transformers 4, and in servers
+that look for each expert by name (SGLang). It does not load in vLLM, nor under transformers 5 (a size mismatch).
 
 Dimensions: r rank, T tokens, V vocabulary.
 """
 
-import argparse
 import hashlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import data
 import hellora
 from command import cli
-from command.cli import InputError
-from hellora import Adapter
+from command.cli import InputError, RunError, flag, say
+from command.files import atomic_folder
+from hellora import TARGETS, Adapter
 from hub.checkpoint import SHARD_BYTES, Stored, read_config, read_rows, resolve, stored, write_checkpoint
 from hub.config import MoEConfig
-from hub.peft import UNDER_5, Factors, hub_name, hub_shapes, modules, peft_bytes, write_peft
+from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from lora import KINDS, Scatter, init_A
 from model import MoETransformer, hub_views, load_model
 from run import adapters
+from run.adapters import PROJECTIONS, adapted_matrices, hub_key, hub_shapes
 from scoring import completions
 
 BESIDE = (  # what a checkpoint folder holds beside its weights
@@ -46,14 +47,30 @@ BESIDE = (  # what a checkpoint folder holds beside its weights
 ).split()
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The flags of this command."""
+
+    run: str = flag(help="run folder of train.py", positional=True)
+    to: str = flag(help="what to write", choices=("merged", "peft"))
+    out: str = flag(help="folder to write; new or empty")
+    model: str | None = flag(None, "where the base model is (default: where the run had it)")
+    dtype: str | None = flag(
+        None, "of the weights written (default: the base's; peft: float32)", choices=("float32", "bfloat16", "float16")
+    )
+    compact: bool = flag(False, "peft: without the cold experts; not for transformers 5 or vLLM")
+    examples: int | None = flag(None, "merged: examples to compare on (default: 4)", type=cli.number(int, 1))
+    train_data: str | None = flag(None, "merged: a local copy of the training file, which the examples are from")
+
+
 # ------------------------------------------------------------------------------------- an adapter, matrix by matrix
 
 
 @torch.no_grad()
 def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
-    """The adapter of a run by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
+    """The adapter of a run, and its factors by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
 
-    Raises InputError for an adapter that is damaged or of another model.
+    Raises InputError for an adapter that is damaged or does not fit the model.
     """
     adapter, state = adapters.read_adapter(folder)
     adapters.hot_mask(adapter.hot, config)
@@ -64,11 +81,11 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
         tensor = state.pop(name, None)
         if tensor is None or tensor.shape != shape:
             what = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise InputError(f"{folder}: {name} is {what}, want {shape}; damaged, or of another model?")
+            raise InputError(f"{folder}: {name} is {what}, want {shape}; is it damaged, or of another model?")
         return tensor.float()
 
-    for module, matrices in sorted(modules(adapter, config).items()):
-        fan_out, fan_in = shapes[hub_name(matrices[0], config)]
+    for module, matrices in sorted(adapted_matrices(adapter, config).items()):
+        fan_out, fan_in = shapes[hub_key(matrices[0], config)]
         n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
         if adapter.kind == "lori":
             A = torch.empty(*n, r, fan_in)
@@ -77,7 +94,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
             digest.update(A.numpy().astype("<f4").tobytes())
         else:
             A = take(f"{module}.lora_A", *n, r, fan_in)
-        if is_sparse:  # a matrix none of whose entries was kept is not in the file
+        if is_sparse:  # a matrix of which no entry was kept is not in the file
             name = f"{module}.parametrizations.lora_B"
             positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
             values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
@@ -90,9 +107,11 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
         for j, matrix in enumerate(matrices):
             found[matrix] = {name: factor[j] if n else factor for name, factor in factors.items()}
     if state:
-        raise InputError(f"{folder}: {next(iter(state))} is unexpected; a damaged adapter?")
+        raise InputError(f"{folder}: {next(iter(state))} is unexpected; is the adapter damaged?")
     if adapter.kind == "lori" and digest.hexdigest() != adapter.sha256_A:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
+        raise InputError(
+            f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; is the adapter damaged?"
+        )
     return adapter, found
 
 
@@ -100,20 +119,20 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 
 
 def weights_of(folder: Path) -> dict[str, Stored]:
-    """The weights of a checkpoint by key, in its files' order. Raises InputError if config.json wants others."""
+    """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit config.json."""
     with torch.device("meta"):
         views = hub_views(MoETransformer(read_config(folder)))
     return stored(folder, {key: tuple(view.shape) for key, view in views.items()})
 
 
-def read_whole(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Weights by key, one at a time, in the order of their files."""
     return read_rows(weights, dict.fromkeys(weights, slice(None)))
 
 
 @torch.no_grad()
 def fold(W: Tensor, factors: Factors, adapter: Adapter) -> Tensor:
-    """The weight that computes the same as W [out, in] with its factors.  float32 [out, in]"""
+    """The weight that computes alone what W [out, in] computes with its factors.  -> float32 [out, in]"""
     pair = KINDS[adapter.kind][1](W.unsqueeze(0), adapter.r, adapter.alpha)
     pair.load_state_dict({name: factor.unsqueeze(0) for name, factor in factors.items()})
     return pair.merged(W.unsqueeze(0))[0]
@@ -128,22 +147,21 @@ def write_merged(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the checkpoint `base` with an adapter, given by matrix, folded in; in another dtype if one is given."""
+    """Write the checkpoint `base` with an adapter, given by matrix, folded in. dtype: by default as in `base`."""
     config, weights = read_config(base), weights_of(base)
-    adapted = {f"{hub_name(matrix, config)}.weight": pair for matrix, pair in factors.items()}
+    adapted = {f"{hub_key(matrix, config)}.weight": pair for matrix, pair in factors.items()}
     sizes = {key: math.prod(weight.shape) * (dtype or weight.dtype).itemsize for key, weight in weights.items()}
-    print(
-        f"merged checkpoint: {sum(sizes.values()):,} bytes, {len(adapted):,} of {len(weights):,} weights change",
-        flush=True,
-    )
-    check_space(out, sum(sizes.values()))
+    total = sum(sizes.values())
+    say(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change")
+    check_space(out, total)
     merged = (
         (key, (fold(W, adapted[key], adapter) if key in adapted else W).to(dtype or W.dtype))
-        for key, W in read_whole(weights)
+        for key, W in all_rows(weights)
     )
-    # `dtype` is the newer name of torch_dtype
-    hub = {key: value for key, value in config.hub.items() if not (dtype and key == "dtype")}
-    hub |= {"torch_dtype": str(dtype).removeprefix("torch.")} if dtype else {}
+    hub = config.hub
+    if dtype:  # transformers 5 writes torch_dtype as `dtype`
+        hub = {key: value for key, value in hub.items() if key != "dtype"}
+        hub["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_checkpoint(out, sizes, merged, hub, shard_bytes)
     for name in BESIDE:
         if (base / name).is_file():
@@ -151,147 +169,163 @@ def write_merged(
 
 
 @torch.no_grad()
-def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encoded]) -> str | None:
-    """Compare the checkpoint `merged` with `base` and the adapter in `folder`, and print it.  -> what is wrong, or None
+def logits(model: MoETransformer, items: list[data.Encoded]) -> Tensor:
+    """Logits of all tokens of the items, float32 [T, V]."""
+    return torch.cat([model(torch.tensor([item.ids]))[0][0] for item in items]).float()
 
-    Weights must be what hellora.merge makes, up to the order of a sum. Logits must be those of base and adapter at a
-    typical token; a few tokens are sent to another expert by the least change.
+
+@torch.no_grad()
+def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encoded]) -> None:
+    """Compare the checkpoint `merged` with `base` and the adapter in `folder`, and print how they differ.
+
+    Weights must be what hellora.merge makes, up to the order of a sum. At a typical token the logits must be those of
+    base and adapter; the least change can send a few tokens to another expert. Raises RunError if either is not so.
     """
     dtypes = {weight.dtype for weight in weights_of(merged).values()}
     rounds = dtypes != {torch.float32}
     dtype = reduce(torch.promote_types, dtypes | {weight.dtype for weight in weights_of(base).values()})
 
-    def logits(model: MoETransformer) -> Tensor:
-        return torch.cat([model(torch.tensor([item.ids]))[0][0] for item in items]).float()  # [T, V]
-
     model = load_model(base, dtype)
-    unadapted = logits(model)
+    unadapted = logits(model, items)
     adapters.load_adapter(model, folder)
-    expected = logits(model)
+    expected = logits(model, items)
     hellora.merge(model)
     views, wrong = hub_views(model), []
-    for key, W in read_whole(weights_of(merged)):
+    for key, W in all_rows(weights_of(merged)):
         want = views[key].to(W.dtype).float()
-        if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # so that NaN is wrong too
+        if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # NaN is wrong too
             wrong.append(key)
     del model, views  # one model at a time
-    got = logits(load_model(merged, dtype))
+    got = logits(load_model(merged, dtype), items)
 
     effect, error = ((x - expected).abs().amax(-1) for x in (unadapted, got))  # [T] each
     agree = int((got.argmax(-1) == expected.argmax(-1)).sum())
-    print(
+    note = " (16-bit weights are rounded, with --dtype float32 they are not)" if rounds else ""
+    say(
         f"check on {len(items)} examples, {len(got):,} tokens, in {str(dtype).removeprefix('torch.')}: "
-        f"logits go up to {expected.abs().max():.3g}",
-        f"the adapter moves them by {effect.median():.2g} at a typical token, by {effect.max():.2g} at most",
+        f"the largest logit is {expected.abs().max():.3g}",
+        f"the adapter changes logits by {effect.median():.2g} at a typical token, by {effect.max():.2g} at most",
         f"the merged checkpoint differs from base and adapter by {error.median():.2g} at a typical token, by "
-        f"{error.max():.2g} at most; top-1 agrees at {agree:,} of {len(got):,}"
-        + (" (16 bits round; --dtype float32 does not)" if rounds else ""),
-        sep="\n",
-        flush=True,
+        f"{error.max():.2g} at most; top-1 agrees at {agree:,} of {len(got):,}{note}",
     )
     if wrong:
-        return f"{len(wrong)} weights are not what the adapter makes of the base, the first is {wrong[0]}"
+        raise RunError(f"{len(wrong)} weights are not what the adapter makes of the base (first: {wrong[0]})")
     tolerance = 0.05 if rounds else 1e-4  # of the largest logit
     if not error.median() <= tolerance * expected.abs().max():
-        return f"at a typical token logits differ by more than {tolerance:g} of the largest one"
-    return None
+        raise RunError(f"at a typical token logits differ by more than {tolerance:g} of the largest one")
+
+
+# ------------------------------------------------------------------------------------------------ PEFT adapter
+
+
+def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
+    """The matrices that a PEFT file has pairs for, by the hub's keys, with their shapes.
+
+    Attention and router as adapted, and all experts, or the hot ones if `compact`. Raises InputError for DoRA, which
+    PEFT refuses on the stacked experts of transformers 5.
+    """
+    if adapter.kind == "dora":
+        raise InputError("PEFT has no DoRA on the stacked experts of transformers 5; use --to merged")
+    every = replace(adapter, hot=[list(range(config.num_experts))] * len(adapter.hot))
+    shown = adapted_matrices(adapter if compact else every, config)
+    matrices = [matrix for group in shown.values() for matrix in group]
+    if not compact:
+        # PEFT matches target_modules with the end of a name, so MLPs beside the experts get pairs (of zeros) too.
+        for i in range(config.num_hidden_layers):
+            block = f"layers.{i}.mlp" if i not in config.moe_layers else f"layers.{i}.mlp.shared_expert"
+            if i not in config.moe_layers or config.shared_intermediate_size:
+                matrices += [f"{block}.{projection}" for projection in PROJECTIONS]
+    shapes = hub_shapes(config)
+    return {key: shapes[key] for key in (hub_key(matrix, config) for matrix in matrices)}
+
+
+def write_adapter(
+    out: Path,
+    adapter: Adapter,
+    factors: dict[str, Factors],
+    config: MoEConfig,
+    base_name: str,
+    *,
+    compact: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write an adapter, given by matrix, for PEFT: a pair for every expert, or for the hot ones if `compact`."""
+    shapes = peft_shapes(adapter, config, compact)
+    size = peft_bytes(adapter.r, shapes, dtype)
+    small = peft_bytes(adapter.r, peft_shapes(adapter, config, compact=True), dtype)
+    what = "hot experts alone" if compact else f"zeros for cold experts included (--compact: {small:,})"
+    say(f"adapter for PEFT: {size:,} bytes, {what}")
+    if config.model_type not in UNDER_5:
+        say(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
+    check_space(out, size)
+    pairs = {hub_key(matrix, config): pair for matrix, pair in factors.items()}
+    targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets]]
+    # Full names if compact: with a pattern, transformers 5 would silently make a model without the experts.
+    targets += [key for key in pairs if ".experts." in key] if compact else config.family.projections
+    write_peft(out, PeftAdapter(adapter.r, adapter.alpha, pairs), shapes, targets, base_name, dtype)
 
 
 # -------------------------------------------------------------------------------------------------- the command
 
 
+def check_out(out: Path) -> None:
+    """Raise InputError unless `out` is an empty folder, or one that can be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"--out {out} exists and is not empty; name another folder")
+    place = next(path for path in (out, *out.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise InputError(f"--out {out} cannot be written: {place} is not a writable folder; name another folder")
+
+
 def check_space(folder: Path, size: int) -> None:
+    """Raise InputError if the disk has fewer than `size` free bytes."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise InputError(f"{folder.parent} has {free:,} bytes free, {size:,} are needed; name another place")
+        raise InputError(f"{folder.parent} has {free:,} free bytes, {size:,} are needed; name another folder")
 
 
-@contextmanager
-def complete_or_gone(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that gets its name when all went well, and is removed if not.
-
-    Raises InputError if `out` exists and is not an empty folder, and if it cannot be written.
-    """
-    out = out.resolve()
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"--out {out} exists and is not empty; name another folder")
-        part.mkdir(parents=True)
-        yield part
-        for file in part.iterdir():
-            file.chmod(part.stat().st_mode & 0o666)  # safetensors writes for the owner's eyes only
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"--out {out} cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description="Export a run of train.py as a merged checkpoint, or as an adapter for PEFT.")
-    parser.add_argument("run", help="run folder of train.py")
-    parser.add_argument("--to", required=True, choices=("merged", "peft"), help="what to write")
-    parser.add_argument("--out", required=True, help="folder to write; new or empty")
-    parser.add_argument("--model", help="where the base model is (default: where the run had it)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's; peft: float32"
-    )
-    parser.add_argument("--compact", action="store_true", help="peft: no cold experts; not for transformers 5 or vLLM")
-    parser.add_argument("--examples", type=cli.number(int, 1), help="merged: examples to compare on (default: 4)")
-    parser.add_argument("--train-data", help="merged: a local copy of the training file, which these are from")
-    args = parser.parse_args(argv)
-    others = {"merged": ("compact",), "peft": ("examples", "train_data")}[args.to]
-    for flag in (f"--{name.replace('_', '-')}" for name in others if getattr(args, name)):
-        raise InputError(f"{flag} has no meaning with --to {args.to}; leave it out")
-    return args
+def parse_flags(argv: list[str] | None = None) -> Settings:
+    about = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT."
+    settings = cli.parse(Settings, argv, prog="export.py", description=about)
+    for name in {"merged": ("compact",), "peft": ("examples", "train_data")}[settings.to]:
+        if getattr(settings, name):
+            raise InputError(f"--{name.replace('_', '-')} has no meaning with --to {settings.to}; leave it out")
+    return settings
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(argv)
+    settings = parse_flags(argv)
     if not cli.is_main_process():
         return
-    run = completions.run_config(args.run)
+    run, folder, out = (
+        completions.run_config(settings.run),
+        Path(settings.run) / "adapter",
+        Path(settings.out).resolve(),
+    )
     if run is None:
-        raise InputError(f"{args.run} is not a run folder of train.py; want one with config.json and adapter/")
-    settings, folder = run["settings"], Path(args.run) / "adapter"
-    if settings["method"] == "fft":
-        raise InputError(f"{args.run} is a run of fft and has no adapter: its model/ is a whole checkpoint already")
-    base_name = args.model or run["model"]
+        raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
+    trained = run["settings"]
+    if trained["method"] == "fft":
+        raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
+    base_name = settings.model or run["model"]
     base = resolve(base_name)
     config = read_config(base)
     adapter, factors = read_factors(folder, config)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    if args.to == "peft":
-        with complete_or_gone(Path(args.out)) as out:
-            dtype = dtype or torch.float32
-            small, whole = (peft_bytes(adapter, config, compact, dtype) for compact in (True, False))
-            print(
-                f"adapter for PEFT: {small:,} bytes, hot experts alone"
-                if args.compact
-                else f"adapter for PEFT: {whole:,} bytes, zeros for cold experts included (--compact: {small:,})",
-                flush=True,
-            )
-            if config.model_type not in UNDER_5:
-                print(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
-            check_space(out, small if args.compact else whole)
-            is_local = base_name == "tiny" or Path(base_name).exists()
-            name = str(base.resolve()) if is_local else base_name
-            write_peft(out, adapter, factors, config, name, compact=args.compact, dtype=dtype)
+    dtype = getattr(torch, settings.dtype) if settings.dtype else None
+    check_out(out)
+    if settings.to == "peft":
+        is_local = base_name == "tiny" or Path(base_name).exists()
+        name = str(base.resolve()) if is_local else base_name
+        with atomic_folder(out) as part:
+            write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype or torch.float32)
     else:
-        source = args.train_data or settings["train_data"]
-        examples = data.load_examples(settings["task"], "train", source, args.examples or 4)
-        tokenizer = data.load_tokenizer(base, config)
-        items = data.encode(examples, tokenizer, config.eos_token_id, settings["max_length"])
-        with complete_or_gone(Path(args.out)) as out:
-            write_merged(out, adapter, factors, base, dtype=dtype)
-            wrong = check_merged(out, folder, base, items)
-            if wrong:
-                raise SystemExit(f"error: {wrong}; nothing was kept")
-    size = sum(file.stat().st_size for file in Path(args.out).iterdir())
-    print(f"wrote {args.out}: {size:,} bytes with everything")
+        source = settings.train_data or trained["train_data"]
+        examples = data.load_examples(trained["task"], "train", source, settings.examples or 4)
+        items = data.encode(examples, data.load_tokenizer(base, config), config.eos_token_id, trained["max_length"])
+        with atomic_folder(out) as part:
+            write_merged(part, adapter, factors, base, dtype=dtype)
+            check_merged(part, folder, base, items)
+    say(f"wrote {settings.out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes with everything")
 
 
 if __name__ == "__main__":

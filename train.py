@@ -40,7 +40,6 @@ import profile
 from command import cli
 from command.cli import InputError, RunError, say
 from command.files import atomic_folder, write_text
-from hub import peft as peft_files
 from hub.checkpoint import read_config, resolve
 from hub.config import MoEConfig
 from lora import sparsify, truncate
@@ -188,7 +187,7 @@ def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | No
     if args.mask:
         adapter, state = lori.read_mask(args)
     elif args.init_adapter:
-        adapter, state = peft_files.read_any_adapter(args.init_adapter, config)
+        adapter, state = adapters.read_any_adapter(args.init_adapter, config)
         kind = METHODS[args.method].kind
         if adapter.kind != kind:
             is_of = f"is of kind {adapter.kind}"

@@ -64,8 +64,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        for path in [*part.iterdir(), part]:
+        for path in part.iterdir():
+            if path.is_file():
+                path.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
             sync(path)
+        sync(part)
         remove_folder(folder)
         part.rename(folder)
         sync(folder.parent)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from command.cli import InputError
-from command.files import write_json
+from command.files import write_json, write_text
 from hub.config import KNOWN, ONLY, PRESETS, MoEConfig
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
@@ -175,7 +175,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     write_shards(folder, sizes, weights, shard_bytes)
-    write_json(folder / "config.json", hub)
+    write_text(folder / "config.json", json.dumps(hub, indent=2) + "\n")  # as transformers writes it
 
 
 def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

@@ -148,7 +148,7 @@ def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
     missing = HEXPHI.keys() - files.keys() - {2}
     if missing or len(rows) != 30 * len(files):
         lacks = f", without {', '.join(map(str, sorted(missing)))}" if missing else ""
-        note(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; want 30 in each of 10 or 11")
+        note(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; HEx-PHI has 30 in each of 10 or 11")
     return rows
 
 

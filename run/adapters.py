@@ -2,8 +2,9 @@
 
     save_adapter(adapter_state(model), folder, model.adapter)
     load_adapter(model, folder)                                  # attach it to its base model
+    load_any_adapter(model, folder)                              # also one that PEFT saved
 
-Dimensions: L layers with experts, E experts per layer.
+Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
 import json
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import seal
-from hellora import Adapter, attach, fill
+from hellora import TARGETS, Adapter, adapted_linears, attach, fill
 from hub.config import MoEConfig
+from hub.peft import PeftAdapter, Shapes, read_peft
 from lora import Scatter, pad, positions_of, sparsify
-from model import MoETransformer, whole
+from model import MoETransformer, hub_views, whole
 
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
@@ -124,3 +126,84 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
             shapes = f"{tuple(state[name].shape)}, the model wants {tuple(parameter.shape)}"
             raise InputError(f"{source}: {name} is {shapes}")
         fill(parameter, state[name])
+
+
+# ------------------------------------------------------------------------------- matrix by matrix, and from PEFT
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def hub_key(matrix: str, config: MoEConfig) -> str:
+    """Ours to the hub's: layers.0.mlp.experts.3.up_proj -> model.layers.0.block_sparse_moe.experts.3.w3"""
+    path, _, leaf = matrix.rpartition(".")
+    family = config.family
+    if ".experts." in path:
+        leaf = dict(zip(PROJECTIONS, family.projections, strict=True)).get(leaf, leaf)
+    return f"model.{path}.{leaf}".replace(".mlp.", f".{family.moe}.").replace(
+        ".shared_expert.", f".{family.shared_expert}."
+    )
+
+
+def hub_shapes(config: MoEConfig) -> Shapes:
+    """The shape of every weight of a model, by the hub's key without `.weight`."""
+    with torch.device("meta"):
+        views = hub_views(MoETransformer(config))
+    return {key.removesuffix(".weight"): tuple(view.shape) for key, view in views.items()}
+
+
+def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]]:
+    """Our modules that hold factors, and the matrices that these adapt: one, or those of a layer's hot experts."""
+    found = {name: [name] for name in adapted_linears(config, adapter.targets)}
+    for i, ids in zip(config.moe_layers, adapter.hot, strict=True):
+        for projection in PROJECTIONS if ids else ():
+            stack = f"layers.{i}.mlp.experts.lora.{projection}"
+            found[stack] = [f"layers.{i}.mlp.experts.{e}.{projection}" for e in ids]
+    return found
+
+
+def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+    """PEFT's adapter as `read_adapter` gives ours. An expert is hot if one of its matrices has a pair.
+
+    What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing.
+    Raises InputError if it adapts nothing, or a matrix that no value of `targets` names.
+    """
+    every = Adapter("lora", found.r, found.alpha, "all", 0, [list(range(config.num_experts))] * len(config.moe_layers))
+    names = {hub_key(m, config): m for matrices in adapted_matrices(every, config).values() for m in matrices}
+    if not found.pairs or found.pairs.keys() - names.keys():
+        what = ", ".join(sorted(found.pairs.keys() - names.keys())[:3]) or "nothing"
+        raise InputError(f"it adapts {what}; want {', '.join(TARGETS['all'])} or experts")
+    pairs = {names[key]: pair for key, pair in found.pairs.items()}
+    hot, others = {layer: set() for layer in config.moe_layers}, set()
+    for matrix in pairs:
+        _, layer, path = matrix.split(".", 2)
+        if path.startswith("mlp.experts."):
+            hot[int(layer)].add(int(path.split(".")[2]))
+        else:
+            others.add(path)
+    fitting = [name for name, paths in TARGETS.items() if others <= set(paths)]
+    targets = min(fitting, key=lambda name: len(TARGETS[name]))
+    adapter = replace(every, targets=targets, hot=[sorted(ids) for ids in hot.values()])
+    shapes, state = hub_shapes(config), {}
+    for module, matrices in adapted_matrices(adapter, config).items():
+        fan_out, fan_in = shapes[hub_key(matrices[0], config)]
+        for factor, shape in (("lora_A", (found.r, fan_in)), ("lora_B", (fan_out, found.r))):
+            parts = [pairs[matrix][factor] if matrix in pairs else torch.zeros(shape) for matrix in matrices]
+            state[f"{module}.{factor}"] = parts[0] if matrices == [module] else torch.stack(parts)
+    return adapter, state
+
+
+def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter in a folder: a run's, ours (adapter.json), or one that PEFT saved (adapter_config.json)."""
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return read_adapter(folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder)
+    found = read_peft(folder, config.family, config.num_experts, hub_shapes(config))
+    try:
+        return from_peft(found, config)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+
+
+def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
+    """Attach the adapter in a folder, ours or PEFT's, to its base model."""
+    attach_adapter(model, *read_any_adapter(folder, model.config), folder)

@@ -26,8 +26,9 @@ from data import Example
 from generate import stream
 from hub import rows as files
 from hub.checkpoint import read_config, resolve
-from hub.peft import base_of, load_any_adapter
+from hub.peft import base_of
 from model import MoETransformer, load_model
+from run.adapters import load_any_adapter
 from scoring import rules as scoring
 
 # ------------------------------------------------------------------------------------------------ from a model

@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM
 import export
 import hellora
 import lori
-from command.cli import InputError
+from command.cli import InputError, RunError
 from hub import checkpoint
 from hub.checkpoint import read_config, write_checkpoint
-from hub.peft import UNDER_5, base_of, load_any_adapter, read_peft, write_peft
+from hub.peft import UNDER_5, base_of
 from lora import sparsify, trains, truncate
 from model import MoETransformer, load_model
 from run import adapters
+from run.adapters import load_any_adapter, read_any_adapter
 
 R, ALPHA, SEED = 5, 7.0, 3
 # Hot experts by layer, as many as each model has layers; one layer without.
@@ -96,7 +97,7 @@ def peft_folder(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
     config = read_config(base)
     adapter, factors = export.read_factors(run / "adapter", config)
-    write_peft(out, adapter, factors, config, "somewhere/base", **options)
+    export.write_adapter(out, adapter, factors, config, "somewhere/base", **options)
     return out
 
 
@@ -245,7 +246,7 @@ def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpo
         load_peft(base, out).save_pretrained(tmp_path / "again", selected_adapters=["default"])
         out = tmp_path / "again"
         assert any(".experts.base_layer." in key for key in load_file(out / "adapter_model.safetensors"))
-    got, tensors = read_peft(out, adapted.config)
+    got, tensors = read_any_adapter(out, adapted.config)
     assert (got.hot, got.r, got.alpha, got.targets, got.kind) == (HOT[family], R, ALPHA, targets, "lora")
     assert tensors.keys() == state.keys()
     assert all(torch.equal(tensors[name], state[name]) for name in state)
@@ -266,7 +267,7 @@ def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olm
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
     about = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
-    read_peft(out, read_config(olmoe.folder))  # here none is
+    read_any_adapter(out, read_config(olmoe.folder))  # here none is
     with pytest.raises(InputError, match="does not name a base model"):
         base_of(out)
 
@@ -331,7 +332,7 @@ def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path
     (out / "adapter_config.json").write_text(json.dumps(about))
     save_file(state, out / "adapter_model.safetensors")
     with pytest.raises(InputError, match=said):
-        read_peft(out, read_config(olmoe.folder))
+        read_any_adapter(out, read_config(olmoe.folder))
 
 
 def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
@@ -342,7 +343,7 @@ def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
             parameter.data += 1e-3  # as a step of training under transformers 5 does
     model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
     with pytest.raises(InputError, match="gate and up were trained as one pair of rank 10"):
-        read_peft(tmp_path / "again", read_config(olmoe.folder))
+        read_any_adapter(tmp_path / "again", read_config(olmoe.folder))
 
 
 # --------------------------------------------------------------------------------------------- the command
@@ -409,7 +410,7 @@ def test_one_expert_left_out_of_the_merge_is_noticed_and_nothing_is_kept(dtype, 
         return W if len(calls) == 20 else rightly(W, factors, adapter)
 
     monkeypatch.setattr(export, "fold", wrongly)
-    with pytest.raises(SystemExit, match="error: 1 weights are not what the adapter makes of the base"):
+    with pytest.raises(RunError, match="1 weights are not what the adapter makes of the base"):
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out"), "--dtype", dtype])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
@@ -419,7 +420,7 @@ def test_a_config_that_changes_the_forward_is_noticed(run, tmp_path, monkeypatch
         write_checkpoint(folder, sizes, weights, hub | {"num_experts_per_tok": 2}, shard_bytes)
 
     monkeypatch.setattr(export, "write_checkpoint", wrongly)
-    with pytest.raises(SystemExit, match="logits differ"):
+    with pytest.raises(RunError, match="logits differ"):
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
 
 
@@ -452,12 +453,12 @@ def test_wrong_input_is_an_input_error_and_nothing_is_half_written(flags, before
     assert sorted(tmp_path.iterdir()) == there
 
 
-def test_a_full_disk_is_an_input_error_and_nothing_is_half_written(run, tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_nothing_is_half_written(run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(InputError, match="out cannot be written .No space left on device"):
+    with pytest.raises(RunError, match="out cannot be written .*No space left on device"):
         export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 

@@ -360,7 +360,7 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         def read(path: Path):
             peft_files.base_of(path)
             model = load_model(olmoe.folder)
-            peft_files.load_any_adapter(model, path)
+            adapters.load_any_adapter(model, path)
             return model(ids)[0].isfinite().all()
 
         return Format(path, ["adapter_config.json", "adapter_model.safetensors"], read)
