@@ -1,4 +1,4 @@
-"""Tasks: where their text is, how it is prompted, what is a target; and batches of similar length.
+"""Tasks: where their text is, how it is prompted, and what the model must write; then batches of similar length.
 
     examples = load_examples("gsm8k", "train", "my_copy.jsonl")      # without a path: download once, or generate
     items = encode(examples, load_tokenizer(folder, config), config.eos_token_id)
@@ -6,9 +6,9 @@
         for part in micro_batches([items[i] for i in chosen], 16, process, num_processes):
             batch = collate(part, pad_id)
 
-`TASKS` is the table of tasks, `FORMATS` says how their rows become prompt and target. The tiny tasks have the rows
-of their big brothers and share their formats. Prompts follow LoRI, on whose code the paper's numbers rest; each
-difference is a line that starts with "DEVIATION from LoRI".
+`TASKS` is the table of tasks. `FORMATS` says how a row becomes a prompt and a target. The embedded tiny tasks generate
+rows in the formats of the public tasks. Prompts follow LoRI, on whose code the paper's numbers rest. Each difference
+is marked by a line that starts with "DEVIATION from LoRI".
 
 Dimensions: B sequences, S positions.
 """
@@ -37,7 +37,7 @@ TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
 class Example:
     """What the model reads and what it should write."""
 
-    id: str  # row number of the file from 0, or HumanEval's task_id
+    id: str  # row number in the file from 0, or HumanEval's task_id
     prompt: str
     target: str  # empty where there is nothing to imitate: HumanEval problems, HEx-PHI instructions
     row: Row  # the public record as read
@@ -47,7 +47,7 @@ class Example:
 
 
 def text(row: Row, *columns: str) -> str:
-    """The first of these columns that the row has, which must hold text that is not blank."""
+    """The first of these columns that the row has. Raises InputError unless it holds text that is not blank."""
     value = next((row[column] for column in columns if column in row), None) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"no text as {' or '.join(map(repr, columns))} in {row!r:.100}")
@@ -72,7 +72,7 @@ def alpaca(row: Row) -> tuple[str, str]:
     instruction, extra, output = text(row, "instruction"), row.get("input") or "", row.get("output")
     if not isinstance(extra, str) or not isinstance(output, str):
         raise InputError(f"'input' is {extra!r:.60} and 'output' {output!r:.60}, want text")
-    # DEVIATION from LoRI: its template, without the 20 stray spaces before every line and the one after "request.".
+    # DEVIATION from LoRI: its template without the 20 stray spaces before every line and the one after "request.".
     paired = ", paired with an input that provides further context" if extra.strip() else ""
     prompt = f"Below is an instruction that describes a task{paired}. "
     prompt += f"Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -88,7 +88,7 @@ def humaneval(row: Row) -> tuple[str, str]:
 
 
 def hexphi(row: Row) -> tuple[str, str]:
-    """HEx-PHI: an instruction to a helpful and safe assistant (not the template of training, as in LoRI)."""
+    """HEx-PHI: an instruction to a helpful and safe assistant. As in LoRI, this is not the template of training."""
     instruction = text(row, "instruction", "prompt", "forbidden_prompt", "instructions")
     # DEVIATION from LoRI: a space between the two sentences; LoRI's prompt reads "assistant.Always".
     system = "You are a helpful assistant. Always answer as helpfully as possible, while being safe."
@@ -154,10 +154,10 @@ TASKS = {
 
 
 def load_examples(task: str, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
-    """The examples of a split, from a local file in the public format if `path` is given; the first `limit` of them.
+    """The first `limit` examples of a split, from a local file in the public format if `path` is given.
 
-    split: "train" or "test". The test split of code tasks holds HumanEval problems, of safety tasks instructions.
-    Raises InputError if there is no file, naming where to get one, or a row is not as the format wants it.
+    split: "train" or "test". The test split of code tasks holds HumanEval problems, that of safety tasks instructions.
+    Raises InputError if there is no file, naming where to get one, or if a row does not have the wanted format.
     """
     source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
     instead = f"pass a copy of it with --{'train' if split == 'train' else 'eval'}-data FILE"
@@ -174,7 +174,7 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     for i, (place, row) in enumerate(rows):
         try:
             prompt, target = read(row)
-            (prompt + target).encode()  # JSON can escape half a character, which no tokenizer takes
+            (prompt + target).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
         except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}; want {WANTED[read]}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
@@ -184,39 +184,39 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     if not examples:
         raise InputError(f"{path}: no rows with text; want {WANTED[read]}")
     if len({example.id for example in examples}) < len(examples):
-        raise InputError(f"{path}: a task_id stands there twice; want HumanEval problems with a task_id of their own")
+        raise InputError(f"{path}: a task_id occurs twice; want HumanEval problems with a task_id of their own")
     if len(examples) < len(rows):
         note(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
     return examples[:limit]
 
 
-NEXT_SHOT = "Question:"  # where a model that was shown examples begins another one: its answer ends there
+NEXT_SHOT = "Question:"  # a model that was shown examples goes on with another one here: its answer has ended
 
 
 def show_examples(examples: list[Example], shown: list[Example]) -> list[Example]:
-    """GSM8K problems that ask as lm-eval's gsm8k task does: the examples `shown`, solved, before each question.
+    """GSM8K problems in the prompt of lm-eval's gsm8k task: the examples `shown`, solved, before each question.
 
-    The solutions stand as in the file, with calculator annotations and "#### ". lm-eval draws its examples at random
-    from the training split; which ones, and how many, is here the caller's choice.
+    The solutions are those of the file, with calculator annotations and "#### ". lm-eval draws its examples at random
+    from the training split; here the caller chooses them.
     """
     solved = [f"Question: {example.row['question']}\nAnswer: {example.row['answer']}\n\n" for example in shown]
     asked = [f"Question: {example.row['question']}\nAnswer:" for example in examples]
     return [replace(example, prompt="".join(solved) + ask) for example, ask in zip(examples, asked, strict=True)]
 
 
-# --------------------------------------------------------------------------------------- tokens and batches
+# --------------------------------------------------------------------------------------------------- tokens
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids = prompt + target + eos; the first `prompt_length` are given, the others are learnt."""
+    """ids = prompt + target + EOS. The first `prompt_length` are given, the others are learnt."""
 
     ids: list[int]
     prompt_length: int
 
 
 def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
-    """tokenizer.json of a checkpoint folder; InputError if it is missing, broken, or does not fit the config."""
+    """tokenizer.json of a checkpoint folder. Raises InputError if it is missing, damaged or does not fit the config."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json; want the fast tokenizer of the model, as the hub stores it")
@@ -228,29 +228,29 @@ def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     if not 0 <= largest < config.vocab_size:
         raise InputError(f"{path}: its ids go up to {largest}, but config.json says vocab_size {config.vocab_size}")
     if config.eos_token_id is None or tokenizer.id_to_token(config.eos_token_id) is None:
-        raise InputError(f"{path}: eos_token_id {config.eos_token_id} of config.json is no token of it")
-    tokenizer.no_truncation()  # files may ask for either; lengths are decided here
+        raise InputError(f"{path}: eos_token_id {config.eos_token_id} of config.json is not one of its tokens")
+    tokenizer.no_truncation()  # the file may ask for either; lengths are decided here
     tokenizer.no_padding()
     return tokenizer
 
 
 def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text, without special tokens: for training and for decoding."""
+    """Token ids of each text, without special tokens; the same for training and for decoding."""
     # DEVIATION from LoRI: no BOS before HumanEval prompts either; LoRI has it there, but nowhere in training.
     return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_length: int = 512) -> list[Encoded]:
-    """Token ids of prompt, target and EOS, at most `max_length`; says how many examples had to be cut.
+    """Token ids of prompt, target and EOS, at most `max_length`; says how many examples were cut.
 
-    As in LoRI, a pair that is too long loses its prompt after the first max_length // 2 tokens, then the end of its
+    As in LoRI, a pair that is too long first loses its prompt after max_length // 2 tokens, then the end of its
     target. Raises InputError for an example without a target.
     """
     for example in examples:
         if not example.target.strip():
             raise InputError(f"example {example.id} has an empty target: there is nothing to learn")
-    # Prompt and target are tokenized apart: decoding starts from the tokens of the prompt alone, and a token across
-    # the border would never occur there.
+    # Prompt and target are tokenized apart. Decoding starts from the tokens of the prompt alone, so a token across the
+    # border would never occur there.
     prompts = tokenize([example.prompt for example in examples], tokenizer)
     targets = tokenize([example.target for example in examples], tokenizer)
     items, cut = [], 0
@@ -259,7 +259,7 @@ def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_lengt
         if len(prompt) + len(target) > max_length:
             cut += 1
             prompt = prompt[: max_length // 2]
-            # The EOS goes with the end of the target: an unfinished answer must not teach to stop.
+            # The EOS is cut off with the end of the target: an unfinished answer must not teach to stop.
             # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
             target = target[: max_length - len(prompt)]
         items.append(Encoded(prompt + target, len(prompt)))
@@ -268,17 +268,20 @@ def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_lengt
     return items
 
 
+# -------------------------------------------------------------------------------------------------- batches
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded sequences."""
 
     input_ids: Tensor  # [B, S] int64
-    lengths: Tensor  # [B] int64, real tokens of each
-    labels: Tensor  # [B, S] int64: the token each position should predict; -100 on the prompt and on padding
+    lengths: Tensor  # [B] int64, real tokens of each sequence
+    labels: Tensor  # [B, S] int64: the token that each position should predict; -100 on the prompt and on padding
 
 
 def collate(items: list[Encoded], pad_id: int) -> Batch:
-    """Pad the items on the right to the longest one. Of no items it makes one sequence that is all padding."""
+    """Pad the items on the right to the longest one. Without items the batch is one sequence of padding."""
     if not items:
         return Batch(torch.full((1, 1), pad_id), torch.tensor([0]), torch.full((1, 1), -100))
     ids = [torch.tensor(item.ids) for item in items]
@@ -297,19 +300,20 @@ def sample(items: list, fraction: float, seed: int) -> list:
 
 
 def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The indices 0..n-1 in an order of this seed and epoch, in batches: the same on every process."""
+    """The indices 0..n-1 in batches, in the order of this seed and epoch: the same on every process."""
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
     # DEVIATION from LoRI: the last, smaller batch counts too; LoRI drops it.
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 
 
 def micro_batches(items: list[Encoded], micro_batch: int, process: int, num_processes: int) -> list[list[Encoded]]:
-    """This process's part of a global batch, in lists of at most `micro_batch` items of similar length.
+    """The part of a global batch that one process computes, in lists of at most `micro_batch` items of similar length.
 
-    The processes together get every item once, each the same number of lists (some empty if there are too few items).
+    The processes together get each item once. All get the same number of lists, some of them empty if there are too
+    few items.
     """
     items = sorted(items, key=lambda item: len(item.ids))
     pieces = num_processes * math.ceil(len(items) / (num_processes * micro_batch))
     bounds = [i * len(items) // pieces for i in range(pieces + 1)]  # nearly equal
-    # Neighbours in length go to different processes, which so wait little for each other.
+    # Items of neighbouring length go to different processes, so that these wait little for each other.
     return [items[bounds[i] : bounds[i + 1]] for i in range(process, pieces, num_processes)]

@@ -1,7 +1,7 @@
 """Files of a Hugging Face checkpoint: found, checked against config.json, read in slices, written in shards.
 
-Everything here speaks the hub's keys; model.py maps them to parameters. Weights are read from safetensors alone,
-which can hold nothing but numbers; a pickle is never opened.
+Weights have the hub's keys here. They are read from safetensors files only, which can hold nothing but numbers; a
+pickle is never opened.
 """
 
 import json
@@ -29,16 +29,19 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
-    """The folder of a checkpoint: 'tiny', a local folder, or a hub id (files `wanted` downloaded once, then cached)."""
+    """The folder of a checkpoint: 'tiny', a local folder, or a hub id, whose files `wanted` are downloaded and cached.
+
+    Raises InputError if there is no such checkpoint.
+    """
     if str(path) == "tiny":
         return TINY
-    if os.path.exists(path):  # unlike Path.exists, also for a name that is too long to be one
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         if not (Path(path) / "config.json").is_file():
             raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
         return Path(path)
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
-    except Exception as error:  # the library's, its HTTP client's and the disk's; a part of a file is never used
+    except Exception as error:  # of the library, its HTTP client or the disk; a partial file is never used
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"model {str(path)!r} is not 'tiny', not a local folder, and the hub did not give it ({reason})"
@@ -61,7 +64,7 @@ def read_config(folder: Path) -> MoEConfig:
 
 
 def config_of(model: str) -> MoEConfig:
-    """The config of a model that is only counted: a preset of config.py, or as `resolve`, nothing else downloaded."""
+    """The config of a model that is only counted: a preset of hub/config.py, or as `resolve` finds it."""
     if model in PRESETS:
         return MoEConfig.from_dict(PRESETS[model])
     try:
@@ -90,9 +93,10 @@ class Stored:
 
 
 def stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """All tensors of a checkpoint by key, in the files' order; no weight is read.
+    """All tensors of a checkpoint by key, in the order of the files; no weight is read.
 
-    wanted: the shapes that config.json asks for. Raises InputError if the files hold anything more, less or else.
+    wanted: the shapes that config.json implies. Raises InputError if a tensor is missing, unexpected or of another
+    shape, or if it is quantised.
     """
     found, unexpected = {}, []
     for file in files(folder):
@@ -123,7 +127,7 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the only one."""
+    """The safetensors files of a checkpoint: those that its index names, or the only one."""
     index = folder / INDEX
     if index.is_file():
         try:
@@ -144,8 +148,8 @@ def files(folder: Path) -> list[Path]:
 def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
     """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold.
 
-    Plain reads, since a mapped file would count as memory of the process until it is closed. `stored` has checked the
-    files: 8 bytes with the size of a JSON header, the header with the place of every tensor, the tensors.
+    A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. `stored` has
+    checked the files: 8 bytes with the size of a JSON header, the header with the place of every tensor, the tensors.
     """
     for path in dict.fromkeys(weight.file for weight in weights.values()):
         with path.open("rb", buffering=0) as file:
@@ -160,7 +164,7 @@ def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tu
                 tensor = torch.empty(max(0, end - first), *weight.shape[1:], dtype=weight.dtype)
                 file.seek(start + header[key]["data_offsets"][0] + first * weight.nbytes // weight.shape[0])
                 left = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
-                while left:  # the system may give less than asked for
+                while left:  # a read may return fewer bytes than asked for
                     got = file.readinto(left)
                     if not got:
                         raise InputError(f"{path}: ends early; download it again")
@@ -171,7 +175,7 @@ def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tu
 def write_checkpoint(
     folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], hub: dict, shard_bytes: int
 ) -> None:
-    """Write weights as `write_shards` does and config.json, which comes last: without it nothing is a checkpoint."""
+    """Write weights as `write_shards` does, and then config.json: without it a folder is not a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     write_shards(folder, sizes, weights, shard_bytes)
@@ -181,7 +185,7 @@ def write_checkpoint(
 def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write tensors as safetensors files of up to `shard_bytes`, with an index if there are several.
 
-    sizes: bytes of every tensor, in the order of `weights`. No more than one file's tensors are held in memory.
+    sizes: bytes of every tensor, in the order of `weights`. The tensors of one file at a time are held in memory.
     """
     shards, filled = [[]], 0  # the keys of every file
     for key, size in sizes.items():
@@ -197,6 +201,6 @@ def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[st
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         del tensors
-    next(stream, None)  # let the stream end
+    next(stream, None)  # lets the generator finish
     if len(shards) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

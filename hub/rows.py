@@ -1,10 +1,10 @@
-"""Where rows come from: public files that are downloaded once and checked, and local files in the public formats.
+"""Rows of data sets: public files, downloaded once and checked, and local files in the public formats.
 
     path = fetch(Download(url, sha256), "pass a copy with --train-data FILE")
     for place, row in read_rows(path): ...          # place: the file and line to name when the row is wrong
 
-A row is a dict. Files are csv with a header, a JSON list, a JSON object of columns, or one JSON object a line, each
-also as .gz; or HEx-PHI's folder of headerless csv files.
+A row is a dict. A file is csv with a header, a JSON list, a JSON object of columns, or one JSON object per line. Each
+may be compressed (.gz). HEx-PHI is a folder of csv files without headers.
 """
 
 import csv
@@ -38,7 +38,10 @@ class Download:
 
 
 def fetch(file: Download, instead: str) -> Path:
-    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded if it is not there as pinned."""
+    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded unless it is there with its checksum.
+
+    Raises InputError, with the advice `instead`, if it cannot be downloaded or is not the pinned file.
+    """
     folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
     path = folder / f"{file.sha256[:8]}-{file.url.rsplit('/', 1)[-1]}"
     try:
@@ -47,13 +50,13 @@ def fetch(file: Download, instead: str) -> Path:
         with urllib.request.urlopen(file.url, timeout=30) as reply:
             content = reply.read()
         if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise InputError(f"{file.url}: what came is not the file with sha256 {file.sha256}; {instead}")
+            raise InputError(f"{file.url}: checksum mismatch, want sha256 {file.sha256}; {instead}")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
             (Path(part) / path.name).write_bytes(content)
             (Path(part) / path.name).replace(path)
     except (OSError, HTTPException) as error:
-        raise InputError(f"cannot get {file.url} into {folder} ({error}); {instead}") from None
+        raise InputError(f"{file.url} cannot be downloaded into {folder} ({error}); {instead}") from None
     return path
 
 
@@ -61,13 +64,13 @@ def fetch(file: Download, instead: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, unpacked if its name ends in .gz."""
+    """The text of a UTF-8 file, decompressed if its name ends in .gz. Raises InputError if it cannot be read."""
     content = b""
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
-        return content.decode("utf-8-sig")  # spreadsheets begin their files with a byte order mark
+        return content.decode("utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise InputError(f"{path}, line {line}: not encoded in UTF-8") from None
@@ -93,7 +96,7 @@ def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Ro
 
 
 def json_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object a line."""
+    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object per line."""
     content = read_text(path)
     try:
         whole = json.loads(content)
@@ -134,12 +137,14 @@ HEXPHI = {  # category_N.csv; the hub has withdrawn the second
 
 
 def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each instruction of a folder of category_N.csv, which have no header; says if some lack."""
+    """(place, row) for each line of a folder's category_N.csv files, which have no header; says what is missing."""
     files = {int(m[1]): path for path in folder.glob("*.csv") if (m := re.fullmatch(r"category_(\d+)\.csv", path.name))}
     if not files:
         raise InputError(f"{folder}: a folder without category_N.csv, not a file")
     if unknown := files.keys() - HEXPHI.keys():
-        raise InputError(f"{folder}: category_{min(unknown)}.csv is not of HEx-PHI, which has categories 1 to 11")
+        raise InputError(
+            f"{folder}: category_{min(unknown)}.csv is not a file of HEx-PHI, which has categories 1 to 11"
+        )
     rows = [
         (place, row | {"category": f"{number} {HEXPHI[number]}"})
         for number in sorted(files)
@@ -148,12 +153,14 @@ def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
     missing = HEXPHI.keys() - files.keys() - {2}
     if missing or len(rows) != 30 * len(files):
         lacks = f", without {', '.join(map(str, sorted(missing)))}" if missing else ""
-        note(f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; HEx-PHI has 30 in each of 10 or 11")
+        note(
+            f"{folder}: {len(rows)} instructions in {len(files)} categories{lacks}; HEx-PHI has 30 in each of 10 or 11"
+        )
     return rows
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a .csv or JSON file (also .gz), or of a folder as HEx-PHI's."""
+    """(place, row) for each row of a csv or JSON file, or of a HEx-PHI folder. Raises InputError for damaged files."""
     if path.is_dir():
         return hexphi_rows(path)
     return csv_rows(path) if path.name.removesuffix(".gz").endswith(".csv") else json_rows(path)

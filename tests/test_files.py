@@ -86,7 +86,7 @@ def test_what_lacks_of_hexphi_is_said_and_what_is_not_of_it_is_refused(tmp_path,
     assert "270 instructions in 9 categories, without 4, 9; HEx-PHI has 30 in each" in capsys.readouterr().err
     load_examples("saferpaca", "test", hexphi(tmp_path, range(1, 12), lines=29))  # as if a header had been taken off
     assert "319 instructions in 11 categories; HEx-PHI has 30 in each" in capsys.readouterr().err
-    with pytest.raises(InputError, match="category_12.csv is not of HEx-PHI"):
+    with pytest.raises(InputError, match="category_12.csv is not a file of HEx-PHI"):
         load_examples("saferpaca", "test", hexphi(tmp_path, [12]))
 
 
