@@ -1,24 +1,22 @@
-"""The hot-expert catcher: which experts of every layer does a task use, and how much.
+"""The hot-expert catcher: count which experts of each layer a task uses, and how much.
 
     python profile.py --model tiny --task tiny-math --out profile.json --plot profile.png
     torchrun --nproc_per_node 2 profile.py --model mistralai/Mixtral-8x7B-v0.1 --task gsm8k --warmup lora --out p.json
+    python profile.py compare a.json b.json --plot overlap.png   # do two tasks (or samples) have the same hot experts?
+    python profile.py advise profile.json                        # what do k hot experts cover, and what do they cost?
 
-    counted = profile_routing(model, batches)  # the model as it is, no gradient: counts and gate mass of every expert
-    counted = profile_warmup(model, items, 16, lr=4e-4)  # while LoRA on all experts trains: the paper's way (§3)
+    counted = profile_routing(model, batches)                    # the model as it is, without gradients
+    counted = profile_warmup(model, items, 16, lr=4e-4)          # while LoRA on all experts trains: the paper's way
 
-    python profile.py compare a.json b.json --plot overlap.png  # how far the hot sets of two profiles agree
-    python profile.py advise profile.json  # what k hot experts cover, and what adapting them costs
+Every real token counts, in the prompt and in the target. Padding never does. `hellora.select_experts` chooses hot sets
+by the counts; routing/ says what the counts show.
 
-Every real token counts, prompt and target alike; padding never does. `hellora.select_experts` makes hot sets of the
-counts; routing.py says what they show. To compare two samples, profile with two values of --sample or of --seed.
-
-Dimensions: L layers that have experts, E experts a layer, K experts a token, B sequences, S positions, T real tokens of
-a batch.
+Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, S positions.
 """
 
 # ruff: noqa: E402
-# This file hides the standard library's `profile`, whose names cProfile wants, which every torch optimizer imports.
-# So take them over, before anything else is imported. A Python without that module (PEP 799) asks for none of them.
+# This file hides the standard library's `profile`. cProfile needs names from it, and every torch optimizer imports
+# cProfile. So take over those names first. A Python without the module (PEP 799) needs none of them.
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from sysconfig import get_path
@@ -30,13 +28,11 @@ if _spec is not None:
     _names = {"run", "runctx", "Profile", "_Utils"} & vars(_standard).keys()
     globals().update({name: vars(_standard)[name] for name in _names})
 
-import argparse
-import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,23 +43,21 @@ from tqdm import tqdm
 import data
 import hellora
 from command import cli
-from command.cli import InputError, RunError
-from command.files import writable
+from command.cli import InputError, RunError, flag
+from command.files import writable, write_text
 from hub.checkpoint import config_of, read_config, resolve
 from hub.config import PRESETS, MoEConfig
 from model import MoETransformer
-from routing import statistics as routing
+from routing import advice, statistics
 from run import memory
 from run.processes import ALONE, Processes, start_processes
 from run.settings import RECIPES, Recipe
 from run.step import global_step, load_shared
 
-PLOT_FORMATS = ".png, .pdf, .svg"
-
 
 @dataclass(frozen=True)
 class RoutingProfile:
-    """What a task asks of the experts. Every row of counts sums to num_tokens * num_experts_per_tok."""
+    """How a task uses the experts. Every row of counts sums to num_tokens * num_experts_per_tok."""
 
     counts: Tensor  # int64 [L, E] how many tokens chose the expert
     gate_mass: Tensor  # float64 [L, E] sum of the routing weights they gave it
@@ -73,7 +67,7 @@ class RoutingProfile:
     task: str | None = None
 
 
-# -------------------------------------------------------------------------------------------------- counting
+# --------------------------------------------------------------------------------------------------------- counting
 
 
 def count_experts(model: MoETransformer, batches: Iterable[data.Batch]) -> Tensor:
@@ -85,8 +79,8 @@ def count_experts(model: MoETransformer, batches: Iterable[data.Batch]) -> Tenso
 def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> RoutingProfile:
     """Count the experts that the model as it is chooses (HELLoRA §4.3, MoE-Sieve: the base model, no gradient).
 
-    Under torch.distributed every process passes its own batches and gets the totals of all. A sharded model gathers
-    its weights in every forward: pass equally many batches then. Raises InputError if there is no token.
+    Under torch.distributed each process passes its own batches and gets the totals of all. A sharded model gathers its
+    weights in every forward pass, so all processes must then pass equally many batches. Raises as `finish` does.
     """
     was_training = model.training
     model.eval()
@@ -95,9 +89,9 @@ def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> Rou
     try:
         for batch in batches:
             ids = batch.input_ids.to(device)
-            no_labels = torch.full_like(ids, -100)  # the LM head runs at labels only: nowhere
+            no_labels = torch.full_like(ids, -100)  # the LM head runs only where there is a label: nowhere
             _, *routed = model(ids, batch.lengths, labels=no_labels, output_router_logits=True)
-            totals += routing.tally(model.config, *routed)
+            totals += statistics.tally(model.config, *routed)
     finally:
         model.train(was_training)
     if dist.is_initialized():
@@ -116,10 +110,10 @@ def profile_warmup(
     micro_batch: int | None = None,
     progress: Callable = iter,
 ) -> RoutingProfile:
-    """Count the experts chosen while what requires a gradient trains, one step of `batch` items after the other.
+    """Count the experts chosen while everything that requires a gradient trains, one step per `batch` items.
 
-    The model has LoRA on all experts, attention and router (HELLoRA §3), and keeps what it learnt: drop it afterwards.
-    Raises InputError if there is no token.
+    The model has LoRA on all experts, attention and router (HELLoRA §3). It keeps what it has learnt: drop it
+    afterwards. Raises RunError if the loss becomes non-finite, and as `finish` does.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
@@ -135,6 +129,33 @@ def profile_warmup(
     return finish(model.config, totals)
 
 
+def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
+    """Totals [2, L, E] as a profile. Raises InputError without any token, RunError for non-finite routing weights."""
+    counts, gate_mass = totals.cpu()
+    num_tokens = round(counts[0].sum().item()) // config.num_experts_per_tok
+    if num_tokens == 0:
+        raise InputError("there is no token to count experts on; give at least one example")
+    finite = gate_mass.isfinite().all(-1)
+    if not finite.all():
+        layer = int((~finite).nonzero()[0])
+        raise RunError(f"routing weights of layer {layer} are NaN or infinite; does the model overflow in this dtype?")
+    return RoutingProfile(counts.long(), gate_mass, num_tokens, config.num_experts_per_tok)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """The LoRA on all experts that trains while they are counted."""
+
+    r: int
+    alpha: float
+    lr: float
+    batch: int  # examples per step
+
+    def attach(self, model: MoETransformer, seed: int) -> None:
+        everything = torch.ones(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+        hellora.attach(model, everything, self.r, self.alpha, seed=seed)
+
+
 def count_task(
     folder: Path,
     items: list[data.Encoded],
@@ -142,58 +163,46 @@ def count_task(
     processes: Processes,
     *,
     shard: str | None,
-    warmup: dict[str, float] | None,
+    warmup: Warmup | None,
     seed: int,
     progress: Callable = iter,
 ) -> RoutingProfile:
     """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
-    warmup: r, alpha, lr and batch of the LoRA that trains meanwhile; None: count on the base. shard: "full", "none",
-    or None to let the memory plan decide.
+    batch: examples per forward pass. shard: "full", "none", or None to let the memory plan decide.
     """
     config, device = read_config(folder), processes.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-    def attach(model: MoETransformer) -> None:
-        everything = torch.ones(len(config.moe_layers), config.num_experts, dtype=torch.bool)
-        hellora.attach(model, everything, warmup["r"], warmup["alpha"], seed=seed)
-
-    tokens = batch * max((len(item.ids) for item in items), default=0)
-    options = {"dtype": dtype, "world": processes.count, "sharded": False, "tokens": tokens, "trains": bool(warmup)}
-    whole = memory.plan(config, attach if warmup else None, **options)
-    sharded = memory.choose_shard(shard, device, processes.count, whole)
-    model = load_shared(folder, dtype, device, sharded=sharded, attach=attach if warmup else None)
+    attach = partial(warmup.attach, seed=seed) if warmup else None
+    replicated = memory.plan(
+        config,
+        attach,
+        dtype=dtype,
+        num_processes=processes.count,
+        sharded=False,
+        tokens=batch * max((len(item.ids) for item in items), default=0),
+        trains=warmup is not None,
+    )
+    sharded = memory.choose_shard(shard, device, processes.count, replicated)
+    model = load_shared(folder, dtype, device, sharded=sharded, attach=attach)
     if warmup:
-        options = {"processes": processes, "micro_batch": batch, "progress": progress}
-        return profile_warmup(model, items, warmup["batch"], lr=warmup["lr"], seed=seed, **options)
+        options = {"seed": seed, "processes": processes, "micro_batch": batch, "progress": progress}
+        return profile_warmup(model, items, warmup.batch, lr=warmup.lr, **options)
     parts = data.micro_batches(items, batch, processes.index, processes.count)
     return profile_routing(model, progress([data.collate(part, config.pad_token_id or 0) for part in parts]))
 
 
-def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
-    """Totals [2, L, E] as a profile."""
-    counts, gate_mass = totals.cpu()
-    K = config.num_experts_per_tok
-    num_tokens = round(counts[0].sum().item()) // K
-    if num_tokens == 0:
-        raise InputError("there is no token to count experts on; give at least one example")
-    return RoutingProfile(counts.long(), gate_mass, num_tokens, K)
-
-
-# -------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------------- the file
 
 
 def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: str) -> None:
-    """Write profile.json, whole or not at all. Raises InputError if it cannot be written. Call it on one process."""
-    path = writable(path)
+    """Write profile.json atomically. Raises InputError if it cannot be written. Call it on one process."""
     about = vars(profile) | {"model": profile.model or model, "task": profile.task or task}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(about, default=Tensor.tolist) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(writable(path), json.dumps(about, default=Tensor.tolist) + "\n")
 
 
 def load_profile(path: str | Path) -> RoutingProfile:
-    """Read profile.json. Raises InputError that names the file for anything that no counting can have written."""
+    """Read profile.json. Raises InputError, which names the file, for values that no counting can have written."""
     try:
         return checked(json.loads(Path(path).read_text(encoding="utf-8")))
     except InputError as error:
@@ -205,7 +214,7 @@ def load_profile(path: str | Path) -> RoutingProfile:
 
 
 def checked(about: object) -> RoutingProfile:
-    """What profile.json holds as a RoutingProfile, or an InputError that says what is wrong with it."""
+    """The contents of profile.json as a RoutingProfile. Raises InputError that says what is wrong with them."""
     kinds = dict(model=str, task=str, num_tokens=int, num_experts_per_tok=int, counts=list, gate_mass=list)
     if not isinstance(about, dict):
         raise InputError(f"it holds {about!r:.40}; want an object with {', '.join(kinds)}")
@@ -218,13 +227,15 @@ def checked(about: object) -> RoutingProfile:
     try:
         counts, gate_mass = torch.tensor(about["counts"]), torch.tensor(about["gate_mass"], dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, not numbers, too large
-        raise InputError(f"counts and gate_mass are no tables [layers][experts] of numbers ({error})") from None
+        raise InputError(f"counts or gate_mass is not a table [layers][experts] of numbers ({error})") from None
     if counts.dtype != torch.int64 or counts.dim() != 2:
-        raise InputError("counts are no table [layers][experts] of whole numbers")
+        raise InputError("counts is not a table [layers][experts] of whole numbers")
     if counts.shape != gate_mass.shape:
-        raise InputError(f"counts have shape {tuple(counts.shape)}, gate_mass {tuple(gate_mass.shape)}")
+        raise InputError(f"counts has shape {tuple(counts.shape)}, gate_mass {tuple(gate_mass.shape)}")
     for key, values in (("counts", counts), ("gate_mass", gate_mass)):
-        for layer, e in (~(values.isfinite() & (values >= 0))).nonzero().tolist():
+        wrong = (~(values.isfinite() & (values >= 0))).nonzero().tolist()
+        if wrong:
+            layer, e = wrong[0]
             raise InputError(f"{key} of layer {layer}, expert {e} is {values[layer, e]:g}; want 0 or more")
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
@@ -237,11 +248,56 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
     found = (*profile.counts.shape, profile.num_experts_per_tok)
     wanted = (len(config.moe_layers), config.num_experts, config.num_experts_per_tok)
     if found != wanted:
-        form = "{} layers of {} experts, {} a token".format
-        raise InputError(f"{path} is of a model with {form(*found)}; this one has {form(*wanted)}: profile it again")
+        shape = "{} layers of {} experts, {} per token".format
+        raise InputError(f"{path} is of a model with {shape(*found)}; this one has {shape(*wanted)}: profile it again")
 
 
-# --------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------------------ the command
+
+PROGRAM = "profile.py"
+POSITIVE, SHARE = cli.number(int, 1), cli.number(float, 0, 1, above=True)
+K_HELP = "hot experts per layer (default: experts per token)"
+PLOT_HELP = f"where to draw it ({', '.join(cli.PICTURE_FORMATS)})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The flags of `profile.py` without a command."""
+
+    model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id")
+    task: str = flag("tiny-math", "whose training data to route", choices=list(data.TASKS))
+    train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
+    sample: float = flag(0.1, "share of the training data to use", type=SHARE)
+    warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"))
+    k: int | None = flag(None, K_HELP, type=POSITIVE)
+    seed: int = flag(0, "of every random choice", type=cli.number(int, 0))
+    batch: int = flag(16, "examples per forward pass or warm-up step", type=POSITIVE)
+    max_length: int = flag(512, "tokens an example may have", type=cli.number(int, 8))
+    shard: str | None = flag(
+        None, "base sharded or replicated (default: replicated if it fits)", choices=("full", "none")
+    )
+    out: str = flag(help="where to write profile.json", metavar="FILE")
+    plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """The flags of `profile.py compare`."""
+
+    profiles: list[str] = flag(help="profile.json of two tasks or samples", positional=True, nargs=2, metavar="FILE")
+    k: int | None = flag(None, K_HELP, type=POSITIVE)
+    plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdviseSettings:
+    """The flags of `profile.py advise`."""
+
+    profile: str = flag(help="profile.json of the task", positional=True, metavar="FILE")
+    model: str | None = flag(None, f"whose sizes count: as in train.py, or {', '.join(PRESETS)} (default: profiled)")
+    rank: int | None = flag(None, "LoRA rank r (default: of the profiled task)", type=POSITIVE)
+    targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
+    coverage: tuple[float, ...] = flag((0.5, 0.6, 0.7, 0.8, 0.9), "shares to reach", type=SHARE, nargs="+")
 
 
 def main(argv: list[str] | None = None) -> object:
@@ -249,116 +305,82 @@ def main(argv: list[str] | None = None) -> object:
     if not argv or argv[0].startswith("-"):
         return count(argv)
     commands = {"compare": compare, "advise": advise}
-    if argv[0] not in commands:
-        raise InputError(f"{argv[0]!r} is no command; want {' or '.join(commands)}, or flags alone, to count")
-    return commands[argv[0]](argv[1:])
+    name, flags = cli.subcommand(PROGRAM, commands, argv, __doc__)
+    return commands[name](flags)
 
 
 def count(argv: list[str]) -> RoutingProfile:
     """The command without a name: count, write profile.json, print the table."""
-    about = "Count which experts of every layer a task uses. (Also: profile.py compare A B, profile.py advise FILE.)"
-    parser = cli.Parser(prog="profile.py", description=about)
-    parser.add_argument("--model", default="tiny", help="'tiny' (embedded), a checkpoint folder, or a hub id")
-    parser.add_argument("--task", default="tiny-math", choices=list(data.TASKS), help="whose training data to route")
-    parser.add_argument("--train-data", metavar="FILE", help="a local copy of the task's training file")
-    parser.add_argument("--sample", type=cli.number(float, 0, 1, above=True), default=0.1, help="share of it to use")
-    parser.add_argument("--warmup", default="none", choices=("none", "lora"), help="count on the base, or during LoRA")
-    parser.add_argument("--k", type=cli.number(int, 1), help="hot experts per layer (default: experts per token)")
-    parser.add_argument("--seed", type=cli.number(int, 0, 2**31 - 1), default=0, help="of every random choice")
-    parser.add_argument("--batch", type=cli.number(int, 1), default=16, help="examples a forward pass or warm-up step")
-    parser.add_argument("--max-length", type=cli.number(int, 8), default=512, help="tokens an example may have")
-    parser.add_argument("--shard", choices=("full", "none"), help="the base sharded, or whole on every process")
-    parser.add_argument("--out", metavar="FILE", required=True, help="where to write profile.json")
-    parser.add_argument("--plot", type=picture, metavar="FILE", help=f"where to draw it ({PLOT_FORMATS})")
-    args = parser.parse_args(argv)
-    folder = resolve(args.model)
+    about = "Count which experts of each layer a task uses. (Also: profile.py compare A B, profile.py advise FILE.)"
+    settings = cli.parse(Settings, argv, prog=PROGRAM, description=about)
+    folder = resolve(settings.model)
     config = read_config(folder)
-    num_hot = hot_experts(args.k, config.num_experts_per_tok, config.num_experts)
+    num_hot = hot_experts(settings.k, config.num_experts_per_tok, config.num_experts)
     tokenizer = data.load_tokenizer(folder, config)
-    examples = data.sample(data.load_examples(args.task, "train", args.train_data), args.sample, args.seed)
-    items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
-    out, drawn = (path and writable(path) for path in (args.out, args.plot))
+    examples = data.load_examples(settings.task, "train", settings.train_data)
+    examples = data.sample(examples, settings.sample, settings.seed)
+    items = data.encode(examples, tokenizer, config.eos_token_id, settings.max_length)
+    paths = [writable(path) for path in (settings.out, settings.plot) if path]
 
-    processes = start_processes()
-    recipe = RECIPES[args.task]
-    warmup = {"r": recipe.r, "alpha": recipe.alpha, "lr": recipe.lr, "batch": args.batch}
-    warmup = warmup if args.warmup == "lora" else None
-    progress = functools.partial(
-        tqdm, unit="batch", disable=None if processes.is_main else True
-    )  # None: only on a terminal
-    options = {"shard": args.shard, "warmup": warmup, "seed": args.seed, "progress": progress}
-    counted = count_task(folder, items, args.batch, processes, **options)
-    title = f"Routing of {args.model} on {args.task}: {counted.num_tokens:,} tokens, "
-    title += f"{config.num_experts_per_tok} of {config.num_experts} experts a token"
+    processes, recipe = start_processes(), RECIPES[settings.task]
+    warmup = Warmup(recipe.r, recipe.alpha, recipe.lr, settings.batch) if settings.warmup == "lora" else None
+    progress = partial(tqdm, unit="batch", disable=None if processes.is_main else True)  # None: only on a terminal
+    options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed, "progress": progress}
+    counted = count_task(folder, items, settings.batch, processes, **options)
+    title = f"Routing of {settings.model} on {settings.task}: {counted.num_tokens:,} tokens, "
+    title += f"{config.num_experts_per_tok} of {config.num_experts} experts per token"
     if dense := config.num_hidden_layers - len(config.moe_layers):
-        title += f"; layers are numbered from the first with experts, after {dense} without"
+        title += f"; layer 0 is the first with experts, after {dense} without"
     if processes.is_main:
-        save_profile(counted, out, args.model, args.task)
-        if drawn:
-            routing.plot(counted.counts, num_hot, title, drawn)
-    cli.say(f"wrote {' and '.join(str(path) for path in (out, drawn) if path)}", title)
-    cli.say(*routing.table(counted.counts, num_hot))
+        save_profile(counted, settings.out, settings.model, settings.task)
+        if settings.plot:
+            from routing import pictures  # here, since importing matplotlib takes long
+
+            pictures.draw_profile(counted.counts, num_hot, title, Path(settings.plot))
+    cli.say(f"wrote {' and '.join(map(str, paths))}", title, *statistics.table(counted.counts, num_hot))
     if processes.count > 1:
         dist.destroy_process_group()
     return counted
 
 
 def compare(argv: list[str]) -> None:
-    """Print, and with --plot draw, how far the hot sets of two profiles agree in every layer."""
-    parser = cli.Parser(prog="profile.py compare", description="How far do the hot experts of two profiles agree?")
-    parser.add_argument(
-        "profiles", nargs=2, metavar="FILE", help="profile.json of one model: two tasks, or two samples"
-    )
-    parser.add_argument("--k", type=cli.number(int, 1), help="hot experts per layer (default: experts per token)")
-    parser.add_argument("--plot", type=picture, metavar="FILE", help=f"where to draw it ({PLOT_FORMATS})")
-    args = parser.parse_args(argv)
-    a, b = map(load_profile, args.profiles)
+    """Print, and with --plot draw, how far the hot sets of two profiles agree in each layer."""
+    about = "How far do the hot experts of two profiles of one model agree?"
+    settings = cli.parse(CompareSettings, argv, prog=f"{PROGRAM} compare", description=about)
+    names = " and ".join(settings.profiles)
+    a, b = map(load_profile, settings.profiles)
     if a.counts.shape != b.counts.shape:
         shapes = " and ".join(f"{tuple(p.counts.shape)}" for p in (a, b))
-        raise InputError(f"{' and '.join(args.profiles)} are of unlike models: {shapes} (layers, experts)")
-    num_hot = hot_experts(args.k, a.num_experts_per_tok, a.counts.shape[1])
+        raise InputError(f"{names} are of different models: {shapes} (layers, experts)")
+    num_hot = hot_experts(settings.k, a.num_experts_per_tok, a.counts.shape[1])
     hot_a, hot_b = (hellora.hottest(p.counts, num_hot) for p in (a, b))
-    cli.say(*routing.overlap_table(hot_a, hot_b))
-    if args.plot:
-        routing.plot_overlap(hot_a, hot_b, " and ".join(args.profiles), writable(args.plot))
-        cli.say(f"wrote {args.plot}")
+    cli.say(*statistics.overlap_table(hot_a, hot_b))
+    if settings.plot:
+        from routing import pictures
+
+        pictures.draw_overlap(hot_a, hot_b, names, writable(settings.plot))
+        cli.say(f"wrote {settings.plot}")
 
 
 def advise(argv: list[str]) -> None:
     """Print what adapting the k hottest experts covers and costs, and the smallest k that covers enough."""
-    parser = cli.Parser(prog="profile.py advise", description="How many hot experts are enough, and what do they cost?")
-    parser.add_argument("profile", metavar="FILE", help="profile.json of the task")
-    parser.add_argument(
-        "--model", help=f"whose sizes count: as in train.py, or {', '.join(PRESETS)} (default: profiled)"
-    )
-    parser.add_argument("--rank", type=cli.number(int, 1), help="LoRA rank r (default: of the profiled task)")
-    parser.add_argument("--targets", choices=list(hellora.TARGETS), default="all", help="modules beside the experts")
-    share = cli.number(float, 0, 1, above=True)
-    parser.add_argument("--coverage", type=share, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.9], help="shares to reach")
-    args = parser.parse_args(argv)
-    counted = load_profile(args.profile)
-    about = json.loads(Path(args.profile).read_text(encoding="utf-8"))
-    model, recipe = args.model or about["model"], RECIPES.get(about["task"], Recipe)  # or the paper's rank
+    about = "How many hot experts are enough, and what do they cost?"
+    settings = cli.parse(AdviseSettings, argv, prog=f"{PROGRAM} advise", description=about)
+    counted = load_profile(settings.profile)
+    model, recipe = settings.model or counted.model, RECIPES.get(counted.task, Recipe)  # else the paper's rank
     config = config_of(model)
-    check_fits(counted, config, args.profile)
-    r, K = args.rank or recipe.r, counted.num_experts_per_tok
-    sizes = routing.adapter_sizes(config, r, args.targets)
+    check_fits(counted, config, settings.profile)
+    r, K = settings.rank or recipe.r, counted.num_experts_per_tok
+    sizes = advice.adapter_sizes(config, r, settings.targets)
     cli.say(
-        f"{about['task']} on {model}, {counted.num_tokens:,} tokens: LoRA of rank {r} on the k hottest of "
-        f"{config.num_experts} experts a layer, targets {args.targets}",
-        *routing.advice_table(routing.advice(counted.counts, K, sizes), K, args.coverage),
+        f"{counted.task} on {model}, {counted.num_tokens:,} tokens: LoRA of rank {r} on the k hottest of "
+        f"{config.num_experts} experts per layer, targets {settings.targets}",
+        *advice.table(advice.choices(counted.counts, K, sizes), K, settings.coverage),
     )
-
-
-def picture(text: str) -> str:
-    """The name of a file that can hold a picture."""
-    if Path(text).suffix not in PLOT_FORMATS.split(", "):
-        raise argparse.ArgumentTypeError(f"got {text!r}; want a file that ends in {PLOT_FORMATS}")
-    return text
 
 
 def hot_experts(k: int | None, num_experts_per_tok: int, num_experts: int) -> int:
-    """--k, or as many as a token has. Raises InputError for more than a layer has."""
+    """--k, or the number of experts per token. Raises InputError if a layer has fewer experts."""
     if k and k > num_experts:
         raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
     return k or num_experts_per_tok

@@ -1,4 +1,4 @@
-"""The paper's numbers beside ours: a command for each.
+"""The paper's numbers beside ours, one command for each.
 
     python reproduce.py params    # Tables 2, 3, 5 and 7: what trains, its share, its bytes; needs no weights
 
@@ -6,8 +6,7 @@
 """
 
 import itertools
-import json
-import sys
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,24 +14,23 @@ import torch
 import hellora
 import lori
 from command import cli
-from command.cli import InputError
-from command.files import writable
+from command.files import writable, write_json
 from hub.config import PRESETS, MoEConfig
 from lora import Scatter, sparsify
 from model import MoETransformer
-from routing.statistics import without_weights
+from routing.advice import without_weights
 from run.settings import METHODS, Recipe
 
 
 class Row(NamedTuple):
-    """A line of a table of the paper that says how much trains."""
+    """One line of a table of the paper that says how much trains."""
 
     table: str
-    model: str  # key of config.PRESETS
-    method: str  # key of settings.METHODS
-    k: int | None  # hot experts a layer; None: all
-    targets: str | None  # key of hellora.TARGETS
-    paper: float | None  # per cent, as printed
+    model: str  # key of PRESETS
+    method: str  # key of METHODS
+    k: int | None  # hot experts per layer; None: all
+    targets: str | None  # key of TARGETS
+    paper: float | None  # percent, as printed
 
 
 OLMOE, MIXTRAL, DEEPSEEK = "olmoe-1b-7b", "mixtral-8x7b", "deepseek-moe-16b"
@@ -71,8 +69,10 @@ ROWS = (
 
 
 class Size(NamedTuple):
+    """How large a method is, in parameters and in bytes."""
+
     trainable: int
-    total: int  # base and adapters, frozen A and all of B included
+    total: int  # base and adapters, including frozen A and all of B
     adapter_bytes: int  # of the tensors in adapter.safetensors
     optimizer_bytes: int  # of AdamW's two moments
 
@@ -82,7 +82,7 @@ class Size(NamedTuple):
 
 
 def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: int = Recipe.r) -> Size:
-    """What a method trains, counted where training counts it: on the model with its adapters, here without weights."""
+    """What a method trains, counted as training counts it: on the model with its adapters, here without weights."""
     how = METHODS[method]
     if how.experts is None:
         with torch.device("meta"):
@@ -100,7 +100,7 @@ def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: 
 
 
 def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:
-    """As many entries of B as stage S keeps, floor(KEPT * N); for counting, a tenth of each matrix will do."""
+    """As many entries of B as LoRI-S keeps, floor(KEPT * N). For counting it does not matter which ones."""
     sizes = {name.removesuffix(".lora_B"): p.numel() for name, p in model.named_parameters() if "lora_B" in name}
     kept = (int(lori.KEPT * end) for end in itertools.accumulate(sizes.values(), initial=0))
     return {
@@ -108,35 +108,38 @@ def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:
     }
 
 
-CONVENTION = "percent: trainable / (base + adapters, frozen A and all of B among them), as PEFT prints; rank 32"
+CONVENTION = "percent: trainable / (base + adapters, including frozen A and all of B), as PEFT prints; rank 32"
 HEADS = "table model method k targets trainable percent paper adapter_bytes AdamW_bytes".split()
 
 
+@dataclass(frozen=True)
+class ParamsSettings:
+    """The flags of `reproduce.py params`."""
+
+    json: str | None = cli.flag(None, "where to write the rows", metavar="FILE")
+
+
 def params(argv: list[str]) -> list[dict]:
-    """Trainable parameters of every method and variant that the paper's tables list, beside what they print."""
-    parser = cli.Parser(prog="reproduce.py params", description="What trains, beside the paper's tables.")
-    parser.add_argument("--json", metavar="FILE", help="where to write the rows")
-    args = parser.parse_args(argv)
-    out = args.json and writable(args.json)
+    """Trainable parameters of every method and variant in the paper's tables, beside what they print."""
+    settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
+    out = settings.json and writable(settings.json)
     sizes = {row[1:5]: size(MoEConfig.from_dict(PRESETS[row.model]), *row[2:5]) for row in ROWS}
     rows, line = [], "{:5}  {:16}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
     cli.say(line(*HEADS))
-    for table, *about, paper in ROWS:
-        counted = sizes[tuple(about)]
-        keys = ("model", "method", "k", "targets", "trainable", "percent", "paper")
-        rows.append(dict(zip(keys, (*about, counted.trainable, counted.percent, paper), strict=True)))
-        model, method, k, targets = about
-        known = "-" if paper is None else f"{paper:g}"
+    for row in ROWS:
+        counted, known = sizes[row[1:5]], "-" if row.paper is None else f"{row.paper:g}"
         counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
         trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
-        cli.say(line(table, model, method, k or "all", targets or "-", *trained))
+        cli.say(line(row.table, row.model, row.method, row.k or "all", row.targets or "-", *trained))
+        about = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
+        rows.append(about | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
     cli.say(CONVENTION)
     for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
         ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
         share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
         cli.say(f"{model}: HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})")
     if out:
-        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_json(out, rows)
     return rows
 
 
@@ -144,14 +147,8 @@ COMMANDS = {"params": params}
 
 
 def main(argv: list[str] | None = None) -> object:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["-h"], ["--help"]):
-        print(f"usage: reproduce.py {{{','.join(COMMANDS)}}} [-h] ...\n\n{__doc__}")
-        return None
-    if not argv or argv[0] not in COMMANDS:
-        given = repr(argv[0]) if argv else "nothing"
-        raise InputError(f"got {given}; want one of {', '.join(COMMANDS)} (see reproduce.py --help)")
-    return COMMANDS[argv[0]](argv[1:])
+    name, flags = cli.subcommand("reproduce.py", COMMANDS, argv, __doc__)
+    return COMMANDS[name](flags)
 
 
 if __name__ == "__main__":

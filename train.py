@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict:
             sparsify(model, positions)
 
     checkpointing = {"checkpointing": args.activation_checkpointing}
-    plan = memory.plan(config, attach, dtype=dtype, world=world, sharded=False, tokens=tokens, **checkpointing)
+    plan = memory.plan(config, attach, dtype=dtype, num_processes=world, sharded=False, tokens=tokens, **checkpointing)
     if compute_dtype in (None, dtype):
         sharded = memory.choose_shard(args.shard, device, world, plan)
     else:
@@ -211,7 +211,7 @@ def count(
     """The hot-expert catcher: routing counts from a sample of the training data."""
     sample = data.sample(items, args.sample, args.seed)
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
-    warmup = {"r": args.rank, "alpha": args.alpha, "lr": args.lr, "batch": 16} if args.warmup == "lora" else None
+    warmup = profile.Warmup(args.rank, args.alpha, args.lr, batch=16) if args.warmup == "lora" else None
     return profile.count_task(
         folder, sample, args.micro_batch, processes, shard=args.shard, warmup=warmup, seed=args.seed
     )
@@ -251,7 +251,7 @@ def fit(
     # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
     optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=True)
     growth = drlora.RankGrowth(model, args.rank, steps) if METHODS[args.method].grows else None
-    reach = routing.HotReach(model)
+    reach = routing.IdleExperts(model)
     numbers = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
     first, losses, checkpoints = 1, [], out / "checkpoint"
     seen = f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
@@ -367,7 +367,7 @@ def fit(
         runs.draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
         if growth:
             drlora.draw_ranks(growth.history, out / "ranks.png")
-    idle = reach.idle()
+    idle = reach.names()
     if idle:
         say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
     ranks = {"ranks": growth.ranks().tolist()} if growth else {}

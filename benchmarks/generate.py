@@ -3,16 +3,16 @@
     python bench.py generate                                  # the embedded model, batch 32
     python bench.py generate --model DIR --dtype bfloat16 --prompts 512 --json rows.json
 
-Prompts and answers are as long as those of GSM8K's test set (LENGTHS); the tokens are random. An answer ends where its
-length says, on both sides, so both decode the same number of tokens, and greedily the same tokens. transformers gets
-the prompts sorted by length, in batches padded on the left that last as long as their longest answer; we refill rows
-as they end. The two take turns, in an order that changes, and the ratio is the median of the turns' ratios.
+Prompts and answers are as long as those of GSM8K's test set (LENGTHS); the tokens are random. Each answer ends at a
+length fixed beforehand, so both sides decode the same number of tokens, and greedily the same tokens. transformers
+gets the prompts sorted by length, in batches padded on the left; each batch runs until its longest answer ends. We
+refill a row of the batch as soon as its answer ends. The two sides take turns in alternating order, and the ratio is
+the median of the turns' ratios.
 """
 
-import argparse
-import json
 import random
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from benchmarks.measure import seconds
 from command import cli
-from command.cli import InputError
-from command.files import writable
+from command.cli import InputError, flag
+from command.files import writable, write_json
 from generate import generate
 from hub.checkpoint import resolve
 from model import MoETransformer, load_model
@@ -34,7 +34,7 @@ LENGTHS = {
 
 
 def draw_lengths(deciles: tuple[int, ...], count: int, rng: random.Random) -> list[int]:
-    """`count` lengths from the distribution with these deciles that is even between them."""
+    """`count` lengths from the distribution with these deciles, uniform between two of them."""
     lengths = []
     for _ in range(count):
         i = rng.randrange(len(deciles) - 1)
@@ -43,7 +43,7 @@ def draw_lengths(deciles: tuple[int, ...], count: int, rng: random.Random) -> li
 
 
 def decode_ours(model: MoETransformer, prompts: list[list[int]], lengths: list[int], batch: int) -> list[list[int]]:
-    """Greedy tokens after each prompt, as many as its length says."""
+    """Greedy tokens after each prompt, lengths[i] of them after prompt i."""
 
     def stop(index: int, ids: list[int]) -> bool:
         return len(ids) == lengths[index]
@@ -86,50 +86,51 @@ def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    positive = cli.number(int, 1)
-    parser = cli.Parser(prog="bench.py generate", description="Decode GSM8K-like lengths, ours and transformers'.")
-    parser.add_argument("--model", default="tiny", help="'tiny', a checkpoint folder or a hub id")
-    parser.add_argument("--prompts", type=positive, default=128, help="sequences to decode")
-    parser.add_argument("--batch", type=positive, default=32, help="sequences decoded at once")
-    parser.add_argument("--repeats", type=positive, default=3, help="turns of each side")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of lengths and tokens")
-    parser.add_argument("--json", metavar="FILE", help="write the rows to this file")
-    args = parser.parse_args(argv)
-    args.json = args.json and writable(args.json)
-    return args
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `bench.py generate`."""
+
+    model: str = flag("tiny", "'tiny', a checkpoint folder or a hub id")
+    prompts: int = flag(128, "sequences to decode", type=cli.number(int, 1))
+    batch: int = flag(32, "sequences decoded at once", type=cli.number(int, 1))
+    repeats: int = flag(3, "turns of each side", type=cli.number(int, 1))
+    dtype: str = flag("float32", "of weights and cache", choices=("float32", "bfloat16"))
+    seed: int = flag(0, "of lengths and tokens", type=cli.number(int, 0))
+    json: str | None = flag(None, "write the rows to this file", metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; -> the rows."""
-    args = parse_flags(argv)
+    about = "Decode sequences as long as GSM8K's, by this code and by transformers."
+    settings = cli.parse(Settings, argv, prog="bench.py generate", description=about)
+    out = settings.json and writable(settings.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder, dtype = resolve(args.model), getattr(torch, args.dtype)
+    folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
     model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
-    rng = random.Random(args.seed)
-    lengths = {name: draw_lengths(deciles, args.prompts, rng) for name, deciles in LENGTHS.items()}
+    rng = random.Random(settings.seed)
+    lengths = {name: draw_lengths(deciles, settings.prompts, rng) for name, deciles in LENGTHS.items()}
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths["prompt"]]
     sides = {
-        "hellora": lambda: decode_ours(model, prompts, lengths["answer"], args.batch),
-        "transformers": lambda: decode_theirs(hf, prompts, lengths["answer"], args.batch),
+        "hellora": lambda: decode_ours(model, prompts, lengths["answer"], settings.batch),
+        "transformers": lambda: decode_theirs(hf, prompts, lengths["answer"], settings.batch),
     }
-    ours, theirs = (side() for side in sides.values())  # warms both up
+    ours, theirs = (side() for side in sides.values())  # also warms up both
     same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(prompts)
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in tqdm(range(args.repeats), unit=" turns", leave=False, disable=None):
+    for turn in tqdm(range(settings.repeats), unit=" turns", leave=False, disable=None):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
             times[name].append(seconds(sides[name], device))
     ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
     rows = []
     for name, spent in times.items():
-        rate, over = args.prompts / statistics.median(spent), ratio if name == "hellora" else 1.0
-        tokens = rate * sum(lengths["answer"]) / args.prompts
-        row = {"name": name, "model": args.model, "batch": args.batch, "dtype": args.dtype, "seconds": spent}
-        rows.append(row | {"samples_per_s": rate, "tokens_per_s": tokens, "over_transformers": over})
-        print(f"{name:12}  {rate:8.2f} samples/s  {tokens:9.0f} tokens/s  {over:.2f}x")
-    agreement = f"{100 * same:.1f} % of {args.prompts} answers are the same token for token"
-    print(f"{agreement}; batch {args.batch}, {args.dtype}, {args.repeats} turns")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        rate, over = settings.prompts / statistics.median(spent), ratio if name == "hellora" else 1.0
+        tokens = rate * sum(lengths["answer"]) / settings.prompts
+        row = {"name": name, "model": settings.model, "batch": settings.batch, "dtype": settings.dtype}
+        row |= {"seconds": spent, "samples_per_s": rate, "tokens_per_s": tokens, "over_transformers": over}
+        rows.append(row)
+        cli.say(f"{name:12}  {rate:8.2f} samples/s  {tokens:9.0f} tokens/s  {over:.2f}x")
+    agreement = f"{100 * same:.1f} % of {settings.prompts} answers are the same token for token"
+    cli.say(f"{agreement}; batch {settings.batch}, {settings.dtype}, {settings.repeats} turns")
+    if out:
+        write_json(out, rows)
     return rows

@@ -1,13 +1,13 @@
 """Reading a checkpoint: time and peak memory, beside transformers' from_pretrained, and shared by two processes.
 
     python bench.py load                    # writes a checkpoint of 2 GB to a temporary folder, and reads it
-    python bench.py load --model DIR        # one that is there
+    python bench.py load --model DIR        # reads an existing checkpoint
 
-Each reading is a process of its own, in turn, several times: medians. Peak memory is the most the process ever held
-(resident, shared pages of the file included) beyond what it held before it began, over the bytes of the weights.
+Each reading runs in a process of its own. The readers take turns several times, and medians are shown. Peak memory is
+the largest resident size of the process, including shared pages of the file, less its size before it began. It is
+shown as a multiple of the bytes of the weights.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from command import cli
-from command.cli import InputError
-from command.files import writable
+from command.cli import InputError, flag
+from command.files import writable, write_json
 from hub.checkpoint import read_config, resolve
 
 SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
@@ -36,12 +38,12 @@ SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 
     "eos_token_id": 0,
 }
 
-READERS = {  # what a process of its own runs; `folder` is the checkpoint
+READERS = {  # what each process runs; `folder` is the checkpoint
     "ours": "from model import load_model\nbegin()\nmodel = load_model(folder, torch.bfloat16)",
     "ours, half of two processes": """
 import torch.distributed as dist
 from run.step import load_shared
-dist.init_process_group("gloo", f"file://{meet}", rank=rank, world_size=2)
+dist.init_process_group("gloo", f"file://{meet}", rank=index, world_size=2)
 begin()
 model = load_shared(folder, torch.bfloat16, torch.device("cpu"), sharded=True)""",
     "transformers": """
@@ -52,7 +54,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)""",
 FRAME = """
 import json, resource, sys, time
 import torch
-folder, meet, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+folder, meet, index = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def resident(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 def begin():
@@ -66,13 +68,13 @@ print(json.dumps(dict(seconds=seconds, peak_bytes=resident("VmHWM") - before, he
 
 
 def read(name: str, folder: Path) -> dict:
-    """One reading, in one process or two: the slower one's time, the larger one's memory."""
-    world = 2 if "two processes" in name else 1
+    """One reading, in one process or two: the time of the slower one, the memory of the larger one."""
+    count = 2 if "two processes" in name else 1
     root = str(Path(__file__).parent.parent)
     with tempfile.TemporaryDirectory() as meet:
         command = [sys.executable, "-c", FRAME.format(reader=READERS[name]), str(folder), f"{meet}/meet"]
         options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": root}}
-        jobs = [subprocess.Popen([*command, str(rank)], **options) for rank in range(world)]
+        jobs = [subprocess.Popen([*command, str(index)], **options) for index in range(count)]
         printed = [job.communicate()[0] for job in jobs]
     if any(job.returncode for job in jobs):
         raise InputError(f"{name}: {folder} could not be read; see above")
@@ -92,31 +94,36 @@ def make(folder: Path) -> None:
     save_model(model, folder, shard_bytes=10**9)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `bench.py load`."""
+
+    model: str | None = flag(None, "a checkpoint folder (default: one of 2 GB is written first)")
+    repeat: int = flag(3, "readings of each; medians are shown", type=cli.number(int, 1))
+    json: str | None = flag(None, "write the rows here", metavar="FILE")
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = cli.Parser(prog="bench.py load", description="Time and peak memory of reading a checkpoint.")
-    parser.add_argument("--model", help="a checkpoint folder (default: 2 GB are made on the spot)")
-    parser.add_argument("--repeat", type=cli.number(int, 1), default=3, help="readings of each; medians are shown")
-    parser.add_argument("--json", metavar="FILE", help="write the rows here")
-    args: argparse.Namespace = parser.parse_args(argv)
-    args.json = args.json and writable(args.json)
-    if args.model:
-        read_config(resolve(args.model))
+    about = "Time and peak memory of reading a checkpoint."
+    settings = cli.parse(Settings, argv, prog="bench.py load", description=about)
+    out = settings.json and writable(settings.json)
+    if settings.model:
+        read_config(resolve(settings.model))
     names = list(READERS)
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        cli.say("transformers is not installed: no row of it")
+    if find_spec("transformers") is None:
+        cli.say("transformers is not installed: its row is left out")
         names.remove("transformers")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = resolve(args.model) if args.model else Path(temporary)
-        if not args.model:
+        folder = resolve(settings.model) if settings.model else Path(temporary)
+        if not settings.model:
             began = time.perf_counter()
             make(folder)
             cli.say(f"wrote a checkpoint in {time.perf_counter() - began:.0f} s")
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        cli.say(f"{size / 1e9:.2f} GB of weights in {len(list(folder.glob('*.safetensors')))} files, read as bfloat16")
+        files = list(folder.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        cli.say(f"{size / 1e9:.2f} GB of weights in {len(files)} files, read as bfloat16")
         found = {name: [] for name in names}
-        for _ in range(args.repeat):  # in turn, so that what else the machine does meets all of them
+        for _ in range(settings.repeat):  # in turn, so that other load on the machine affects all of them
             for name in names:
                 found[name].append(read(name, folder))
     rows = []
@@ -125,6 +132,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
         row = {"name": name} | {key: statistics.median(r[key] for r in readings) for key in readings[0]}
         rows.append(row | {"peak_over_held": row["peak_bytes"] / row["held_bytes"]})
         cli.say(f"{name:28} {row['seconds']:8.2f} {row['peak_bytes'] / 1e9:8.2f} {rows[-1]['peak_over_held']:12.2f}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if out:
+        write_json(out, rows)
     return rows

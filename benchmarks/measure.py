@@ -1,4 +1,4 @@
-"""How long something takes, how much it allocates, and how much autograd keeps of it."""
+"""How long a computation takes, how much it allocates, and how much autograd keeps of it."""
 
 import os
 import time
@@ -26,13 +26,13 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each counted once."""
+    """Bytes of the storages behind these tensors; a shared storage counts once."""
     return sum({(s := t.untyped_storage()).data_ptr(): s.nbytes() for t in tensors}.values())
 
 
 @contextmanager
 def no_stderr() -> Iterator[None]:
-    """Some builds of torch announce every start of the profiler there."""
+    """Hide stderr: some builds of torch write to it whenever the profiler starts."""
     kept = os.dup(2)
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
@@ -44,7 +44,7 @@ def no_stderr() -> Iterator[None]:
 
 
 def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `work` has allocated at once, beyond what was there."""
+    """The most bytes that `work` has allocated at once, beyond what was allocated before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -58,10 +58,10 @@ def allocated_peak(work: Callable[[], object], device: torch.device) -> int:
 
 
 def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
-    """Bytes kept by a forward pass for its backward pass, weights left out; a storage counts once, and whole."""
+    """Bytes that a forward pass keeps for its backward pass, beside the weights; a shared storage counts once."""
     kept = []
 
-    def keep(t: Tensor) -> Tensor:  # an operation that keeps its own output would keep itself alive by it
+    def keep(t: Tensor) -> Tensor:  # detached: an operation that keeps its own output would otherwise keep itself alive
         kept.append(t.detach())
         return kept[-1]
 

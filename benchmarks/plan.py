@@ -1,92 +1,106 @@
-"""Memory and traffic of a run on machines that are not here: from config.json alone, no weights.
+"""Memory and communication of a run on machines that are not here: from config.json alone, no weights.
 
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
     python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
 
-Gigabytes are 10^9 bytes, on each GPU. The terms are those of memory.plan, by which train.py chooses --shard. Of full
-fine-tuning, whose float32 weights are computed with in bfloat16, what is gathered and kept is half of what is said.
+A gigabyte is 10^9 bytes; all numbers are per GPU. The terms are those of memory.plan, by which train.py chooses
+--shard. Full fine-tuning keeps float32 weights and computes in bfloat16: what it gathers and keeps for the backward
+pass takes half of the bytes printed.
 """
 
-import json
+from dataclasses import dataclass
 
 import torch
 
 import hellora
 from command import cli
-from command.cli import InputError
-from command.files import writable
+from command.cli import InputError, flag
+from command.files import writable, write_json
 from hub.checkpoint import config_of
-from hub.config import PRESETS
+from hub.config import PRESETS, MoEConfig
 from model import MoETransformer
 from neighbours import drlora
 from run import memory
 from run.settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
+POSITIVE = cli.number(int, 1)
 
-def traffic(plan: memory.Plan, *, full: bool, world: int, sharded: bool, micro_batches: int) -> int:
-    """Bytes that each of `world` GPUs sends in an optimizer step, by ring collectives.
 
-    Whole: the gradients, reduced and spread, 2 (N - 1) / N of their bytes. Sharded: what a process holds of every
-    weight (bfloat16) and factor (float32) goes round in the forward and again in the backward pass of each micro-batch,
-    and the gradients once, or where all weights train (`full`) in each micro-batch. A little too much: embedding and
-    head stay gathered between the two passes.
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `bench.py plan`."""
+
+    model: str = flag("olmoe-1b-7b", f"{', '.join(PRESETS)}, a checkpoint folder or a hub id")
+    method: str = flag("hellora", "what trains", choices=list(METHODS))
+    k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=k_flag)
+    rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
+    targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
+    gpus: int = flag(2, "number of GPUs, one process each", type=POSITIVE)
+    batch: int = flag(128, "examples per step, over all GPUs", type=POSITIVE)
+    micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
+    length: int = flag(512, "tokens of the longest examples", type=POSITIVE)
+    memory: float = flag(80, "GB of each GPU", type=cli.number(float, 1))
+    activation_checkpointing: bool = flag(False, "compute layers twice, to keep less")
+    json: str | None = flag(None, "write the rows here", metavar="FILE")
+
+
+def traffic(plan: memory.Plan, *, full: bool, num_processes: int, sharded: bool, micro_batches: int) -> int:
+    """Bytes that each of N processes sends in one optimizer step, by ring collectives.
+
+    Replicated: the gradients are all-reduced, 2 (N - 1) / N of their bytes. Sharded: each process sends its part of
+    every weight and factor to the others in the forward and again in the backward pass of each micro-batch, and
+    reduce-scatters the gradients once, or in each micro-batch if all weights train (`full`). This is slightly too
+    much: embedding and head stay gathered between the two passes.
     """
-    trained = plan.optimizer // 2
+    others, trained = num_processes - 1, plan.optimizer // 2
     if not sharded:
-        return 2 * (world - 1) * trained // world
-    held = plan.weights // 2 if full else plan.weights + plan.adapters  # weights that train are float32
-    return (world - 1) * (2 * micro_batches * held + trained * (micro_batches if full else 1))
+        return 2 * others * trained // num_processes
+    part = plan.weights // 2 if full else plan.weights + plan.adapters  # weights that train are sent in bfloat16
+    return others * (2 * micro_batches * part + trained * (micro_batches if full else 1))
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    parser = cli.Parser(prog="bench.py plan", description="Memory a GPU needs, term by term, and bytes sent a step.")
-    whole = cli.number(int, 1)
-    parser.add_argument("--model", default="olmoe-1b-7b", help=f"{', '.join(PRESETS)}, a checkpoint folder or a hub id")
-    parser.add_argument("--method", default="hellora", choices=list(METHODS), help="what trains")
-    parser.add_argument("--k", type=k_flag, help="hot experts per layer (default: experts per token)")
-    parser.add_argument("--rank", type=whole, default=Recipe.r, help="LoRA rank r")
-    parser.add_argument("--targets", default="all", choices=list(hellora.TARGETS), help="modules beside the experts")
-    parser.add_argument("--gpus", type=whole, default=2, help="processes, one a GPU")
-    parser.add_argument("--batch", type=whole, default=128, help="examples a step, over all GPUs")
-    parser.add_argument("--micro-batch", type=whole, default=16, help="examples a forward pass")
-    parser.add_argument("--length", type=whole, default=512, help="tokens of the longest examples")
-    parser.add_argument("--memory", type=cli.number(float, 1), default=80, help="GB of a GPU")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="compute layers twice, to keep less")
-    parser.add_argument("--json", metavar="FILE", help="write the rows here")
-    args = parser.parse_args(argv)
-    args.json = args.json and writable(args.json)
-    config = config_of(args.model)
-    method = METHODS[args.method]
-    if args.k and method.experts != "hot":
-        raise InputError(f"--k {args.k} has no meaning with --method {args.method}; leave it out")
-    num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
-    num_hot = config.num_experts if method.experts == "all" else num_hot
+def plan_row(settings: Settings, config: MoEConfig, num_hot: int, sharded: bool) -> dict:
+    """The terms of the plan, their total, the bytes sent per step, and whether it fits."""
+    method = METHODS[settings.method]
 
     def attach(model: MoETransformer) -> None:
         hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
-        r_max = drlora.RESERVED * args.rank if method.grows else None
-        hellora.attach(model, hot, args.rank, Recipe.alpha, kind=method.kind, targets=args.targets, r_max=r_max)
+        options = {"kind": method.kind, "targets": settings.targets}
+        r_max = drlora.RESERVED * settings.rank if method.grows else None
+        hellora.attach(model, hot, settings.rank, Recipe.alpha, r_max=r_max, **options)
 
-    rows = []
-    for sharded in (False, True) if method.experts else (True,):  # all weights train in float32, under FSDP
-        plan = memory.plan(
-            config,
-            attach if method.experts else None,
-            dtype=torch.bfloat16 if method.experts else torch.float32,
-            world=args.gpus,
-            sharded=sharded,
-            tokens=args.micro_batch * args.length,
-            checkpointing=args.activation_checkpointing,
-        )
-        passes = -(-args.batch // (args.gpus * args.micro_batch))
-        sent = traffic(plan, full=not method.experts, world=args.gpus, sharded=sharded, micro_batches=passes)
-        row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
-        rows.append(row | {"fits": plan.total <= (1 - memory.SPARE) * args.memory * 1e9})
-    cli.say(f"{args.model}, {args.method}, {args.gpus} GPUs of {args.memory:g} GB: GB on each")
+    plan = memory.plan(
+        config,
+        attach if method.experts else None,
+        dtype=torch.bfloat16 if method.experts else torch.float32,
+        num_processes=settings.gpus,
+        sharded=sharded,
+        tokens=settings.micro_batch * settings.length,
+        checkpointing=settings.activation_checkpointing,
+    )
+    passes = -(-settings.batch // (settings.gpus * settings.micro_batch))
+    options = {"full": not method.experts, "num_processes": settings.gpus}
+    sent = traffic(plan, sharded=sharded, micro_batches=passes, **options)
+    row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
+    return row | {"fits": plan.total <= (1 - memory.SPARE) * settings.memory * 1e9}
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    about = "Memory that each GPU needs, term by term, and bytes sent per step."
+    settings = cli.parse(Settings, argv, prog="bench.py plan", description=about)
+    out = settings.json and writable(settings.json)
+    config, method = config_of(settings.model), METHODS[settings.method]
+    if settings.k and method.experts != "hot":
+        raise InputError(f"--k {settings.k} has no meaning with --method {settings.method}; leave it out")
+    num_hot = hot_experts_per_layer(settings, config.num_experts, config.num_experts_per_tok)
+    num_hot = config.num_experts if method.experts == "all" else num_hot
+    ways = (False, True) if method.experts else (True,)  # full fine-tuning is always sharded
+    rows = [plan_row(settings, config, num_hot, sharded) for sharded in ways]
+    cli.say(f"{settings.model}, {settings.method}, {settings.gpus} GPUs of {settings.memory:g} GB: GB on each")
     cli.say(f"{'':14}" + "".join(f" --shard {row['shard']:>4}" for row in rows))
     for term in (*memory.Plan._fields, "total", "sent_per_step"):
         cli.say(f"{term.replace('_', ' '):14}" + "".join(f" {row[term] / 1e9:12.2f}" for row in rows))
     cli.say(f"{'fits':14}" + "".join(f" {'yes' if row['fits'] else 'no':>12}" for row in rows))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if out:
+        write_json(out, rows)
     return rows

@@ -1,4 +1,4 @@
-"""The pictures of `bench.py step`: bars of one table, lines of a sweep."""
+"""The pictures of `bench.py step`: bars for a table, curves for a sweep."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from matplotlib.figure import Figure  # not pyplot, which brings global state an
 
 
 def bars(rows: list[dict], path: Path) -> None:
-    """Bars: samples per second and peak memory of every row, a panel a batch size."""
+    """Samples per second and peak memory of every row as bars, one panel per batch size."""
     run = [row for row in rows if row.get("peak_bytes")]
     batches = sorted({row["batch"] for row in run})
     figure = Figure(figsize=(10, 1 + 0.35 * len(run)), dpi=120, layout="constrained")
@@ -30,7 +30,7 @@ def bars(rows: list[dict], path: Path) -> None:
 
 
 def lines(rows: list[dict], path: Path) -> None:
-    """Lines: samples per second, share of the floor's, and bytes saved for backward, over the values swept."""
+    """Samples per second, share of the floor's, and bytes saved for backward as curves over the values swept."""
     figure = Figure(figsize=(13, 4), dpi=120, layout="constrained")
     panels = figure.subplots(1, 3)
     sweep = rows[0]["sweep"]

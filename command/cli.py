@@ -15,7 +15,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +97,18 @@ def parse(settings: type[T], argv: list[str] | None, **about: Any) -> T:
     return settings(**vars(parser.parse_args(argv)))
 
 
+def subcommand(program: str, names: Iterable[str], argv: list[str] | None, about: str) -> tuple[str, list[str]]:
+    """The command that stands first on the command line, and the arguments after it. `--help` prints `about`."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("-h", "--help"):
+        print(f"usage: {program} {{{','.join(names)}}} [-h] ...\n\n{about}")
+        sys.exit(0)
+    if name not in names:
+        given = repr(name) if name else "no command"
+        raise InputError(f"got {given}; want one of {', '.join(names)} (see {program} --help)")
+    return name, rest
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows a default only where there is one."""
 
@@ -139,3 +151,13 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
         return value
 
     return parse
+
+
+PICTURE_FORMATS = (".png", ".pdf", ".svg")
+
+
+def picture(text: str) -> str:
+    """An argparse type: the name of a file that can hold a picture."""
+    if Path(text).suffix not in PICTURE_FORMATS:
+        raise argparse.ArgumentTypeError(f"got {text!r}; want a file that ends in {', '.join(PICTURE_FORMATS)}")
+    return text

@@ -1,1 +1,1 @@
-"""What routing counts say: tables, overlap, advice, pictures."""
+"""What the routing of a task shows: statistics and tables, pictures, and what k hot experts cover and cost."""

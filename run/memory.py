@@ -1,41 +1,43 @@
-"""What a run needs of memory, before it starts: so that a process holds the base whole where that fits.
+"""How much memory a run needs, known before it starts; whether to replicate the base or to shard it follows from that.
 
-    plan(config, attach, dtype=torch.bfloat16, world=2, sharded=True, tokens=2048)     # bytes a process, by term
+    plan(config, attach, dtype=torch.bfloat16, num_processes=2, sharded=True, tokens=2048)     # bytes per process
 
-Whole (`--shard none`) only the gradients of the adapters travel between processes; sharded (`--shard full`, FSDP2)
-every weight of every layer travels in every forward and backward pass.
+Replicated (`--shard none`): every process holds all weights of the base. Only the gradients of the adapters are
+communicated. Sharded (`--shard full`, FSDP2): every process holds a part of each weight. The weights of a layer are
+all-gathered before its forward pass and again before its backward pass.
 
-Dimensions: T tokens of a micro-batch, K experts a token, D hidden_size, F intermediate_size of an expert, V vocabulary,
-Hq and Hk query and key heads, Dh head_dim.
+Dimensions: T tokens of a micro-batch, K experts per token, D hidden_size, F intermediate_size of an expert.
 """
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from command import cli
-from hellora import Adapter
 from hub.config import MoEConfig
 from model import MoETransformer
 from ops import HEAD_ROWS
 
-SPARE = 0.1  # of a device, left to the allocator and to what is not in the plan
+SPARE = 0.1  # share of a device's memory that is left to the allocator and to what the plan does not count
 
 
 class Plan(NamedTuple):
     """Bytes on one process."""
 
-    weights: int  # of the base, or this process's rows of them
-    adapters: int  # factors, trained and frozen, float32
-    gathered: int  # sharded: the root, the layer at work twice (received and unpacked), the next as received
+    weights: int  # of the base; sharded: this process's rows
+    adapters: int  # factors in float32, trained and frozen; sharded: this process's rows
+    gathered: (
+        int  # sharded: the root's weights, the current layer's (received and unpacked), the next layer's (received)
+    )
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # kept for the backward pass, over all layers
-    transient: int  # of the layer at work, or of the head
+    transient: int  # allocated and freed within the current layer, or within the head
 
     @property
     def total(self) -> int:
@@ -47,120 +49,151 @@ def plan(
     attach: Callable[[MoETransformer], None] | None,
     *,
     dtype: torch.dtype,
-    world: int,
+    num_processes: int,
     sharded: bool,
     tokens: int,
     trains: bool = True,
     checkpointing: bool = False,
 ) -> Plan:
-    """What each of `world` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
+    """What each of `num_processes` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
 
-    Counted on the meta device for all that parameters need; activations by `layer_activations`.
+    Parameters are counted on a model without weights; activations follow from the config.
     """
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
     if attach is not None:
         attach(model)
-    parameters = {name: p for name, p in model.named_parameters()}
-
-    def size(keep: Callable[[str, torch.Tensor], bool], processes: int = 1) -> int:
-        """Bytes of the parameters kept; of many processes the first holds most of each, in whole rows."""
-        rows = {name: -(-len(p) // processes) for name, p in parameters.items() if keep(name, p)}
-        return sum(n * parameters[name].nbytes // len(parameters[name]) for name, n in rows.items())
-
-    share = world if sharded else 1
-    trains_here = size(lambda name, p: trains and p.requires_grad, share)
-    trained = size(lambda name, p: trains and p.requires_grad)
-    factors = size(lambda name, p: "lora_" in name)
-    root = size(lambda name, p: not name.startswith("layers."))
-    L = config.num_hidden_layers
-    # The largest layer; and as it travels, in equal parts, whatever of them is padding.
-    layer = max(size(lambda name, p, i=i: name.startswith(f"layers.{i}.")) for i in range(L))
-    parcel = max(world * size(lambda name, p, i=i: name.startswith(f"layers.{i}."), world) for i in range(L))
-    kept, passing = layer_activations(config, model.adapter, factors // L, tokens, dtype, trains)
-    if checkpointing:
-        kept, passing = tokens * config.hidden_size * dtype.itemsize, kept + passing
-    entering = 2 * tokens * config.hidden_size * dtype.itemsize  # the first layer, and the head
-    if model.adapter is None:  # the head keeps its weight's gradient, made on the way forward, and its norm's input
-        entering += (config.vocab_size + tokens) * config.hidden_size * dtype.itemsize
-    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 2  # logits and log-probabilities, float32
+    named, parts = dict(model.named_parameters()), num_processes if sharded else 1
+    trained = [p for p in named.values() if trains and p.requires_grad]
+    activations, transient = pass_bytes(model, dtype, tokens, trains, checkpointing)
     return Plan(
-        weights=size(lambda name, p: "lora_" not in name, share),
-        adapters=size(lambda name, p: "lora_" in name, share),
-        gathered=root + layer + 2 * parcel if sharded else 0,
-        # Those of adapters are added up whole over the micro-batches; full fine-tuning reduces them in each.
-        gradients=trains_here + ((trained if model.adapter else layer) if sharded else 0),
-        optimizer=2 * trains_here,
-        activations=L * kept + (entering if trains else 0),
-        transient=max(passing, head),
+        weights=held([p for name, p in named.items() if "lora_" not in name], parts),
+        adapters=held([p for name, p in named.items() if "lora_" in name], parts),
+        gathered=gathered(model, num_processes) if sharded else 0,
+        gradients=held(trained, parts) + (unreduced(model, trained) if sharded else 0),
+        optimizer=2 * held(trained, parts),
+        activations=activations,
+        transient=transient,
     )
 
 
-def layer_activations(
-    config: MoEConfig, adapter: Adapter | None, factor_bytes: int, tokens: int, dtype: torch.dtype, trains: bool
-) -> tuple[int, int]:
-    """Bytes that a layer keeps for its backward pass, and bytes that come and go within it.
+# ------------------------------------------------------------------------------------------------------- parameters
 
-    adapter: None if every weight trains. factor_bytes: of the layer's factors in float32.
-    """
+
+def held(parameters: Iterable[Tensor], num_processes: int = 1) -> int:
+    """Bytes that the first of `num_processes` holds: FSDP2 deals out rows, and the first gets the most of them."""
+    return sum(-(-len(p) // num_processes) * p.nbytes // len(p) for p in parameters)
+
+
+def gathered(model: MoETransformer, num_processes: int) -> int:
+    """Bytes that are all-gathered at once: the root; the current layer, received and unpacked; the next, received."""
+    root = held(p for name, p in model.named_parameters() if not name.startswith("layers."))
+    # All processes send parts of the same size, so parts with fewer rows are padded.
+    received = max(num_processes * held(layer.parameters(), num_processes) for layer in model.layers)
+    return root + largest_layer(model) + 2 * received
+
+
+def unreduced(model: MoETransformer, trained: list[Tensor]) -> int:
+    """Bytes of gradients that wait to be reduced: of all adapters until the last micro-batch, or of one full layer."""
+    return held(trained) if model.adapter else largest_layer(model)
+
+
+def largest_layer(model: MoETransformer) -> int:
+    return max(held(layer.parameters()) for layer in model.layers)
+
+
+# ------------------------------------------------------------------------------------------------------ activations
+
+
+def pass_bytes(
+    model: MoETransformer, dtype: torch.dtype, tokens: int, trains: bool, checkpointing: bool
+) -> tuple[int, int]:
+    """Bytes kept for the backward pass over all layers, and bytes allocated and freed on the way."""
+    config, hidden = model.config, tokens * model.config.hidden_size * dtype.itemsize  # of one [T, D]
+    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 2  # logits and log-probabilities, float32
+    transient = tokens * transient_numbers(model, trains) * dtype.itemsize
+    if not trains:
+        return 0, max(transient, head)
+    kept = kept_by_layer(model, dtype, tokens)
+    if checkpointing:
+        kept, transient = hidden, kept + transient
+    ends = 2 * hidden  # inputs of the first layer and of the head
+    if model.adapter is None:  # the head also keeps its weight's gradient, computed in the forward pass, and norm input
+        ends += config.vocab_size * config.hidden_size * dtype.itemsize + hidden
+    return config.num_hidden_layers * kept + ends, max(transient, head)
+
+
+def kept_by_layer(model: MoETransformer, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that one layer keeps for its backward pass."""
+    config, adapter = model.config, model.adapter
     D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    normed = D + q + kv if config.family.qk_norm else D  # what goes into a norm; the product's input is made again
-    attention = normed + 2 * q + 2 * kv  # queries, keys, values and result of the attention itself
+    normed = D + q + kv if config.family.qk_norm else D  # inputs of norms; the products' inputs are computed again
+    attention = normed + 2 * q + 2 * kv  # queries, keys, values and the result of the attention itself
     shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
     experts = 2 * D + config.num_experts + K * 2 * F + shared
     factors = 0
-    if adapter is None:  # the inputs of norms' weights and of all products
+    if adapter is None:  # the inputs of the norms' weights and of all products
         attention += normed + D + q
         experts += 2 * D + K * (D + F)
-    else:  # a copy of the factors, side by side, and what A makes of the inputs
-        factors = 1.2 * factor_bytes * dtype.itemsize / 4
+    else:  # a copy of the factors, side by side, and what A computes of the inputs
+        count = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+        factors = 1.2 * count / config.num_hidden_layers * dtype.itemsize
         attention += 4 * adapter.r
         experts += (3 * K + 1) * adapter.r
         if adapter.kind == "dora":  # what is scaled, and what the scale multiplies
             attention += q + 2 * kv + D
             experts += 2 * K * (2 * F + D)
     indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
-    kept = tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
+    return tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
+
+
+def transient_numbers(model: MoETransformer, trains: bool) -> int:
+    """Numbers per token that are allocated at once within a layer, beside what it keeps.
+
+    The peak is in the backward pass of SwiGLU, or in the forward pass of down and its adapters. By then what the head
+    kept is freed; what the shared expert keeps is not yet allocated, or freed.
+    """
+    config = model.config
+    D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     if not trains:
-        return 0, tokens * (K * max(5 * F, F + 2 * D) + D) * dtype.itemsize
-    # At its largest in SwiGLU's backward, or on the way forward through down and its pairs. By then what the head kept
-    # is gone, and what the shared expert keeps is not there yet, or gone.
-    if adapter is None:
-        passing = K * max(4 * F, 2 * D) - shared
-    else:
-        passing = K * max(5 * F, F + 2 * D) - shared + D
-    return kept, tokens * passing * dtype.itemsize
+        return K * max(5 * F, F + 2 * D) + D
+    shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
+    if model.adapter is None:
+        return K * max(4 * F, 2 * D) - shared
+    return K * max(5 * F, F + 2 * D) - shared + D
+
+
+# ----------------------------------------------------------------------------------------------------------- choice
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may use: the GPU's, or its share of the memory that the machine has left."""
+    """Bytes that this process may use: the GPU's free memory, or its share of the machine's."""
     if device.type == "cuda":
-        gc.collect()  # modules under FSDP refer to each other: nothing else frees what the counting left behind
+        gc.collect()  # FSDP's modules refer to each other: nothing else frees the model that was counted on
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            left = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except FileNotFoundError:  # not Linux
-        left = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def choose_shard(asked: str | None, device: torch.device, world: int, whole: Plan) -> bool:
-    """Whether to shard: as asked, or if the plan of a process that holds the base `whole` does not fit. Says why."""
-    if world == 1:
+def choose_shard(asked: str | None, device: torch.device, num_processes: int, replicated: Plan) -> bool:
+    """Whether to shard the base: as asked, or else if the plan of a replicated base does not fit. Prints the reason."""
+    if num_processes == 1:
         return False
-    room = torch.tensor(available(device) * (1 - SPARE), dtype=torch.float64, device=device)
+    free = torch.tensor(available(device) * (1 - SPARE), dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(room, dist.ReduceOp.MIN)  # the processes must agree
-    room = int(room)
-    need, room_gb = f"{whole.total / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
-    sharded = whole.total > room if asked is None else asked == "full"
+        dist.all_reduce(free, dist.ReduceOp.MIN)  # all processes must decide alike
+    free = int(free)
+    sharded = replicated.total > free if asked is None else asked == "full"
+    need = f"{replicated.total / 1e9:.1f} GB of {free / 1e9:.1f} GB per process"
+    why = "as asked" if asked else f"replicated it would need {need}" if sharded else f"needs {need}"
     if sharded:
-        why = "as asked" if asked else f"the base whole would need {need} a process, of {room_gb}"
-        cli.say(f"sharded over {world} processes ({why}): weights travel in every pass")
+        cli.say(f"base sharded over {num_processes} processes ({why}): weights are communicated in every pass")
     else:
-        why = "as asked" if asked else f"{need} of {room_gb}"
-        cli.say(f"every process holds the base whole ({why}): only gradients travel")
+        cli.say(f"base replicated on {num_processes} processes ({why}): only gradients are communicated")
     return sharded

@@ -385,7 +385,7 @@ train --profile deep.json                            | deep.json
 train --profile pickle.json                          | pickle.json
 train --profile profile-layers.json                  | 3 layers | 4 layers of 64
 train --profile profile-experts.json                 | 32 experts | 64 experts
-train --profile profile-k.json                       | 16 a token | 8 a token
+train --profile profile-k.json                       | 16 per token | 8 per token
 train --profile profile-nan.json                     | gate_mass of layer 0, expert 0 is nan
 train --profile profile-counts-nan.json              | counts | whole numbers
 train --profile profile-negative.json                | layer 0, expert 0 is -1
@@ -560,7 +560,7 @@ profile advise profile.json --rank 49                | 49 | 1..48
 profile advise profile.json --coverage 0             | '0'
 profile advise profile.json --model mixtral-8x7b     | 32 layers of 8 experts
 profile advise profile-model.json                    | no/such-model
-bench                                                | nothing | step
+bench                                                | no command | step
 bench stride                                         | 'stride' | step
 bench step --batch 0                                 | '0'
 bench step --k 65                                    | 65 | 1..64
@@ -588,7 +588,7 @@ bench generate --dtype int8                          | 'int8' | bfloat16
 bench generate --model nowhere/at-all                | nowhere/at-all
 bench generate --json file/rows.json                 | file/rows.json
 bench generate --json notes                          | notes
-reproduce                                            | nothing | params
+reproduce                                            | no command | params
 reproduce table99                                    | 'table99' | params
 reproduce params extra                               | extra
 reproduce params --json notes                        | notes is a folder

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import bench
+from benchmarks import step, subjects
 from benchmarks.measure import allocated_peak, saved_bytes
+from benchmarks.workload import make_batches
 from command.cli import InputError
 
 
@@ -43,8 +45,6 @@ def test_drawn_lengths_have_the_deciles_they_are_drawn_from():
 @pytest.fixture
 def tiny_step(monkeypatch):
     """`bench.py step` on a model of a few thousand weights, one batch a turn."""
-    from benchmarks import step
-
     sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_experts=8)
     monkeypatch.setattr(step, "SHAPE", {**step.SHAPE, **sizes, "num_experts_per_tok": 2})
     monkeypatch.setattr(step, "EXAMPLES", 3)
@@ -69,23 +69,23 @@ def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_
     assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
 
 
-def test_a_ratio_is_that_of_the_speeds_over_all_batches_whatever_the_machine_does_between_turns(tiny_step):
+def test_a_ratio_is_that_of_the_speeds_over_all_batches_whatever_the_machine_does_between_turns():
     seconds, others = np.array([1.0, 4.0]), np.array([3.0, 8.0])  # of two batches: 11 s to 5 s
     pace = np.array([[1.0], [2.0], [0.7]])  # of the machine in three turns
-    assert tiny_step.times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)
+    assert step.times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)
 
 
 def test_peers_have_our_weights_and_our_loss(tiny_step):
     device = torch.device("cpu")
-    (batch,) = tiny_step.make_batches(3, 1, 97, device)
-    model = tiny_step.our_model(tiny_step.SHAPE, device, torch.float32)
-    peers = [tiny_step.make_peer(name, model, 4).loss(batch) for name in tiny_step.PEERS]
-    ours = tiny_step.make_ours("lora", model, torch.ones(2, 8, dtype=torch.bool), 4).loss(batch)
+    (batch,) = make_batches(3, 1, 97, device)
+    model = subjects.our_model(tiny_step.SHAPE, device, torch.float32)
+    peers = [subjects.make_peer(name, model, 4).loss(batch) for name in tiny_step.PEERS]
+    ours = subjects.make_ours("lora", model, torch.ones(2, 8, dtype=torch.bool), 4).loss(batch)
     assert all(torch.allclose(loss, ours, rtol=1e-5) for loss in peers)
 
 
-def test_lengths_are_those_of_the_histogram_and_labels_the_next_tokens_of_the_answer(tiny_step):
-    (batch,) = tiny_step.make_batches(2000, 1, 97, torch.device("cpu"))
+def test_lengths_are_those_of_the_histogram_and_labels_the_next_tokens_of_the_answer():
+    (batch,) = make_batches(2000, 1, 97, torch.device("cpu"))
     assert batch.lengths.float().mean() == pytest.approx(151.6, rel=0.03)  # of GSM8K
     for ids, labels, length in zip(batch.input_ids[:9], batch.labels, batch.lengths.tolist(), strict=False):
         where = (labels != -100).nonzero().flatten()
@@ -93,13 +93,13 @@ def test_lengths_are_those_of_the_histogram_and_labels_the_next_tokens_of_the_an
         assert len(where) == pytest.approx(0.51 * length, abs=2) and labels[where].equal(ids[where + 1])
 
 
-def test_bytes_are_those_of_a_step_worked_out_by_hand(tiny_step):
+def test_bytes_are_those_of_a_step_worked_out_by_hand():
     model = torch.nn.Linear(1, 1000, bias=False)  # 4,000 bytes, and as much for its gradient
 
     def loss(batch):
         return (model.weight.exp() * 2).sum()  # exp keeps its result for backward; 2 exp is made and dropped
 
-    subject = tiny_step.Subject("x", model, loss, None)
+    subject = subjects.Subject("x", model, loss, None)
     assert saved_bytes(lambda: loss(None), subject.resident()) == 4000
     peak = allocated_peak(lambda: subject.step(None), torch.device("cpu"))
     # exp and 2 exp forward; backward exp, the gradients of both and of the weight, not all at once

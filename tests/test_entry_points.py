@@ -90,9 +90,8 @@ print("all of it works")
 
 @pytest.mark.parametrize("how", ["by path", "with -m", "under cProfile"])
 def test_whatever_needs_the_standard_librarys_profile_works_beside_ours(how, tmp_path):
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    shutil.copytree(ROOT / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("*.safetensors"))
+    left_out = shutil.ignore_patterns(".*", "tests", "results", "runs", "shared", "*.safetensors")
+    shutil.copytree(ROOT, tmp_path, ignore=left_out, dirs_exist_ok=True)
     (tmp_path / "needs_profile.py").write_text(NEEDS_PROFILE)
     if how == "by path":
         started = start(tmp_path / "needs_profile.py", folder=tmp_path / "tiny")
@@ -112,7 +111,7 @@ def test_profile_counts_the_embedded_model_alone_and_under_torchrun(tmp_path):
     assert one["counts"] == two["counts"] and one["num_tokens"] == two["num_tokens"]
     assert [sum(row) for row in one["counts"]] == [one["num_tokens"] * one["num_experts_per_tok"]] * len(one["counts"])
     placed, *shared = together.splitlines()
-    assert placed.startswith("every process holds the base whole (")
+    assert placed.startswith("base replicated on 2 processes (")
     assert alone.splitlines()[1:] == shared[1:]  # but for the line that names the files
     assert alone.splitlines()[-1].startswith("top 8 of 64: ")
     assert (tmp_path / "1.png").read_bytes().startswith(b"\x89PNG")

@@ -55,7 +55,7 @@ def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", ATTACH)
 @pytest.mark.parametrize("family", WIDE)
-def test_what_a_pass_keeps_and_what_comes_and_goes_are_planned_to_within_fifteen_percent(monkeypatch, family, method):
+def test_kept_and_transient_bytes_of_a_pass_are_planned_to_within_fifteen_percent(monkeypatch, family, method):
     """In float32: in bfloat16 torch's norm keeps a float32 copy on the CPU, and on a GPU it does not."""
     monkeypatch.setattr(ops, "ONE_KERNEL", ("cpu",))  # as on a GPU
     model, dtype, attach = MoETransformer(wide(family)), torch.float32, ATTACH[method]
@@ -63,7 +63,7 @@ def test_what_a_pass_keeps_and_what_comes_and_goes_are_planned_to_within_fifteen
     if attach:
         attach(model)
     lengths = torch.tensor([65, 60, 52, 65, 61, 58, 65])
-    options = {"dtype": dtype, "world": 1, "sharded": False, "tokens": int(lengths.sum())}
+    options = {"dtype": dtype, "num_processes": 1, "sharded": False, "tokens": int(lengths.sum())}
     loss(model, lengths).backward()  # gradients are there from the first micro-batch on
     plans = {}
     for checkpointing in (False, True):
@@ -87,7 +87,13 @@ def test_the_heads_logits_are_planned_to_within_fifteen_percent():
     assert ops.HEAD_ROWS < lengths.sum() / 1.5  # more than one slice of targets
     loss(model, lengths).backward()
     plan = memory.plan(
-        model.config, attach, dtype=torch.float32, world=1, sharded=False, tokens=int(lengths.sum()), checkpointing=True
+        model.config,
+        attach,
+        dtype=torch.float32,
+        num_processes=1,
+        sharded=False,
+        tokens=int(lengths.sum()),
+        checkpointing=True,
     )
     peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
     assert plan.transient == 2 * 4 * ops.HEAD_ROWS * 5003
@@ -96,10 +102,10 @@ def test_the_heads_logits_are_planned_to_within_fifteen_percent():
     )
 
 
-def measure_a_process(rank: int, folder, out) -> None:
-    """What each of two processes holds, and what a pass allocates: the base whole, and sharded."""
+def measure_a_process(index: int, folder, out) -> None:
+    """What each of two processes holds, and what a pass allocates: with the base replicated, and sharded."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{out}/meet", rank=index, world_size=2)
     lengths, cpu, found = torch.tensor([65, 60, 52]), torch.device("cpu"), {}
     for method in ("hellora", "fft"):
         for sharded in (False, True):
@@ -117,7 +123,7 @@ def measure_a_process(rank: int, folder, out) -> None:
                 # How long what was received stays alive is a matter of timing: the smallest of a few.
                 "peak": min(allocated_peak(lambda: loss(model, lengths).backward(), cpu) for _ in range(4)),  # noqa: B023
             }
-    torch.save(found, out / f"{rank}.pt")
+    torch.save(found, out / f"{index}.pt")
     dist.destroy_process_group()
 
 
@@ -129,7 +135,7 @@ def test_what_sharded_processes_hold_and_gather_is_planned(tmp_path):
     torch.multiprocessing.spawn(measure_a_process, (tmp_path / "model", tmp_path), nprocs=2)
     found = torch.load(tmp_path / "0.pt")  # the first process holds most
     for method in ("hellora", "fft"):
-        plan = memory.plan(config, ATTACH[method], dtype=torch.float32, world=2, sharded=True, tokens=177)
+        plan = memory.plan(config, ATTACH[method], dtype=torch.float32, num_processes=2, sharded=True, tokens=177)
         measured = found[method, True]
         for term in ("weights", "adapters", "optimizer"):
             assert getattr(plan, term) == measured[term], term
@@ -143,7 +149,7 @@ def test_parameters_gradients_and_moments_are_counted_exactly():
     model = MoETransformer(wide("olmoe"))
     init_weights(model, std=0.05)
     attach(model)
-    plan = memory.plan(model.config, attach, dtype=torch.float32, world=1, sharded=False, tokens=99)
+    plan = memory.plan(model.config, attach, dtype=torch.float32, num_processes=1, sharded=False, tokens=99)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained)
     model(torch.ones(1, 5, dtype=torch.int64), labels=torch.ones(1, 5, dtype=torch.int64))[0].backward()
@@ -155,8 +161,8 @@ def test_parameters_gradients_and_moments_are_counted_exactly():
     assert plan.gathered == 0
 
 
-def test_the_base_is_whole_where_it_fits_and_sharded_where_not(monkeypatch, capsys):
-    plan = memory.plan(wide("olmoe"), attach, dtype=torch.float32, world=2, sharded=False, tokens=99)
+def test_the_base_is_replicated_where_it_fits_and_sharded_where_it_does_not(monkeypatch, capsys):
+    plan = memory.plan(wide("olmoe"), attach, dtype=torch.float32, num_processes=2, sharded=False, tokens=99)
     cpu = torch.device("cpu")
     for free, asked, sharded in ((2, None, False), (0.9, None, True), (2, "full", True), (0.5, "none", False)):
         monkeypatch.setattr(memory, "available", lambda device, free=free: int(free * plan.total))
@@ -172,32 +178,34 @@ def hellora_of_the_paper(model: MoETransformer) -> None:
 
 def test_hellora_on_olmoe_sends_a_fifth_of_a_gigabyte_a_step_where_fsdp_sends_twenty_eight():
     config = MoEConfig.from_dict(PRESETS["olmoe-1b-7b"])
-    options = {"dtype": torch.bfloat16, "world": 2, "tokens": 99}
+    options = {"dtype": torch.bfloat16, "num_processes": 2, "tokens": 99}
     sent = {}
     for sharded in (False, True):
         plan = memory.plan(config, hellora_of_the_paper, sharded=sharded, **options)
-        sent[sharded] = benchmarks.plan.traffic(plan, full=False, world=2, sharded=sharded, micro_batches=2)
+        sent[sharded] = benchmarks.plan.traffic(plan, full=False, num_processes=2, sharded=sharded, micro_batches=2)
     assert sent[False] == 4 * 47_218_688  # 2 (N - 1) / N of the gradients
     weights = 2 * 6_919_161_856 + 4 * 47_218_688
     assert sent[True] == pytest.approx((2 * 2 * weights + 4 * 47_218_688) / 2, rel=1e-3)
     assert 140 < sent[True] / sent[False] < 150
 
 
-def test_the_plan_of_mixtral_fits_two_gpus_sharded_and_not_whole(capsys):
+def test_the_plan_of_mixtral_fits_two_gpus_sharded_and_not_replicated(capsys):
     rows = benchmarks.plan.main(["--model", "mixtral-8x7b", "--gpus", "2", "--micro-batch", "4"])
     assert [row["fits"] for row in rows] == [False, True]
     assert rows[0]["weights"] == 2 * 46_702_792_704
     assert "sent per step" in capsys.readouterr().out
 
 
-def choose_with_its_own_room(rank: int, out, plan) -> None:
-    dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=2)
-    memory.available = lambda device: int((2, 0.9)[rank] * plan.total)  # whole would fit on the first alone
-    torch.save(memory.choose_shard(None, torch.device("cpu"), 2, plan), out / f"{rank}.pt")
+def choose_with_its_own_room(index: int, out, plan) -> None:
+    dist.init_process_group("gloo", f"file://{out}/meet", rank=index, world_size=2)
+    memory.available = lambda device: int(
+        (2, 0.9)[index] * plan.total
+    )  # a replicated base would fit on the first alone
+    torch.save(memory.choose_shard(None, torch.device("cpu"), 2, plan), out / f"{index}.pt")
     dist.destroy_process_group()
 
 
-def test_processes_with_unlike_room_choose_alike(tmp_path):
-    plan = memory.plan(wide("olmoe"), attach, dtype=torch.float32, world=2, sharded=False, tokens=99)
+def test_processes_with_different_free_memory_choose_alike(tmp_path):
+    plan = memory.plan(wide("olmoe"), attach, dtype=torch.float32, num_processes=2, sharded=False, tokens=99)
     torch.multiprocessing.spawn(choose_with_its_own_room, (tmp_path, plan), nprocs=2)
-    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [True, True]
+    assert [torch.load(tmp_path / f"{index}.pt") for index in (0, 1)] == [True, True]

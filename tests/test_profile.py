@@ -17,11 +17,11 @@ import profile
 from command import cli
 from hub.checkpoint import read_config
 from model import MoETransformer, load_model
-from routing import statistics as routing
+from routing import statistics
 from run.processes import Processes
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
-WARMUP = dict(r=3, alpha=7.0, lr=0.05, seed=3)  # a rate at which the second step already routes otherwise
+WARMUP = dict(r=3, alpha=7.0, lr=0.05)  # a rate at which routing has changed by the second step
 
 
 def make_items(vocab_size: int) -> list[data.Encoded]:
@@ -145,11 +145,11 @@ def plain_warmup(model, batches: list[data.Batch], r: int, alpha: float, lr: flo
 
 def with_lora(model) -> MoETransformer:
     everything = torch.ones(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
-    hellora.attach(model, everything, WARMUP["r"], WARMUP["alpha"], seed=WARMUP["seed"])
+    hellora.attach(model, everything, WARMUP["r"], WARMUP["alpha"], seed=STEPS["seed"])
     return model
 
 
-STEPS = {"lr": WARMUP["lr"], "seed": WARMUP["seed"]}
+STEPS = {"lr": WARMUP["lr"], "seed": 3}
 
 
 def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(checkpoint):
@@ -159,14 +159,14 @@ def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(checkpoi
     batches = [data.collate([items[i] for i in chosen], 1) for chosen in order]
     before = profile.profile_routing(model, batches)
     warm = profile.profile_warmup(with_lora(model), items, 2, **STEPS)
-    assert warm.counts.tolist() == plain_warmup(load_model(checkpoint.folder), batches, **WARMUP)
+    assert warm.counts.tolist() == plain_warmup(load_model(checkpoint.folder), batches, **WARMUP, seed=STEPS["seed"])
     assert warm.counts.sum(-1).equal(before.counts.sum(-1)) and not warm.counts.equal(before.counts)
     fresh = with_lora(load_model(checkpoint.folder))  # nothing is learnt yet when the first step counts
     first = profile.profile_warmup(fresh, items, len(items), **STEPS)
     assert first.counts.equal(before.counts)
 
 
-def test_a_warmup_whose_loss_is_no_number_stops_and_counts_nothing(olmoe):
+def test_a_warmup_with_a_nan_loss_stops_and_counts_nothing(olmoe):
     model = with_lora(load_model(olmoe.folder))
     model.layers[1].mlp.experts.lora["up_proj"].lora_A.data[0] = float("nan")
     with pytest.raises(cli.RunError, match="the loss is nan; lower the learning rate"):
@@ -176,22 +176,22 @@ def test_a_warmup_whose_loss_is_no_number_stops_and_counts_nothing(olmoe):
 # ----------------------------------------------------------------------------------------------- two processes
 
 
-def count_in_process(rank: int, world: int, folder, out) -> None:
+def count_in_process(index: int, count: int, folder, out) -> None:
     """Half of the base's batches, all different in number and size, and this process's part of a warm-up."""
     torch.set_num_threads(1)
     patience = timedelta(minutes=3)  # a process that waits for what never comes is an error, not a hang
-    dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
-    processes = Processes(rank, world, torch.device("cpu"))
+    dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=index, world_size=count)
+    processes = Processes(index, count, torch.device("cpu"))
     model = load_model(folder)
     items = make_items(model.config.vocab_size)
-    base = profile.profile_routing(model, make_batches(items, 2)[rank::world])
+    base = profile.profile_routing(model, make_batches(items, 2)[index::count])
     warm = profile.profile_warmup(with_lora(model), items, 3, processes=processes, **STEPS)
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
-        for warmup in (None, WARMUP | {"batch": 3}):
+        for warmup in (None, profile.Warmup(**WARMUP, batch=3)):
             options = {"shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
             counted.append(profile.count_task(folder, items, 3, processes, **options))
-    torch.save([vars(one) for one in counted], out / f"{rank}.pt")
+    torch.save([vars(one) for one in counted], out / f"{index}.pt")
     dist.destroy_process_group()
 
 
@@ -201,8 +201,8 @@ def test_two_processes_get_the_totals_of_one_sharded_or_not(olmoe, tmp_path):
     items = make_items(model.config.vocab_size)
     base = profile.profile_routing(model, make_batches(items, 2))
     warm = profile.profile_warmup(with_lora(model), items, 3, **STEPS)
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+    for index in (0, 1):
+        found = torch.load(tmp_path / f"{index}.pt")
         assert len(found) == 6
         for one, two in zip((base, warm) * 3, found, strict=True):
             assert two["counts"].equal(one.counts) and two["num_tokens"] == one.num_tokens == sum(LENGTHS)
@@ -247,14 +247,14 @@ BAD = {
     "no token": ({"num_tokens": 0}, "must be above 0"),
     "K of 0": ({"num_experts_per_tok": 0}, "must be above 0"),
     "endless tokens": ({"num_tokens": 10**400}, "num_tokens"),
-    "no layer": ({"counts": [], "gate_mass": []}, "no table"),
-    "no expert": ({"counts": [[], []], "gate_mass": [[], []]}, "no table"),
-    "one row": ({"counts": [5, 1, 4]}, "no table"),
-    "ragged": ({"counts": [[5, 1, 4], [5, 5]]}, "no tables"),
+    "no layer": ({"counts": [], "gate_mass": []}, "not a table"),
+    "no expert": ({"counts": [[], []], "gate_mass": [[], []]}, "not a table"),
+    "one row": ({"counts": [5, 1, 4]}, "not a table"),
+    "ragged": ({"counts": [[5, 1, 4], [5, 5]]}, "not a table"),
     "half a token": ({"counts": [[5, 1, 4], [0.5, 4.5, 5]]}, "whole numbers"),
-    "text": ({"counts": [[5, 1, 4], [0, "5", 5]]}, "no tables"),
-    "null": ({"gate_mass": [[2.5, 0.1, None], [0, 1.0, 2.0]]}, "no tables"),
-    "too large": ({"counts": [[5, 1, 4], [0, 10**30, 5]]}, "no tables"),
+    "text": ({"counts": [[5, 1, 4], [0, "5", 5]]}, "not a table"),
+    "null": ({"gate_mass": [[2.5, 0.1, None], [0, 1.0, 2.0]]}, "not a table"),
+    "too large": ({"counts": [[5, 1, 4], [0, 10**30, 5]]}, "not a table"),
     "shapes differ": ({"gate_mass": [[2.5, 0.1], [0, 1.0]]}, r"shape \(2, 3\), gate_mass \(2, 2\)"),
     "negative count": ({"counts": [[5, 1, 4], [-1, 6, 5]]}, "counts of layer 1, expert 0 is -1"),
     "negative mass": ({"gate_mass": [[2.5, -0.1, 1], [0, 1, 2]]}, "gate_mass of layer 0, expert 1 is -0.1"),
@@ -288,7 +288,7 @@ def test_a_profile_of_another_model_is_refused(olmoe):
         if (layers, experts, top_k) == (L, E, K):
             profile.check_fits(counted, config, "p.json")
         else:
-            wrong = f"p.json is of a model with {layers} layers of {experts} experts, {top_k} a token"
+            wrong = f"p.json is of a model with {layers} layers of {experts} experts, {top_k} per token"
             with pytest.raises(cli.InputError, match=wrong):
                 profile.check_fits(counted, config, "p.json")
 
@@ -324,7 +324,7 @@ def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path,
     flags = ["--warmup", "lora", "--sample", "0.004", "--batch", "3", "--k", "5"]
     counted = profile.main([*flags, "--out", str(out), "--plot", str(picture)])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-6:] == list(routing.table(counted.counts, 5))
+    assert printed[-6:] == list(statistics.table(counted.counts, 5))
     assert profile.load_profile(out).counts.equal(counted.counts)
     assert picture.read_text().startswith("<?xml")
 
@@ -359,7 +359,7 @@ def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_pat
     assert head.startswith("tiny-math on tiny,") and "rank 8" in head
     assert [int(row.split()[0]) for row in rows[:7]] == [1, 2, 4, 8, 16, 32, 64]
     k = int(rows[7].split("k = ")[1].split()[0])
-    assert routing.top_share(counted.counts, k).mean() >= 0.5 > routing.top_share(counted.counts, k - 1).mean()
+    assert statistics.top_share(counted.counts, k).mean() >= 0.5 > statistics.top_share(counted.counts, k - 1).mean()
     assert rows[8].startswith("to cover 100% of the routed tokens: k = ") and len(rows) == 10
     profile.main(["advise", str(out), "--rank", "4", "--targets", "pure"])
     at_rank_4 = capsys.readouterr().out.splitlines()[2].split()
@@ -370,7 +370,7 @@ COMMAND_FLAGS = {
     "one profile": (["compare", "{a}"], "required"),
     "k": (["compare", "{a}", "{a}", "--k", "4"], "--k 4: want 1..3"),
     "no profile": (["compare", "{a}", "none.json"], "none.json"),
-    "another model": (["compare", "{a}", "{other}"], r"unlike models: \(2, 3\) and \(1, 2\)"),
+    "another model": (["compare", "{a}", "{other}"], r"different models: \(2, 3\) and \(1, 2\)"),
     "plot": (["compare", "{a}", "{a}", "--plot", "p.txt"], "want a file that ends in .png"),
     "model": (["advise", "{a}"], "model 'm' is not"),
     "other sizes": (["advise", "{a}", "--model", "olmoe-1b-7b"], "a.json is of a model with 2 layers of 3 experts"),

@@ -34,7 +34,7 @@ def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figu
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ([], "got nothing; want one of params"),
+        ([], "got no command; want one of params"),
         (["table99"], "got 'table99'; want one of params"),
         (["params", "--json", "/proc/x.json"], "/proc/x.json cannot be written"),
         (["params", "--model", "tiny"], "--model"),

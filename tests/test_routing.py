@@ -14,16 +14,16 @@ import profile
 from hub.config import PRESETS, MoEConfig
 from lora import LoRALinear
 from model import load_model
-from routing import statistics as routing
+from routing import advice, pictures, statistics
 
 
 def test_top_share_and_entropy_have_their_closed_forms():
     uniform, one_expert, halves = [3] * 8, [0, 0, 0, 9, 0, 0, 0, 0], [4, 0, 16, 32, 0, 8, 2, 2]
     counts = torch.tensor([uniform, one_expert, halves])
-    assert routing.top_share(counts, 3).tolist() == pytest.approx([3 / 8, 1, 7 / 8])
+    assert statistics.top_share(counts, 3).tolist() == pytest.approx([3 / 8, 1, 7 / 8])
     bits = 1 / 2 + 2 / 4 + 3 / 8 + 4 / 16 + 2 * 5 / 32  # of p = 1/2, 1/4, 1/8, 1/16, 1/32, 1/32
-    assert routing.entropy(counts).tolist() == pytest.approx([1, 0, bits / 3])
-    assert routing.top_share(counts, 8).tolist() == [1, 1, 1]
+    assert statistics.entropy(counts).tolist() == pytest.approx([1, 0, bits / 3])
+    assert statistics.top_share(counts, 8).tolist() == [1, 1, 1]
 
 
 def test_jaccard_is_shared_experts_over_all_experts_of_two_hot_sets():
@@ -33,13 +33,13 @@ def test_jaccard_is_shared_experts_over_all_experts_of_two_hot_sets():
     sets[0][4], sets[1][4] = {1, 2}, {3, 5}
     hot_a, hot_b = (torch.tensor([[e in hot for e in range(6)] for hot in layers]) for layers in sets)
     wanted = [len(a & b) / len(a | b) if a | b else 1 for a, b in zip(*sets, strict=True)]
-    assert routing.jaccard(hot_a, hot_b).tolist() == pytest.approx(wanted)
-    assert wanted[3:5] == [1, 0] and routing.jaccard(hot_a, hot_a).tolist() == [1] * 9
+    assert statistics.jaccard(hot_a, hot_b).tolist() == pytest.approx(wanted)
+    assert wanted[3:5] == [1, 0] and statistics.jaccard(hot_a, hot_a).tolist() == [1] * 9
 
 
 def test_table_names_share_entropy_hottest_and_coldest_of_every_layer():
     counts = torch.tensor([[1, 5, 2, 2], [4, 1, 4, 1], [0, 0, 0, 10]])
-    header, *layers, last = routing.table(counts, 1)
+    header, *layers, last = statistics.table(counts, 1)
     assert header.split() == ["layer", "top", "1", "of", "4", "entropy", "hottest", "coldest"]
     assert [line.split() for line in layers] == [
         ["0", "50.0", "%", "0.880", "1", "2", "3", "0", "0", "2"],  # equal counts: the lower id first
@@ -52,7 +52,7 @@ def test_table_names_share_entropy_hottest_and_coldest_of_every_layer():
 @pytest.mark.parametrize("layers, experts, num_hot", [(4, 64, 8), (32, 8, 2), (1, 3, 3)])
 def test_plot_draws_a_wide_picture_of_any_model(tmp_path, layers, experts, num_hot):
     counts = torch.arange(layers * experts).view(layers, experts) ** 2
-    routing.plot(counts, num_hot, "a title", tmp_path / "profile.png")
+    pictures.draw_profile(counts, num_hot, "a title", tmp_path / "profile.png")
     picture = matplotlib.image.imread(tmp_path / "profile.png")
     assert picture.shape[1] >= 1200 and picture.std() > 0.1
 
@@ -64,13 +64,13 @@ def test_plot_draws_a_wide_picture_of_any_model(tmp_path, layers, experts, num_h
 def test_overlap_by_chance_is_the_mean_over_all_pairs_of_sets(num_hot, experts):
     sets = [set(chosen) for chosen in itertools.combinations(range(experts), num_hot)]
     mean = sum(len(a & b) / len(a | b) for a in sets for b in sets) / len(sets) ** 2
-    assert routing.chance_overlap(num_hot, experts) == pytest.approx(mean)
+    assert statistics.chance_overlap(num_hot, experts) == pytest.approx(mean)
 
 
 def test_overlap_table_names_what_only_one_of_two_sets_has():
     hot_a = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]).bool()
     hot_b = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
-    header, *layers, mean, same = routing.overlap_table(hot_a, hot_b)
+    header, *layers, mean, same = statistics.overlap_table(hot_a, hot_b)
     assert [line.split() for line in layers] == [
         ["0", "1.000", "-", "-"],
         ["1", "0.333", "2", "1"],
@@ -83,7 +83,7 @@ def test_overlap_table_names_what_only_one_of_two_sets_has():
 @pytest.mark.parametrize("layers", [1, 4, 32])
 def test_overlap_is_drawn_with_a_bar_a_layer(tmp_path, layers):
     hot_a = torch.arange(8).expand(layers, 8) < 3
-    routing.plot_overlap(hot_a, hot_a.roll(1, dims=1), "a and b", tmp_path / "overlap.png")
+    pictures.draw_overlap(hot_a, hot_a.roll(1, dims=1), "a and b", tmp_path / "overlap.png")
     picture = matplotlib.image.imread(tmp_path / "overlap.png")
     assert picture.shape[1] >= 1000 and picture.std() > 0.1
 
@@ -100,7 +100,7 @@ def test_parameters_and_flops_of_every_k_are_those_of_a_model_with_these_adapter
     batch = data.Batch(ids, torch.tensor([9, 4, 7, 9, 2]), torch.full_like(ids, -100))
     counted = profile.profile_routing(load_model(folder), [batch])
     config = load_model(folder).config
-    choices = routing.advice(counted.counts, counted.num_experts_per_tok, routing.adapter_sizes(config, r, targets))
+    choices = advice.choices(counted.counts, counted.num_experts_per_tok, advice.adapter_sizes(config, r, targets))
     assert [choice.k for choice in choices] == list(range(1, config.num_experts + 1))
     for choice in choices:
         model = load_model(folder)
@@ -123,7 +123,7 @@ def test_on_olmoe_the_papers_saving_of_38_7_percent_is_a_coverage_of_51_6_percen
     config = MoEConfig.from_dict(PRESETS["olmoe-1b-7b"])
     counts = torch.zeros(16, 64)
     counts[:, :8], counts[:, 8:] = 0.516 / 8, 0.484 / 56  # of the routed tokens
-    choices = routing.advice(counts, 8, routing.adapter_sizes(config, r=32))
+    choices = advice.choices(counts, 8, advice.adapter_sizes(config, r=32))
     assert choices[7].coverage == pytest.approx(0.516)
     assert (
         choices[-1].flops == 2 * 16 * 2_951_168
@@ -133,8 +133,8 @@ def test_on_olmoe_the_papers_saving_of_38_7_percent_is_a_coverage_of_51_6_percen
 
 def test_advice_table_shows_powers_of_two_and_the_smallest_k_that_reaches_each_target():
     counts = torch.tensor([[50, 20, 15, 10, 5, 0], [40, 30, 10, 10, 5, 5]])
-    choices = routing.advice(counts, 2, routing.Sizes(others=10, expert=3))
-    _, *rows, half, ninety, all_of_it, rule = routing.advice_table(choices, 2, (0.5, 0.9, 1.0))
+    choices = advice.choices(counts, 2, advice.Sizes(others=10, expert=3))
+    _, *rows, half, ninety, all_of_it, rule = advice.table(choices, 2, (0.5, 0.9, 1.0))
     assert [row.split()[:4] for row in rows] == [
         ["1", "45.0%", "40.0%", "16"],
         ["2", "70.0%", "70.0%", "22"],
@@ -145,7 +145,7 @@ def test_advice_table_shows_powers_of_two_and_the_smallest_k_that_reaches_each_t
     assert half == "to cover 50% of the routed tokens: k = 2 on average, k = 2 in every layer"
     assert ninety == "to cover 90% of the routed tokens: k = 4 on average, k = 4 in every layer"
     assert all_of_it == "to cover 100% of the routed tokens: k = 6 on average, k = 6 in every layer"
-    assert rule == "the paper's rule, as many as a token has: k = 2 covers 70.0%"
+    assert rule == "the paper's rule, k = experts per token: k = 2 covers 70.0%"
 
 
 def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_cold_one_is_not(olmoe):
@@ -154,15 +154,15 @@ def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_col
     hot = torch.zeros(L, E, dtype=torch.bool)
     hot[0, [1, 5]] = hot[2, 3] = True
     hellora.attach(model, hot, r=2, alpha=3.0)
-    reach, counts = routing.HotReach(model), torch.ones(L, E)
+    idle, counts = statistics.IdleExperts(model), torch.ones(L, E)
     without = counts.clone()
     without[0, 5] = without[2, 3] = without[1, 1] = 0
-    reach.observe(without, end_of_epoch=False)
-    assert reach.idle() == ["0:5", "2:3"]  # the run so far is shorter than an epoch
-    reach.observe(counts, end_of_epoch=True)
-    assert reach.idle() == []  # the second step of the epoch reached them
-    reach.observe(without, end_of_epoch=True)
-    reach.observe(counts, end_of_epoch=True)
-    again = routing.HotReach(model)
-    again.load_state_dict(json.loads(json.dumps(reach.state_dict())))
-    assert again.idle() == reach.idle() == ["0:5", "2:3"]  # not reached in the second of three epochs
+    idle.observe(without, end_of_epoch=False)
+    assert idle.names() == ["0:5", "2:3"]  # the run so far is shorter than an epoch
+    idle.observe(counts, end_of_epoch=True)
+    assert idle.names() == []  # the second step of the epoch reached them
+    idle.observe(without, end_of_epoch=True)
+    idle.observe(counts, end_of_epoch=True)
+    again = statistics.IdleExperts(model)
+    again.load_state_dict(json.loads(json.dumps(idle.state_dict())))
+    assert again.names() == idle.names() == ["0:5", "2:3"]  # not reached in the second of three epochs

@@ -10,7 +10,7 @@ import hellora
 import profile
 from hub.checkpoint import TINY, read_config
 from model import load_model
-from routing import statistics as routing
+from routing import statistics
 from tiny import tasks
 from tiny.documents import pretraining_documents
 
@@ -82,11 +82,11 @@ def test_routing_is_skewed_within_every_layer_and_the_tasks_have_hot_sets_of_the
     for task in KINDS:
         items = data.encode(data.load_examples(task, "train", limit=40), tokenizer, model.config.eos_token_id)
         counts = profile.count_experts(model, [data.collate(items, model.config.pad_token_id)])
-        assert routing.top_share(counts, 8).min() > 0.25
+        assert statistics.top_share(counts, 8).min() > 0.25
         hot.append(hellora.select_experts("hot", counts, 8))
     math, code, safety = hot
-    assert max(routing.jaccard(math, other).mean() for other in (code, safety)) < 0.7
-    assert routing.jaccard(code, safety).mean() < 0.9  # their prompts share a template, hence experts
+    assert max(statistics.jaccard(math, other).mean() for other in (code, safety)) < 0.7
+    assert statistics.jaccard(code, safety).mean() < 0.9  # their prompts share a template, hence experts
     for layer in range(model.config.num_hidden_layers):
         assert not torch.equal(hot[0][layer], hot[2][layer])
 

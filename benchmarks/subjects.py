@@ -1,0 +1,105 @@
+"""What `bench.py step` compares: our model under each method, and transformers' model under peft.
+
+Dimensions: L layers, E experts per layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import hellora
+from data import Batch
+from hub.config import MoEConfig
+from lora import sparsify
+from model import MoETransformer, init_weights
+
+METHODS = {  # name -> which experts, kind of pair
+    "hellora": ("hot", "lora"),
+    "hellori-s": ("hot", "lori"),
+    "lora": ("all", "lora"),
+    "dora": ("all", "dora"),
+}
+PEERS = {  # name -> modules and parameters that peft adapts
+    "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
+    "peft-attention": ("q_proj k_proj v_proj o_proj", ""),
+}
+
+
+@dataclass
+class Subject:
+    """What is measured: a model, its loss on a batch, and the optimizer of what trains (None if nothing does)."""
+
+    name: str
+    model: torch.nn.Module
+    loss: Callable[[Batch], Tensor]
+    optimizer: torch.optim.Optimizer | None
+
+    def step(self, batch: Batch) -> None:
+        self.loss(batch).backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def resident(self) -> set[Tensor]:
+        """What stays allocated between steps: weights, buffers and the optimizer's moments."""
+        state = self.optimizer.state.values() if self.optimizer else ()
+        moments = [value for of in state for value in of.values() if torch.is_tensor(value)]
+        return {*self.model.parameters(), *self.model.buffers(), *moments}
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True)
+
+
+def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETransformer:
+    model = MoETransformer(MoEConfig.from_dict(shape))
+    init_weights(model, std=0.02)
+    return model.to(device, dtype)
+
+
+def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
+    """Our model as one of METHODS, "floor" or "fft".  hot [L, E] bool: the experts that the hot methods adapt"""
+    if name == "floor":
+        model.requires_grad_(False)
+        # The backward pass then runs down to the input of the first layer, as if something below it trained.
+        model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
+    elif name != "fft":
+        experts, kind = METHODS[name]
+        hellora.attach(model, hot if experts == "hot" else torch.ones_like(hot), rank, 2.0 * rank, kind=kind)
+        if kind == "lori":  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
+            generator = torch.Generator().manual_seed(0)
+            Bs = {key.removesuffix(".lora_B"): B for key, B in model.named_parameters() if key.endswith("lora_B")}
+            kept = {key: torch.rand(B.numel(), generator=generator) < 0.1 for key, B in Bs.items()}
+            sparsify(model, {key: mask.nonzero().flatten() for key, mask in kept.items()})
+
+    def loss(batch: Batch) -> Tensor:
+        nll, _ = model(batch.input_ids, batch.lengths, labels=batch.labels)
+        return nll / (batch.labels != -100).sum()
+
+    return Subject(name, model, loss, None if name == "floor" else adamw(model))
+
+
+def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
+    """transformers' OLMoE with the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub, eos_token_id=0, pad_token_id=0))
+    weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
+    hf.load_state_dict(weights)
+    modules, parameters = PEERS[name]
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=modules.split(), target_parameters=parameters.split() or None
+    )
+    model = get_peft_model(hf.to(base.lm_head.weight.device, base.lm_head.weight.dtype), settings).train()
+
+    def loss(batch: Batch) -> Tensor:
+        places = torch.arange(batch.input_ids.shape[1])
+        real = (places < batch.lengths[:, None]).long().to(batch.input_ids.device)
+        # transformers shifts the labels itself
+        labels = torch.cat((torch.full_like(batch.labels[:, :1], -100), batch.labels[:, :-1]), dim=1)
+        return model(batch.input_ids, attention_mask=real, labels=labels, use_cache=False).loss
+
+    return Subject(name, model, loss, adamw(model))
