@@ -30,7 +30,7 @@ if _spec is not None:
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,6 @@ def profile_warmup(
     seed: int = 0,
     processes: Processes = ALONE,
     micro_batch: int | None = None,
-    progress: Callable = iter,
 ) -> RoutingProfile:
     """Count the experts chosen while everything that requires a gradient trains, one step per `batch` items.
 
@@ -118,7 +117,7 @@ def profile_warmup(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
     totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64)
-    for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0)):
+    for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0), processes):
         step = global_step(model, [items[i] for i in chosen], micro_batch or batch, processes)
         if not step.loss.isfinite():
             raise RunError(f"warm-up: the loss is {step.loss:.3g}; lower the learning rate")
@@ -165,7 +164,6 @@ def count_task(
     shard: str | None,
     warmup: Warmup | None,
     seed: int,
-    progress: Callable = iter,
 ) -> RoutingProfile:
     """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
@@ -186,10 +184,16 @@ def count_task(
     sharded = memory.choose_shard(shard, device, processes.count, replicated)
     model = load_shared(folder, dtype, device, sharded=sharded, attach=attach)
     if warmup:
-        options = {"seed": seed, "processes": processes, "micro_batch": batch, "progress": progress}
+        options = {"seed": seed, "processes": processes, "micro_batch": batch}
         return profile_warmup(model, items, warmup.batch, lr=warmup.lr, **options)
     parts = data.micro_batches(items, batch, processes.index, processes.count)
-    return profile_routing(model, progress([data.collate(part, config.pad_token_id or 0) for part in parts]))
+    batches = [data.collate(part, config.pad_token_id or 0) for part in parts]
+    return profile_routing(model, progress(batches, processes))
+
+
+def progress(batches: list, processes: Processes) -> Iterable:
+    """The batches, with a progress bar on the main process if it has a terminal."""
+    return tqdm(batches, unit="batch", disable=None if processes.is_main else True)
 
 
 # --------------------------------------------------------------------------------------------------------- the file
@@ -324,8 +328,7 @@ def count(argv: list[str]) -> RoutingProfile:
 
     processes, recipe = start_processes(), RECIPES[settings.task]
     warmup = Warmup(recipe.r, recipe.alpha, recipe.lr, settings.batch) if settings.warmup == "lora" else None
-    progress = partial(tqdm, unit="batch", disable=None if processes.is_main else True)  # None: only on a terminal
-    options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed, "progress": progress}
+    options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed}
     counted = count_task(folder, items, settings.batch, processes, **options)
     title = f"Routing of {settings.model} on {settings.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts per token"

@@ -19,24 +19,19 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
 from hub.checkpoint import read_config, resolve
+from hub.config import PRESETS, MoEConfig
+from model import MoETransformer, init_weights, save_model
 
-SHAPE = {  # OLMoE-1B-7B, narrower and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 1024,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "rope_theta": 10000.0,
-    "eos_token_id": 0,
-}
+# OLMoE-1B-7B at half its width and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16.
+SHAPE = PRESETS["olmoe-1b-7b"] | {
+    "hidden_size": 1024, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 8
+}  # fmt: skip
 
 READERS = {  # what each process runs; `folder` is the checkpoint
     "ours": "from model import load_model\nbegin()\nmodel = load_model(folder, torch.bfloat16)",
@@ -84,11 +79,6 @@ def read(name: str, folder: Path) -> dict:
 
 def make(folder: Path) -> None:
     """Write a random checkpoint of SHAPE in bfloat16."""
-    import torch
-
-    from hub.config import MoEConfig
-    from model import MoETransformer, init_weights, save_model
-
     model = MoETransformer(MoEConfig.from_dict(SHAPE)).to(torch.bfloat16)
     init_weights(model, std=0.02)
     save_model(model, folder, shard_bytes=10**9)

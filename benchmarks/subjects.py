@@ -86,7 +86,7 @@ def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
     from peft import LoraConfig, get_peft_model
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub, eos_token_id=0, pad_token_id=0))
+    hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
     weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
     hf.load_state_dict(weights)
     modules, parameters = PEERS[name]

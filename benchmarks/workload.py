@@ -7,18 +7,12 @@ import numpy as np
 import torch
 
 from data import Batch
+from hub.config import PRESETS
 
-SHAPE = {
-    "model_type": "olmoe",
-    "vocab_size": 12576,
-    "hidden_size": 512,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-}
+SHAPE = PRESETS["olmoe-1b-7b"] | {  # a quarter of the width, depth and vocabulary
+    "vocab_size": 12576, "hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
 # GSM8K's training examples by number of tokens (prompt, answer and end): those in [16 i, 16 i + 16) stand at place i.
 LENGTHS = np.array(
     "0 0 0 1 92 538 965 1124 1096 866 794 595 438 336 210 158 95 73 35 16 18 13 3 4 1 1 0 1".split(), dtype=float

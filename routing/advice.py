@@ -76,11 +76,11 @@ def smallest_k(rows: list[Choice], field: str, target: float) -> int:
 def table(rows: list[Choice], num_experts_per_tok: int, targets: tuple[float, ...]) -> Iterator[str]:
     """Lines of text: k = 1, 2, 4, ..., E, and the smallest k that reaches each coverage target."""
     largest, powers = rows[-1], [2**i for i in range(len(rows).bit_length())]
-    yield "   k  coverage  least layer  adapter parameters   of all  adapter FLOPs a token   of all"
+    yield "   k  coverage  least layer  adapter parameters   of all  adapter FLOPs per token   of all"
     for c in rows:
         if c.k in powers or c is largest:
             parameters = f"{c.parameters:18,}  {c.parameters / largest.parameters:7.1%}"
-            flops = f"{c.flops:21,.0f}  {c.flops / largest.flops:7.1%}"
+            flops = f"{c.flops:23,.0f}  {c.flops / largest.flops:7.1%}"
             yield f"{c.k:4d}  {c.coverage:8.1%}  {c.least:11.1%}  {parameters}  {flops}"
     for target in targets:
         mean, least = (smallest_k(rows, field, target) for field in ("coverage", "least"))
