@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hub.config import MoEConfig
+from model import MoEConfig
 from ops import noted, one_kernel, outer
 
 

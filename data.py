@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from command.cli import InputError, note
-from hub.config import MoEConfig
 from hub.rows import Download, Row, fetch, read_rows
+from model import MoEConfig
 from tiny import tasks
 
 TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits

@@ -32,13 +32,14 @@ from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
 from hellora import TARGETS, Adapter
-from hub.checkpoint import SHARD_BYTES, Stored, read_config, read_rows, resolve, stored, write_checkpoint
-from hub.config import MoEConfig
+from hub.checkpoint import SHARD_BYTES, Stored, read_rows, resolve, stored, write_checkpoint
 from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
-from lora import KINDS, Scatter, init_A
-from model import MoETransformer, hub_views, load_model
+from hub.weights import PROJECTIONS, hub_key
+from lora import KINDS, init_A
+from lori import Scatter
+from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
-from run.adapters import PROJECTIONS, adapted_matrices, hub_key, hub_shapes
+from run.adapters import adapted_matrices, hub_shapes
 from scoring import completions
 
 BESIDE = (  # what a checkpoint folder holds beside its weights
@@ -85,7 +86,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
         return tensor.float()
 
     for module, matrices in sorted(adapted_matrices(adapter, config).items()):
-        fan_out, fan_in = shapes[hub_key(matrices[0], config)]
+        fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
         n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
         if adapter.kind == "lori":
             A = torch.empty(*n, r, fan_in)
@@ -121,7 +122,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 def weights_of(folder: Path) -> dict[str, Stored]:
     """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit config.json."""
     with torch.device("meta"):
-        views = hub_views(MoETransformer(read_config(folder)))
+        views = MoETransformer(read_config(folder)).hub_views()
     return stored(folder, {key: tuple(view.shape) for key, view in views.items()})
 
 
@@ -149,7 +150,7 @@ def write_merged(
 ) -> None:
     """Write the checkpoint `base` with an adapter, given by matrix, folded in. dtype: by default as in `base`."""
     config, weights = read_config(base), weights_of(base)
-    adapted = {f"{hub_key(matrix, config)}.weight": pair for matrix, pair in factors.items()}
+    adapted = {f"{hub_key(matrix, config.family)}.weight": pair for matrix, pair in factors.items()}
     sizes = {key: math.prod(weight.shape) * (dtype or weight.dtype).itemsize for key, weight in weights.items()}
     total = sum(sizes.values())
     say(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change")
@@ -190,7 +191,7 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
     adapters.load_adapter(model, folder)
     expected = logits(model, items)
     hellora.merge(model)
-    views, wrong = hub_views(model), []
+    views, wrong = model.hub_views(), []
     for key, W in all_rows(weights_of(merged)):
         want = views[key].to(W.dtype).float()
         if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # NaN is wrong too
@@ -236,7 +237,7 @@ def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
             if i not in config.moe_layers or config.shared_intermediate_size:
                 matrices += [f"{block}.{projection}" for projection in PROJECTIONS]
     shapes = hub_shapes(config)
-    return {key: shapes[key] for key in (hub_key(matrix, config) for matrix in matrices)}
+    return {key: shapes[key] for key in (hub_key(matrix, config.family) for matrix in matrices)}
 
 
 def write_adapter(
@@ -258,7 +259,7 @@ def write_adapter(
     if config.model_type not in UNDER_5:
         say(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
     check_space(out, size)
-    pairs = {hub_key(matrix, config): pair for matrix, pair in factors.items()}
+    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
     targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets]]
     # Full names if compact: with a pattern, transformers 5 would silently make a model without the experts.
     targets += [key for key in pairs if ".experts." in key] if compact else config.family.projections

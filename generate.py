@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attention import KVCache
 from command.cli import is_main_process
-from model import MoETransformer
+from model import KVCache, MoETransformer
 
 # Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So
 # freed rows wait until one in eight is free.

@@ -17,22 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from attention import Linear
 from command.cli import InputError
-from hub.config import MoEConfig
-from lora import (
-    KINDS,
-    LoRAExperts,
-    LoRALinear,
-    StackedLoRA,
-    hot_weights,
-    init_A,
-    uniform,
-)
-from model import Experts, MoETransformer, whole
+from hub.weights import full_tensor
+from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, uniform
+from model import Experts, MoEConfig, MoETransformer
 
 TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
     "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
@@ -224,9 +216,9 @@ def init_factors(model: MoETransformer) -> None:
     if adapter.kind == "dora":
         for module in model.modules():
             if isinstance(module, LoRALinear):
-                fill(module.lora_m, whole(module.weight).float().norm(dim=-1))
+                fill(module.lora_m, full_tensor(module.weight).float().norm(dim=-1))
             elif isinstance(module, LoRAExperts):
-                hot = hot_weights(whole(module.gate_up_proj), whole(module.down_proj), module.num_hot)
+                hot = hot_weights(full_tensor(module.gate_up_proj), full_tensor(module.down_proj), module.num_hot)
                 for name, W in hot.items():
                     fill(module.lora[name].lora_m, W.float().norm(dim=-1))
     if adapter.kind == "lori":
@@ -257,7 +249,7 @@ def detach(model: MoETransformer) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             with torch.device("meta"):
-                base = Linear(module.in_features, module.out_features, bias=module.bias is not None)
+                base = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
             base.weight, base.bias = module.weight, module.bias
             model.set_submodule(name, base)
         elif isinstance(module, LoRAExperts):

@@ -1,11 +1,13 @@
 """Factor pairs beside frozen weights: LoRA on a linear layer, and on the hot experts of a stack.
 
-y = W x + (alpha / r) B A x with W frozen (LoRA, section 4.1; HELLoRA, eq. 3). The paper writes x W + x A B, with
-A [in, r]; as in every checkpoint ours are the transposes: lora_A [r, in], lora_B [out, r]. The factors of a layer's
-hot experts are stacked, [n, r, in] and [n, out, r]; W + BA is never formed in training.
+    y = W x + (alpha / r) B A x         W [out, in] frozen, A [r, in] and B [out, r] trained
 
-Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R rows routed (sorted,
-the hot experts' first), S of them that reach a hot expert.
+(LoRA, section 4.1; HELLoRA, eq. 3.) The paper writes x W + x A B with A [in, r]; as in every checkpoint, ours are the
+transposes. The factors of a layer's hot experts are stacked, [n, r, in] and [n, out, r]. W + B A is never formed in
+training. `lora_grouped_linear` here is the plain formula for experts; training calls its fast namesake in ops/.
+
+Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R routed rows (sorted,
+those of hot experts first), H of them that reach a hot expert, T tokens.
 """
 
 import math
@@ -16,11 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrize
 
-from attention import Linear
-from model import Experts
-from ops import GroupedLowRankLinear, LowRankLinear, WeightedSwiGLU, weighted_swiglu
+import ops
+from model import Experts, grouped_linear
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -51,36 +51,23 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()
 
 
-class LoRALinear(Linear):
-    """y = W x + (alpha / r) B A x, W frozen.  [T, in] -> [T, out]"""
+class LoRALinear(nn.Linear):
+    """y = W x + bias + (alpha / r) B A x, with W and bias frozen.  [T, in] -> [T, out]"""
 
     def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
         device = base.weight.device
-        # float32 whatever the base: thousands of small updates would be lost in bfloat16
+        # float32 whatever the base: bfloat16 would round thousands of small updates away
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # step 0 is the base model
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.together(x)[0]
-
-    def together(self, x: Tensor, *others: nn.Linear) -> list[Tensor]:
-        if not all(isinstance(linear, LoRALinear) for linear in others):
-            return super().together(x, *others)
-        pairs, weights = (self, *others), []
-        for pair in pairs:
-            # by rows: some matrix products are half as fast by a narrow matrix that lies by columns
-            B = (pair.scaling * pair.lora_B.T.contiguous()).to(x.dtype)  # [r, out]
-            weights += [pair.weight, pair.bias, B]
-        A = torch.cat([pair.lora_A for pair in pairs]).to(x.dtype)  # [p * r, in]
-        return [pair.scaled(y) for pair, y in zip(pairs, LowRankLinear.apply(x, A, *weights), strict=True)]
-
-    def scaled(self, y: Tensor) -> Tensor:
-        """DoRA's scale, of which LoRA has none.  [T, out] -> [T, out]"""
-        return y
+        low = F.linear(x, self.lora_A.to(x.dtype))  # A x  [T, r]
+        B = (self.scaling * self.lora_B.T.contiguous()).to(x.dtype)  # [r, out]
+        return F.linear(x, self.weight, self.bias).addmm_(low, B)  # in place: no second [T, out]
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
@@ -88,7 +75,7 @@ class LoRALinear(Linear):
 
 
 class DoRALinear(LoRALinear):
-    """y = m (W + s B A) x / |W + s B A|, norm and magnitude m per output row (DoRA, eq. 5), W frozen.
+    """y = m (W + s B A) x / |W + s B A| + bias, with norm and magnitude m per output row (DoRA, eq. 5), W frozen.
 
     The norm is a constant in the backward pass (DoRA, section 4.3), and m starts as the norm of W.
     """
@@ -102,13 +89,25 @@ class DoRALinear(LoRALinear):
             norm = row_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
         return self.lora_m / norm  # [out]
 
-    def scaled(self, y: Tensor) -> Tensor:
-        if self.bias is None:
-            return self.scale().to(y.dtype) * y
-        return self.scale().to(y.dtype) * (y - self.bias) + self.bias
+    def forward(self, x: Tensor) -> Tensor:
+        y, scale = super().forward(x), self.scale().to(x.dtype)
+        return scale * y if self.bias is None else scale * (y - self.bias) + self.bias
 
     def merged(self) -> Tensor:
         return self.scale()[:, None] * super().merged()
+
+
+def lora_grouped_linear(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, recompute=None, *sources: Tensor
+) -> Tensor:
+    """W_e x + B_e A_e x for rows sorted by expert; only the first n experts have factors.  x [R, in] -> [R, out]
+
+    W [E, out, in], A [n, r, in], B [n, r, out] (transposed, times alpha / r), offsets [E] ends of the experts' rows,
+    num_rows of the hot experts together. recompute and sources are for the fast namesake: see ops.
+    """
+    y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
+    low = grouped_linear(x[:num_rows], A, hot)  # A_e x  [H, r]
+    return torch.cat((y[:num_rows] + grouped_linear(low, B.mT, hot), y[num_rows:]))
 
 
 class StackedLoRA(nn.Module):
@@ -144,16 +143,16 @@ class StackedDoRA(StackedLoRA):
 
 
 def hot_weights(gate_up_proj: Tensor, down_proj: Tensor, n: int) -> dict[str, Tensor]:
-    """Views of the n hot experts' weights, which come first.  [E, 2F, D], [E, D, F] -> [n, F, D] twice, [n, D, F]"""
+    """Views of the hot experts' weights, which come first.  [E, 2F, D], [E, D, F] -> [n, F, D] twice, [n, D, F]"""
     gate, up = gate_up_proj[:n].chunk(2, dim=1)
     return {"gate_proj": gate, "up_proj": up, "down_proj": down_proj[:n]}
 
 
 class LoRAExperts(Experts):
-    """Experts whose first n rows of the stack are hot and adapted, each projection by a pair of its own.
+    """Experts of which the first n in the stack are hot: each of their projections has a pair of its own.
 
-    The adapters take part in every step, even when no token reaches a hot expert: their gradient is then zero, not
-    None. FSDP2 reduces only parameters that have a gradient on a rank; skipping would silently mix up experts.
+    The adapters take part in every step, even if no token reaches a hot expert. Their gradient is then zero and not
+    None: FSDP2 reduces only parameters that have a gradient on a process, and would otherwise mix up experts silently.
     """
 
     def __init__(self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float) -> None:
@@ -166,141 +165,48 @@ class LoRAExperts(Experts):
     def hot_weights(self) -> dict[str, Tensor]:
         return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
 
-    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, S: int, *made_by) -> Tensor:
-        """W x [R, out], on the S hot rows with the pairs `names`, whose outputs lie side by side.
+    def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        num_rows = int(offsets[self.num_hot - 1])  # the hot experts' rows come first
+        both, hot_tokens = ("gate_proj", "up_proj"), token[:num_rows]
+        # The gathered rows [R, D] get no name, which would keep them until the end.
+        gate_up = self.adapted(
+            both, x.index_select(0, token), self.gate_up_proj, offsets, num_rows, rows_of_tokens, x, hot_tokens
+        )  # [R, 2F]
+        hidden = ops.weighted_swiglu(gate_up, weight)  # [R, F]
+        sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
+        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, num_rows, rows_of_hidden, *sources)
 
-        made_by: a function and tensors that give the hot rows of x again, see GroupedLowRankLinear.
+    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, num_rows: int, *made_by) -> Tensor:
+        """W x with the pairs `names`, whose outputs lie side by side.  [R, in] -> [R, out]
+
+        made_by: a function and tensors that give the hot rows of x again, see `lora_grouped_linear`.
         """
         pairs = [self.lora[name] for name in names]
         A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
         out, last = pairs[0].lora_B.shape[1], len(pairs) - 1
-        B = [F.pad(pair.lora_B.mT, (i * out, (last - i) * out)) for i, pair in enumerate(pairs)]  # each writes its own
+        B = [F.pad(pair.lora_B.mT, (i * out, (last - i) * out)) for i, pair in enumerate(pairs)]  # block-diagonal
         B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, p * r, p * out]
-        y = GroupedLowRankLinear.apply(x, W, A.to(x.dtype), B.to(x.dtype), offsets, S, *made_by)
+        y = ops.lora_grouped_linear(x, W, A.to(x.dtype), B.to(x.dtype), offsets, num_rows, *made_by)
         if isinstance(pairs[0], StackedDoRA):
             weights = self.hot_weights()
             scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
             counts = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1))
-            y = torch.cat((y[:S] * scale.repeat_interleave(counts, 0, output_size=S), y[S:]))
+            y = torch.cat((y[:num_rows] * scale.repeat_interleave(counts, 0, output_size=num_rows), y[num_rows:]))
         return y
-
-    def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        S = int(offsets[self.num_hot - 1])  # the hot rows come first
-        # The gathered rows [R, D] get no name: it would keep them until the end.
-        gate_up = self.adapted(
-            ("gate_proj", "up_proj"),
-            x.index_select(0, token),
-            self.gate_up_proj,
-            offsets,
-            S,
-            rows_of_tokens,
-            x,
-            token[:S],
-        )  # [R, 2F]
-        hidden = WeightedSwiGLU.apply(gate_up, weight)  # [R, F]
-        made_from = gate_up[:S].detach(), weight[:S].detach()
-        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, S, rows_of_hidden, *made_from)
 
 
 def rows_of_tokens(rows: slice, x: Tensor, token: Tensor) -> Tensor:
-    """What gate and up multiply, on some rows.  x [T, D], token [S] -> [rows, D]"""
+    """Some rows of what gate and up multiply.  x [T, D], token [H] -> [rows, D]"""
     return x.index_select(0, token[rows])
 
 
 def rows_of_hidden(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
-    """What down multiplies, on some rows.  gate_up [S, 2F], weight [S, 1] -> [rows, F]"""
-    return weighted_swiglu(gate_up[rows], weight[rows])
+    """Some rows of what down multiplies.  gate_up [H, 2F], weight [H, 1] -> [rows, F]"""
+    return ops.weighted_swiglu(gate_up[rows], weight[rows])
 
 
 KINDS = {  # what trains in a pair -> its classes
     "lora": (LoRALinear, StackedLoRA),  # A and B
     "dora": (DoRALinear, StackedDoRA),  # A, B and a magnitude per output row
-    "lori": (LoRALinear, StackedLoRA),  # B alone: all of it, or a few entries (`sparsify`)
+    "lori": (LoRALinear, StackedLoRA),  # only B: all of it, or a few entries (`lori.sparsify`)
 }
-
-
-class Scatter(nn.Module):
-    """A matrix that is zero except at `positions`: values [m] -> B of the given shape, and back."""
-
-    def __init__(self, positions: Tensor, shape: torch.Size) -> None:
-        super().__init__()
-        self.register_buffer("positions", positions)  # int64 [m] into the flat matrix
-        self.shape = shape
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.shape.numel()).index_copy(0, self.positions, values).view(self.shape)
-
-    def right_inverse(self, B: Tensor) -> Tensor:
-        return B.flatten()[self.positions]
-
-    def bits(self) -> Tensor:
-        """A bit for every entry of the matrix, 1 if it is kept: for the file, where positions would outweigh values."""
-        kept = np.zeros(self.shape.numel(), dtype=bool)
-        kept[self.positions.cpu()] = True
-        return torch.from_numpy(np.packbits(kept))  # uint8 [entries / 8]
-
-
-def positions_of(bits: Tensor) -> Tensor:
-    """What `Scatter.bits` packed.  -> int64 [m], rising"""
-    return torch.from_numpy(np.unpackbits(bits.numpy()).nonzero()[0])
-
-
-def sparsify(model: nn.Module, positions: dict[str, Tensor]) -> None:
-    """Keep of every lora_B only the entries at `positions` (by the name of its module), as one vector of values.
-
-    What trains, its gradient, its moments in the optimizer and its file then have the size of the entries kept: a
-    mask over a dense B would save none of it. `module.lora_B` stays readable, as the whole matrix.
-    """
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, LoRALinear | StackedLoRA):
-            continue
-        kept = positions.get(name, ())
-        if len(kept):
-            B = module.lora_B
-            scatter = Scatter(kept if B.is_meta else kept.to(B.device), B.shape)
-            parametrize.register_parametrization(module, "lora_B", scatter, unsafe=True)  # changes the shape
-        else:  # nothing of this matrix trains: it stays zero
-            module.lora_B.requires_grad_(False)
-
-
-def trains(ranks: Tensor, r_max: int) -> Tensor:
-    """Which dimensions have grown.  ranks [...] -> bool [..., r_max]"""
-    return torch.arange(r_max) < ranks.unsqueeze(-1)
-
-
-def rank_rows(state: dict[str, Tensor]) -> dict[str, int]:
-    """For every tensor of experts the row of `ranks` [L, E] that is its layer's; first layers may have no experts."""
-    layers = {name: int(name.split(".")[1]) for name in state if ".experts." in name}
-    row = {layer: i for i, layer in enumerate(sorted(set(layers.values())))}
-    return {name: row[layer] for name, layer in layers.items()}
-
-
-def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Drop what never grew: an expert's pair keeps its R dimensions, and the experts lie one after the other.
-
-    lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]; other modules stay as they are.
-    """
-    kept = dict(state)
-    for name, row in rank_rows(state).items():
-        is_A = name.endswith("lora_A")
-        stack = state[name] if is_A else state[name].mT  # [E, r_max, in or out]
-        rows = stack[trains(ranks[row], stack.shape[1])]  # [sum of R, in or out]
-        kept[name] = rows if is_A else rows.mT.contiguous()
-    return kept
-
-
-def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
-    padded, largest, rows_of = {}, int(ranks.max()), rank_rows(state)
-    for name, tensor in state.items():
-        rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
-        if name in rows_of:
-            mask = trains(ranks[rows_of[name]], largest)
-            if len(rows) != int(mask.sum()):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
-            stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
-            stack[mask] = rows
-        else:
-            stack = F.pad(rows, (0, 0, 0, largest - len(rows)))  # [largest, in or out]
-        padded[name] = stack if name.endswith("lora_A") else stack.mT.contiguous()
-    return padded

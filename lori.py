@@ -1,25 +1,26 @@
-"""LoRI: random, frozen A; B trained (LoRI-D), or only a tenth of its entries (LoRI-S). HELLoRI: this on hot experts.
+"""LoRI: A random and frozen; all of B trained (LoRI-D), or a tenth of its entries (LoRI-S).
 
-    attach(model, hot, r, alpha, kind="lori")            # stage D: lora_A is drawn once and stays, all of B trains
+HELLoRI is LoRI on hot experts.
+
+    attach(model, hot, r, alpha, kind="lori")            # stage D: lora_A is drawn once and stays; all of B trains
     ...
-    positions = top_entries(adapter_state(model))        # stage S: the largest tenth of |B|, over the whole model
-    attach(another, hot, r, alpha, kind="lori")          # the same seed, so the same A; B is zero again
-    lora.sparsify(another, positions)                    # only these entries exist, as a vector of values
+    positions = top_entries(adapter_state(model))        # the largest tenth of |B| over the whole model
+    attach(another, hot, r, alpha, kind="lori")          # stage S: the same seed gives the same A; B is zero again
+    sparsify(another, positions)                         # only these entries exist, as a vector of values
 
-LoRI (section 3.2) keeps one frozen A. Its released code draws a new A for stage S, so that the mask was measured under
-one A and used under another: a defect, not followed here. HELLoRA says "10 % of the entries in each B" where LoRI
-takes one threshold for the whole model; we follow LoRI.
+LoRI (section 3.2) keeps one frozen A. Its released code draws a new A for stage S: the mask was measured under one A
+and is used under another. That is a defect, and not followed here. HELLoRA says "10 % of the entries in each B", while
+LoRI takes one threshold for the whole model. We follow LoRI.
 """
 
-import argparse
-from pathlib import Path
-
+import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from command.cli import InputError
-from hellora import Adapter
-from run.adapters import read_adapter
+from lora import LoRALinear, StackedLoRA
 
 KEPT = 0.1  # of B's entries, in stage S (LoRI, section 3.2: a sparsity of 90 %)
 
@@ -45,14 +46,45 @@ def top_entries(state: dict[str, Tensor], share: float = KEPT) -> dict[str, Tens
     return {name.removesuffix(".lora_B"): part.nonzero().flatten() for name, part in parts}
 
 
-def read_mask(args: argparse.Namespace) -> tuple[Adapter, dict[str, Tensor]]:
-    """The finished D run of --mask: its Adapter and tensors. Raises InputError if stage S would not continue it."""
-    adapter, state = read_adapter(Path(args.mask) / "adapter")
-    if adapter.kind != "lori":
-        raise InputError(f"--mask {args.mask} is a run of kind {adapter.kind}; want one of lori-d or hellori-d")
-    asked = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets, "seed": args.seed}
-    there = {"rank": adapter.r, "alpha": adapter.alpha, "targets": adapter.targets, "seed": adapter.seed}
-    for name, value in asked.items():
-        if value != there[name]:
-            raise InputError(f"--mask {args.mask} has {name} {there[name]}, this run {value}; they must agree")
-    return adapter, state
+class Scatter(nn.Module):
+    """A matrix that is zero except at `positions`: values [m] -> B of the given shape, and back."""
+
+    def __init__(self, positions: Tensor, shape: torch.Size) -> None:
+        super().__init__()
+        self.register_buffer("positions", positions)  # int64 [m] into the flat matrix
+        self.shape = shape
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self.shape.numel()).index_copy(0, self.positions, values).view(self.shape)
+
+    def right_inverse(self, B: Tensor) -> Tensor:
+        return B.flatten()[self.positions]
+
+    def bits(self) -> Tensor:
+        """A bit for every entry of the matrix, 1 if it is kept: for the file, where positions would outweigh values."""
+        kept = np.zeros(self.shape.numel(), dtype=bool)
+        kept[self.positions.cpu()] = True
+        return torch.from_numpy(np.packbits(kept))  # uint8 [entries / 8]
+
+
+def positions_of(bits: Tensor) -> Tensor:
+    """What `Scatter.bits` packed.  -> int64 [m], rising"""
+    return torch.from_numpy(np.unpackbits(bits.numpy()).nonzero()[0])
+
+
+def sparsify(model: nn.Module, positions: dict[str, Tensor]) -> None:
+    """Keep of every lora_B only the entries at `positions` (by the name of its module), as one vector of values.
+
+    What trains, its gradient, its moments in the optimizer and its file then have the size of the entries kept: a
+    mask over a dense B would save none of it. `module.lora_B` stays readable, as the whole matrix.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoRALinear | StackedLoRA):
+            continue
+        kept = positions.get(name, ())
+        if len(kept):
+            B = module.lora_B
+            scatter = Scatter(kept if B.is_meta else kept.to(B.device), B.shape)
+            parametrize.register_parametrization(module, "lora_B", scatter, unsafe=True)  # changes the shape
+        else:  # nothing of this matrix trains: it stays zero
+            module.lora_B.requires_grad_(False)

@@ -1,51 +1,243 @@
-"""A compact mixture-of-experts transformer that reads and writes Hugging Face checkpoints.
+"""A compact mixture-of-experts transformer that reads and writes Hugging Face checkpoints. All of it is in this file.
 
     model = load_model("tiny")                     # a folder or a hub id, e.g. allenai/OLMoE-1B-7B-0924
-    logits, selected_experts = model(input_ids)    # what it says, and which experts it asked
+    logits, selected_experts = model(input_ids)    # the prediction, and the experts that computed it
 
-OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward; they differ in config values and key names
-(config.py). Attention knows which sequence a token is of, all else sees a flat list of real tokens: padding is never
-routed, counted or multiplied by an expert. The E experts of a layer are stacked tensors, computed by one grouped matmul
-per projection on rows sorted by expert; files hold the hub's per-expert keys (`hub_parts` maps one to the other).
+OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward pass; they differ in config values and key names.
+Attention knows the sequence of each token; the rest works on a flat list of real tokens, so padding is never routed or
+multiplied by an expert. The E experts of a layer are stacked, and computed together on rows sorted by expert. Where a
+layer calls ops.NAME, the plain formula of that NAME is in this file; the fast one gives the same values and gradients.
 
-Dimensions: B sequences, S positions, T real tokens (<= B * S), D hidden_size, F intermediate_size of an expert,
-E experts a layer, K experts a token, R = T * K rows routed, L layers with experts, V vocabulary, Hq query heads,
-Hk key and value heads, Dh head_dim, M key positions of a KV cache.
+Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
+E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,
+Hq query heads, Hk key and value heads, Dh head_dim, M key positions of a KV cache.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as compute_again
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from attention import Attention, KVCache, Layout, RMSNorm, lay_out
-from command.cli import InputError, is_main_process, say
-from hub.checkpoint import (
-    INDEX,
-    SHARD_BYTES,
-    read_config,
-    read_rows,
-    resolve,
-    stored,
-    unread_keys,
-    write_checkpoint,
-)
-from hub.config import MoEConfig
-from ops import HeadLoss, WeightedSwiGLU, grouped_linear
+import ops
+from command.cli import note
+from hub import weights
+from hub.checkpoint import SHARD_BYTES, read_config_numbers, resolve, stored
+from hub.config import FAMILIES, Family, read_numbers, unread_keys
 
-# --------------------------------------------------------------------------------------------------- forward
+# ----------------------------------------------------------------------------------------------------- the config
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """The numbers of config.json that the forward pass needs, under the hub's names."""
+
+    model_type: str  # key of hub.config.FAMILIES
+    vocab_size: int  # V
+    hidden_size: int  # D
+    intermediate_size: int  # F, of one expert
+    num_hidden_layers: int
+    num_attention_heads: int  # Hq
+    num_key_value_heads: int  # Hk
+    head_dim: int  # Dh
+    num_experts: int  # E
+    num_experts_per_tok: int  # K
+    norm_topk_prob: bool  # the K routing weights of a token are divided by their sum
+    rope_theta: float
+    rms_norm_eps: float
+    num_dense_layers: int = 0  # first layers, which have one MLP for all tokens (first_k_dense_replace)
+    dense_intermediate_size: int = 0  # of that MLP
+    shared_intermediate_size: int = 0  # of the MLP that every token passes besides its K experts; 0: none
+    shared_expert_gate: bool = False  # a sigmoid gate scales that MLP's output
+    qk_norm: str | None = None  # RMSNorm of q and k over the whole "projection", or over each "head"
+    qkv_bias: bool = False
+    clip_qkv: float | None = None  # OLMoE: clamp q, k and v to [-clip, clip]
+    sliding_window: int | None = None  # Mixtral derivatives: positions a query sees, itself included
+    tie_word_embeddings: bool = False
+    eos_token_ids: tuple[int, ...] = ()  # decoding stops at any of them; the first is trained
+    pad_token_id: int | None = None
+    hub: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read, for saving
+
+    @classmethod
+    def from_dict(cls, hub: dict) -> "MoEConfig":
+        """Read the hub's config.json. Raises InputError for a value that this forward pass does not implement."""
+        return cls(**read_numbers(hub))
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return next(iter(self.eos_token_ids), None)
+
+    @property
+    def moe_layers(self) -> range:
+        """The layers with a router and experts. Their number is the L of counts, masks and selected_experts."""
+        return range(self.num_dense_layers, self.num_hidden_layers)
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, normalised in float32 and cast back before the weight, as the hub's models do."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split form: pairs are (i, i + Dh / 2).  [T, H, Dh] -> [T, H, Dh]"""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v, causal if there is no mask.  q [B, Hq, S, Dh], k, v [B, Hk, M, Dh] -> as q"""
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+
+
+class KVCache:
+    """Keys and values of B growing sequences: `model(new_ids, lengths, cache=cache)` appends to it."""
+
+    def __init__(self, config: MoEConfig, batch: int, capacity: int, *, dtype: torch.dtype, device) -> None:
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layers, B, Hk, M, Dh]
+        self.values = torch.zeros(shape, dtype=dtype, device=device)  # [layers, B, Hk, M, Dh]
+        self.lengths = torch.zeros(batch, dtype=torch.int64)  # [B] positions filled, on the host
+
+    def append(self, layer: int, layout: "Layout", k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [T, Hk, Dh] at their positions; return this layer's keys and values [B, Hk, M', Dh]."""
+        row = layout.index // layout.S  # [T]
+        self.keys[layer, row, :, layout.positions], self.values[layer, row, :, layout.positions] = k, v
+        visible = layout.S if layout.mask is None else layout.mask.shape[-1]
+        return self.keys[layer, :, :, :visible], self.values[layer, :, :, :visible]
+
+
+@dataclass
+class Layout:
+    """Where the T real tokens of a right-padded [B, S] batch are, and what each of them may attend to."""
+
+    S: int
+    lengths: Tensor  # [B] number of real tokens of each sequence, on the host
+    index: Tensor  # [T] places b * S + s of the real tokens
+    positions: Tensor  # [T] place of each token in its sequence, counted from 0
+    rotary: tuple[Tensor, Tensor]  # cos and sin [T, 1, Dh] of the positions
+    mask: Tensor | None  # [B, 1, S, M] bool, True = visible; None: plain causal attention
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, H, Dh] -> [B, H, S, Dh], zeros at padding."""
+        # Of the ways to write rows, this is the one whose backward pass needs only the index.
+        x = x.new_zeros(len(self.lengths) * self.S, *x.shape[1:]).index_put((self.index,), x)  # [B * S, H, Dh]
+        return x.view(-1, self.S, *x.shape[1:]).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """[B, H, S, Dh] -> [T, H * Dh]"""
+        return x.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, self.index)
+
+
+def lay_out(config: MoEConfig, weight: Tensor, S: int, lengths: Tensor, cache: KVCache | None) -> Layout:
+    """The layout of B sequences of `lengths` [B] tokens, padded to S, on the device and in the dtype of `weight`."""
+    place, past = torch.arange(S), torch.zeros_like(lengths) if cache is None else cache.lengths  # on the host
+    queries = past[:, None] + place  # [B, S] positions
+    index = (place < lengths[:, None]).flatten().nonzero().flatten()  # [T]
+    positions = queries.flatten()[index].to(weight.device, non_blocking=True)  # [T]
+    exponent = torch.arange(0, config.head_dim, 2, device=weight.device).float() / config.head_dim
+    angle = positions[:, None].float() * (1.0 / config.rope_theta**exponent)  # [T, Dh / 2], rounded as the hub does
+    angle = torch.cat((angle, angle), dim=-1)[:, None]  # [T, 1, Dh]
+    rotary = angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
+    mask, window = None, config.sliding_window or math.inf
+    if past.any() or window < S:
+        ago = queries[:, None, :, None] - torch.arange(int((past + lengths).max() if cache else S))  # [B, 1, S, M]
+        mask = ((ago >= 0) & (ago < window)).to(weight.device, non_blocking=True)
+    return Layout(S, lengths, index.to(weight.device, non_blocking=True), positions, rotary, mask)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; q and k may be normalised; q, k and v clipped or biased."""
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        D, Dh = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
+        self.q_proj = nn.Linear(D, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, D, bias=False)
+        self.qk_norm, self.clip, self.head_dim = config.qk_norm, config.clip_qkv, Dh
+        if self.qk_norm:
+            self.q_norm = RMSNorm(Dh if self.qk_norm == "head" else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(Dh if self.qk_norm == "head" else kv_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> Tensor:
+        """[T, D] -> [T, D]"""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [T, Hq * Dh], [T, Hk * Dh] twice
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [T, H, Dh]
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
+        # A GPU attends to the padded batch at once. On a CPU padding takes as long as tokens do.
+        if layout.mask is None and cache is None and len(layout.lengths) and not ops.one_kernel(x.device):
+            return self.o_proj(ops.attend_by_sequence(q, k, v, layout.lengths))
+        q = layout.pad(q)  # [B, Hq, S, Dh]
+        k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
+        # Right padding comes after every real token, so plain causal attention never sees it.
+        return self.o_proj(layout.unpad(attend(q, k, v, layout.mask)))
+
+
+# ------------------------------------------------------------------------------------------- mixture of experts
+
+
+class Routing(NamedTuple):
+    """How the router weighs the experts, in float32."""
+
+    weights: Tensor  # [..., T, K] what the chosen experts' outputs are multiplied by
+    probs: Tensor  # [..., T, E] softmax of the logits
+    logits: Tensor  # [..., T, E]
+
+
+def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Routing]:
+    """Softmax, then top-k.  router_logits [T, E] -> selected_experts [T, K], Routing"""
+    probs = router_logits.softmax(-1, dtype=torch.float32)  # bfloat16 probabilities would merge near-ties
+    routing_weights, selected_experts = probs.topk(top_k, dim=-1)
+    if norm_topk_prob:
+        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
+    return selected_experts, Routing(routing_weights, probs, router_logits)
+
+
+def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+    """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets [G] ends of the groups' rows -> [R, out]"""
+    starts = [0, *offsets.tolist()]
+    return torch.cat([F.linear(x[start:end], W_g) for start, end, W_g in zip(starts, starts[1:], W, strict=False)])
+
+
+def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """silu(gate) * up * weight.  gate_up [R, 2F], weight [R, 1] -> [R, F]"""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up * weight
 
 
 class Experts(nn.Module):
     """E SwiGLU MLPs as stacked tensors: down(silu(gate(x)) * up(x)).
 
-    `expert_ids[i]` is the expert stored in row i, `rows` its inverse. They are the identity until
-    `hellora.attach` moves the hot experts to the front: what these compute is then one contiguous prefix.
+    `expert_ids[i]` is the expert in row i of the stacks, `rows` the inverse. `hellora.attach` moves hot experts first.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -53,51 +245,24 @@ class Experts(nn.Module):
         E, D, F_ = config.num_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate's rows, then up's
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
-        # Never on the meta device, which the weights pass through: it is known without them.
+        # Never on the meta device, on which models are built: it is known without the weights.
         self.register_buffer("rows", torch.empty(E, dtype=torch.int64, device="cpu"), persistent=False)
         self.set_order(list(range(E)))
 
     def set_order(self, expert_ids: list[int]) -> None:
-        """Say which expert each row of the stacks holds; moving the weights is the caller's job."""
+        """Say which expert each row of the stacks holds. The caller moves the weights."""
         self.expert_ids = expert_ids
         self.rows.copy_(torch.tensor(expert_ids, device="cpu").argsort())
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        """x [T, D] -> outputs [R, D] of the rows sorted by row of the stack, times their weights
-
-        token [R] and routing weight [R, 1] of each row, offsets [E] where each expert's share of the rows ends.
-        """
-        gate_up = grouped_linear(x.index_select(0, token), self.gate_up_proj, offsets)  # [R, 2F]
-        # down is linear, so the weight may scale its input: its output then need not be kept for backward.
-        return grouped_linear(WeightedSwiGLU.apply(gate_up, weight), self.down_proj, offsets)
-
-
-def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Tensor]:
-    """Softmax, then top-k.  router_logits [T, E] -> routing_weights [T, K], selected_experts [T, K]"""
-    probs = router_logits.softmax(-1, dtype=torch.float32)  # bfloat16 probabilities would merge near-ties
-    routing_weights, selected_experts = probs.topk(top_k, dim=-1)
-    if norm_topk_prob:
-        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
-    return routing_weights.to(router_logits.dtype), selected_experts
-
-
-def load_balancing_loss(router_logits: Tensor, top_k: int, form: str = "concat") -> Tensor:
-    """E * sum_e f_e P_e: f_e the selections of expert e per token, P_e its mean probability.  [L, T, E] -> []
-
-    "concat" is the hub's (and OLMoE's pre-training) form: tokens of all layers count together, so layers may cancel
-    each other; its minimum is top_k. "layer" is the mean over layers of Switch's form (HELLoRA, eq. 1), f_e a share
-    of the selections: its minimum is 1, and no layer can hide behind another.
-    """
-    L, _, E = router_logits.shape
-    P = router_logits.softmax(-1, dtype=torch.float32)  # [L, T, E]
-    f = torch.zeros_like(P).scatter(-1, P.topk(top_k, dim=-1).indices, 1.0)  # [L, T, E]
-    if form == "concat":
-        return E * (f.mean((0, 1)) * P.mean((0, 1))).sum()
-    return E * (f.mean(1) * P.mean(1)).sum() / (L * top_k)
+        """x [T, D]; token [R] and weight [R, 1] of each row; offsets [E] ends of the experts' rows -> [R, D]"""
+        gate_up = ops.grouped_linear(x.index_select(0, token), self.gate_up_proj, offsets)  # [R, 2F]
+        # down is linear, so the weight may scale its input: its output is then not kept for the backward pass.
+        return ops.grouped_linear(ops.weighted_swiglu(gate_up, weight), self.down_proj, offsets)
 
 
 class MLP(nn.Module):
-    """One SwiGLU MLP for all tokens: of DeepSeekMoE's first layers, or the shared expert.  [T, D] -> [T, D]"""
+    """One SwiGLU MLP for all tokens: in DeepSeekMoE's first layers, or as the shared expert.  [T, D] -> [T, D]"""
 
     def __init__(self, D: int, size: int) -> None:
         super().__init__()
@@ -110,44 +275,41 @@ class MLP(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """A token's output is the weighted sum of its K experts' outputs, plus that of a shared expert if there is one."""
+    """The weighted sum of a token's K experts' outputs, plus that of a shared expert if there is one."""
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
         self.experts = Experts(config)
-        self.shared_expert = self.shared_expert_gate = None
-        if config.shared_intermediate_size:
-            self.shared_expert = MLP(config.hidden_size, config.shared_intermediate_size)
-            if config.family.shared_expert_gate:
-                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        size = config.shared_intermediate_size
+        self.shared_expert = MLP(config.hidden_size, size) if size else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [T, D] -> y [T, D], selected_experts [T, K], router_logits [T, E]"""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
+        """x [T, D] -> y [T, D], selected_experts [T, K], Routing"""
         T, E, K = len(x), len(self.experts.rows), self.top_k
-        router_logits = self.gate(x)  # [T, E]
-        routing_weights, selected_experts = route(router_logits, K, self.norm_topk_prob)  # [T, K]
+        selected_experts, routing = route(self.gate(x), K, self.norm_topk_prob)  # [T, K]
         row = self.experts.rows[selected_experts].flatten()  # [R] where the chosen expert is stored
         row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
         offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
-        weight = routing_weights.flatten().index_select(0, order).unsqueeze(-1)  # [R, 1]
+        weight = routing.weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)  # [R, 1]
         out = self.experts(x, order // K, weight, offsets)  # [R, D]
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))  # its inverse
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))  # order's inverse
         y = out.index_select(0, place).view(T, K, x.shape[-1]).sum(dim=1)  # [T, D]
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
-        return y, selected_experts, router_logits
+        return y, selected_experts, routing
+
+
+# --------------------------------------------------------------------------------------------- the whole decoder
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MoE (or one MLP), each added to the residual stream.
+    """Pre-norm attention and MoE (or one MLP), each added to the residual stream."""
 
-    activation_checkpointing: keep for backward only what came in, and compute the layer again when its turn comes.
-    """
-
-    activation_checkpointing = False
+    activation_checkpointing = False  # True: keep only the layer's input, and compute the layer again in backward
 
     def __init__(self, config: MoEConfig, layer: int) -> None:
         super().__init__()
@@ -157,19 +319,25 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if is_moe else MLP(D, config.dense_intermediate_size)
 
-    def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple[Tensor, ...]:
-        """x [T, D] -> x [T, D], and of an MoE layer selected_experts [T, K] and router_logits [T, E]"""
+    def forward(self, *inputs) -> tuple:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return compute_again(self.compute, x, layout, layer, cache, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x, layout, layer, cache)
+            return recompute_in_backward(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(*inputs)
 
-    def compute(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple[Tensor, ...]:
+    def compute(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple:
+        """x [T, D] -> x [T, D], and for an MoE layer selected_experts [T, K] and Routing"""
         x = x + self.self_attn(self.input_layernorm(x), layout, layer, cache)  # [T, D]
         h = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MLP):
             return (x + self.mlp(h),)
-        y, selected_experts, router_logits = self.mlp(h)
-        return x + y, selected_experts, router_logits
+        y, selected_experts, routing = self.mlp(h)
+        return x + y, selected_experts, routing
+
+
+def target_loss(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
+    """Sum of -log softmax(W x)[target] in nats.  x [N, D], W [V, D], target [N] -> []"""
+    logits = F.linear(x, W)  # [N, V]
+    return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), target, reduction="sum")
 
 
 class MoETransformer(nn.Module):
@@ -194,112 +362,66 @@ class MoETransformer(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-        output_router_logits: bool = False,
-    ) -> tuple[Tensor, ...]:
+        output_routing: bool = False,
+    ) -> tuple:
         """input_ids [B, S] -> logits [B, S, V], selected_experts [L, B, S, K] (-1 at padding).
 
-        lengths [B]: real tokens of each sequence, padding follows them; None: no padding.
-        labels [B, S]: the token each position should predict, -100 for none. The first result is then the
-        *sum* of the targets' negative log-likelihoods in nats; the LM head runs on those positions only.
-        cache: the ids continue its sequences and are appended to it.
-        last_only: logits [B, V] of each sequence's last real token.
-        output_router_logits: a third result, router logits [L, T, E] of the real tokens.
+        lengths [B]: number of real tokens of each sequence, before its padding; None: no padding.
+        labels [B, S]: the token that each position should predict, -100 for none. The first result is then the *sum*
+        of the targets' negative log-likelihoods in nats; the LM head runs on those positions only.
+        cache: the ids continue its sequences. last_only: logits [B, V] of each sequence's last real token.
+        output_routing: a third result, the Routing of the real tokens, its tensors [L, T, K] and [L, T, E].
         """
         B, S = input_ids.shape
-        layout = lay_out(self.config, self.embed_tokens.weight, B, S, lengths, cache)
-        ids = input_ids.flatten()
-        x = self.embed_tokens(ids if layout.index is None else ids[layout.index])  # [T, D]
-        chosen, router_logits = [], []
+        lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
+        layout = lay_out(self.config, self.embed_tokens.weight, S, lengths, cache)
+        x = self.embed_tokens(input_ids.flatten()[layout.index])  # [T, D]
+        selected, routings = [], []
         for i, layer in enumerate(self.layers):
             x, *routed = layer(x, layout, i, cache)
             if routed:
-                chosen.append(routed[0])
-                router_logits.append(routed[1])
+                selected.append(routed[0])
+                routings.append(routed[1])
         if cache is not None:
-            cache.lengths = cache.lengths + (S if lengths is None else lengths.cpu())
-        selected_experts = torch.stack(chosen)  # [L, T, K]
-        if layout.index is not None:
-            padded = selected_experts.new_full((len(chosen), B * S, selected_experts.shape[-1]), -1)
-            selected_experts = padded.index_copy(1, layout.index, selected_experts)
-        result = self.head(x, layout, lengths, labels, last_only)
-        outputs = (result, selected_experts.view(len(chosen), B, S, selected_experts.shape[-1]))
-        return (*outputs, torch.stack(router_logits)) if output_router_logits else outputs
+            cache.lengths = cache.lengths + lengths
+        selected_experts = torch.stack(selected)  # [L, T, K]
+        L, _, K = selected_experts.shape
+        padded = selected_experts.new_full((L, B * S, K), -1).index_copy(1, layout.index, selected_experts)
+        outputs = (self.head(x, layout, labels, last_only), padded.view(L, B, S, K))
+        return (*outputs, Routing(*map(torch.stack, zip(*routings, strict=True)))) if output_routing else outputs
 
-    def head(self, x: Tensor, layout: Layout, lengths: Tensor | None, labels: Tensor | None, last_only: bool) -> Tensor:
+    def head(self, x: Tensor, layout: Layout, labels: Tensor | None, last_only: bool) -> Tensor:
         """Final norm and LM head, only where their result is used.  x [T, D] -> see `forward`"""
         if labels is not None:
-            labels = labels.flatten() if layout.index is None else labels.flatten()[layout.index]  # [T]
-            wanted = (labels != -100).nonzero().flatten()  # [targets]
-            return HeadLoss.apply(self.norm(x[wanted]), self.lm_head.weight, labels[wanted])
+            labels = labels.flatten()[layout.index]  # [T]
+            wanted = (labels != -100).nonzero().flatten()  # [N]
+            return ops.target_loss(self.norm(x[wanted]), self.lm_head.weight, labels[wanted])
         if last_only:
-            ends = torch.full((layout.B,), layout.S) if lengths is None else lengths.cpu()
-            last = ends.cumsum(0) - 1  # the real tokens lie one sequence after the other
+            last = layout.lengths.cumsum(0) - 1  # the sequences' real tokens lie one after the other
             return self.lm_head(self.norm(x[last.to(x.device)]))  # [B, V]
         logits = self.lm_head(self.norm(x))  # [T, V]
-        if layout.index is not None:
-            padded = logits.new_zeros(layout.B * layout.S, logits.shape[-1])
-            logits = padded.index_copy(0, layout.index, logits)
-        return logits.view(layout.B, layout.S, logits.shape[-1])
+        padded = logits.new_zeros(len(layout.lengths) * layout.S, logits.shape[-1])
+        return padded.index_copy(0, layout.index, logits).view(-1, layout.S, logits.shape[-1])
+
+    def base_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters, without adapters. A tied lm_head is listed once, as the hub stores it."""
+        return {name: parameter for name, parameter in self.named_parameters() if "lora_" not in name}
+
+    def expert_ids(self) -> dict[str, list[int]]:
+        """Which expert each row of each stack holds, by the path of the stack's module."""
+        return {f"layers.{i}.mlp.experts": self.layers[i].mlp.experts.expert_ids for i in self.config.moe_layers}
+
+    def hub_views(self) -> dict[str, Tensor]:
+        """The hub's keys, each with the view of our parameters that holds its weight."""
+        return weights.hub_views(self.base_parameters(), self.expert_ids(), self.config.family)
 
 
-@torch.no_grad()
-def init_weights(model: MoETransformer, std: float, seed: int = 0) -> None:
-    """Fill every matrix with N(0, std^2), norms with ones and biases with zeros: a model to pre-train or to measure."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+# ----------------------------------------------------------------------------------------------- weights in and out
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
-
-
-def base_parameters(model: MoETransformer) -> dict[str, nn.Parameter]:
-    """The model's own parameters, without adapters; a tied lm_head is listed once, as the hub stores it."""
-    return {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
-
-
-def hub_parts(model: MoETransformer, name: str, rows: Tensor, first: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The hub's keys of one of our parameters, each with its part of `rows`: views, no copies.
-
-    rows: the parameter's rows (of dimension 0) from number `first` on; a process that is one of many holds some.
-    """
-    family = model.config.family
-    key = name if name.startswith("lm_head") else f"model.{name}"
-    key = key.replace(".mlp.", f".{family.moe}.").replace(".shared_expert.", f".{family.shared_expert}.")
-    if ".experts." not in key:
-        yield key, rows
-        return
-    prefix, stack = key.rsplit(".", 1)
-    expert_ids = model.get_submodule(name.rsplit(".", 1)[0]).expert_ids[first : first + len(rows)]
-    gate, up, down = family.projections
-    for e, weight in zip(expert_ids, rows, strict=True):
-        if stack == "gate_up_proj":
-            for projection, part in zip((gate, up), weight.chunk(2), strict=True):
-                yield f"{prefix}.{e}.{projection}.weight", part
-        else:
-            yield f"{prefix}.{e}.{down}.weight", weight
-
-
-def hub_views(model: MoETransformer) -> dict[str, Tensor]:
-    """The hub's keys, each with the view of our parameters that holds it."""
-    parameters = base_parameters(model).items()
-    return {key: view for name, parameter in parameters for key, view in hub_parts(model, name, parameter.data)}
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, of which this process may hold some rows (a collective then)."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """What this process holds of a parameter, and the number of its first row; FSDP2 deals rows out evenly."""
-    if not isinstance(parameter, DTensor):
-        return parameter.data, 0
-    a_process = -(-len(parameter) // parameter.device_mesh.size())
-    return parameter.to_local().data, min(len(parameter), a_process * parameter.device_mesh.get_local_rank())
+def read_config(folder: Path) -> MoEConfig:
+    """config.json of a checkpoint folder. Raises InputError that names the folder."""
+    return MoEConfig(**read_config_numbers(folder))
 
 
 @torch.no_grad()
@@ -309,69 +431,32 @@ def load_model(
     device: torch.device | str = "cpu",
     prepare: Callable[[MoETransformer], None] | None = None,
 ) -> MoETransformer:
-    """Build the model of a checkpoint (folder, hub id or 'tiny') on the meta device and fill it, a tensor at a time.
+    """Build the model of a checkpoint (folder, hub id or 'tiny') without weights, then fill it matrix by matrix.
 
-    prepare(model) is called in between: what it shards is read by each process for its own rows alone, and what it
-    adds (adapters) is left for the caller to fill. Raises InputError if the files do not fit config.json exactly.
+    prepare(model) is called in between: each process reads only its own rows of what it shards; adapters that it adds
+    are left for the caller to fill. Raises InputError if the files do not fit config.json exactly.
     """
     folder = resolve(path)
     config = read_config(folder)
-    if unread := unread_keys(config):
-        say(f"{folder / 'config.json'}: nothing here reads {', '.join(unread)}; compare logits before you trust it")
+    if unread := unread_keys(config.hub):
+        note(f"{folder / 'config.json'}: nothing here reads {', '.join(unread)}; compare logits before you trust it")
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
-    weights = stored(folder, {key: tuple(view.shape) for key, view in hub_views(model).items()})
+    files = stored(folder, {key: tuple(view.shape) for key, view in model.hub_views().items()})
     if prepare is not None:
         prepare(model)
-    materialize(model, device)
-    destinations, rows = {}, {}
-    for name, parameter in base_parameters(model).items():
-        held, first = local_rows(parameter)
-        for key, view in hub_parts(model, name, held, first):
-            destinations[key] = view
-            rows[key] = slice(None) if ".experts." in name else slice(first, first + len(held))
-    for key, tensor in read_rows(weights, rows):
-        destinations[key].copy_(tensor)
+    weights.materialize(model, device)
+    weights.read_weights(model.base_parameters(), model.expert_ids(), config.family, files)
     return model.eval()
-
-
-def materialize(model: nn.Module, device: torch.device | str) -> None:
-    """Give every parameter on the meta device memory, uninitialised, and move the rest; what was one stays one."""
-    made = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if parameter.is_meta and parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-            setattr(module, name, made.get(parameter, parameter))
-    model.to(device)
 
 
 def save_model(
     model: MoETransformer, path: str | Path, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write a checkpoint as transformers does: the hub's per-expert keys in safetensors of up to `shard_bytes`.
-
-    Under FSDP every process must call it: one parameter after the other is gathered, and the main process writes.
-    """
-    folder, parameters = Path(path), base_parameters(model)
-    if is_main_process() and (folder / INDEX).exists():  # its shards would stay beside ours
-        raise InputError(f"{folder}: holds a sharded checkpoint; choose another folder")
-    stored_dtype = dtype or model.lm_head.weight.dtype
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in parameters.items():
-            for key, view in hub_parts(model, name, whole(parameter).detach()):
-                yield key, view.to("cpu", stored_dtype, copy=True).contiguous()
-
-    if not is_main_process():
-        for _ in weights():
-            pass
-        return
-    sizes = {}
-    for name, parameter in parameters.items():
-        for key, view in hub_parts(model, name, torch.empty(parameter.shape, device="meta")):
-            sizes[key] = view.numel() * stored_dtype.itemsize
-    hub = {key: value for key, value in model.config.hub.items() if key != "dtype"}
-    hub["torch_dtype"] = str(stored_dtype).removeprefix("torch.")
+    """Write a checkpoint as transformers does, in files of up to `shard_bytes`. Every process must call it."""
+    dtype = dtype or model.lm_head.weight.dtype
+    hub = {key: value for key, value in model.config.hub.items() if key != "dtype"}  # the newer name of torch_dtype
+    hub["torch_dtype"] = str(dtype).removeprefix("torch.")
     hub["rope_theta"] = model.config.rope_theta  # transformers 4 and vLLM do not read rope_parameters
-    write_checkpoint(folder, sizes, weights(), hub, shard_bytes)
+    options = {"hub": hub, "dtype": dtype, "shard_bytes": shard_bytes}
+    weights.write_weights(Path(path), model.base_parameters(), model.expert_ids(), model.config.family, **options)

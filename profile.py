@@ -45,11 +45,12 @@ import hellora
 from command import cli
 from command.cli import InputError, RunError, flag
 from command.files import writable, write_text
-from hub.checkpoint import config_of, read_config, resolve
-from hub.config import PRESETS, MoEConfig
-from model import MoETransformer
+from hub.checkpoint import resolve
+from hub.config import PRESETS
+from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
+from run.memory import config_of
 from run.processes import ALONE, Processes, start_processes
 from run.settings import RECIPES, Recipe
 from run.step import global_step, load_shared
@@ -90,8 +91,9 @@ def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> Rou
         for batch in batches:
             ids = batch.input_ids.to(device)
             no_labels = torch.full_like(ids, -100)  # the LM head runs only where there is a label: nowhere
-            _, *routed = model(ids, batch.lengths, labels=no_labels, output_router_logits=True)
-            totals += statistics.tally(model.config, *routed)
+            _, selected, routing = model(ids, batch.lengths, labels=no_labels, output_routing=True)
+            chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
+            totals += statistics.tally(chosen, routing.weights, model.config.num_experts)
     finally:
         model.train(was_training)
     if dist.is_initialized():

@@ -15,9 +15,9 @@ import hellora
 import lori
 from command import cli
 from command.files import writable, write_json
-from hub.config import PRESETS, MoEConfig
-from lora import Scatter, sparsify
-from model import MoETransformer
+from hub.config import PRESETS
+from lori import Scatter, sparsify
+from model import MoEConfig, MoETransformer
 from routing.advice import without_weights
 from run.settings import METHODS, Recipe
 

@@ -40,11 +40,12 @@ import profile
 from command import cli
 from command.cli import InputError, RunError, say
 from command.files import atomic_folder, write_text
-from hub.checkpoint import read_config, resolve
-from hub.config import MoEConfig
-from lora import sparsify, truncate
-from model import MoETransformer, save_model, whole
+from hub.checkpoint import resolve
+from hub.weights import full_tensor
+from lori import sparsify
+from model import MoEConfig, MoETransformer, read_config, save_model
 from neighbours import drlora
+from neighbours.ranks import truncate
 from routing import statistics as routing
 from run import adapters, memory
 from run import folder as runs
@@ -185,7 +186,7 @@ def read_counts(args: argparse.Namespace, config: MoEConfig) -> profile.RoutingP
 def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | None, dict[str, Tensor] | None]:
     """What --mask, --init-adapter or a file of --experts say: the experts [L, E], and an adapter's tensors."""
     if args.mask:
-        adapter, state = lori.read_mask(args)
+        adapter, state = adapters.read_mask(args)
     elif args.init_adapter:
         adapter, state = adapters.read_any_adapter(args.init_adapter, config)
         kind = METHODS[args.method].kind
@@ -303,7 +304,7 @@ def fit(
                 before = {name: tensor.clone() for name, tensor in growth.state_dict().items()}
                 growth.observe(done.routing[0].float())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
-            norm, loss = whole(norm).item(), done.loss.item()
+            norm, loss = full_tensor(norm).item(), done.loss.item()
             is_finite = math.isfinite(loss) and math.isfinite(norm)
             if is_finite:
                 optimizer.step()

@@ -24,9 +24,10 @@ import torch
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
-from hub.checkpoint import read_config, resolve
-from hub.config import PRESETS, MoEConfig
-from model import MoETransformer, init_weights, save_model
+from hub.checkpoint import resolve
+from hub.config import PRESETS
+from hub.weights import init_weights
+from model import MoEConfig, MoETransformer, read_config, save_model
 
 # OLMoE-1B-7B at half its width and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16.
 SHAPE = PRESETS["olmoe-1b-7b"] | {

@@ -16,11 +16,11 @@ import hellora
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
-from hub.checkpoint import config_of
-from hub.config import PRESETS, MoEConfig
-from model import MoETransformer
+from hub.config import PRESETS
+from model import MoEConfig, MoETransformer
 from neighbours import drlora
 from run import memory
+from run.memory import config_of
 from run.settings import METHODS, Recipe, hot_experts_per_layer, k_flag
 
 POSITIVE = cli.number(int, 1)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import hellora
 from data import Batch
-from hub.config import MoEConfig
-from lora import sparsify
-from model import MoETransformer, init_weights
+from hub.weights import init_weights
+from lori import sparsify
+from model import MoEConfig, MoETransformer
 
 METHODS = {  # name -> which experts, kind of pair
     "hellora": ("hot", "lora"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import write_json, write_text
-from hub.config import KNOWN, ONLY, PRESETS, MoEConfig
+from hub.config import read_numbers
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
@@ -48,8 +48,8 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         ) from None
 
 
-def read_config(folder: Path) -> MoEConfig:
-    """config.json of a checkpoint folder as a MoEConfig."""
+def read_config_json(folder: Path) -> dict:
+    """config.json of a checkpoint folder. Raises InputError if it is not a JSON object."""
     file = folder / "config.json"
     try:
         hub = json.loads(file.read_text(encoding="utf-8"))
@@ -57,26 +57,16 @@ def read_config(folder: Path) -> MoEConfig:
         raise InputError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(hub, dict):
         raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
+    return hub
+
+
+def read_config_numbers(folder: Path) -> dict:
+    """The fields of model.MoEConfig from the config.json of a folder. Raises InputError that names the folder."""
+    hub = read_config_json(folder)
     try:
-        return MoEConfig.from_dict(hub)
+        return read_numbers(hub)
     except InputError as error:  # which begins with "config.json:"
         raise InputError(f"{folder}/{error}") from None
-
-
-def config_of(model: str) -> MoEConfig:
-    """The config of a model that is only counted: a preset of hub/config.py, or as `resolve` finds it."""
-    if model in PRESETS:
-        return MoEConfig.from_dict(PRESETS[model])
-    try:
-        folder = resolve(model, ("config.json",))
-    except InputError as error:
-        raise InputError(f"{error}; without a checkpoint there are {', '.join(PRESETS)}") from None
-    return read_config(folder)
-
-
-def unread_keys(config: MoEConfig) -> list[str]:
-    """Keys of config.json that nothing here reads and that are not known to be harmless."""
-    return sorted(key for key, value in config.hub.items() if value and key not in KNOWN | ONLY.keys())
 
 
 @dataclass(frozen=True)
@@ -176,6 +166,8 @@ def write_checkpoint(
     folder: Path, sizes: dict[str, int], weights: Iterable[tuple[str, Tensor]], hub: dict, shard_bytes: int
 ) -> None:
     """Write weights as `write_shards` does, and then config.json: without it a folder is not a checkpoint."""
+    if (folder / INDEX).exists():  # its shards would stay beside ours
+        raise InputError(f"{folder}: holds a sharded checkpoint; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     write_shards(folder, sizes, weights, shard_bytes)

@@ -1,29 +1,31 @@
-"""What a config.json means: the numbers the forward needs, and what each model family leaves unsaid.
+"""config.json of a checkpoint: the numbers of the forward pass, and what each model family leaves unsaid.
 
-Porting another mixture of experts starts here: its `model_type` becomes a row of `FAMILIES`.
+    numbers = read_numbers(json.loads(text))     # keyword arguments of model.MoEConfig
+
+To port another mixture of experts, start here: its `model_type` becomes a row of `FAMILIES`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from command.cli import InputError
 
 
 @dataclass(frozen=True)
 class Family:
-    """What a `model_type` fixes that its config.json does not say: key names, router rule, norms, biases, defaults."""
+    """What a `model_type` fixes without saying so in config.json: key names, router rule, norms, biases, defaults."""
 
     num_experts: str  # config key of E
     expert_size: str = "moe_intermediate_size"  # config key of F
-    moe: str = "mlp"  # name of the MoE block in the file: model.layers.{i}.{moe}.gate.weight
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert, in the file
-    shared_expert: str | None = None  # name in the file of the MLP that every token passes beside its K experts
-    shared_expert_gate: bool = False  # sigmoid(w . x) scales that MLP's output
-    always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: if norm_topk_prob says so
+    moe: str = "mlp"  # name of the MoE block in the files: model.layers.{i}.{moe}.gate.weight
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert, in the files
+    shared_expert: str | None = None  # name in the files of the MLP that every token passes besides its K experts
+    shared_expert_gate: bool = False  # sigmoid(w . x) scales the output of that MLP
+    always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: only if norm_topk_prob says so
     qk_norm: str | None = None  # RMSNorm of q and k over the whole "projection", or over each "head"
     qkv_bias: bool = False
     sliding_window: bool = False  # config.json may limit how far back a query sees
-    rope_theta: float = 1e4  # where config.json leaves it out
-    rms_norm_eps: float = 1e-6  # where config.json leaves it out
+    rope_theta: float = 1e4  # if config.json has none
+    rms_norm_eps: float = 1e-6  # if config.json has none
 
 
 FAMILIES = {
@@ -62,7 +64,7 @@ ONLY = {
     "routed_scaling_factor": 1.0,
     "quantization_config": None,
 }
-# Keys that are read below, and keys that change nothing here: bookkeeping, training settings, rotary positions' limits.
+# Keys that are read below, and keys that change nothing here: bookkeeping, training settings, limits on positions.
 KNOWN = {
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
@@ -76,110 +78,73 @@ KNOWN = {
     "return_dict", "id2label", "label2id", "problem_type",
 }  # fmt: skip
 
+# Far beyond any model, and small enough to refuse quickly: the names of all weights are made before a file is read.
+LARGEST, MOST_EXPERTS = 10**6, 10**5
 
-@dataclass(frozen=True)
-class MoEConfig:
-    """The numbers of config.json that the forward needs, under the hub's names."""
 
-    model_type: str  # key of FAMILIES
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int  # of one expert
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    num_experts: int
-    num_experts_per_tok: int
-    norm_topk_prob: bool
-    rope_theta: float
-    rms_norm_eps: float
-    num_dense_layers: int = 0  # first layers, whose MLP is one for all tokens (first_k_dense_replace)
-    dense_intermediate_size: int = 0  # of their MLP
-    shared_intermediate_size: int = 0  # of the MLP that every token passes beside its experts; 0: there is none
-    clip_qkv: float | None = None  # OLMoE: clamp q, k, v to [-clip, clip]
-    sliding_window: int | None = None  # Mixtral derivatives: positions a query sees, itself included
-    tie_word_embeddings: bool = False
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-    hub: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read, for saving
-
-    @property
-    def family(self) -> Family:
-        return FAMILIES[self.model_type]
-
-    @property
-    def moe_layers(self) -> range:
-        """The layers that have a router and experts; L of counts, masks and selected_experts is their number."""
-        return range(self.num_dense_layers, self.num_hidden_layers)
-
-    @classmethod
-    def from_dict(cls, hub: dict) -> "MoEConfig":
-        """Read the hub's config.json; a value that this forward does not implement is an InputError."""
-        model_type = hub.get("model_type")
-        if not isinstance(model_type, str) or model_type not in FAMILIES:
-            raise InputError(f"config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-        family = FAMILIES[model_type]
-        rope = hub.get("rope_parameters") or {}  # transformers 5 nests what 4 keeps at the top level
-        check_values(hub, rope, family)
-        size_keys = ("vocab_size", "hidden_size", "num_attention_heads", "num_experts_per_tok")
-        sizes = {key: whole(hub, key) for key in size_keys} | {
-            "num_hidden_layers": whole(hub, "num_hidden_layers", most=1000)
-        }
-        heads, expert_size = sizes["num_attention_heads"], whole(hub, family.expert_size)
-        if not hub.get("head_dim") and sizes["hidden_size"] % heads:
-            raise InputError(f"config.json: hidden_size {sizes['hidden_size']} is no multiple of {heads} heads")
-        num_dense = whole(hub, "first_k_dense_replace", 0) if model_type == "deepseek" else 0
-        shared_size = 0
-        if family.shared_expert:
-            several = whole(hub, "n_shared_experts", 0) * expert_size  # DeepSeek stores them as one wide MLP
-            shared_size = several or whole(hub, "shared_expert_intermediate_size", 0)
-        # transformers 5 writes Qwen3's under Mixtral's name
-        num_experts = next((key for key in (family.num_experts, "num_local_experts") if key in hub), family.num_experts)
-        windowed = family.sliding_window and hub.get("sliding_window") is not None
-        config = cls(
-            model_type=model_type,
-            **sizes,
-            intermediate_size=expert_size,
-            num_key_value_heads=whole(hub, "num_key_value_heads", heads),
-            head_dim=whole(hub, "head_dim", sizes["hidden_size"] // heads),
-            num_experts=whole(hub, num_experts),
-            norm_topk_prob=family.always_norm_topk_prob or bool(hub.get("norm_topk_prob")),
-            clip_qkv=hub.get("clip_qkv"),
-            rms_norm_eps=hub.get("rms_norm_eps") or family.rms_norm_eps,
-            rope_theta=rope.get("rope_theta") or hub.get("rope_theta") or family.rope_theta,
-            num_dense_layers=num_dense,
-            dense_intermediate_size=whole(hub, "intermediate_size") if num_dense else 0,
-            shared_intermediate_size=shared_size,
-            sliding_window=whole(hub, "sliding_window") if windowed else None,
-            tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
-            eos_token_id=token(hub, "eos_token_id", sizes["vocab_size"]),
-            pad_token_id=token(hub, "pad_token_id", sizes["vocab_size"]),
-            hub=hub,
+def read_numbers(hub: dict) -> dict:
+    """The fields of model.MoEConfig from a config.json. Raises InputError for a value that is not implemented."""
+    model_type = hub.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise InputError(f"config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    rope = hub.get("rope_parameters") or {}  # transformers 5 nests what transformers 4 keeps at the top level
+    check_values(hub, rope, family)
+    hidden, heads = integer(hub, "hidden_size"), integer(hub, "num_attention_heads")
+    layers, K = integer(hub, "num_hidden_layers", most=1000), integer(hub, "num_experts_per_tok")
+    vocab_size, expert_size = integer(hub, "vocab_size"), integer(hub, family.expert_size)
+    if not hub.get("head_dim") and hidden % heads:
+        raise InputError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
+    head_dim, kv_heads = integer(hub, "head_dim", hidden // heads), integer(hub, "num_key_value_heads", heads)
+    if heads % kv_heads or head_dim % 2:
+        raise InputError(
+            f"config.json: {heads} heads, {kv_heads} key-value heads of size {head_dim}; "
+            "want a whole number of heads for each key-value head, and an even size"
         )
-        for key, value, most in (
-            ("num_experts_per_tok", config.num_experts_per_tok, config.num_experts),
-            ("first_k_dense_replace", config.num_dense_layers + 1, config.num_hidden_layers),
-        ):
-            if value > most:
-                raise InputError(f"config.json: {key} {hub[key]} is too large; want at most {most - value + hub[key]}")
-        if config.num_hidden_layers * config.num_experts > MOST_EXPERTS:
-            stacks = f"{config.num_hidden_layers} layers of {config.num_experts} experts"
-            raise InputError(f"config.json: {stacks} are too many; want at most {MOST_EXPERTS:,} in all")
-        if heads % config.num_key_value_heads or config.head_dim % 2:
-            raise InputError(
-                f"config.json: {heads} heads, {config.num_key_value_heads} key-value heads of size {config.head_dim}; "
-                "want a whole number of heads for each key-value head, and an even size"
-            )
-        return config
+    # transformers 5 writes Qwen3's number of experts under Mixtral's name
+    key_of_E = next((key for key in (family.num_experts, "num_local_experts") if key in hub), family.num_experts)
+    E = integer(hub, key_of_E)
+    num_dense = integer(hub, "first_k_dense_replace", 0) if model_type == "deepseek" else 0
+    at_most(hub, "num_experts_per_tok", K, E)
+    at_most(hub, "first_k_dense_replace", num_dense, layers - 1)
+    if layers * E > MOST_EXPERTS:
+        raise InputError(f"config.json: {layers} layers of {E} experts; want at most {MOST_EXPERTS:,} experts in all")
+    shared_size = 0
+    if family.shared_expert:
+        several = integer(hub, "n_shared_experts", 0) * expert_size  # DeepSeek stores them as one wide MLP
+        shared_size = several or integer(hub, "shared_expert_intermediate_size", 0)
+    windowed = family.sliding_window and hub.get("sliding_window") is not None
+    return dict(
+        model_type=model_type,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=expert_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        num_experts=E,
+        num_experts_per_tok=K,
+        norm_topk_prob=family.always_norm_topk_prob or bool(hub.get("norm_topk_prob")),
+        rope_theta=rope.get("rope_theta") or hub.get("rope_theta") or family.rope_theta,
+        rms_norm_eps=hub.get("rms_norm_eps") or family.rms_norm_eps,
+        num_dense_layers=num_dense,
+        dense_intermediate_size=integer(hub, "intermediate_size") if num_dense else 0,
+        shared_intermediate_size=shared_size,
+        shared_expert_gate=family.shared_expert_gate,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias,
+        clip_qkv=hub.get("clip_qkv"),
+        sliding_window=integer(hub, "sliding_window") if windowed else None,
+        tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
+        eos_token_ids=token_ids(hub, "eos_token_id", vocab_size),
+        pad_token_id=next(iter(token_ids(hub, "pad_token_id", vocab_size)), None),
+        hub=hub,
+    )
 
 
-# Far beyond any model, and still quick to refuse: the names of all weights are made before a file is looked into.
-MOST, MOST_EXPERTS = 10**6, 10**5
-
-
-def whole(hub: dict, key: str, default: int | None = None, most: int = MOST) -> int:
-    """A size from config.json; missing or null is `default`. Raises InputError for anything but a sane whole number."""
+def integer(hub: dict, key: str, default: int | None = None, most: int = LARGEST) -> int:
+    """A size from config.json; missing or null means `default`. Raises InputError for any other value out of range."""
     value = hub.get(key)
     if value is None and default is not None:
         return default
@@ -191,19 +156,24 @@ def whole(hub: dict, key: str, default: int | None = None, most: int = MOST) -> 
     return value
 
 
-def token(hub: dict, key: str, vocab_size: int) -> int | None:
-    """A token id from config.json, the first where there are several; None where there is none (some write -1)."""
+def at_most(hub: dict, key: str, value: int, most: int) -> None:
+    """Raise InputError for a number of config.json that exceeds what another one allows."""
+    if value > most:
+        raise InputError(f"config.json: {key} {hub[key]} is too large; want at most {most}")
+
+
+def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
+    """The token ids under a key of config.json, one or a list. Empty if there is none (some files write -1)."""
     value = hub.get(key)
-    first = value[0] if isinstance(value, list) and value else value
-    if first is None or first == -1:
-        return None
-    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < vocab_size:
-        raise InputError(f"config.json: {key} is {value!r:.40}; want a token id from 0 to {vocab_size - 1}")
-    return first
+    ids = value if isinstance(value, list) else [] if value in (None, -1) else [value]
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
+            raise InputError(f"config.json: {key} is {value!r:.40}; want token ids from 0 to {vocab_size - 1}")
+    return tuple(ids)
 
 
 def check_values(hub: dict, rope: dict, family: Family) -> None:
-    """Raise InputError for a value that is not implemented, or a number that is none."""
+    """Raise InputError for a value that is not implemented, or that is not a valid number."""
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(rope, dict) or rope.keys() - known:
         raise InputError(f"config.json: rope_parameters {rope!r:.80} cannot be read, only rope_theta and rope_type")
@@ -224,6 +194,11 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
         if key in ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings") and value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
                 raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number up to 1e12")
+
+
+def unread_keys(hub: dict) -> list[str]:
+    """Keys of config.json that nothing here reads and that are not known to be harmless."""
+    return sorted(key for key, value in hub.items() if value and key not in KNOWN | ONLY.keys())
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from command.cli import InputError
-from lora import trains
 from model import MoETransformer
+from neighbours.ranks import trains
 
 GAMMA = 1.2  # how strongly a large rank counts against growing more
 RESERVED = 2  # r_max / r_target: the rank to attach with

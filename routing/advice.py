@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import hellora
-from hub.config import MoEConfig
-from model import MoETransformer
+from model import MoEConfig, MoETransformer
 from routing.statistics import top_share
 
 

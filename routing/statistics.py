@@ -13,25 +13,20 @@ import torch
 from torch import Tensor
 
 import hellora
-from hub.config import MoEConfig
 from model import MoETransformer
 
 # ------------------------------------------------------------------------------------------------------ one profile
 
 
 @torch.no_grad()
-def tally(config: MoEConfig, selected_experts: Tensor, router_logits: Tensor) -> Tensor:
+def tally(selected: Tensor, weights: Tensor, num_experts: int) -> Tensor:
     """For each expert the number of tokens that chose it, and the sum of the routing weights that they gave it.
 
-    selected_experts [L, B, S, K] (-1 at padding), router_logits [L, T, E] of the real tokens -> float64 [2, L, E]
+    selected int64 [L, T, K], weights [L, T, K] -> float64 [2, L, E]
     """
-    chosen = selected_experts[:, selected_experts[0, ..., 0] >= 0]  # [L, T, K]
-    weights = router_logits.softmax(-1, dtype=torch.float32).gather(-1, chosen)  # [L, T, K]
-    if config.norm_topk_prob:
-        weights = weights / weights.sum(-1, keepdim=True)
     added = torch.stack((torch.ones_like(weights), weights)).double().flatten(2)  # [2, L, T * K]
-    index = chosen.flatten(1).expand_as(added)
-    return added.new_zeros(2, len(chosen), config.num_experts).scatter_add_(-1, index, added)
+    index = selected.flatten(1).expand_as(added)
+    return added.new_zeros(2, len(selected), num_experts).scatter_add_(-1, index, added)
 
 
 def shares(counts: Tensor) -> Tensor:

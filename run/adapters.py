@@ -7,6 +7,7 @@
 Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
+import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,10 +20,11 @@ from torch import Tensor
 from command.cli import InputError
 from command.files import seal
 from hellora import TARGETS, Adapter, adapted_linears, attach, fill
-from hub.config import MoEConfig
 from hub.peft import PeftAdapter, Shapes, read_peft
-from lora import Scatter, pad, positions_of, sparsify
-from model import MoETransformer, hub_views, whole
+from hub.weights import PROJECTIONS, full_tensor, hub_key
+from lori import Scatter, positions_of, sparsify
+from model import MoEConfig, MoETransformer
+from neighbours.ranks import pad
 
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
@@ -31,7 +33,7 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
     state = {f"{name}.positions": module.bits() for name, module in scatters}
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
-            state[name] = whole(parameter)
+            state[name] = full_tensor(parameter)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -130,24 +132,11 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
 
 # ------------------------------------------------------------------------------- matrix by matrix, and from PEFT
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def hub_key(matrix: str, config: MoEConfig) -> str:
-    """Ours to the hub's: layers.0.mlp.experts.3.up_proj -> model.layers.0.block_sparse_moe.experts.3.w3"""
-    path, _, leaf = matrix.rpartition(".")
-    family = config.family
-    if ".experts." in path:
-        leaf = dict(zip(PROJECTIONS, family.projections, strict=True)).get(leaf, leaf)
-    return f"model.{path}.{leaf}".replace(".mlp.", f".{family.moe}.").replace(
-        ".shared_expert.", f".{family.shared_expert}."
-    )
-
 
 def hub_shapes(config: MoEConfig) -> Shapes:
     """The shape of every weight of a model, by the hub's key without `.weight`."""
     with torch.device("meta"):
-        views = hub_views(MoETransformer(config))
+        views = MoETransformer(config).hub_views()
     return {key.removesuffix(".weight"): tuple(view.shape) for key, view in views.items()}
 
 
@@ -168,7 +157,7 @@ def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str,
     Raises InputError if it adapts nothing, or a matrix that no value of `targets` names.
     """
     every = Adapter("lora", found.r, found.alpha, "all", 0, [list(range(config.num_experts))] * len(config.moe_layers))
-    names = {hub_key(m, config): m for matrices in adapted_matrices(every, config).values() for m in matrices}
+    names = {hub_key(m, config.family): m for matrices in adapted_matrices(every, config).values() for m in matrices}
     if not found.pairs or found.pairs.keys() - names.keys():
         what = ", ".join(sorted(found.pairs.keys() - names.keys())[:3]) or "nothing"
         raise InputError(f"it adapts {what}; want {', '.join(TARGETS['all'])} or experts")
@@ -185,7 +174,7 @@ def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str,
     adapter = replace(every, targets=targets, hot=[sorted(ids) for ids in hot.values()])
     shapes, state = hub_shapes(config), {}
     for module, matrices in adapted_matrices(adapter, config).items():
-        fan_out, fan_in = shapes[hub_key(matrices[0], config)]
+        fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
         for factor, shape in (("lora_A", (found.r, fan_in)), ("lora_B", (fan_out, found.r))):
             parts = [pairs[matrix][factor] if matrix in pairs else torch.zeros(shape) for matrix in matrices]
             state[f"{module}.{factor}"] = parts[0] if matrices == [module] else torch.stack(parts)
@@ -207,3 +196,16 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
 def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
     """Attach the adapter in a folder, ours or PEFT's, to its base model."""
     attach_adapter(model, *read_any_adapter(folder, model.config), folder)
+
+
+def read_mask(args: argparse.Namespace) -> tuple[Adapter, dict[str, Tensor]]:
+    """The finished D run of --mask: its Adapter and tensors. Raises InputError if stage S would not continue it."""
+    adapter, state = read_adapter(Path(args.mask) / "adapter")
+    if adapter.kind != "lori":
+        raise InputError(f"--mask {args.mask} is a run of kind {adapter.kind}; want one of lori-d or hellori-d")
+    asked = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets, "seed": args.seed}
+    there = {"rank": adapter.r, "alpha": adapter.alpha, "targets": adapter.targets, "seed": adapter.seed}
+    for name, value in asked.items():
+        if value != there[name]:
+            raise InputError(f"--mask {args.mask} has {name} {there[name]}, this run {value}; they must agree")
+    return adapter, state

@@ -27,7 +27,7 @@ from command import cli
 from command.cli import InputError, RunError
 from command.files import atomic_folder, remove_folder, seal, sha256, write_text
 from hub.checkpoint import SHARD_BYTES, read_rows, stored, write_shards
-from model import local_rows, whole
+from hub.weights import full_tensor, local_rows
 
 FREE = {"resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing"}
 # but for micro_batch where a balancing loss is taken in each
@@ -115,7 +115,7 @@ def save_state(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():
-            yield name, whole(tensor).cpu().contiguous()
+            yield name, full_tensor(tensor).cpu().contiguous()
 
     if not cli.is_main_process():
         for _ in tensors():

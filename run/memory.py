@@ -19,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from command import cli
-from hub.config import MoEConfig
-from model import MoETransformer
-from ops import HEAD_ROWS
+from command.cli import InputError
+from hub.checkpoint import resolve
+from hub.config import PRESETS
+from model import MoEConfig, MoETransformer, read_config
+from ops.head import HEAD_ROWS
 
 SPARE = 0.1  # share of a device's memory that is left to the allocator and to what the plan does not count
 
@@ -197,3 +199,14 @@ def choose_shard(asked: str | None, device: torch.device, num_processes: int, re
     else:
         cli.say(f"base replicated on {num_processes} processes ({why}): only gradients are communicated")
     return sharded
+
+
+def config_of(model: str) -> MoEConfig:
+    """The config of a model that is only counted: a preset of hub/config.py, or as `resolve` finds it."""
+    if model in PRESETS:
+        return MoEConfig.from_dict(PRESETS[model])
+    try:
+        folder = resolve(model, ("config.json",))
+    except InputError as error:
+        raise InputError(f"{error}; without a checkpoint there are {', '.join(PRESETS)}") from None
+    return read_config(folder)

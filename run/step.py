@@ -1,14 +1,15 @@
-"""One model on one process or many: loaded in parts, and the gradients of one global batch.
+"""One model on one process or many: loaded in parts, and the loss and gradients of one global batch.
 
     model = load_shared(folder, dtype, device, sharded=True, attach=lambda model: hellora.attach(model, hot, r, alpha))
     step = global_step(model, items, micro_batch, processes)     # the loss, and p.grad of whatever trains
 
-What a step computes does not depend on the number of processes: a global batch is cut into micro-batches of similar
-length, its loss is the mean over the target tokens of the whole batch, and the gradients of all processes are summed.
-Sharded (FSDP2), every process holds its rows of every weight and gathers a layer when it is its turn; unsharded, every
-process holds the frozen base whole, and only the gradients of what trains travel.
+The loss is the mean negative log-likelihood of the target tokens of the whole global batch. The batch is cut into
+micro-batches of similar length. Gradients are summed over micro-batches and processes, so the numbers of both do not
+change the result. Sharded (FSDP2), a process holds its rows of every weight and gathers one layer at a time.
+Replicated, it holds the whole frozen base, and only the gradients of what trains are communicated.
 
-Dimensions: L layers with experts, E experts a layer, T real tokens of a micro-batch.
+Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, T real tokens of a
+micro-batch.
 """
 
 import gc
@@ -24,16 +25,16 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import data
 import hellora
-from model import MoETransformer, load_balancing_loss, load_model
+from model import MoETransformer, load_model
 from routing.statistics import tally
 from run.processes import Processes
 
 
 def shard(model: MoETransformer, device: torch.device, compute_dtype: torch.dtype | None = None) -> None:
-    """FSDP2: every decoder layer is gathered, used and dropped as one; the root keeps what is left.
+    """FSDP2: every decoder layer is gathered, used and dropped as one unit; the root keeps what is left.
 
     Never per expert or per MoE block: processes hit different experts, and would reduce different gradients.
-    compute_dtype: of what is gathered, where the weights themselves are float32 because they train.
+    compute_dtype: of what is gathered, if the weights themselves are float32 because they train.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32)
@@ -51,7 +52,7 @@ def load_shared(
     attach: Callable[[MoETransformer], None] | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> MoETransformer:
-    """The model of a checkpoint with its adapters (`attach`), of which this process reads what it is to hold."""
+    """The model of a checkpoint with its adapters (`attach`). Each process reads only what it is to hold."""
 
     def prepare(model: MoETransformer) -> None:
         if attach is not None:
@@ -67,12 +68,34 @@ def load_shared(
     return model
 
 
+def load_balancing_loss(probs: Tensor, selected: Tensor, lengths: Tensor, form: str = "layer") -> Tensor:
+    """Sum over the sequences s of len_s * balance_s; divided by all tokens, the mean balance of a token's sequence.
+
+    probs [L, T, E], selected [L, T, K], lengths [B] -> []. Within a sequence, f_le is the number of selections of
+    expert e in layer l per token, and P_le its mean probability.
+    "layer": balance = mean_l E sum_e (f_le / K) P_le, which is 1 if use is even (Switch; HELLoRA, eq. 1).
+    "concat": balance = E sum_e f_e P_e with f and P averaged over the layers, which is K if use is even (the
+    form of the hub and of OLMoE's pre-training, in which layers may cancel each other).
+    A sum over sequences does not depend on how a batch is cut into micro-batches.
+    """
+    (L, _, E), K = probs.shape, selected.shape[-1]
+    lengths = lengths.to(probs.device)
+    sequence = torch.arange(len(lengths), device=probs.device).repeat_interleave(lengths)  # [T]
+    chosen = torch.zeros_like(probs).scatter(-1, selected, 1.0)  # [L, T, E]
+    f, P = (
+        x.new_zeros(L, len(lengths), E).index_add(1, sequence, x) / lengths.clamp(min=1)[:, None]  # [L, B, E]
+        for x in (chosen, probs)
+    )
+    balance = E * (f.mean(0) * P.mean(0) if form == "concat" else (f * P).mean(0) / K).sum(-1)  # [B]
+    return (lengths * balance).sum()
+
+
 @dataclass
 class Step:
     """What one global batch gave, summed over micro-batches and processes."""
 
     loss: Tensor  # nats per target token
-    aux_loss: Tensor  # load-balancing loss, mean over the tokens; 0 if it is off
+    aux_loss: Tensor  # load-balancing loss; 0 if it is off
     routing: Tensor  # float64 [2, L, E] tokens that chose each expert, and the routing weights they gave it; on the CPU
     target_tokens: int
     tokens: int
@@ -87,7 +110,7 @@ def global_step(
     aux_loss: float | None = None,
     aux_form: str = "layer",
 ) -> Step:
-    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the balance."""
+    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance."""
     config, device = model.config, model.embed_tokens.weight.device
     sharded = isinstance(model, FSDPModule)
     targets = sum(len(item.ids) - item.prompt_length for item in items)
@@ -97,25 +120,24 @@ def global_step(
     mine = data.micro_batches(items, micro_batch, processes.index, processes.count)
     for i, part in enumerate(mine):
         if sharded:
-            # Once a step, not once a micro-batch; but until then gradients are held whole, and those of all weights
-            # would be too many.
+            # Communicate gradients once per step and not once per micro-batch. Until then they are held unsharded,
+            # which the gradients of all weights (full fine-tuning) would be too large for.
             model.set_requires_gradient_sync(model.adapter is None or i == len(mine) - 1)
-        # A process whose share is empty still takes part, since the others wait for it: with no token at all.
+        # A process whose share is empty still takes part, with no token at all: the others wait for it.
         batch = data.collate(part, config.pad_token_id or 0)
-        nll, selected, router_logits = model(
-            batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_router_logits=True
+        nll, selected, routing = model(
+            batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )
+        chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K]
         loss = nll / max(1, targets)
         losses[0] += loss.detach()
-        routed += tally(config, selected, router_logits)
-        if aux_loss and part:  # a mean over micro-batches by tokens: each is balanced by itself, as in the hub
-            share = int(batch.lengths.sum()) / tokens
-            balance = share * load_balancing_loss(router_logits, config.num_experts_per_tok, aux_form)
+        routed += tally(chosen, routing.weights, config.num_experts)
+        if aux_loss:
+            balance = load_balancing_loss(routing.probs, chosen, batch.lengths, aux_form) / tokens
             losses[1] += balance.detach()
             loss = loss + aux_loss * balance
-        (
-            loss * processes.count if sharded else loss
-        ).backward()  # FSDP averages over processes: times their number is the sum
+        # FSDP averages gradients over the processes; times their number, that is the sum.
+        (loss * processes.count if sharded else loss).backward()
     if processes.count > 1:
         dist.all_reduce(losses)
         dist.all_reduce(routed)

@@ -25,9 +25,9 @@ from command.files import write_jsonl
 from data import Example
 from generate import stream
 from hub import rows as files
-from hub.checkpoint import read_config, resolve
+from hub.checkpoint import resolve
 from hub.peft import base_of
-from model import MoETransformer, load_model
+from model import MoETransformer, load_model, read_config
 from run.adapters import load_any_adapter
 from scoring import rules as scoring
 

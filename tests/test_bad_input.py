@@ -730,7 +730,8 @@ def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
 
 RESOLVE = """
 import huggingface_hub.constants as constants
-from hub.checkpoint import files, read_config, resolve
+from hub.checkpoint import files, resolve
+from model import read_config
 from command.cli import InputError
 
 def attempt(offline):

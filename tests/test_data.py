@@ -15,8 +15,8 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 import data
 from command.cli import InputError
 from data import Encoded, Example, load_examples
-from hub.checkpoint import TINY, read_config
-from model import load_model
+from hub.checkpoint import TINY
+from model import load_model, read_config
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"
 ANSWER = "3 + 4 = <<3+4=7>>7 coins. Half is 7/2 = $<<7/2=3.5>>3.5.\n#### 7"

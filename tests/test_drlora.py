@@ -19,9 +19,10 @@ import hellora
 import lora
 import train
 from command.cli import InputError
-from hub.config import MoEConfig
-from model import MoETransformer, init_weights
+from hub.weights import init_weights
+from model import MoEConfig, MoETransformer
 from neighbours import drlora
+from neighbours.ranks import pad, truncate
 from run import adapters
 from run import step as parallel
 from run.processes import start_processes
@@ -322,10 +323,10 @@ def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
 def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(trained):
     model, growth = trained
     state = adapters.adapter_state(model)
-    small = lora.truncate(state, growth.ranks())
+    small = truncate(state, growth.ranks())
     plain = adapters.adapter_state(adapted(targets="all", r_max=None))
     assert {name: tensor.numel() for name, tensor in small.items()} == {n: t.numel() for n, t in plain.items()}
-    restored, largest = lora.pad(small, growth.ranks()), int(growth.ranks().max())
+    restored, largest = pad(small, growth.ranks()), int(growth.ranks().max())
     for stem in (name.removesuffix(".lora_B") for name in state if "experts" not in name and name.endswith("lora_B")):
         before, after = ([d[f"{stem}.lora_B"], d[f"{stem}.lora_A"]] for d in (state, restored))  # then zeros follow
         assert torch.equal(small[f"{stem}.lora_B"], before[0])
@@ -350,7 +351,7 @@ AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the 
 def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
     model, growth = trained
     adapter = replace(model.adapter, ranks=growth.ranks().tolist())
-    state = lora.truncate(adapters.adapter_state(model), growth.ranks())
+    state = truncate(adapters.adapter_state(model), growth.ranks())
     adapters.save_adapter(state, tmp_path, adapter)
     other, ids = base(), torch.arange(22).view(2, 11)
     adapters.load_adapter(other, tmp_path)
@@ -366,11 +367,11 @@ def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
 
 def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
     model, growth = trained
-    small = lora.truncate(adapters.adapter_state(model), growth.ranks())
+    small = truncate(adapters.adapter_state(model), growth.ranks())
     other = growth.ranks().clone()
     other[1, 3] += 1
     with pytest.raises(ValueError, match="layers.1.mlp.experts.*ranks sum to 29"):
-        lora.pad(small, other)
+        pad(small, other)
 
 
 def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):

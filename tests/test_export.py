@@ -21,10 +21,11 @@ import hellora
 import lori
 from command.cli import InputError, RunError
 from hub import checkpoint
-from hub.checkpoint import read_config, write_checkpoint
+from hub.checkpoint import write_checkpoint
 from hub.peft import UNDER_5, base_of
-from lora import sparsify, trains, truncate
-from model import MoETransformer, load_model
+from lori import sparsify
+from model import MoETransformer, load_model, read_config
+from neighbours.ranks import trains, truncate
 from run import adapters
 from run.adapters import load_any_adapter, read_any_adapter
 

@@ -28,8 +28,8 @@ import profile
 from command.cli import InputError
 from data import Example
 from hub import peft as peft_files
-from hub.checkpoint import TINY, read_config
-from model import load_model
+from hub.checkpoint import TINY
+from model import load_model, read_config
 from run import adapters
 from run import folder as runs
 from scoring import completions

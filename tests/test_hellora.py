@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 import hellora
 import lora
-from attention import Linear
 from command.cli import InputError
-from hub.config import MoEConfig
-from model import Experts, MoETransformer, hub_views, init_weights, load_model, route
+from hub.weights import init_weights
+from model import Experts, MoEConfig, MoETransformer, load_model, route
 from run import adapters
 
 L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
@@ -129,18 +128,6 @@ def test_wrong_selection_input_is_named(policy, counts, num_hot, coverage, says)
 # -------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("adapted", ["q", "k", "qv", "qkv"])
-def test_whichever_of_q_k_and_v_are_adapted_each_computes_what_it_does_alone(adapted):
-    """The paper's targets are all of them or none; other ports of LoRA leave k as it is."""
-    x, linears = torch.randn(5, 13), {name: Linear(13, 7 + i, bias=False) for i, name in enumerate("qkv")}
-    for name in adapted:
-        linears[name] = lora.LoRALinear(linears[name], 3, 6.0)
-        torch.nn.init.normal_(linears[name].lora_A), torch.nn.init.normal_(linears[name].lora_B)
-    q, k, v = linears.values()
-    for together, linear in zip(q.together(x, k, v), (q, k, v), strict=True):
-        torch.testing.assert_close(together, linear(x))
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_a_linear_pair_equals_peft_in_values_gradients_and_merged_weight(kind, bias):
@@ -180,7 +167,7 @@ def plain_weight(W: torch.Tensor, pair: lora.StackedLoRA, i: int) -> torch.Tenso
 
 def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
     """Every expert on every token, one at a time, adapters merged into a copy of its weights.  [T, D] -> [T, D]"""
-    weights, selected = route(block.gate(x), block.top_k, block.norm_topk_prob)
+    selected, (weights, *_) = route(block.gate(x), block.top_k, block.norm_topk_prob)
     experts, y = block.experts, torch.zeros_like(x)
     for e in range(E):
         row = experts.expert_ids.index(e)
@@ -228,8 +215,8 @@ def test_only_adapters_train_and_they_sit_where_asked(targets, adapted, ids):
     (loss / ids.numel()).backward()
     optimizer.step()
     hellora.detach(model)
-    reference = hub_views(fresh_model())  # by the hub's key: attach has reordered the stacks
-    assert all(torch.equal(view, reference[key]) for key, view in hub_views(model).items())
+    reference = fresh_model().hub_views()  # by the hub's key: attach has reordered the stacks
+    assert all(torch.equal(view, reference[key]) for key, view in model.hub_views().items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lori"])
@@ -258,11 +245,11 @@ def test_merged_logits_equal_adapter_logits(targets, kind, ids):
 
 
 def test_merging_changes_hot_experts_and_no_cold_one(ids):
-    model, reference = fresh_model(), hub_views(fresh_model())
+    model, reference = fresh_model(), fresh_model().hub_views()
     hellora.attach(model, HOT, R, ALPHA, targets="pure")
     randomise_adapters(model)
     hellora.merge(model)
-    changed = {key for key, view in hub_views(model).items() if not torch.equal(view, reference[key])}
+    changed = {key for key, view in model.hub_views().items() if not torch.equal(view, reference[key])}
     assert changed == {
         f"model.layers.{i}.mlp.experts.{e}.{p}.weight"
         for i, e in HOT.nonzero().tolist()

@@ -12,8 +12,8 @@ import hellora
 import lora
 import lori
 from command.cli import InputError
-from hub.config import MoEConfig
-from model import MoETransformer, init_weights
+from hub.weights import init_weights
+from model import MoEConfig, MoETransformer
 from run import adapters
 from run import step as parallel
 
@@ -143,7 +143,7 @@ def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
     """The reference: a dense B whose gradient is masked before every step of the same optimizer."""
     kept = lori.top_entries(adapters.adapter_state(trained_d(ids)))
     compact, masked = adapted(), adapted()
-    lora.sparsify(compact, kept)
+    lori.sparsify(compact, kept)
     assert all(not B.any() for B in matrices(compact).values())  # B starts from zero again
     ours, theirs = optimizer_of(compact), optimizer_of(masked)
     for _ in range(4):
@@ -168,14 +168,14 @@ def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
 
 def test_optimizer_and_gradients_are_a_tenth_of_those_of_stage_d(ids):
     dense, compact = trained_d(ids), adapted()
-    lora.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
+    lori.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
     few = sum(p.numel() for p in compact.parameters() if p.requires_grad)
     assert few == int(0.1 * sum(p.numel() for p in dense.parameters() if p.requires_grad))
 
 
 def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_entry(tmp_path, ids):
     dense, compact = trained_d(ids), adapted()
-    lora.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
+    lori.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
     sizes = {}
     for name, model in (("d", dense), ("s", compact)):
         adapters.save_adapter(adapters.adapter_state(model), tmp_path / name, model.adapter)
@@ -190,7 +190,7 @@ def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
     name = "layers.1.mlp.gate"
     kept[name] = kept[name][:0]
     model = adapted()
-    lora.sparsify(model, kept)
+    lori.sparsify(model, kept)
     optimizer = optimizer_of(model)
     step(model, optimizer, ids)
     assert not matrices(model)[name].any()
@@ -203,7 +203,7 @@ def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids
         kept = lori.top_entries(adapters.adapter_state(model))
         kept["layers.0.mlp.gate"] = kept["layers.0.mlp.gate"][:0]
         model = adapted()
-        lora.sparsify(model, kept)
+        lori.sparsify(model, kept)
         step(model, optimizer_of(model), ids)
     init_weights(other, std=0.15, seed=3)
     state = adapters.adapter_state(model)

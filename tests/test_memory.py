@@ -11,8 +11,9 @@ import benchmarks.plan
 import hellora
 import ops
 from benchmarks.measure import allocated_peak, saved_bytes
-from hub.config import PRESETS, MoEConfig
-from model import MoETransformer, init_weights, save_model
+from hub.config import PRESETS
+from hub.weights import init_weights
+from model import MoEConfig, MoETransformer, save_model
 from run import memory
 from run.step import load_shared
 

@@ -11,22 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import ops
-from attention import KVCache, lay_out
 from command.cli import InputError
-from hub.checkpoint import TINY, read_config, resolve
-from hub.config import FAMILIES, MoEConfig
-from model import (
-    MoETransformer,
-    SparseMoE,
-    grouped_linear,
-    init_weights,
-    load_balancing_loss,
-    load_model,
-    save_model,
-)
+from hub.checkpoint import TINY, resolve
+from hub.config import FAMILIES
+from hub.weights import init_weights
+from model import KVCache, MoEConfig, MoETransformer, SparseMoE, lay_out, load_model, read_config, save_model
 
 B, S = 5, 11  # sequences and positions; all sizes of one model are different, see conftest.py
 LENGTHS = torch.tensor([7, 11, 1, 4, 9])  # real tokens of each sequence, right padding after them
@@ -112,7 +103,8 @@ def test_logits_and_chosen_experts_equal_those_of_transformers(make_checkpoint, 
     checkpoint = make_checkpoint(family, **changes)
     model = load_model(checkpoint.folder)
     ids = random_ids(model.config.vocab_size, B, S)
-    logits, selected, router_logits = model(ids, lengths, output_router_logits=True)
+    logits, selected, routing = model(ids, lengths, output_routing=True)
+    router_logits = routing.logits
     want_logits, want_selected, want_router_logits = ask_transformers(checkpoint.hf, ids, lengths)
     real = is_real(lengths)
     assert want_logits.std() > 0.5  # else 1e-4 would prove little
@@ -182,9 +174,9 @@ def test_rotary_angles_equal_those_of_transformers_to_the_last_bit_far_from_the_
     places = torch.arange(32768)
     cos, sin = checkpoint.hf.model.rotary_emb(torch.zeros(1), places[None])  # [1, S, Dh]
     model = load_model(checkpoint.folder)
-    layout = lay_out(model.config, model.embed_tokens.weight, 1, len(places), None, None)
-    assert torch.equal(layout.cos[:, 0], cos[0])
-    assert torch.equal(layout.sin[:, 0], sin[0])
+    layout = lay_out(model.config, model.embed_tokens.weight, len(places), torch.tensor([len(places)]), None)
+    assert torch.equal(layout.rotary[0][:, 0], cos[0])
+    assert torch.equal(layout.rotary[1][:, 0], sin[0])
 
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -247,7 +239,7 @@ def test_grouped_linear_equals_one_product_per_group_on_both_of_its_paths(
     x = torch.randn(sum(counts), fan_in, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(len(counts), fan_out, fan_in, generator=generator).to(dtype).requires_grad_()
     upstream = torch.randn(sum(counts), fan_out, generator=generator).to(dtype)
-    y = grouped_linear(x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    y = ops.grouped_linear(x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32))
     assert bool(calls) == fast
     assert y.shape == (sum(counts), fan_out) and y.dtype == dtype
     x_grad, weight_grad = torch.autograd.grad(y, (x, weight), upstream)  # raises if an idle group had none
@@ -272,7 +264,7 @@ def test_ties_of_the_router_go_to_the_experts_that_transformers_takes(make_check
     hf.gate.weight.copy_(gate)
     x = torch.randint(-1, 2, (90, moe.gate.in_features), generator=generator).float()
     x[:7] = 0.0  # all experts equal
-    y, selected, router_logits = moe(x)
+    y, selected, routing = moe(x)
     assert torch.equal(selected, hf.gate(x)[2])
     assert all(len(set(experts)) == 3 for experts in selected.tolist())
     torch.testing.assert_close(y, hf(x[None])[0], atol=1e-5, rtol=1e-5)
@@ -309,7 +301,7 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
     checkpoint = make_checkpoint(family)
     model = load_model(checkpoint.folder)
     ids = random_ids(50, B, S)
-    before = model(ids, LENGTHS, output_router_logits=True)
+    before = model(ids, LENGTHS, output_routing=True)
     for i in model.config.moe_layers:
         experts = model.layers[i].mlp.experts
         order = torch.randperm(len(experts.rows), generator=torch.Generator().manual_seed(i)).tolist()
@@ -317,7 +309,7 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
             parameter.copy_(parameter[order])
         experts.set_order(order)
         assert order != sorted(order)
-    after = model(ids, LENGTHS, output_router_logits=True)
+    after = model(ids, LENGTHS, output_routing=True)
     assert torch.equal(after[1], before[1])
     for got, want in zip(after[::2], before[::2], strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
@@ -339,7 +331,7 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
 def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(
     make_checkpoint, monkeypatch, family, changes, lengths, devices
 ):
-    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
     checkpoint = make_checkpoint(family, **changes)
     model = load_model(checkpoint.folder)
     ids, labels = random_ids(50, B, S), random_ids(50, B, S, seed=1)
@@ -372,22 +364,6 @@ def test_the_head_runs_only_where_there_is_a_label_or_on_last_tokens(olmoe):
     model(ids, LENGTHS, labels=labels)
     model(ids, LENGTHS, last_only=True)
     assert rows == [3, B]
-
-
-def test_the_load_balancing_losses_equal_those_of_transformers_in_values_and_gradients():
-    E, top_k = 7, 3
-    router_logits = torch.randn(4, 90, E, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    want_layers = [load_balancing_loss_func((logits,), E, top_k) / top_k for logits in router_logits]
-    wanted = {
-        "concat": load_balancing_loss_func(tuple(router_logits), E, top_k),  # tokens of all layers together
-        "layer": sum(want_layers) / len(want_layers),
-    }
-    for form, want in wanted.items():
-        loss = load_balancing_loss(router_logits, top_k, form)
-        grad, want_grad = (torch.autograd.grad(value, router_logits)[0] for value in (loss, want))
-        torch.testing.assert_close(loss, want)
-        torch.testing.assert_close(grad, want_grad)
-    assert (wanted["concat"] - top_k * wanted["layer"]).abs() > 1e-3  # the two differ here
 
 
 # ------------------------------------------------------------------------------------------------ KV cache

@@ -1,19 +1,25 @@
-"""Every hand-written backward pass against torch's gradients of the plain formula, and what it keeps."""
+"""The fast versions in ops/ against their plain namesakes, and adapted gradients against transformers and autograd."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 import hellora
+import lora
+import model as model_module
 import ops
-from attention import RMSNorm, attend_apart
 from benchmarks.measure import saved_bytes
-from hub.config import MoEConfig
-from model import MoETransformer, init_weights
-from ops import GroupedLowRankLinear, HeadLoss, LowRankLinear, WeightedSwiGLU, grouped_outer
+from hub.config import FAMILIES
+from hub.weights import init_weights
+from model import MoEConfig, MoETransformer, load_model
+from ops.experts import grouped_outer
 
 COUNTS = [3, 0, 5, 1, 2]  # rows of each of G = 5 groups, of which the first n are hot
+PLAIN = {name: module for module in (model_module, lora) for name in ops.__all__ if name in vars(module)}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_device = pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
@@ -25,95 +31,150 @@ def ends(counts: list[int]) -> torch.Tensor:
     return torch.tensor(counts).cumsum(0, dtype=torch.int32)
 
 
-def plain_grouped(x, W, A, B, counts):
-    """One group at a time: (W_g + B_g A_g) x, the sum only where there is a pair."""
-    parts = []
-    for g, rows in enumerate(x.split(counts)):
-        parts.append(rows @ (W[g] + B[g] @ A[g] if g < len(A) else W[g]).T)
-    return torch.cat(parts)
+def gradients(model: MoETransformer) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-@pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
+def adapted_model(folder, kind: str, dtype: torch.dtype = torch.float32) -> MoETransformer:
+    """A family's model with random factors on two or three experts per layer, attention and router."""
+    model = load_model(folder)
+    hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+    hot[:, [1, 4]] = hot[0, 5] = True
+    hellora.attach(model, hot, 8, 12.0, kind=kind)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    return model.to(dtype)
+
+
+IDS = torch.randint(2, 50, (5, 11), generator=torch.Generator().manual_seed(0))
+LABELS = torch.where(torch.rand(5, 11, generator=torch.Generator().manual_seed(1)) < 0.6, IDS.roll(-1, 1), -100)
+LENGTHS = torch.tensor([7, 11, 1, 4, 9])
+
+
+# ------------------------------------------------------------------------------------ plain and fast, by name
+
+
+def test_every_fast_version_has_a_plain_namesake():
+    others = {"one_kernel", "attend_by_sequence"}  # a question; attention to the padded batch is its plain form
+    assert PLAIN.keys() == set(ops.__all__) - others
+    assert all(vars(module)[name] is not getattr(ops, name) for name, module in PLAIN.items())
+
+
+@every_device
+@pytest.mark.parametrize("kind", [*lora.KINDS, "all weights"])
+@every_family
+def test_fast_versions_give_the_values_and_gradients_of_their_plain_namesakes(
+    make_checkpoint, monkeypatch, family, kind, devices
+):
+    folder, results = make_checkpoint(family).folder, []
+    for plain in (False, True):
+        model = load_model(folder) if kind == "all weights" else adapted_model(folder, kind)
+        monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
+        for name, module in PLAIN.items() if plain else ():
+            monkeypatch.setattr(ops, name, vars(module)[name])
+        loss, selected = model(IDS, LENGTHS, labels=LABELS)
+        loss.backward()
+        results.append((loss, selected, gradients(model)))
+    (loss, selected, grads), (want_loss, want_selected, want_grads) = results
+    assert selected.equal(want_selected) and grads.keys() == want_grads.keys()
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    for name, grad in grads.items():
+        scale = want_grads[name].abs().max().item()
+        torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("kind", lora.KINDS)
+@every_family
+def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_the_weights_written_out(
+    make_checkpoint, family, kind
+):
+    """transformers computes with W + (alpha / r) B A (DoRA: its rows scaled), and autograd goes back to A, B and m."""
+    checkpoint = make_checkpoint(family)
+    model = adapted_model(checkpoint.folder, kind)
+    loss, _ = model(IDS, LENGTHS, labels=LABELS)
+    loss.backward()
+
+    def written_out(W, pair, name):
+        A, B = pair.lora_A.detach().requires_grad_(), pair.lora_B.detach().requires_grad_()
+        leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"] = A, B
+        V = W.detach() + pair.scaling * B @ A
+        if kind == "dora":
+            leaves[f"{name}.lora_m"] = m = pair.lora_m.detach().requires_grad_()
+            V = m.unsqueeze(-1) * V / V.detach().norm(dim=-1, keepdim=True)
+        return V
+
+    leaves, weights = {}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoRALinear):
+            weights[f"model.{name}.weight"] = written_out(module.weight, module, name)
+        elif isinstance(module, lora.LoRAExperts):
+            Ws = {p: written_out(W, module.lora[p], f"{name}.lora.{p}") for p, W in module.hot_weights().items()}
+            back = torch.tensor(module.expert_ids).argsort()  # attach moved the hot experts to the front
+            hot_rows = {
+                "gate_up_proj": torch.cat((Ws["gate_proj"], Ws["up_proj"]), dim=1),
+                "down_proj": Ws["down_proj"],
+            }
+            for stack, rows in hot_rows.items():
+                full = torch.cat((rows, getattr(module, stack)[module.num_hot :].detach()))
+                weights[f"model.{name}.{stack}"] = full[back]
+    assert weights.keys() <= dict(checkpoint.hf.named_parameters()).keys()
+    mask = (torch.arange(11) < LENGTHS[:, None]).long()
+    logits = functional_call(checkpoint.hf, weights, (IDS,), {"attention_mask": mask}).logits
+    labels = torch.where(mask.bool(), LABELS, -100)
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-4)
+    trained = {name: leaf for name, leaf in leaves.items() if kind != "lori" or not name.endswith("lora_A")}
+    grads = gradients(model)
+    assert grads.keys() == trained.keys()
+    for name, want_grad in zip(trained, torch.autograd.grad(want, list(trained.values())), strict=True):
+        scale = want_grad.abs().max().item()
+        assert scale > 0, name
+        torch.testing.assert_close(grads[name], want_grad, atol=2e-5 * scale, rtol=1e-3, msg=lambda m, n=name: n + m)
+
+
+# ------------------------------------------------------------------------------------------- one function each
+
+
+@every_device
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("counts", [COUNTS, [0, 0, 0, 4, 7], [0, 0, 0, 0, 0]], ids=str)
 @pytest.mark.parametrize("dtype, fan_in, fan_out, r", [(torch.float64, 7, 6, 2), (torch.float32, 12, 20, 4)], ids=str)
-def test_adapted_groups_have_the_gradients_of_the_plain_formula(
+def test_adapted_groups_have_the_gradients_of_the_plain_formula_also_without_rows(
     monkeypatch, dtype, fan_in, fan_out, r, counts, n, devices
 ):
-    monkeypatch.setattr(ops, "ONE_KERNEL", devices)
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
     source = draw(sum(counts), fan_in, dtype=dtype)
     W = draw(len(counts), fan_out, fan_in, dtype=dtype).detach()
-    A, B = draw(n, r, fan_in, dtype=dtype), draw(n, fan_out, r, dtype=dtype)
-    upstream, S = draw(sum(counts), fan_out, dtype=dtype).detach(), sum(counts[:n])
-    x = source.tanh()
-    remake = lambda rows, source: source[rows].tanh()  # noqa: E731
-    y = GroupedLowRankLinear.apply(x, W, A, B.mT, ends(counts), S, remake, source[:S].detach())
-    want = plain_grouped(source.tanh(), W, A, B, counts)
+    A, B = draw(n, r, fan_in, dtype=dtype), draw(n, r, fan_out, dtype=dtype)
+    upstream, num_rows = draw(sum(counts), fan_out, dtype=dtype).detach(), sum(counts[:n])
+    recompute = lambda rows, source: source[rows].tanh()  # noqa: E731
+    made_by = (recompute, source[:num_rows].detach())
+    y = ops.lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, *made_by)
+    want = torch.cat(
+        [x @ (W[g] + B[g].T @ A[g] if g < n else W[g]).T for g, x in enumerate(source.tanh().split(counts))]
+    )
     torch.testing.assert_close(y, want)
+    torch.testing.assert_close(lora.lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows), want)
     grads = torch.autograd.grad(y, (source, A, B), upstream)  # raises if one of them is None
     want_grads = torch.autograd.grad(want, (source, A, B), upstream, materialize_grads=True)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         torch.testing.assert_close(grad, want_grad)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("noted", [False, True])
-def test_an_adapted_linear_passes_gradcheck(noted, bias):
-    W, b = draw(5, 7).detach(), draw(5).detach() if bias else None
-
-    def compute(source, A, B):
-        x = ops.noted(source.tanh(), lambda y, s: y.T @ s.tanh(), source) if noted else source.tanh()
-        return LowRankLinear.apply(x, A, W, b, B.T)[0]
-
-    source, A, B = draw(9, 7), draw(2, 7), draw(5, 2)
-    assert torch.allclose(compute(source, A, B), F.linear(source.tanh(), W + B @ A, b))
-    assert torch.autograd.gradcheck(compute, (source, A, B))
-
-
-def test_parts_of_a_batch_give_the_gradient_of_a_weight_behind_all_of_them():
-    q, k, v = (draw(11, heads, 4, seed=i) for i, heads in enumerate((6, 3, 3)))
-    y, out = draw(11, 5), attend_apart(q, k, v, [4, 1, 6])
-    gradient, parts = out.noted
-    assert len(parts) == 3
-    torch.testing.assert_close(gradient(y, *parts), y.T @ out)
-
-
-def test_projections_of_one_input_together_are_each_alone():
-    """As q, k and v of grouped-query attention, of unlike sizes."""
-    source, fan_outs, r = draw(9, 7), (5, 3, 4), 2
-    Ws, biases = [draw(out, 7).detach() for out in fan_outs], [draw(5).detach(), None, draw(4).detach()]
-    As, Bs = [draw(r, 7, seed=out) for out in fan_outs], [draw(out, r) for out in fan_outs]
-
-    def compute(source, *factors):
-        A, Bs = torch.cat(factors[:3]), factors[3:]
-        parts = [t for W, b, B in zip(Ws, biases, Bs, strict=True) for t in (W, b, B.T)]
-        return LowRankLinear.apply(source.tanh(), A, *parts)
-
-    for y, W, b, A, B in zip(compute(source, *As, *Bs), Ws, biases, As, Bs, strict=True):
-        torch.testing.assert_close(y, F.linear(source.tanh(), W + B @ A, b))
-    assert torch.autograd.gradcheck(compute, (source, *As, *Bs))
-
-
-def test_no_gradient_is_computed_of_an_input_that_nobody_trains():
-    """The first layer's: its own weights' products in the backward pass are as large as all of the forward pass."""
-    x, W, A, B = draw(9, 7).detach(), draw(5, 7).detach(), draw(2, 7), draw(5, 2)
-    y = LowRankLinear.apply(x, A, W, None, B.T)[0]
+def test_no_gradient_is_computed_for_an_input_that_nothing_trained_made():
+    """As in the first layer, where the products with frozen weights are as large as those of the forward pass."""
+    x, W, A, B = draw(11, 7).detach(), draw(5, 6, 7).detach(), draw(3, 2, 7), draw(3, 2, 6)
+    y = ops.lora_grouped_linear(x, W, A, B, ends(COUNTS), 8, lambda rows, x: x[rows], x[:8])
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
-    assert counter.get_total_flops() == 2 * 9 * 2 * (5 + 7 + 5)  # B's input, A, B
-    x, W, A, B = draw(11, 7).detach(), draw(5, 6, 7).detach(), draw(3, 2, 7), draw(3, 6, 2)
-    y = GroupedLowRankLinear.apply(x, W, A, B.mT, ends(COUNTS), 8, lambda rows, x: x[rows], x[:8])
-    with FlopCounterMode(display=False) as counter:
-        y.sum().backward()
-    assert counter.get_total_flops() == 2 * 8 * 2 * (6 + 7 + 6)
+    assert counter.get_total_flops() == 2 * 8 * 2 * (6 + 7 + 6)  # B's input, A, B
 
 
 def test_a_frozen_A_gets_no_gradient_and_the_others_theirs():
-    x, W, A, B = draw(9, 7), draw(5, 7).detach(), draw(2, 7).detach(), draw(5, 2)
-    LowRankLinear.apply(x, A, W, None, B.T)[0].square().sum().backward()
-    assert A.grad is None and x.grad.any() and B.grad.any()
-    x, W, A, B = draw(11, 7), draw(5, 6, 7).detach(), draw(3, 2, 7).detach(), draw(3, 6, 2)
-    y = GroupedLowRankLinear.apply(x, W, A, B.mT, ends(COUNTS), 8, lambda rows, x: x[rows], x.detach()[:8])
+    x, W, A, B = draw(11, 7), draw(5, 6, 7).detach(), draw(3, 2, 7).detach(), draw(3, 2, 6)
+    y = ops.lora_grouped_linear(x, W, A, B, ends(COUNTS), 8, lambda rows, x: x[rows], x.detach()[:8])
     y.square().sum().backward()
     assert A.grad is None and x.grad.any() and B.grad.any()
 
@@ -121,16 +182,16 @@ def test_a_frozen_A_gets_no_gradient_and_the_others_theirs():
 def test_the_weighted_swiglu_passes_gradcheck_and_is_the_formula():
     gate_up, weight = draw(6, 10), draw(6, 1)
     gate, up = gate_up.split(5, dim=1)
-    assert torch.allclose(WeightedSwiGLU.apply(gate_up, weight), weight * gate * gate.sigmoid() * up)
-    assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (gate_up, weight))
+    assert torch.allclose(ops.weighted_swiglu(gate_up, weight), weight * gate * gate.sigmoid() * up)
+    assert torch.autograd.gradcheck(ops.weighted_swiglu, (gate_up, weight))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 256])
 @pytest.mark.parametrize("targets", [0, 9])
 def test_the_loss_in_slices_is_the_cross_entropy(monkeypatch, targets, rows):
-    monkeypatch.setattr(ops, "HEAD_ROWS", rows)
+    monkeypatch.setattr("ops.head.HEAD_ROWS", rows)
     x, W, target = draw(targets, 5), draw(13, 5), torch.arange(targets) * 3 % 13
-    loss = HeadLoss.apply(x, W, target)
+    loss = ops.target_loss(x, W, target)
     want = F.cross_entropy(x @ W.T, target, reduction="sum")
     torch.testing.assert_close(loss, want)
     for grad, want_grad in zip(
@@ -138,42 +199,33 @@ def test_the_loss_in_slices_is_the_cross_entropy(monkeypatch, targets, rows):
     ):
         torch.testing.assert_close(grad, want_grad)
     x.requires_grad_(False)
-    assert HeadLoss.apply(x, W.detach(), target).equal(loss.detach())
+    assert ops.target_loss(x, W.detach(), target).equal(loss.detach())
 
 
 def test_the_loss_never_holds_more_logits_than_a_slice(monkeypatch):
-    monkeypatch.setattr(ops, "HEAD_ROWS", 4)
+    monkeypatch.setattr("ops.head.HEAD_ROWS", 4)
     x, W, target, seen = draw(30, 5, dtype=torch.float32), draw(1000, 5, dtype=torch.float32), torch.arange(30), []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: seen.append(linear(*args)) or seen[-1])
-    HeadLoss.apply(x, W, target)
+    ops.target_loss(x, W, target)
     assert [len(logits) for logits in seen] == [4] * 7 + [2]
 
 
-def test_grouped_outer_is_one_product_a_group():
+def test_grouped_outer_is_one_product_per_group():
     x, y = draw(sum(COUNTS), 12, dtype=torch.float32), draw(sum(COUNTS), 20, dtype=torch.float32)
     parts = zip(y.split(COUNTS), x.split(COUNTS), strict=True)
     want = torch.stack([torch.einsum("ro,ri->oi", y_g, x_g) for y_g, x_g in parts])
     torch.testing.assert_close(grouped_outer(y, x, ends(COUNTS)), want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_norm_gives_the_gradient_of_a_weight_behind_it_without_its_output(dtype):
-    norm, x, y = RMSNorm(40, eps=0.1), draw(9, 40), draw(9, 3)  # an eps that counts
-    norm.weight.data = draw(40)
-    want = y.T @ norm.double()(x)
-    got = norm.to(dtype).gradient(y.to(dtype), x.to(dtype))
-    torch.testing.assert_close(got, want.to(dtype), rtol=16 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
-
-
-# ------------------------------------------------------------------------------------------- of a whole model
+# ------------------------------------------------------------------------------------------- memory of a whole model
 
 SHAPE = dict(
     model_type="olmoe", vocab_size=61, hidden_size=128, intermediate_size=32, num_hidden_layers=3, num_experts=16,
     num_attention_heads=4, num_key_value_heads=4, num_experts_per_tok=4,
 )  # fmt: skip
-IDS = torch.randint(0, 61, (3, 160), generator=torch.Generator().manual_seed(0))
-LENGTHS = torch.tensor([160, 124, 100])
+TEXT = torch.randint(0, 61, (3, 160), generator=torch.Generator().manual_seed(0))
+TEXT_LENGTHS = torch.tensor([160, 124, 100])
 
 
 def small_model() -> MoETransformer:
@@ -193,16 +245,16 @@ def attached(kind: str = "lora") -> MoETransformer:
 
 
 def saved_floats(model: MoETransformer) -> int:
-    return saved_bytes(lambda: model(IDS, LENGTHS, labels=IDS)[0], model.parameters()) // 4
+    return saved_bytes(lambda: model(TEXT, TEXT_LENGTHS, labels=TEXT)[0], model.parameters()) // 4
 
 
-def test_an_adapter_keeps_neither_the_rows_of_hot_experts_nor_what_norms_and_padding_made():
+def test_an_adapter_does_not_keep_the_rows_of_hot_experts():
     frozen = small_model().requires_grad_(False)
     frozen.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
-    T, L, D = int(LENGTHS.sum()), 3, 128
-    # The input of router and experts, D floats a token, and what has the size of the rank. Keeping what the norm made
-    # for q, k and v, the input of o_proj, or the hot rows, would each be D more.
-    assert saved_floats(attached()) - saved_floats(frozen) < L * T * 2 * D
+    T, L, D = int(TEXT_LENGTHS.sum()), 3, 128
+    # Per layer and token, the inputs of q, k and v, of o_proj, and of router and experts: D floats each. The rest has
+    # the size of the rank. Keeping the hot rows of gate and up would be about one D more.
+    assert saved_floats(attached()) - saved_floats(frozen) < L * T * 3.5 * D
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -212,7 +264,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients_and_keeps_l
         model = attached(kind)
         for layer in model.layers:
             layer.activation_checkpointing = checkpointing
-        loss, selected = model(IDS, LENGTHS, labels=IDS)
+        loss, selected = model(TEXT, TEXT_LENGTHS, labels=TEXT)
         loss.backward()
         kept = saved_floats(model)
         results.append((loss, selected, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, kept))

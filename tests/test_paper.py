@@ -5,7 +5,8 @@ import functools
 import pytest
 
 import reproduce
-from hub.config import PRESETS, MoEConfig
+from hub.config import PRESETS
+from model import MoEConfig
 
 TRAINABLE = {  # exact counts that give the printed percentages: attention, router and hot experts, rank 32
     ("olmoe-1b-7b", "fft", None, None): 6_919_161_856,

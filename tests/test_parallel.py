@@ -5,17 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import data
 import hellora
-import model as model_module
+import hub.weights
+from hub import config
 from model import load_model, save_model
 from run.processes import ALONE, Processes
-from run.step import global_step, load_shared
+from run.step import global_step, load_balancing_loss, load_shared
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
 R, ALPHA = 5, 7.0
-FAMILIES = ["olmoe", "tied", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek"]
+FAMILIES = ["tied", *config.FAMILIES]
 
 
 def checkpoint(make_checkpoint, family: str):
@@ -44,7 +46,7 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
     dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=WORLD)
     found = {}
     for family, folder in folders.items():
-        read, real = [], model_module.read_rows
+        read, real = [], hub.weights.read_rows
 
         def counting(weights, rows, real=real, read=read):
             for key, tensor in real(weights, rows):
@@ -53,10 +55,10 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
 
         for kind in ("lora", "dora", "lori"):
             read.clear()
-            model_module.read_rows = counting
+            hub.weights.read_rows = counting
             options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
             model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
-            model_module.read_rows = real
+            hub.weights.read_rows = real
             step = global_step(model, items(model.config.vocab_size), 2, Processes(rank, WORLD, torch.device("cpu")))
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
@@ -66,6 +68,40 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
             save_model(model, out / "saved", shard_bytes=20_000)
     torch.save(found, out / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("form", ["concat", "layer"])
+def test_the_load_balancing_loss_is_that_of_transformers_for_every_sequence(form):
+    L, E, K, lengths = 3, 7, 2, torch.tensor([5, 0, 11, 4])  # a sequence may be empty
+    router_logits = torch.randn(L, 20, E, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    probs = router_logits.softmax(-1)
+    ours = load_balancing_loss(probs, probs.topk(K).indices, lengths, form)
+    want = 0.0
+    for layers in router_logits.split(lengths.tolist(), dim=1):  # [L, len, E]
+        if form == "concat":  # tokens of all layers together
+            balance = load_balancing_loss_func(tuple(layers), E, K) if layers.shape[1] else 0.0
+        else:  # one layer at a time, as a share of the selections
+            balance = sum(load_balancing_loss_func((x,), E, K) / K / L for x in layers) if layers.shape[1] else 0.0
+        want = want + layers.shape[1] * balance
+    torch.testing.assert_close(ours, want)
+    grads = [torch.autograd.grad(loss, router_logits)[0] for loss in (ours, want)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("form", ["concat", "layer"])
+def test_micro_batches_do_not_change_the_balancing_loss_or_its_gradients(olmoe, form):
+    model, results = load_model(olmoe.folder), []
+    attach(model, "lora")
+    for micro_batch in (7, 3, 2):  # 1, 3 and 4 pieces of 7 examples
+        step = global_step(model, items(50), micro_batch, ALONE, aux_loss=0.5, aux_form=form)
+        results.append((step, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+        model.zero_grad()
+    (want, want_grads), *others = results
+    for step, grads in others:
+        torch.testing.assert_close(step.aux_loss, want.aux_loss, rtol=1e-6, atol=0)
+        for name, grad in grads.items():
+            scale = want_grads[name].abs().max().item()
+            torch.testing.assert_close(grad, want_grads[name], rtol=0, atol=1e-5 * scale + 1e-7, msg=name)
 
 
 @pytest.fixture(scope="module")

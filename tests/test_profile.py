@@ -15,8 +15,7 @@ import data
 import hellora
 import profile
 from command import cli
-from hub.checkpoint import read_config
-from model import MoETransformer, load_model
+from model import MoETransformer, load_model, read_config
 from routing import statistics
 from run.processes import Processes
 

@@ -10,7 +10,7 @@ import lori
 import reproduce
 from command.cli import InputError
 from hub.checkpoint import TINY
-from lora import sparsify
+from lori import sparsify
 from model import load_model
 from run import adapters
 

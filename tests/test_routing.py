@@ -11,9 +11,9 @@ import torch
 import data
 import hellora
 import profile
-from hub.config import PRESETS, MoEConfig
+from hub.config import PRESETS
 from lora import LoRALinear
-from model import load_model
+from model import MoEConfig, load_model
 from routing import advice, pictures, statistics
 
 

@@ -8,8 +8,8 @@ import torch
 import data
 import hellora
 import profile
-from hub.checkpoint import TINY, read_config
-from model import load_model
+from hub.checkpoint import TINY
+from model import load_model, read_config
 from routing import statistics
 from tiny import tasks
 from tiny.documents import pretraining_documents

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import data
 import export
@@ -17,8 +16,8 @@ import hellora
 import profile
 import train
 from command.cli import InputError
-from hub.checkpoint import TINY, read_config
-from model import load_balancing_loss, load_model
+from hub.checkpoint import TINY
+from model import load_model, read_config
 from run import adapters, settings
 from run import folder as runs
 from run.processes import ALONE
@@ -193,20 +192,6 @@ def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()  # nothing half-written
-
-
-@pytest.mark.parametrize("form", ["concat", "layer"])
-def test_load_balancing_loss_is_that_of_transformers_or_of_switch(form):
-    L, T, E, K = 3, 11, 7, 2
-    router_logits = torch.randn(L, T, E, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    ours = load_balancing_loss(router_logits, K, form)
-    if form == "concat":
-        theirs = load_balancing_loss_func(tuple(router_logits), E, K)
-    else:  # one layer at a time, a share of the selections: theirs divided by K, and averaged
-        theirs = sum(load_balancing_loss_func((layer,), E, K) / K for layer in router_logits) / L
-    assert torch.allclose(ours, theirs)
-    gradients = [torch.autograd.grad(loss, router_logits)[0] for loss in (ours, theirs)]
-    assert torch.allclose(*gradients, atol=1e-7)
 
 
 def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):

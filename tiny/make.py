@@ -31,8 +31,9 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
 
-from hub.config import MoEConfig  # noqa: E402
-from model import MoETransformer, init_weights, load_balancing_loss, load_model, save_model  # noqa: E402
+from hub.weights import init_weights  # noqa: E402
+from model import MoEConfig, MoETransformer, load_model, save_model  # noqa: E402
+from run.step import load_balancing_loss  # noqa: E402
 from tiny import tasks  # noqa: E402
 from tiny.documents import pretraining_documents  # noqa: E402
 
@@ -123,10 +124,12 @@ def token_rows(tokenizer: Tokenizer, documents: Iterator[str], count: int) -> It
 
 def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy in nats per token, load-balancing loss over the concatenated layers, router z-loss."""
-    logits, _, router_logits = model(rows[:, :-1], output_router_logits=True)  # logits [B, S, V]
+    logits, selected, routing = model(rows[:, :-1], output_routing=True)  # logits [B, S, V]
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-    z = router_logits.logsumexp(dim=-1).square().mean()
-    return loss, load_balancing_loss(router_logits, CONFIG["num_experts_per_tok"], "concat"), z
+    z = routing.logits.logsumexp(dim=-1).square().mean()
+    tokens = torch.tensor([rows[:, 1:].numel()])  # balanced over the whole batch, as one sequence
+    balance = load_balancing_loss(routing.probs, selected.flatten(1, 2), tokens, "concat") / tokens
+    return loss, balance.squeeze(), z
 
 
 def make_optimizer(model: MoETransformer) -> torch.optim.AdamW:

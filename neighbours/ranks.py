@@ -1,0 +1,51 @@
+"""Experts of unequal rank: which dimensions of a factor pair have grown, and adapters without the others.
+
+Dimensions: L layers with experts, E experts per layer, R rank of an expert, r_max reserved rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def trains(ranks: Tensor, r_max: int) -> Tensor:
+    """Which dimensions have grown.  ranks [...] -> bool [..., r_max]"""
+    return torch.arange(r_max) < ranks.unsqueeze(-1)
+
+
+def rank_rows(state: dict[str, Tensor]) -> dict[str, int]:
+    """For every tensor of experts the row of `ranks` [L, E] that is its layer's; first layers may have no experts."""
+    layers = {name: int(name.split(".")[1]) for name in state if ".experts." in name}
+    row = {layer: i for i, layer in enumerate(sorted(set(layers.values())))}
+    return {name: row[layer] for name, layer in layers.items()}
+
+
+def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
+    """Drop what never grew: an expert's pair keeps its R dimensions, and the experts lie one after the other.
+
+    lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]; other modules stay as they are.
+    """
+    kept = dict(state)
+    for name, row in rank_rows(state).items():
+        is_A = name.endswith("lora_A")
+        stack = state[name] if is_A else state[name].mT  # [E, r_max, in or out]
+        rows = stack[trains(ranks[row], stack.shape[1])]  # [sum of R, in or out]
+        kept[name] = rows if is_A else rows.mT.contiguous()
+    return kept
+
+
+def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
+    """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
+    padded, largest, rows_of = {}, int(ranks.max()), rank_rows(state)
+    for name, tensor in state.items():
+        rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
+        if name in rows_of:
+            mask = trains(ranks[rows_of[name]], largest)
+            if len(rows) != int(mask.sum()):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
+            stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
+            stack[mask] = rows
+        else:
+            stack = F.pad(rows, (0, 0, 0, largest - len(rows)))  # [largest, in or out]
+        padded[name] = stack if name.endswith("lora_A") else stack.mT.contiguous()
+    return padded

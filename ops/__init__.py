@@ -1,0 +1,18 @@
+"""Fast versions of formulas that stand plainly in model.py and lora.py, under the same names.
+
+Each gives the values and gradients of its plain namesake (tests/test_ops.py) in less time or memory.
+"""
+
+from ops.attention import attend_by_sequence
+from ops.experts import grouped_linear, lora_grouped_linear, weighted_swiglu
+from ops.head import target_loss
+from ops.kernels import one_kernel
+
+__all__ = [
+    "attend_by_sequence",
+    "grouped_linear",
+    "lora_grouped_linear",
+    "one_kernel",
+    "target_loss",
+    "weighted_swiglu",
+]

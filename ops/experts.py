@@ -1,0 +1,121 @@
+"""The products of a layer's experts, with and without factor pairs, and what each keeps for its backward pass.
+
+Autograd keeps every input of a product, also where it is cheap to compute again. The Functions here keep less.
+
+Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of an expert, n hot experts (the first
+groups), H rows that reach them (the first rows), r rank.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.kernels import one_kernel
+
+
+def slices(offsets: Tensor) -> list[slice]:
+    """The rows of each group.  offsets int32 [G] ends"""
+    ends = offsets.tolist()
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether grouped_mm takes these: rows of a multiple of 16 bytes (small ranks are not), and not float64."""
+    return all(t.dtype != torch.float64 and all(n * t.element_size() % 16 == 0 for n in t.shape[1:]) for t in tensors)
+
+
+def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+    """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets int32 [G] ends -> [R, out]"""
+    if fits(W):
+        return F.grouped_mm(x, W.transpose(1, 2), offs=offsets)
+    # Empty groups take part too, so that their gradient is zero and not None.
+    return torch.cat([F.linear(x[rows], W_g) for rows, W_g in zip(slices(offsets), W, strict=True)])
+
+
+def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """sum y x^T over the rows of each group, by one kernel.  y [R, out], x [R, in] -> [G, out, in]"""
+    empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # [G]; for these some GPUs return uninitialised memory
+    return F.grouped_mm(y.T, x, offs=offsets).masked_fill(empty[:, None, None], 0)
+
+
+def lora_grouped_linear(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, recompute, *sources: Tensor
+) -> Tensor:
+    """W_g x by group, plus B_g A_g x on the rows of the hot groups.  x [R, in], W [G, out, in] -> [R, out]
+
+    A [n, r, in] and B [n, r, out] (transposed and scaled) belong to the first n groups, whose rows are the first
+    num_rows. A's gradient needs these rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of
+    them in the backward pass, and only the sources are kept.
+    """
+    return LoRAGroupedLinear.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+
+
+class LoRAGroupedLinear(torch.autograd.Function):
+    """`lora_grouped_linear` with W frozen.
+
+    On a GPU each product is one kernel for all groups. On a CPU the loop does all work of a group while its rows are in
+    the cache: fetching rows takes longer there than multiplying them by a low rank. B is transposed because its
+    gradient is then a product with the short side first, which is several times faster.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
+        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
+        ctx.recompute, ctx.one_kernel = recompute, num_rows > 0 and one_kernel(x.device) and fits(A, B)
+        if ctx.one_kernel:
+            low = F.grouped_mm(x[:num_rows], A.mT, offs=hot)  # [H, r]
+            y[:num_rows] += F.grouped_mm(low, B, offs=hot)
+        else:
+            low = x.new_empty(num_rows, A.shape[1])
+            for rows, A_g, B_g in zip(slices(hot), A, B, strict=True):
+                torch.mm(x[rows], A_g.T, out=low[rows])
+                y[rows].addmm_(low[rows], B_g)
+        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        need_x, _, need_A, *_ = ctx.needs_input_grad
+        hot, num_rows = offsets[: len(A)], len(low)
+        grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
+        if ctx.one_kernel:
+            grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
+            if need_x:
+                grad_x[:num_rows] += F.grouped_mm(grad_low, A, offs=hot)
+            grad_A = grouped_outer(grad_low, ctx.recompute(slice(num_rows), *sources), hot) if need_A else None
+            grad_B = grouped_outer(low, grad[:num_rows], hot)
+        else:
+            grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+            for g, rows in enumerate(slices(hot)):
+                grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+                if need_x:
+                    grad_x[rows].addmm_(grad_low, A[g])
+                if need_A:
+                    torch.mm(grad_low.T, ctx.recompute(rows, *sources), out=grad_A[g])
+                torch.mm(low[rows].T, grad[rows], out=grad_B[g])
+        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+
+
+def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
+    """silu(gate) * up * weight.  gate_up [R, 2F], weight [R, 1] -> [R, F]"""
+    return WeightedSwiGLU.apply(gate_up, weight)
+
+
+class WeightedSwiGLU(torch.autograd.Function):
+    """`weighted_swiglu`, keeping only its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up, weight = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_up = F.silu(gate).mul_(grad)  # [R, F], without the weight
+        grad_weight = (grad_up * up).sum(-1, keepdim=True)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return torch.cat((grad_gate, grad_up), dim=-1).mul_(weight), grad_weight

@@ -1,0 +1,13 @@
+"""On which devices one large kernel is faster than many small ones."""
+
+import torch
+
+ONE_KERNEL = ("cuda",)  # device types
+
+
+def one_kernel(device: torch.device) -> bool:
+    """Whether grouped products, and attention to a padded batch, run as one kernel there.
+
+    On a CPU they are loops anyway. Our loop computes no padding, and does all work on rows while the cache has them.
+    """
+    return device.type in ONE_KERNEL
