@@ -26,8 +26,11 @@ from hub.weights import full_tensor
 from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, uniform
 from model import Experts, MoEConfig, MoETransformer
 
-TARGETS = {  # what gets an adapter beside the chosen experts; `all` is the paper's recommendation (§4.5.2)
-    "all": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate"),
+ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate")
+SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+TARGETS = {  # what gets an adapter besides the chosen experts, where a layer has it
+    "shared": ALL + SHARED,  # MoE-Sieve's choice: also the shared expert, which every token passes
+    "all": ALL,  # the paper's recommendation (§4.5.2)
     "gate": ("mlp.gate",),
     "pure": (),
 }
@@ -185,10 +188,15 @@ def attach(
         init_factors(model)
 
 
+def adapted_paths(config: MoEConfig, targets: str) -> list[str]:
+    """The linear layers that `targets` names within a layer: without those of a shared expert if there is none."""
+    return [path for path in TARGETS[targets] if config.shared_intermediate_size or path not in SHARED]
+
+
 def adapted_linears(config: MoEConfig, targets: str) -> list[str]:
     """The linear layers that `targets` names, in all layers that have them."""
-    layers = range(config.num_hidden_layers)
-    return [f"layers.{i}.{p}" for i in layers for p in TARGETS[targets] if i in config.moe_layers or p != "mlp.gate"]
+    paths, layers = adapted_paths(config, targets), range(config.num_hidden_layers)
+    return [f"layers.{i}.{p}" for i in layers for p in paths if i in config.moe_layers or p.startswith("self_attn.")]
 
 
 @torch.no_grad()
@@ -287,6 +295,7 @@ def report(model: MoETransformer) -> Iterator[str]:
         for i, ids in zip(model.config.moe_layers, adapter.hot, strict=True):
             shown = "all" if len(ids) == E else " ".join(map(str, ids))
             yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
-        modules = ", ".join(path.rsplit(".")[-1] for path in TARGETS[adapter.targets]) or "none"
+        paths = (path.split(".", 1)[1] for path in adapted_paths(model.config, adapter.targets))
+        modules = ", ".join(paths) or "none"
         yield f"rank {adapter.r}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
     yield f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)"

@@ -23,7 +23,7 @@ from run.settings import METHODS, Recipe
 
 
 class Row(NamedTuple):
-    """One line of a table of the paper that says how much trains."""
+    """One line of a table that says how much trains: in the paper, or in MoE-Sieve (arXiv 2603.24044)."""
 
     table: str
     model: str  # key of PRESETS
@@ -31,9 +31,10 @@ class Row(NamedTuple):
     k: int | None  # hot experts per layer; None: all
     targets: str | None  # key of TARGETS
     paper: float | None  # percent, as printed
+    millions: float | None = None  # trainable parameters, as printed
 
 
-OLMOE, MIXTRAL, DEEPSEEK = "olmoe-1b-7b", "mixtral-8x7b", "deepseek-moe-16b"
+OLMOE, MIXTRAL, DEEPSEEK, QWEN = "olmoe-1b-7b", "mixtral-8x7b", "deepseek-moe-16b", "qwen1.5-moe-a2.7b"
 ROWS = (
     Row("2", OLMOE, "fft", None, None, 100.0),
     Row("2", OLMOE, "lora", None, "all", 4.3),
@@ -59,6 +60,12 @@ ROWS = (
     Row("7", OLMOE, "hellora", 4, "all", 0.41),
     Row("7", OLMOE, "hellora", 8, "all", 0.68),
     Row("7", OLMOE, "hellora", 16, "all", 1.21),
+    Row("Sieve", OLMOE, "lora", None, "shared", None, 311.5),
+    Row("Sieve", OLMOE, "moe-sieve", 16, "shared", None, 85.0),
+    Row("Sieve", QWEN, "lora", None, "shared", None, 509.7),
+    Row("Sieve", QWEN, "moe-sieve", 15, "shared", None, 151.3),
+    Row("-", QWEN, "hellora", 4, "all", None),
+    Row("-", DEEPSEEK, "moe-sieve", 16, "shared", None),
     Row("-", DEEPSEEK, "lora", None, "all", None),
     Row("-", DEEPSEEK, "lori-d", None, "all", None),
     Row("-", DEEPSEEK, "lori-s", None, "all", None),
@@ -124,15 +131,17 @@ def params(argv: list[str]) -> list[dict]:
     settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
     out = settings.json and writable(settings.json)
     sizes = {row[1:5]: size(MoEConfig.from_dict(PRESETS[row.model]), *row[2:5]) for row in ROWS}
-    rows, line = [], "{:5}  {:16}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
+    rows, line = [], "{:5}  {:17}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
     cli.say(line(*HEADS))
     for row in ROWS:
         counted, known = sizes[row[1:5]], "-" if row.paper is None else f"{row.paper:g}"
+        known = f"{row.millions:.1f}M" if row.millions else known
         counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
         trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
         cli.say(line(row.table, row.model, row.method, row.k or "all", row.targets or "-", *trained))
         about = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
         rows.append(about | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
+        rows[-1]["paper_millions"] = row.millions
     cli.say(CONVENTION)
     for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
         ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]

@@ -20,10 +20,10 @@ def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figu
     rows = reproduce.main(["params", "--json", str(out)])
     assert json.loads(out.read_text()) == rows
     assert [tuple(row.values()) for row in rows] == [
-        (*line[1:5], row["trainable"], row["percent"], line.paper)
+        (*line[1:5], row["trainable"], row["percent"], line.paper, line.millions)
         for row, line in zip(rows, reproduce.ROWS, strict=True)
     ]
-    assert all(list(row) == "model method k targets trainable percent paper".split() for row in rows)
+    assert all(list(row) == "model method k targets trainable percent paper paper_millions".split() for row in rows)
     said = capsys.readouterr().out.splitlines()
     hellora_line = next(line.split() for line in said if line.split()[1:4] == ["olmoe-1b-7b", "hellora", "8"])
     assert hellora_line == "2 olmoe-1b-7b hellora 8 all 47,218,688 0.6778 0.7 188,874,752 377,749,504".split()
