@@ -31,7 +31,7 @@ import hellora
 from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
-from hellora import TARGETS, Adapter
+from hellora import SHARED, TARGETS, Adapter
 from hub.checkpoint import SHARD_BYTES, Stored, read_rows, resolve, stored, write_checkpoint
 from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, hub_key
@@ -260,9 +260,10 @@ def write_adapter(
         say(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
     check_space(out, size)
     pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
-    targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets]]
-    # Full names if compact: with a pattern, transformers 5 would silently make a model without the experts.
-    targets += [key for key in pairs if ".experts." in key] if compact else config.family.projections
+    # Full names of MLPs if compact: with a pattern, transformers 5 would silently make a model without the experts.
+    targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets] if path not in SHARED]
+    mlps = [key for key in pairs if ".experts." in key or ".shared_expert" in key]
+    targets += mlps if compact else config.family.projections
     write_peft(out, PeftAdapter(adapter.r, adapter.alpha, pairs), shapes, targets, base_name, dtype)
 
 

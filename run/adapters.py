@@ -19,7 +19,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import seal
-from hellora import TARGETS, Adapter, adapted_linears, attach, fill
+from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
 from hub.peft import PeftAdapter, Shapes, read_peft
 from hub.weights import PROJECTIONS, full_tensor, hub_key
 from lori import Scatter, positions_of, sparsify
@@ -156,11 +156,12 @@ def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str,
     What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing.
     Raises InputError if it adapts nothing, or a matrix that no value of `targets` names.
     """
-    every = Adapter("lora", found.r, found.alpha, "all", 0, [list(range(config.num_experts))] * len(config.moe_layers))
+    experts = [list(range(config.num_experts))] * len(config.moe_layers)
+    every = Adapter("lora", found.r, found.alpha, "shared", 0, experts)
     names = {hub_key(m, config.family): m for matrices in adapted_matrices(every, config).values() for m in matrices}
     if not found.pairs or found.pairs.keys() - names.keys():
         what = ", ".join(sorted(found.pairs.keys() - names.keys())[:3]) or "nothing"
-        raise InputError(f"it adapts {what}; want {', '.join(TARGETS['all'])} or experts")
+        raise InputError(f"it adapts {what}; want {', '.join(adapted_paths(config, 'shared'))} or experts")
     pairs = {names[key]: pair for key, pair in found.pairs.items()}
     hot, others = {layer: set() for layer in config.moe_layers}, set()
     for matrix in pairs:

@@ -1,0 +1,122 @@
+"""Adapters on the shared expert (targets "shared", MoE-Sieve): placed, computed, merged, exported and trained."""
+
+import pytest
+import torch
+from conftest import with_tokenizer
+from test_export import assert_close, logits, make_run, merged, peft_folder
+from torch import Tensor
+from torch.func import functional_call
+
+import hellora
+from lora import LoRALinear
+from model import MoETransformer, load_model, read_config
+from run import adapters
+
+FAMILIES = ("qwen2_moe", "deepseek")  # that have shared experts; deepseek's first layer has no experts
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def adapted_linears(model: MoETransformer) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def attach_shared(model: MoETransformer) -> None:
+    """Random factors on the shared experts; those of all other modules add nothing."""
+    L, E = len(model.config.moe_layers), model.config.num_experts
+    hellora.attach(model, torch.arange(E).expand(L, -1) < 2, r=3, alpha=5.0, targets="shared")
+    noise = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".shared_expert." in name and name.endswith("lora_B"):
+            parameter.data.normal_(0, 0.3, generator=noise)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "olmoe"])
+def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_not_their_gate(family, make_checkpoint):
+    found = {}
+    for targets in ("all", "shared"):
+        model = load_model(make_checkpoint(family).folder)
+        L, E = len(model.config.moe_layers), model.config.num_experts
+        hellora.attach(model, torch.ones(L, E, dtype=torch.bool), r=3, alpha=5.0, targets=targets)
+        found[targets] = adapted_linears(model)
+    layers = model.config.moe_layers if family in FAMILIES else ()
+    added = {f"layers.{i}.mlp.shared_expert.{projection}" for i in layers for projection in PROJECTIONS}
+    assert found["shared"] - found["all"] == added and found["all"] < found["shared"] | {""}
+    assert ("shared_expert.down_proj" in " ".join(hellora.report(model))) == (family in FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapted_shared_experts_compute_what_transformers_does_with_the_sum_of_the_weights(family, make_checkpoint):
+    checkpoint = make_checkpoint(family)
+    model = load_model(checkpoint.folder)
+    attach_shared(model)
+    before = {name: W.clone() for name, W in checkpoint.hf.state_dict().items() if ".shared_expert" in name}
+    try:
+        for name in adapted_linears(model):
+            if ".shared_expert." in name:
+                pair = model.get_submodule(name)
+                path = name.replace("shared_expert", model.config.family.shared_expert)
+                W = checkpoint.hf.get_submodule(f"model.{path}").weight.data
+                W += 5 / 3 * (pair.lora_B @ pair.lora_A).detach()
+        want = logits(checkpoint.hf)
+    finally:
+        checkpoint.hf.load_state_dict(before, strict=False)
+    assert (want - logits(checkpoint.hf)).abs().max() > 0.05 * want.abs().max()
+    assert_close(logits(model), want)
+
+
+def loss(model: MoETransformer, ids: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
+    options = {"lengths": torch.tensor([9, 4, 7]), "labels": ids}
+    return functional_call(model, weights or {}, (ids,), options)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_of_the_shared_experts_factors_are_those_of_plain_autograd(family, make_checkpoint):
+    """Plain: the weight W + (alpha / r) B A is formed, and autograd finds its way to A and B."""
+    folder = make_checkpoint(family).folder
+    model, plain = load_model(folder), load_model(folder)
+    attach_shared(model)
+    ids = torch.randint(2, 50, (3, 9), generator=torch.Generator().manual_seed(3))
+    loss(model, ids).backward()
+    names = [name for name in adapted_linears(model) if ".shared_expert." in name]
+    factors = {
+        name: [model.get_submodule(name).get_parameter(f).detach().clone() for f in ("lora_A", "lora_B")]
+        for name in names
+    }
+    for A, B in factors.values():
+        A.requires_grad_(), B.requires_grad_()
+    weights = {
+        f"{name}.weight": plain.get_submodule(name).weight.detach() + 5 / 3 * (B @ A)
+        for name, (A, B) in factors.items()
+    }
+    loss(plain, ids, weights).backward()
+    assert len(names) == 3 * len(model.config.moe_layers)
+    for name, (A, B) in factors.items():
+        pair = model.get_submodule(name)
+        for got, want in ((pair.lora_A.grad, A.grad), (pair.lora_B.grad, B.grad)):
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lori", "lori-s"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_adapter_loads_and_merges_in_memory_and_on_disk(family, kind, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    adapted = make_run(base, tmp_path, kind, "shared")
+    want = logits(adapted)
+    loaded = load_model(base)
+    adapters.load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(logits(loaded), want)
+    hellora.merge(adapted)
+    for got in (logits(adapted), logits(load_model(merged(base, tmp_path, tmp_path / "out")))):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # the order of a sum is another
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_goes_to_peft_and_comes_back(family, compact, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    make_run(base, tmp_path, targets="shared")
+    adapter, state = adapters.read_adapter(tmp_path / "adapter")
+    out = peft_folder(base, tmp_path, tmp_path / "peft", compact=compact)
+    got, tensors = adapters.read_any_adapter(out, read_config(base))
+    assert (got.targets, got.hot) == ("shared", adapter.hot)
+    assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
