@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import with_tokenizer
 from test_export import assert_close, logits, make_run, merged, peft_folder
 from torch import Tensor
 from torch.func import functional_call
