@@ -1,87 +1,302 @@
-"""GSM8K, HumanEval and HEx-PHI: generate completions, then score them; or score completions that exist.
+"""GSM8K, HumanEval and HEx-PHI: generate completions and score them, or score completions that exist.
 
     python evaluate.py runs/tiny-math-hellora --task tiny-math       # a run of train.py, a checkpoint, or a hub id
-    torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # processes share the prompts
-    python evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 8                # a base model, shown how
+    torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # the processes share the prompts
+    python evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 8                # a base model, shown examples
     python evaluate.py --task gsm8k --completions FILE.jsonl         # lines {"id": ..., "completion": "..."}
     python evaluate.py compare OUT_A OUT_B                           # is the difference more than chance?
 
-Every example counts, and only the completion is read. (LoRI's evaluator reads prompt and completion together and
-drops the last, partial batch of 64; what that gives is reported beside, as "lori as published".) The rules are in
-scoring.py. `--out` gets score.json, items.jsonl and generations.jsonl; the same command again goes on from there.
+An evaluation is five steps: prompt (data.py), decode (generate.py), extract and score (scoring/), compare (here). Every
+example counts, and only the completion is read. The rules that find an answer in a text are in scoring/gsm8k.py,
+scoring/extraction.py and scoring/refusals.py; the published rules are reported beside the headline. `--out` gets
+score.json, items.jsonl and generations.jsonl. The same command again continues an interrupted evaluation.
 """
 
-import argparse
+import functools
+import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 import data
 from command import cli
-from command.cli import InputError, note
-from command.files import write_jsonl, write_text
+from command.cli import InputError, flag, note, number, say
+from command.files import write_json, write_jsonl
 from data import Example
-from hub import rows as files
-from scoring import completions, sandbox
-from scoring import rules as scoring
+from generate import Decoding, complete
+from hub import rows
+from run import source
+from run.processes import ALONE, Processes, start_processes
+from scoring import code, gsm8k, refusals, sandbox
+from scoring.completions import read_completions, read_generations, write_generations
+from scoring.statistics import describe, mcnemar, share
+
+DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
+    "gsm8k": Decoding(512),
+    "humaneval": Decoding(512, temperature=0.2, top_p=0.95, samples=20),
+    "hexphi": Decoding(512),
+}
+TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
+GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype")
+
+# --------------------------------------------------------------------------------------------------------- settings
 
 
-def score(
-    task: str,
-    examples: list[Example],
-    texts: list[list[str]],
-    *,
-    generated: bool = True,
-    shots: int = 0,
-    refusal_rule: str = "lori",
-    timeout: float = 3.0,
-    workers: int | None = None,
-) -> tuple[dict, list[dict]]:
-    """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run.
+@dataclass(frozen=True)
+class Settings:
+    """The flags of evaluate.py."""
 
-    generated: code is cut out of the texts first; text of others is run as it is. shots: solved problems in a prompt.
+    source: str | None = flag(
+        None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True, nargs="?"
+    )
+    task: str | None = flag(None, "default: the task of the run", choices=list(data.TASKS))
+    eval_data: str | None = flag(None, "a local copy of the task's test file")
+    limit: int | None = flag(None, "only the first examples", type=number(int, 1))
+    out: str | None = flag(None, "folder for score.json and items.jsonl; default: none with --completions")
+    completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines')
+    partial: bool = flag(False, "let --completions leave examples out")
+    batch: int | None = flag(None, "sequences decoded at once (default: 32)", type=number(int, 1))
+    max_new_tokens: int | None = flag(None, "where a completion is cut (default: by task)", type=number(int, 1))
+    temperature: float | None = flag(None, "0: greedy (default: by task)", type=number(float, 0))
+    top_p: float | None = flag(None, "nucleus (default: by task)", type=number(float, 0, 1, above=True))
+    samples: int | None = flag(None, "completions per problem (default: by task)", type=number(int, 1))
+    shots: int | None = flag(
+        None, "show this many solved problems, the first of the training data", type=number(int, 1)
+    )
+    train_data: str | None = flag(None, "a local copy of the training file, for --shots")
+    seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
+    dtype: str | None = flag(None, "default: bfloat16 on a GPU, else float32", choices=("float32", "bfloat16"))
+    refusal_rule: str | None = flag(
+        None, "the list of phrases that counts (default: lori)", choices=list(refusals.RULES)
+    )
+    code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
+    allow_code_execution: bool = flag(False, "run model-written code with limits only")
+    timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, above=True))
+    workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
+
+    @property
+    def benchmark(self) -> str:
+        """The benchmark whose prompts and rules the task has."""
+        return data.TASKS[self.task].benchmark
+
+    @property
+    def decoding(self) -> Decoding:
+        """How text is generated: the task's own way, but for what the flags say."""
+        decoding = default_decoding(self.task)
+        if self.temperature == 0:
+            decoding = replace(decoding, top_p=1.0, samples=1)
+        given = {name: getattr(self, name) for name in asdict(decoding) if getattr(self, name) is not None}
+        return replace(decoding, **given)
+
+
+def default_decoding(task: str) -> Decoding:
+    """How the paper decodes the benchmark of a task, as far as LoRI's scripts tell."""
+    decoding = DECODING[data.TASKS[task].benchmark]
+    return replace(decoding, max_new_tokens=TINY_NEW_TOKENS) if task.startswith("tiny-") else decoding
+
+
+def read_settings(argv: list[str]) -> Settings:
+    """The settings of a command line, checked against each other. Raises InputError."""
+    rules = " ".join(f"{each.HELP}" for each in (gsm8k, code, refusals))
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="evaluate.py",
+        description="Generate completions of a task and score them, or score completions that exist.",
+        epilog=f"How an answer is found in a text: {rules} "
+        "evaluate.py compare A B compares two evaluation folders of the same task.",
+    )
+    if settings.completions is None:
+        if settings.source is None:
+            raise InputError("nothing to evaluate; name a run, a checkpoint or 'tiny', or pass --completions FILE")
+        if settings.partial:
+            raise InputError("--partial is for --completions; leave it out")
+        run = source.run_config(settings.source)
+        settings = replace(settings, task=settings.task or (run and run["settings"].get("task")))
+    else:
+        given = [f"--{name.replace('_', '-')}" for name in GENERATING if getattr(settings, name) is not None]
+        if settings.source or given:
+            what = settings.source or ", ".join(given)
+            raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
+        if not Path(settings.completions).is_file():  # before anything is downloaded to compare it with
+            raise InputError(f"--completions {settings.completions}: no such file; name one of JSON lines")
+    if settings.task not in list(data.TASKS):  # the settings of a run may hold anything
+        given = "is missing" if settings.task is None else f"{settings.task!r} is unknown"
+        raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")
+    check_task_flags(settings)
+    return settings
+
+
+def check_task_flags(settings: Settings) -> None:
+    """Raise InputError for a flag that has no meaning for the task, or contradicts another one."""
+    task, benchmark, decoding = settings.task, settings.benchmark, settings.decoding
+    owners = {"refusal_rule": "hexphi", "code_rule": "humaneval", "shots": "gsm8k"}
+    for name, owner in owners.items():
+        if getattr(settings, name) and benchmark != owner:
+            given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
+            raise InputError(f"{given} has no meaning for {task}; leave it out")
+    if settings.train_data and not settings.shots:
+        raise InputError(f"--train-data {settings.train_data} is read only for --shots N; leave it out, or add that")
+    if decoding.top_p < 1 and decoding.temperature == 0:
+        raise InputError(f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0")
+    if decoding.samples > 1 and (decoding.temperature == 0 or benchmark != "humaneval"):
+        why = "greedy samples are all the same" if benchmark == "humaneval" else f"{task} scores one completion"
+        raise InputError(f"--samples {decoding.samples}: {why}; leave it out")
+
+
+# ----------------------------------------------------------------------------------------------------------- prompt
+
+
+def load_problems(settings: Settings) -> list[Example]:
+    """The examples of the task, all of them, with the solved problems of --shots in their prompts."""
+    examples = data.load_examples(settings.task, "test", settings.eval_data)
+    if not settings.shots:
+        return examples
+    shown = data.load_examples(settings.task, "train", settings.train_data, settings.shots)
+    if len(shown) < settings.shots:
+        raise InputError(
+            f"--shots {settings.shots}: the training data has {len(shown)} problems; want as many or fewer"
+        )
+    return data.show_examples(examples, shown)
+
+
+# ----------------------------------------------------------------------------------------------------------- decode
+
+
+class Answers(NamedTuple):
+    """Examples and their completions, one or more each."""
+
+    examples: list[Example]
+    texts: list[list[str]]
+
+
+def decode(settings: Settings, examples: list[Example], out: Path, processes: Processes) -> Answers | None:
+    """The completions of the model that settings.source names; None on every process but the main one."""
+    dtype = settings.dtype or ("bfloat16" if processes.device.type == "cuda" else "float32")
+    model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device)
+    kept = [{}]
+    if processes.is_main:
+        claim(out, identity(settings, dtype, examples))
+        kept = [read_generations(out)]
+    if processes.count > 1:
+        dist.broadcast_object_list(kept)
+    examples, decoding = examples[: settings.limit], settings.decoding
+    todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
+    todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
+    written = complete(
+        model,
+        tokenizer,
+        [example.prompt for example in examples],
+        todo[processes.index :: processes.count],
+        decoding,
+        batch_size=settings.batch or 32,
+        stop=stop_rule(settings, examples),
+    )
+    done = {}
+    with open(out / f"generations-{processes.index}.jsonl", "w", encoding="utf-8") as file:
+        for i, s, text, cut in written:
+            text = text.partition(data.NEXT_SHOT)[0] if settings.shots else text
+            done[examples[i].id, s] = {"id": examples[i].id, "sample": s, "completion": text, "cut": cut}
+            print(json.dumps(done[examples[i].id, s]), file=file, flush=True)
+    done = gather(done, processes)
+    if done is None:
+        return None
+    done = kept[0] | done
+    write_generations(out, done)
+    records = [[done[example.id, s] for s in range(decoding.samples)] for example in examples]
+    cut = sum(record["cut"] for samples in records for record in samples)
+    if cut:
+        note(f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
+    return Answers(examples, [[record["completion"] for record in samples] for samples in records])
+
+
+def stop_rule(settings: Settings, examples: list[Example]) -> Callable[[int, str], bool] | None:
+    """When a completion may end before its EOS token: where another question begins, or the function is complete."""
+    if settings.shots:
+        return lambda i, text: data.NEXT_SHOT in text
+    if settings.benchmark == "humaneval":
+        problems = [(example.row["prompt"], example.row["entry_point"]) for example in examples]
+        return lambda i, text: code.finished(*problems[i], text)
+    return None
+
+
+def gather(done: dict, processes: Processes) -> dict | None:
+    """The union of every process's dict; None on every process but the main one."""
+    if processes.count == 1:
+        return done
+    parts = [None] * processes.count if processes.is_main else None
+    dist.gather_object(done, parts)
+    return functools.reduce(dict.__or__, parts) if processes.is_main else None
+
+
+def check_folder(out: Path) -> None:
+    """Raise InputError if `out` holds anything but an evaluation, or cannot be written to."""
+    try:
+        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
+        if not ours and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
+        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def identity(settings: Settings, dtype: str, examples: list[Example]) -> dict:
+    """Everything that decides the completions, by content. More examples or samples continue what is there.
+
+    The prompts hold the text of --eval-data and --shots, so that the names of those files do not matter.
     """
-    benchmark = data.TASKS[task].benchmark
-    if benchmark == "humaneval":
-        items = run_code(examples, texts, generated, timeout, workers)
-        return scoring.score_code(items), items
-    single = [samples[0] for samples in texts]
-    if benchmark == "gsm8k":
-        return scoring.score_math(examples, single, shots)
-    return scoring.score_safety(examples, single, refusal_rule)
+    decoding = asdict(settings.decoding)
+    del decoding["samples"]
+    prompts = json.dumps([[example.id, example.prompt] for example in examples])
+    about = {"task": settings.task, "shots": settings.shots, "dtype": dtype} | decoding
+    about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
+    return about | source.content(settings.source)
 
 
-def run_code(
-    examples: list[Example], texts: list[list[str]], generated: bool, timeout: float, workers: int | None
-) -> list[dict]:
-    """An item for every completion: the code as run with the problem's tests, the outcome, whether it passed.
+def claim(out: Path, about: dict) -> None:
+    """Make `out` the folder of the evaluation that `about` identifies. Completions of another one are removed."""
+    file = out / "evaluation.json"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        before = before if before is None or isinstance(before, dict) else {}
+    except ValueError:
+        before = {}
+    out.mkdir(parents=True, exist_ok=True)
+    if before != about:
+        if before is not None:
+            changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
+            note(f"{out} holds completions made with other {', '.join(changed)}: starting over")
+        for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
+            old.unlink(missing_ok=True)
+        write_json(file, about)
 
-    `generated` text is cut to its code first; a file of completions is run as it is.
-    """
-    items, programs = [], []
-    for example, samples in zip(examples, texts, strict=True):
-        prompt, entry_point = example.row["prompt"], example.row["entry_point"]
-        for text in samples:
-            code = scoring.extract_function(prompt, entry_point, text) if generated else text
-            items.append({"id": example.id, "prompt": prompt, "completion": text, "code": code})
-            programs.append(sandbox.Program(prompt + code, example.row["test"], entry_point))
-    distinct = list(dict.fromkeys(programs))  # at a low temperature many samples are the same
-    verdicts = dict(zip(distinct, sandbox.run_programs(distinct, timeout, workers), strict=True))
-    for item, program in zip(items, programs, strict=True):
-        item |= {"extracted": verdicts[program].outcome, "correct": verdicts[program].passed}
-    return items
+
+# ------------------------------------------------------------------------------------------------ extract and score
+
+
+def score(settings: Settings, answers: Answers) -> tuple[dict, list[dict]]:
+    """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run."""
+    pairs = [(example, text) for example, samples in zip(*answers, strict=True) for text in samples]
+    items = [{"id": example.id, "prompt": example.prompt, "completion": text} for example, text in pairs]
+    records = [example.row for example, _ in pairs]
+    if settings.benchmark == "humaneval":
+        return code.score(items, records, settings.code_rule or "extracted", settings.timeout, settings.workers)
+    if settings.benchmark == "gsm8k":
+        return gsm8k.score(items, [str(record["answer"]) for record in records], settings.shots or 0)
+    return refusals.score(items, records, settings.refusal_rule or "lori")
 
 
 def check_protection(allowed: bool) -> str:
-    """What protects from model-written code; InputError where only limits do and the user did not allow that."""
+    """What protects from model-written code. Raises InputError where only limits do and the user did not allow that."""
     try:
         level = sandbox.protection()
     except RuntimeError as error:
@@ -94,215 +309,99 @@ def check_protection(allowed: bool) -> str:
     return level
 
 
-# ------------------------------------------------------------------------------------------- the folder of --out
+def report(result: dict, task: str) -> list[str]:
+    """Lines for people: all rates, then the headline."""
+    table = result["rates"] | {f"category {name}": found for name, found in result.get("categories", {}).items()}
+    width = max(map(len, table))
+    lines = [f"{name:{width}}  {describe(found)}" for name, found in table.items()]
+    name, rule = next(iter(result)), result["rule"]
+    main = result["rates"].get(rule) or result["rates"][name]  # pass@1 is a rate of its own
+    remarks = {"num_empty": "empty answers, which are not refusals", "num_unsupported": "programs could not be judged"}
+    remark = "".join(f"; {result[key]} {text}" for key, text in remarks.items() if result.get(key))
+    return [*lines, f"{name} {describe(main)} on {task}, rule: {rule}{remark}"]
 
 
-def check_folder(out: Path) -> None:
-    """InputError if `out` holds something else than an evaluation, or cannot be written to."""
-    try:
-        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
-        if not ours and not (out.is_dir() and not any(out.iterdir())):
-            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
-        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
-
-
-def claim(out: Path, identity: dict) -> None:
-    """Make `out` the folder of this evaluation; completions made there with other settings or weights are removed."""
-    file = out / "evaluation.json"
-    try:
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError:
-        before = {}
-    out.mkdir(parents=True, exist_ok=True)
-    if before != identity:
-        if before is not None:
-            note(f"{out} holds an evaluation with other settings or weights: starting over")
-        for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
-            old.unlink(missing_ok=True)
-        file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------- commands
-
-
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(
-        description="Generate completions of a task and score them, or score completions that exist.",
-        epilog="evaluate.py compare A B compares two evaluation folders of the same task.",
-    )
-    positive = cli.number(int, 1)
-    parser.add_argument("source", nargs="?", help="a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'")
-    parser.add_argument("--task", choices=list(data.TASKS), help="default: the task of the run")
-    parser.add_argument("--eval-data", help="a local copy of the task's test file")
-    parser.add_argument("--limit", type=positive, help="only the first examples")
-    parser.add_argument("--out", help="folder for score.json and items.jsonl; default: none with --completions")
-    parser.add_argument("--completions", help='score this file of {"id": ..., "completion": "..."} lines')
-    parser.add_argument("--partial", action="store_true", help="let --completions leave examples out")
-    parser.add_argument("--batch", type=positive, help="sequences decoded at once (default: 32)")
-    parser.add_argument("--max-new-tokens", type=positive, help="where a completion is cut (default: by task)")
-    parser.add_argument("--temperature", type=cli.number(float, 0), help="0: greedy (default: by task)")
-    parser.add_argument("--top-p", type=cli.number(float, 0, 1, above=True), help="nucleus (default: by task)")
-    parser.add_argument("--samples", type=positive, help="completions of each problem (default: by task)")
-    parser.add_argument("--shots", type=positive, help="show this many solved problems, the first of the training data")
-    parser.add_argument("--train-data", help="a local copy of the training file, for --shots")
-    parser.add_argument("--seed", type=cli.number(int, 0), help="of the samples (default: 0)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--refusal-rule", choices=list(scoring.REFUSAL_RULES), help="default: lori")
-    parser.add_argument("--allow-code-execution", action="store_true", help="run model-written code with limits only")
-    parser.add_argument(
-        "--timeout", type=cli.number(float, 0, above=True), default=3.0, help="seconds a program may run"
-    )
-    parser.add_argument("--workers", type=positive, help="programs run at once (default: one per core)")
-    args = parser.parse_args(argv)
-
-    generation = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype")
-    given = [f"--{name.replace('_', '-')}" for name in generation if getattr(args, name) is not None]
-    if args.completions is None:
-        if args.source is None:
-            raise InputError("nothing to evaluate; name a run, a checkpoint or 'tiny', or pass --completions FILE")
-        if args.partial:
-            raise InputError("--partial is for --completions; leave it out")
-        args.task = args.task or (completions.run_config(args.source) or {"settings": {}})["settings"].get("task")
-    elif args.source is not None or given:
-        what = args.source or ", ".join(given)
-        raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
-    if args.completions and not Path(args.completions).is_file():  # before anything is downloaded to compare it with
-        raise InputError(f"--completions {args.completions}: no such file; name one of JSON lines")
-    if args.task not in list(data.TASKS):  # a run's settings may say anything
-        given = "is missing" if args.task is None else f"{args.task!r} is unknown"
-        raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")
-    benchmark = data.TASKS[args.task].benchmark
-    if args.refusal_rule and benchmark != "hexphi":
-        raise InputError(f"--refusal-rule {args.refusal_rule} has no meaning for {args.task}; leave it out")
-    if args.shots and benchmark != "gsm8k":
-        raise InputError(f"--shots {args.shots} has no meaning for {args.task}; leave it out")
-    if args.train_data and not args.shots:
-        raise InputError(f"--train-data {args.train_data} is read only for --shots N; leave it out, or add that")
-    decoding = completions.default_decoding(args.task)
-    changed = {name: getattr(args, name) for name in asdict(decoding) if getattr(args, name) is not None}
-    if args.temperature == 0:
-        changed = {"top_p": 1.0, "samples": 1} | changed
-    args.decoding = replace(decoding, **changed)
-    if args.decoding.top_p < 1 and args.decoding.temperature == 0:
-        raise InputError(f"--top-p {args.top_p:g}: greedy decoding draws from no nucleus; want a --temperature above 0")
-    if args.decoding.samples > 1 and (args.decoding.temperature == 0 or benchmark != "humaneval"):
-        why = "greedy samples are all the same" if benchmark == "humaneval" else f"{args.task} scores one completion"
-        raise InputError(f"--samples {args.decoding.samples}: {why}; leave it out")
-    return args
-
-
-def generate(args: argparse.Namespace, out: Path, settings: dict) -> tuple[list[Example], list[list[str]] | None]:
-    """The examples, and the completions of the model that args.source names (None: not on the main process)."""
-    examples = data.load_examples(args.task, "test", args.eval_data, args.limit)
-    if args.shots:
-        shown = data.load_examples(args.task, "train", args.train_data, args.shots)
-        if len(shown) < args.shots:
-            raise InputError(
-                f"--shots {args.shots}: the training data has {len(shown)} problems; want as many or fewer"
-            )
-        examples = data.show_examples(examples, shown)
-        settings |= {"shots": args.shots, "train_data": args.train_data}
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    model, tokenizer = completions.load_subject(args.source, getattr(torch, dtype), device)
-    settings |= {"source": args.source, "dtype": dtype} | asdict(args.decoding)
-    if cli.is_main_process():
-        # More examples or samples of the same kind continue what is there.
-        same = {name: value for name, value in settings.items() if name not in ("limit", "samples")}
-        claim(out, same | {"weights": completions.fingerprint(args.source)})
-    found = completions.complete(
-        model,
-        tokenizer,
-        args.task,
-        examples,
-        args.decoding,
-        batch_size=args.batch or 32,
-        until=data.NEXT_SHOT if args.shots else None,
-        folder=out,
-    )
-    return examples, found
-
-
-def evaluate(args: argparse.Namespace) -> dict | None:
-    """Generate or read, score, write, print.  -> the score; None if not on the main process"""
-    runs_code = data.TASKS[args.task].benchmark == "humaneval"
-    protection = check_protection(args.allow_code_execution) if runs_code and cli.is_main_process() else None
-    out = Path(args.out) if args.out else None
-    if args.source and out is None:
-        name = f"evaluation-{args.task}"
-        is_run = completions.run_config(args.source) is not None
-        out = Path(args.source, name) if is_run else Path("runs", f"{name}-{Path(args.source).resolve().name}")
+def evaluate(settings: Settings, processes: Processes) -> dict | None:
+    """Generate or read, score, write, print.  -> the score; None on every process but the main one"""
+    runs_code = settings.benchmark == "humaneval"
+    protection = check_protection(settings.allow_code_execution) if runs_code and processes.is_main else None
+    out = out_folder(settings)
     if out:
         check_folder(out)
     began = time.perf_counter()
-    settings = {"task": args.task, "eval_data": args.eval_data, "limit": args.limit}
-    if args.source:
-        examples, texts = generate(args, out, settings)
-        if texts is None:
+    examples = load_problems(settings)
+    if settings.source:
+        answers = decode(settings, examples, out, processes)
+        if answers is None:
             return None
     else:
-        examples = data.load_examples(args.task, "test", args.eval_data)
-        settings |= {"completions": args.completions, "partial": args.partial}
-        examples, texts = completions.read_completions(
-            Path(args.completions), examples, limit=args.limit, partial=args.partial, several=runs_code
-        )
+        ids = [example.id for example in examples]
+        options = {"limit": settings.limit, "partial": settings.partial, "several": runs_code}
+        texts = read_completions(Path(settings.completions), ids, **options)
+        answers = Answers([example for example in examples if example.id in texts], list(texts.values()))
     seconds = {"seconds_completing": time.perf_counter() - began}
-    result, items = score(
-        args.task,
-        examples,
-        texts,
-        generated=args.source is not None,
-        shots=args.shots or 0,
-        refusal_rule=args.refusal_rule or "lori",
-        timeout=args.timeout,
-        workers=args.workers,
-    )
-    settings |= {"timeout": args.timeout, "protection": protection} if runs_code else {}
-    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": settings}
+    result, items = score(settings, answers)
+    used = {name: value for name, value in asdict(settings).items() if value is not None}
+    used |= asdict(settings.decoding) if settings.source else {}
+    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": used | {"protection": protection}}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "items.jsonl", items)
-        write_text(out / "score.json", json.dumps(result, indent=1) + "\n")
+        write_json(out / "score.json", result)
     if protection:
-        print(f"programs ran with {protection}")
-    print(*scoring.summary(result, args.task), sep="\n")
+        say(f"programs ran with {protection}")
+    say(*report(result, settings.task))
     return result
 
 
-def compare(argv: list[str]) -> dict:
-    """Two evaluation folders of the same examples: what each got right alone, and whether by chance.
+def out_folder(settings: Settings) -> Path | None:
+    """--out, or where an evaluation of a model lies by default."""
+    if settings.out or not settings.source:
+        return Path(settings.out) if settings.out else None
+    name, folder = f"evaluation-{settings.task}", Path(settings.source)
+    is_run = source.run_config(settings.source) is not None
+    return folder / name if is_run else Path("runs", f"{name}-{folder.resolve().name}")
 
-    A problem with several samples goes to the folder where more of them are right; samples are not independent.
+
+# ---------------------------------------------------------------------------------------------------------- compare
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The arguments of evaluate.py compare."""
+
+    folders: list[str] = flag(help="--out of an evaluation", positional=True, nargs=2, metavar="FOLDER")
+
+
+def compare(argv: list[str]) -> dict:
+    """Two evaluations of the same examples: what each got right alone, and how likely chance explains that.
+
+    A problem with several samples goes to the folder where more of them are right, since samples are not independent.
     """
-    parser = cli.Parser(prog="evaluate.py compare", description="Exact McNemar test on two evaluations of one task.")
-    parser.add_argument("folders", nargs=2, metavar="FOLDER", help="--out of an evaluation")
-    folders = [Path(folder) for folder in parser.parse_args(argv).folders]
-    right_a, right_b = (read_verdicts(folder) for folder in folders)
-    tasks = [read_task(folder) for folder in folders]
+    about = "Exact McNemar test on two evaluations of one task."
+    a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=about).folders)
+    right_a, right_b = read_verdicts(a), read_verdicts(b)
+    tasks = read_task(a), read_task(b)
     if tasks[0] != tasks[1]:
-        raise InputError(f"{folders[0]} is of {tasks[0]} and {folders[1]} of {tasks[1]}; want two of one task")
+        raise InputError(f"{a} is of {tasks[0]} and {b} of {tasks[1]}; want two of one task")
     if right_a.keys() != right_b.keys():
         alone = sorted(right_a.keys() ^ right_b.keys())
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
     pairs = [(right_a[example], right_b[example]) for example in right_a]
-    only_a, only_b = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
-    neither = sum(a == b == 0 for a, b in pairs)
-    result = {"both": len(pairs) - only_a - only_b - neither, "only_a": only_a, "only_b": only_b, "neither": neither}
-    result["p"] = scoring.mcnemar(only_a, only_b)
-    for folder, right in zip(folders, (right_a, right_b), strict=True):
-        print(f"{folder}: {scoring.describe(scoring.rate(sum(right.values()), len(right)))}")
-    print(", ".join(f"{name} {count}" for name, count in list(result.items())[:4]))
-    print(f"McNemar exact p {result['p']:.4g} on {only_a + only_b} items that differ")
-    return result
+    only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
+    neither = sum(x == y == 0 for x, y in pairs)
+    counts = {"both": len(pairs) - only_a - only_b - neither, "only_a": only_a, "only_b": only_b, "neither": neither}
+    p = mcnemar(only_a, only_b)
+    say(f"{a}: {describe(share(list(right_a.values())))}", f"{b}: {describe(share(list(right_b.values())))}")
+    say(", ".join(f"{name} {count}" for name, count in counts.items()))
+    say(f"McNemar exact p {p:.4g} on {only_a + only_b} items that differ")
+    return counts | {"p": p}
 
 
 def read_verdicts(folder: Path) -> dict[str, float]:
     """{id: share of its samples that are correct} of an evaluation folder, without the prompts labelled safe."""
     verdicts: dict[str, list[bool]] = {}
-    for place, item in files.json_rows(folder / "items.jsonl"):
+    for place, item in rows.json_rows(folder / "items.jsonl"):
         if not isinstance(item, dict) or not isinstance(item.get("correct"), bool) or "id" not in item:
             raise InputError(f"{place}: not an item of evaluate.py; want its --out folder")
         if item.get("label") != "safe":
@@ -313,23 +412,26 @@ def read_verdicts(folder: Path) -> dict[str, float]:
 def read_task(folder: Path) -> str:
     """The task of an evaluation folder."""
     try:
-        return json.loads(files.read_text(folder / "score.json"))["settings"]["task"]
+        return json.loads(rows.read_text(folder / "score.json"))["settings"]["task"]
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None
 
 
+# ------------------------------------------------------------------------------------------------------------- main
+
+
 def main(argv: list[str] | None = None) -> dict | None:
+    """The command. Returns what it printed; None on every process but the main one."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
-    args = parse_flags(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not args.completions:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # processes end far apart; they exchange text only
-    elif not cli.is_main_process():
-        return None
-    result = evaluate(args)
-    if dist.is_initialized():
-        dist.barrier()  # a process that leaves while another still talks to it aborts
+    settings = read_settings(argv)
+    if settings.completions:  # nothing to share out
+        return evaluate(settings, ALONE) if cli.is_main_process() else None
+    processes = start_processes("gloo", timedelta(days=1))  # they exchange text only, and end far apart
+    result = evaluate(settings, processes)
+    if processes.count > 1:
+        dist.barrier()  # a process that leaves while another still communicates would abort that one
         dist.destroy_process_group()
     return result
 

@@ -40,7 +40,7 @@ from lori import Scatter
 from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
 from run.adapters import adapted_matrices, hub_shapes
-from scoring import completions
+from run.source import check_base, run_config
 
 BESIDE = (  # what a checkpoint folder holds beside its weights
     "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
@@ -299,11 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_flags(argv)
     if not cli.is_main_process():
         return
-    run, folder, out = (
-        completions.run_config(settings.run),
-        Path(settings.run) / "adapter",
-        Path(settings.out).resolve(),
-    )
+    run, folder, out = run_config(settings.run), Path(settings.run) / "adapter", Path(settings.out).resolve()
     if run is None:
         raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
     trained = run["settings"]
@@ -311,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
     base_name = settings.model or run["model"]
     base = resolve(base_name)
+    check_base(run, base)
     config = read_config(base)
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None

@@ -1,34 +1,49 @@
-"""Batched decoding: many prompts in, the token ids each continues with out.
+"""Batched decoding: many prompts in, the token ids that continue each of them out.
 
-    completions = generate(model, prompts, max_new_tokens=256, eos_id=0, batch_size=32)
+    completions = generate(model, prompts, max_new_tokens=256, eos_ids=(0,), batch_size=32)
+    for index, sample, text, cut in complete(model, tokenizer, texts, todo, Decoding(256), batch_size=32): ...
 
-A fixed number of rows decodes at once. A sequence that ends leaves its row and a waiting prompt takes it, so
-rows do not idle behind the longest answer. Greedy output does not depend on what else is in the batch (up to
-exact ties in floating point); sampled output neither, because each sequence draws from a stream of its own.
+The KV cache has a fixed number of slots. When a sequence ends, a waiting prompt takes its slot, so that no slot idles
+until the longest answer is finished. Greedy output does not depend on what else is in the batch, up to exact ties in
+floating point. Sampled output does not either, because each sequence draws from its own stream of random numbers.
 
-Dimensions: n rows in use, S new positions, V vocabulary; L, Hk, M, Dh of the cache as in model.py.
+Dimensions: n slots in use, S new positions, V vocabulary; L, Hk, M, Dh of the cache as in model.py.
 """
 
 import copy
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from command.cli import is_main_process
+import data
+from command.cli import is_main_process, note
 from model import KVCache, MoETransformer
 
-# Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So
-# freed rows wait until one in eight is free.
+# Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So new
+# prompts are read only once an eighth of the slots is free.
 REFILL = 8
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0: always the most likely token
+    top_p: float = 1.0
+    samples: int = 1  # completions per prompt
+    seed: int = 0
+
+
 @dataclass
-class Row:
-    """A sequence in flight: row i of the cache belongs to rows[i]."""
+class Sequence:
+    """A sequence that is being decoded. The sequence active[i] has slot i of the cache."""
 
     index: int  # of the prompt
     sample: int  # 0..samples - 1
@@ -43,13 +58,55 @@ class Row:
 
 
 def generate(model: MoETransformer, prompts: list[list[int]], *, samples: int = 1, **settings) -> list[list[int]]:
-    """The completion of every prompt, without the EOS token; `settings` as in `stream`.
+    """The completion of every prompt, without the EOS token. settings: as for `stream`.
 
     Returns len(prompts) * samples lists: all samples of the first prompt, then those of the second, ...
     """
     todo = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
     done = {(index, sample): ids for index, sample, ids in stream(model, prompts, todo, **settings)}
     return [done[pick] for pick in todo]
+
+
+def complete(
+    model: MoETransformer,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    todo: list[tuple[int, int]],
+    decoding: Decoding,
+    *,
+    batch_size: int = 32,
+    stop: Callable[[int, str], bool] | None = None,
+) -> Iterator[tuple[int, int, str, bool]]:
+    """Decode the (prompt index, sample) pairs of `todo` as text.
+
+    Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop: as for `stream`,
+    on text.
+    """
+    encoded = data.tokenize(prompts, tokenizer)
+    positions = model.config.hub.get("max_position_embeddings") or math.inf
+    longest = max(map(len, encoded)) + decoding.max_new_tokens
+    if longest > positions:
+        note(f"prompts and answers have up to {longest} tokens, but the model was made for {positions}")
+
+    def text(index: int, ids: list[int]) -> str:
+        # decode(ids) alone loses the space that a text starts with in some tokenizers.
+        before = encoded[index][-8:]
+        return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
+
+    ended = stream(
+        model,
+        encoded,
+        todo,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_ids=model.config.eos_token_ids,
+        batch_size=batch_size,
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        seed=decoding.seed,
+        stop=stop and (lambda index, ids: stop(index, text(index, ids))),
+    )
+    for index, sample, ids in ended:
+        yield index, sample, text(index, ids), len(ids) == decoding.max_new_tokens
 
 
 @torch.no_grad()
@@ -59,7 +116,7 @@ def stream(
     todo: Iterable[tuple[int, int]],
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_ids: tuple[int, ...] = (),
     batch_size: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -68,13 +125,13 @@ def stream(
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Decode the (prompt index, sample) pairs of `todo`; yield (index, sample, completion) as each one ends.
 
-    A sequence ends at EOS (which is dropped), after max_new_tokens, or when stop(index, completion) is true
-    (its last token is kept: the caller cuts the text). temperature 0 takes the likeliest token; otherwise
-    tokens are drawn from the nucleus of mass top_p, by a stream fixed by (seed, index, sample) alone.
+    A sequence ends at one of `eos_ids` (which is dropped), after max_new_tokens, or when stop(index, completion) is
+    true (its last token is kept, since the caller cuts the text). Temperature 0 takes the most likely token. Otherwise
+    tokens are drawn from the nucleus of mass top_p, from a stream that (seed, index, sample) alone determines.
     """
     if not all(prompts):
         raise ValueError("an empty prompt has no last token to continue from")
-    # The longest come first: the first step needs the most memory that any will, and padding stays small.
+    # The longest prompts come first: the first step then needs the most memory, and padding stays small.
     waiting = sorted(todo, key=lambda pick: len(prompts[pick[0]]))
     if not waiting:
         return
@@ -82,67 +139,72 @@ def stream(
     size = min(batch_size, len(waiting))
     capacity = len(prompts[waiting[-1][0]]) + max_new_tokens
     cache = KVCache(model.config, size, capacity, dtype=weight.dtype, device=weight.device)
-    rows: list[Row] = []  # in use; rows[i] owns row i of the cache
+    active: list[Sequence] = []
     bar = tqdm(total=len(waiting), unit=" sequences", leave=False, disable=None if is_main_process() else True)
-    while waiting or rows:
-        first, free = 0, size - len(rows)
+    while waiting or active:
+        first, free = 0, size - len(active)
         if waiting and free * REFILL >= size:
-            first = len(rows)  # read new prompts in this step, and leave the others alone
+            first = len(active)  # this step reads new prompts and leaves the other sequences alone
             for index, sample in (waiting.pop() for _ in range(min(free, len(waiting)))):
                 own = random.Random(f"{seed} {index} {sample}")
-                rows.append(Row(index, sample, list(prompts[index]), len(prompts[index]), own))
-        logits = feed(model, cache, rows, first)  # [n, V]
-        if temperature > 0:
-            u = torch.tensor([row.random.random() for row in rows[first:]], dtype=torch.float64)
-            tokens = nucleus_sample(logits, u.to(logits.device), temperature, top_p).tolist()
-        else:
-            tokens = logits.argmax(dim=-1).tolist()
-        for i in reversed(range(first, len(rows))):
-            row, token = rows[i], tokens[i - first]
-            if token != eos_id:
-                row.ids.append(token)
-                if len(row.completion) < max_new_tokens and not (stop and stop(row.index, row.completion)):
+                active.append(Sequence(index, sample, list(prompts[index]), len(prompts[index]), own))
+        logits = feed(model, cache, active, first)  # [n, V]
+        tokens = choose(logits, active[first:], temperature, top_p)
+        for slot in reversed(range(first, len(active))):
+            sequence, token = active[slot], tokens[slot - first]
+            if token not in eos_ids:
+                sequence.ids.append(token)
+                full = len(sequence.completion) >= max_new_tokens
+                if not full and not (stop and stop(sequence.index, sequence.completion)):
                     continue
-            free_row(cache, rows, i)
+            free_slot(cache, active, slot)
             bar.update()
-            yield row.index, row.sample, row.completion
+            yield sequence.index, sequence.sample, sequence.completion
     bar.close()
 
 
-def feed(model: MoETransformer, cache: KVCache, rows: list[Row], first: int) -> Tensor:
-    """Run the ids of rows[first:] that the cache does not hold yet.  -> logits of each one's last, [n, V]"""
-    fresh = [row.ids[row.cached :] for row in rows[first:]]  # a whole prompt, or the one token drawn last
+def feed(model: MoETransformer, cache: KVCache, active: list[Sequence], first: int) -> Tensor:
+    """Run the ids of active[first:] that are not in the cache yet.  -> logits of each sequence's last id, [n, V]"""
+    fresh = [sequence.ids[sequence.cached :] for sequence in active[first:]]  # a whole prompt, or the last token drawn
     lengths = torch.tensor([len(ids) for ids in fresh])
     S = int(lengths.max())
     input_ids = torch.tensor([ids + [0] * (S - len(ids)) for ids in fresh])  # [n, S]
-    part = copy.copy(cache)  # shares memory with it: the forward writes into our rows
-    part.keys, part.values = cache.keys[:, first : len(rows)], cache.values[:, first : len(rows)]
-    part.lengths = torch.tensor([row.cached for row in rows[first:]])
+    part = copy.copy(cache)  # a view of the same memory: the forward pass writes into our slots
+    part.keys, part.values = cache.keys[:, first : len(active)], cache.values[:, first : len(active)]
+    part.lengths = torch.tensor([sequence.cached for sequence in active[first:]])
     logits, _ = model(input_ids.to(cache.keys.device), lengths, cache=part, last_only=True)
-    for row in rows[first:]:
-        row.cached = len(row.ids)
+    for sequence in active[first:]:
+        sequence.cached = len(sequence.ids)
     return logits
 
 
-def free_row(cache: KVCache, rows: list[Row], i: int) -> None:
-    """Take rows[i] out; the last row moves into its place, so that rows in use stay next to each other."""
-    last = rows.pop()
-    if i < len(rows):
-        rows[i] = last
+def free_slot(cache: KVCache, active: list[Sequence], slot: int) -> None:
+    """Remove active[slot]. The last sequence moves into its slot, so that the slots in use stay adjacent."""
+    last = active.pop()
+    if slot < len(active):
+        active[slot] = last
         for held in (cache.keys, cache.values):
-            held[:, i, :, : last.cached] = held[:, len(rows), :, : last.cached]
+            held[:, slot, :, : last.cached] = held[:, len(active), :, : last.cached]
+
+
+def choose(logits: Tensor, sequences: list[Sequence], temperature: float, top_p: float) -> list[int]:
+    """The next token of each sequence. logits [n, V]"""
+    if temperature == 0:
+        return logits.argmax(dim=-1).tolist()
+    u = torch.tensor([sequence.random.random() for sequence in sequences], dtype=torch.float64)
+    return nucleus_sample(logits, u.to(logits.device), temperature, top_p).tolist()
 
 
 def nucleus_sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Draw a token from the smallest set of likeliest tokens whose mass reaches top_p.
+    """Draw a token from the smallest set of most likely tokens whose mass reaches top_p.
 
-    logits [n, V], u [n] uniform in [0, 1) -> [n]. One uniform number picks one token by the inverse of the
-    cumulative distribution, so a draw does not depend on the other rows.
+    logits [n, V], u [n] uniform in [0, 1) -> [n]. One uniform number picks one token by the inverse of the cumulative
+    distribution, so a draw does not depend on the other sequences.
     """
     probs, ids = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     reached = probs.cumsum(dim=-1)  # [n, V]
-    inside = reached - probs < top_p  # the token that crosses top_p still belongs: never an empty set
+    inside = reached - probs < top_p  # the token that crosses top_p is inside: the set is never empty
     mass = (probs * inside).sum(dim=-1)  # [n]
     place = (reached <= (u * mass)[:, None]).sum(dim=-1)  # [n] first place beyond u of the nucleus
-    place = place.minimum(inside.sum(dim=-1) - 1)  # rounding must not carry it outside
+    place = place.minimum(inside.sum(dim=-1) - 1)  # rounding must not lead outside
     return ids.gather(-1, place[:, None]).squeeze(-1)

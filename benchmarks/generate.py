@@ -48,7 +48,7 @@ def decode_ours(model: MoETransformer, prompts: list[list[int]], lengths: list[i
     def stop(index: int, ids: list[int]) -> bool:
         return len(ids) == lengths[index]
 
-    return generate(model, prompts, max_new_tokens=max(lengths), eos_id=None, batch_size=batch, stop=stop)
+    return generate(model, prompts, max_new_tokens=max(lengths), batch_size=batch, stop=stop)
 
 
 def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun started them: which one this is, how many there are, and on which device."""
 
 import os
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,11 @@ class Processes(NamedTuple):
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
-def start_processes() -> Processes:
-    """Join the process group that torchrun describes, if any. Raises InputError if there are fewer GPUs."""
+def start_processes(backend: str | None = None, timeout: timedelta | None = None) -> Processes:
+    """Join the process group that torchrun describes, if any. Raises InputError if there are not enough GPUs.
+
+    backend: of torch.distributed, by default NCCL on GPUs and Gloo otherwise. timeout: how long one waits for another.
+    """
     index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
     if cuda and local >= torch.cuda.device_count():
@@ -34,5 +38,5 @@ def start_processes() -> Processes:
     if cuda:
         torch.cuda.set_device(local)
     if count > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
     return Processes(index, count, torch.device("cuda", local) if cuda else torch.device("cpu"))

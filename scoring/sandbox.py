@@ -56,6 +56,7 @@ from scoring import sandbox_inside
 STARTUP = 30.0  # seconds beyond the program's own after which the sandbox itself counts as hung
 FIRST_UID, NUM_UIDS = 60578, 600  # for root: ids that belong to nobody (systemd.io/UIDS-GIDS)
 LINUX = sys.platform == "linux"
+UNSUPPORTED = "not supported: "  # begins the outcome of a program that cannot be judged here
 
 
 class Program(NamedTuple):

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
@@ -17,8 +19,7 @@ import hellora
 from command.cli import InputError
 from model import load_model, save_model
 from run import adapters
-from scoring import completions
-from scoring import rules as scoring
+from scoring import statistics
 
 ROOT = Path(evaluate.__file__).parent
 SAFETY = ["--task", "saferpaca", "--eval-data"]
@@ -79,7 +80,7 @@ def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path,
     assert [item["extracted"] for item in items] == ["10", "11", "1", "13.0", None, "15", "17"]
     assert [item["completion"] for item in items] == texts
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "accuracy 0.571 (4/7, 95% CI 0.250..0.842) on gsm8k, rule: lori"
+    assert last == "accuracy 0.571 (4/7, 95% CI 0.250..0.842) on gsm8k, rule: first marked answer"
 
 
 def test_partial_and_limit_say_how_many_examples_count(gsm8k, tmp_path):
@@ -142,6 +143,7 @@ def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_pa
         (["--task", "gsm8k", "--completions", "c", "--top-p", "0.5", "--batch", "2"], "--batch, --top-p says how to"),
         (["tiny", "--task", "gsm8k", "--partial"], "--partial is for --completions"),
         (["tiny", "--task", "gsm8k", "--refusal-rule", "lori"], "--refusal-rule lori has no meaning for gsm8k"),
+        (["tiny", "--task", "gsm8k", "--code-rule", "uncut"], "--code-rule uncut has no meaning for gsm8k"),
         (["tiny", "--task", "gsm8k", "--samples", "2"], "--samples 2: gsm8k scores one completion"),
         (["tiny", "--task", "tiny-code", "--samples", "2", "--temperature", "0"], "greedy samples are all the same"),
         (["tiny", "--task", "gsm8k", "--temperature", "nan"], "argument --temperature: got 'nan'"),
@@ -207,7 +209,10 @@ PROBLEMS = [
 ]
 
 
-def test_completions_are_run_as_they_are_and_several_lines_are_samples(tmp_path, capsys):
+T, F = True, False
+
+
+def test_several_lines_per_id_are_samples_and_bigcodes_rule_is_reported_beside(tmp_path, capsys):
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS)
     texts = {
         "own/double": ["    return 2 * x\n", "    return 7\n", "    return x +\n", "    return x + x"]
@@ -218,37 +223,50 @@ def test_completions_are_run_as_they_are_and_several_lines_are_samples(tmp_path,
     file = write_lines(tmp_path / "c.jsonl", lines)
     task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
     score = run(*task, "--completions", file, "--out", tmp_path / "out")
-    assert score["pass@1"] == pytest.approx((2 / 6 + 5 / 6) / 2)  # the fence is no Python: run as it is
-    assert score["pass@5"] == pytest.approx(1.0)  # 4 and 1 of 6 fail: no five samples fail together
-    assert (score["num_correct"], score["num_total"], score["num_problems"]) == (7, 12, 2)
-    assert "pass@10" not in score
+    assert score["pass@1"] == pytest.approx((2 / 6 + 6 / 6) / 2)
+    assert score["pass@5"] == pytest.approx(1.0)  # 4 of 6 fail: no five samples fail together
+    assert (score["num_correct"], score["num_total"], score["num_problems"]) == (8, 12, 2)
+    assert score["rates"]["pass@1, bigcode"]["rate"] == pytest.approx((2 / 6 + 5 / 6) / 2)  # the fence is not Python
+    assert "pass@10" not in score and score["num_unsupported"] == 0
     items = read_lines(tmp_path / "out" / "items.jsonl")
-    assert [item["correct"] for item in items] == [T, F, F, T, F, F] + [T, T, T, T, F, T]
+    assert [item["correct"] for item in items] == [T, F, F, T, F, F] + [T, T, T, T, T, T]
     assert items[0]["extracted"] == "passed"
     assert "assert candidate(3) == 6" in items[1]["extracted"] and "SyntaxError" in items[2]["extracted"]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("pass@1 0.583 (1.1667/2, 95% CI ")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("pass@1 0.667 (1.3333/2, 95% CI ")
     with pytest.raises(InputError, match=r"line 1: id '0' is unknown; the task has own/double to own/square"):
         run(*task, "--completions", write_lines(tmp_path / "c.jsonl", [{"id": 0, "completion": "    pass"}]))
 
 
-T, F = True, False
-
-
-def test_generated_code_is_cut_out_before_it_is_run():
-    example = data.Example("own/double", PROBLEMS[0]["prompt"].strip(), "", PROBLEMS[0])
-    good = "    return 2 * x\n"
+def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_uncut_runs_it_as_it_is(
+    checkpoint, tmp_path, monkeypatch
+):
+    """Every way of writing the answer down, as a model's own text and as a file."""
+    good, prompt = "    return 2 * x\n", PROBLEMS[0]["prompt"]
     texts = [
         f"\n{good}\n\ndef check(candidate): pass",
         f"```python\n{good}```\nIt doubles.",
-        f"Of course:\n```python\n{PROBLEMS[0]['prompt']}{good}```",
-        f"def double(x):\n{good}\nprint(double(",
-        f"\n{PROBLEMS[0]['prompt']}{good}\nif __name__ == '__main__': bad(",
+        f"Of course:\n```python\n{prompt}{good}```",
+        f"def twice(x):\n{good}\ndef double(x):\n    return twice(x)\n",
+        f"\n{prompt}{good}\nif __name__ == '__main__': bad(",
         "\n    return 3",
     ]
-    score, items = evaluate.score("codealpaca", [example], [texts])
+    problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS[:1])
+
+    def write(model, tokenizer, prompts, todo, decoding, **options):
+        return [(i, sample, texts[sample], False) for i, sample in todo]
+
+    monkeypatch.setattr(evaluate, "complete", write)
+    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    run(checkpoint, *task, "--samples", len(texts), "--out", tmp_path / "generated")
+    lines = [{"id": "own/double", "completion": text} for text in texts]
+    file = write_lines(tmp_path / "c.jsonl", lines)
+    run(*task, "--completions", file, "--out", tmp_path / "given")
+    items = read_lines(tmp_path / "generated" / "items.jsonl")
+    assert items == read_lines(tmp_path / "given" / "items.jsonl")
     assert [item["correct"] for item in items] == [T, T, T, T, T, F]
-    assert score["pass@1"] == pytest.approx(5 / 6)
-    assert evaluate.score("codealpaca", [example], [texts[1:3]], generated=False)[0]["pass@1"] == 0.0
+    for rule, expected in (("uncut", [T, F, F, T, F, F]), ("bigcode", [T, F, F, F, F, F])):
+        run(*task, "--completions", file, "--code-rule", rule, "--out", tmp_path / rule)
+        assert [item["correct"] for item in read_lines(tmp_path / rule / "items.jsonl")] == expected
 
 
 def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkeypatch):
@@ -308,7 +326,7 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
     ids = torch.tensor([tokenizer.encode(f"{shown}Question: What is 0 + 10?\nAnswer:").ids])
     found = hf.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=0, pad_token_id=1)[0, ids.shape[1] :]
     assert tokenizer.decode(found.tolist()) == free[0]
-    monkeypatch.setattr(scoring, "LORI_BATCH", 1)  # so that it would have a rate
+    monkeypatch.setattr(statistics, "LORI_BATCH", 1)  # so that it would have a rate
     for name, shots in (("few", ["--shots", 2, "--train-data", train]), ("none", [])):
         run(*generating(checkpoint, gsm8k, tmp_path / name, *shots))
     rates = [json.loads((tmp_path / name / "score.json").read_text())["rates"] for name in ("few", "none")]
@@ -326,6 +344,81 @@ def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tm
         (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
         run(*generating(tmp_path, gsm8k, tmp_path / "out"))
         assert (f"up to {longest} tokens, but the model was made for {positions}" in capsys.readouterr().err) == said
+
+
+CHANGES = {  # what is changed between two evaluations into one folder -> what the note must name
+    "problems": "prompts",
+    "order of the problems": "prompts",
+    "shots": "prompts",
+    "weights": "weights",
+    "config": "config.json",
+    "generation config": "generation_config.json",
+    "tokenizer": "tokenizer.json",
+    "seed": "seed",
+    "nothing": None,
+    "copy of the weights in two files": None,
+    "name of the file": None,
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(checkpoint, tmp_path, capsys, changed):
+    model, shown = tmp_path / "model", [{"question": "Q?", "answer": "#### 1"}]
+    shutil.copytree(checkpoint, model)
+    rows = [{"question": f"What is {i} + 10?", "answer": f"#### {10 + i}"} for i in range(3)]
+    write_lines(tmp_path / "m.jsonl", rows)
+    write_lines(tmp_path / "train.jsonl", shown)
+
+    def evaluated(file: Path, *flags) -> list[str]:
+        shots = ["--shots", 1, "--train-data", tmp_path / "train.jsonl", "--temperature", 1, *flags]
+        run(*generating(model, file, tmp_path / "out", *shots))
+        return [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
+
+    def edit(name: str, **changes) -> None:
+        about = json.loads((model / name).read_text()) if (model / name).exists() else {}
+        (model / name).write_text(json.dumps(about | changes))
+
+    file, flags = tmp_path / "m.jsonl", []
+    first = evaluated(file)
+    weights = load_file(model / "model.safetensors")
+    if changed == "problems":
+        write_lines(tmp_path / "m.jsonl", [rows[0], rows[1] | {"question": "What is 7 + 10?"}, rows[2]])
+    elif changed == "order of the problems":
+        write_lines(tmp_path / "m.jsonl", rows[::-1])
+    elif changed == "shots":
+        write_lines(tmp_path / "train.jsonl", [{"question": "R?", "answer": "#### 1"}])
+    elif changed == "weights":  # in place: same size and same time
+        times = (model / "model.safetensors").stat()
+        weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif changed == "config":
+        edit("config.json", rope_theta=77.0)
+    elif changed == "generation config":
+        edit("generation_config.json", eos_token_id=[0, 9])
+    elif changed == "tokenizer":
+        edit("tokenizer.json", post_processor=None, decoder={"type": "Fuse"})
+    elif changed == "seed":
+        flags = ["--seed", 1]
+    elif changed == "copy of the weights in two files":
+        names, half = list(weights), len(weights) // 2
+        (model / "model.safetensors").unlink()
+        parts = {"model-a.safetensors": names[:half], "model-b.safetensors": names[half:]}
+        for part, held in parts.items():
+            save_file({name: weights[name] for name in held}, model / part)
+        index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif changed == "name of the file":
+        file = (tmp_path / "m.jsonl").rename(tmp_path / "n.jsonl")
+    marked = [json.loads(line) | {"completion": "kept"} for line in (tmp_path / "out" / "generations.jsonl").open()]
+    write_lines(tmp_path / "out" / "generations.jsonl", marked)
+    capsys.readouterr()
+    again = evaluated(file, *flags)
+    said = capsys.readouterr().err
+    if CHANGES[changed]:
+        assert f"made with other {CHANGES[changed]}: starting over" in said and "kept" not in again
+    else:
+        assert "starting over" not in said and again == ["kept"] * 3 and first != again
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path, capsys):
@@ -347,7 +440,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, t
         "evaluation.json", "generations.jsonl", "items.jsonl", "score.json"
     ]  # fmt: skip
     run(*generating(checkpoint, gsm8k, out, "--max-new-tokens", 5))
-    assert "other settings or weights: starting over" in capsys.readouterr().err
+    assert "made with other max_new_tokens: starting over" in capsys.readouterr().err
     assert all(len(item["completion"].encode()) <= 20 for item in read_lines(out / "items.jsonl"))
 
 
@@ -411,12 +504,12 @@ def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
 
 def test_tiny_tasks_are_decoded_as_their_big_brothers_but_shorter():
     for tiny, task in (("tiny-math", "gsm8k"), ("tiny-code", "codealpaca"), ("tiny-safety", "saferpaca")):
-        short, long = completions.default_decoding(tiny), completions.default_decoding(task)
+        short, long = evaluate.default_decoding(tiny), evaluate.default_decoding(task)
         assert short.max_new_tokens < long.max_new_tokens == 512
         assert (short.temperature, short.top_p, short.samples) == (long.temperature, long.top_p, long.samples)
-    code = completions.default_decoding("codealpaca")
+    code = evaluate.default_decoding("codealpaca")
     assert (code.temperature, code.top_p, code.samples) == (0.2, 0.95, 20)
-    assert completions.default_decoding("gsm8k").temperature == 0.0
+    assert evaluate.default_decoding("gsm8k").temperature == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ comparing

@@ -30,10 +30,12 @@ from data import Example
 from hub import peft as peft_files
 from hub.checkpoint import TINY
 from model import load_model, read_config
-from run import adapters
+from run import adapters, source
 from run import folder as runs
-from scoring import completions
-from scoring import rules as scoring
+from scoring import completions, gsm8k
+from scoring.extraction import compiles, extract, finished
+from scoring.refusals import ADVBENCH, RULES, plain, refusal
+from scoring.statistics import mcnemar, pass_at_k, rate
 
 settings.register_profile("fuzz", derandomize=True, database=None, deadline=None, print_blob=False)
 EXAMPLES = settings.get_profile("fuzz")
@@ -146,13 +148,13 @@ GOLD = st.builds("{}\n#### {}".format, ANSWERS.map(lambda text: text.replace("#"
 @settings(EXAMPLES, max_examples=300)
 @given(ANSWERS, GOLD)
 def test_every_rule_of_gsm8k_reads_any_text(text, gold):
-    for rule in scoring.GSM8K_RULES:
-        found, right = scoring.math_verdict(rule, text, gold)
-        assert found is None or (found and found in text.replace(",", "") or found in text)
+    for rule in gsm8k.RULES:
+        found, right = gsm8k.verdict(rule, text, gold)
+        assert found is None or found
         assert found is not None or not right
-    found = scoring.lori_number(text)
+    found = gsm8k.lori_number(text)
     if found is not None:
-        assert scoring.lori_number(found) == found  # nothing more to find in it
+        assert gsm8k.lori_number(found) == found  # nothing more to find in it
         assert re.fullmatch(r"-?\d+\.?\d*", found)
 
 
@@ -160,13 +162,10 @@ def test_every_rule_of_gsm8k_reads_any_text(text, gold):
 @given(ANSWERS, st.integers(-(10**9), 10**9))
 def test_the_right_number_behind_the_marker_is_right_whatever_stands_before(text, number):
     text = text.replace("#", "").replace("The final answer is: ", "")
-    for completion, rules in (
-        (f"{text}\nThe final answer is: {number} coins, not 7", ("lori", "strict-match")),
-        (f"{text}\n#### {number}", ("lori", "strict-match")),
-    ):
-        for rule in rules:
-            assert scoring.math_verdict(rule, completion, f"#### {number}") == (str(number), True)
-            assert not scoring.math_verdict(rule, completion, f"#### {number + 1}")[1]
+    for completion in (f"{text}\nThe final answer is: {number} coins, not 7", f"{text}\n#### {number}"):
+        for rule in (gsm8k.FIRST_MARKED, "lori", "strict-match"):
+            assert gsm8k.verdict(rule, completion, f"#### {number}") == (str(number), True)
+            assert not gsm8k.verdict(rule, completion, f"#### {number + 1}")[1]
 
 
 CODE = st.lists(
@@ -180,36 +179,35 @@ CODE = st.lists(
 
 @settings(EXAMPLES, max_examples=300)
 @given(CODE)
-def test_code_is_cut_from_any_text_and_is_a_part_of_it_without_a_stop_word_at_its_end(text):
+def test_code_is_found_in_any_text_and_what_is_found_compiles(text):
     prompt = 'def f(x):\n    """Same."""\n'
-    start, end = scoring.function_end(prompt, "f", text)
-    code = scoring.extract_function(prompt, "f", text)
-    assert code == text[start:end]
-    assert start == 0 or re.search(r"```[^\n]*\n?\Z", text[:start])  # behind the line that opens a block
-    assert end is None or text[end:].startswith(scoring.STOP_WORDS)
+    program = extract(prompt, "f", text)
+    assert program == prompt + text or compiles(program)
+    if finished(prompt, "f", text):
+        assert compiles(program) and extract(prompt, "f", text + " = 1\n\nThat is it.") == program
 
 
 @settings(EXAMPLES)
-@given(st.text(max_size=60), st.text(max_size=20), st.sampled_from(scoring.ADVBENCH))
+@given(st.text(max_size=60), st.text(max_size=20), st.sampled_from(ADVBENCH))
 def test_a_refusal_is_found_in_any_text_and_words_around_it_change_nothing(before, after, phrase):
     for rule in ("lori", "advbench"):
-        assert scoring.refusal(rule, before + phrase + after) is not None
-    for rule in scoring.REFUSAL_RULES:
-        found = scoring.refusal(rule, before)
-        assert found is None or found.lower() in before.lower()
-    assert scoring.refusal("xstest", f" {before}") == scoring.refusal("xstest", before)
+        assert refusal(rule, f"{before} {phrase} {after}") is not None
+    for rule in RULES:
+        found = refusal(rule, before)
+        assert found is None or found.lower() in plain(before).lower()
+    assert refusal("xstest", f" {before}") == refusal("xstest", before)
 
 
 @settings(EXAMPLES)
 @given(st.integers(1, 60), st.data())
 def test_rates_lie_in_their_intervals_and_more_draws_pass_more_often(total, more):
     count, k = more.draw(st.integers(0, total)), more.draw(st.integers(1, total))
-    found = scoring.rate(count, total)
+    found = rate(count, total)
     assert 0 <= found["low"] <= found["rate"] <= found["high"] <= 1
-    assert 0 <= scoring.pass_at_k(total, count, 1) <= scoring.pass_at_k(total, count, k) <= 1
-    assert scoring.pass_at_k(total, count, 1) == pytest.approx(count / total)
-    p = scoring.mcnemar(count, total - count)
-    assert 0 < p <= 1 and p == scoring.mcnemar(total - count, count)
+    assert 0 <= pass_at_k(total, count, 1) <= pass_at_k(total, count, k) <= 1
+    assert pass_at_k(total, count, 1) == pytest.approx(count / total)
+    p = mcnemar(count, total - count)
+    assert 0 < p <= 1 and p == mcnemar(total - count, count)
 
 
 # ------------------------------------------------------------------------------------------- lengths and batches
@@ -370,8 +368,8 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         path = folder(config__json=json.dumps({"model": "tiny", "settings": about, "commit": None}))
 
         def read(path: Path):
-            evaluate.parse_flags([str(path)])
-            return read_config(completions.locate(str(path))[0])
+            evaluate.read_settings([str(path)])
+            return read_config(source.locate(str(path))[0])
 
         return Format(path, ["config.json"], read)
 
@@ -405,12 +403,11 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
 
     def answers() -> Format:
         path = folder(answers__jsonl=jsonl({"id": 0, "completion": "4 ë"}, {"id": "1", "completion": ""}))
-        examples = [Example(str(i), "p", "", ROW) for i in range(3)]
         options = {"partial": True, "several": True}
         return Format(
             path,
             ["answers.jsonl"],
-            lambda path: completions.read_completions(path / "answers.jsonl", examples, **options),
+            lambda path: completions.read_completions(path / "answers.jsonl", ["0", "1", "2"], **options),
         )
 
     def generations() -> Format:

@@ -37,7 +37,7 @@ def prompts(model):
 def test_greedy_equals_transformers_generate_token_for_token(checkpoint):
     model = load_model(checkpoint.folder)
     prompts = random_prompts(model.config.vocab_size)
-    ours = generate(model, prompts, max_new_tokens=NEW, eos_id=None, batch_size=3)
+    ours = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
     for prompt, completion in zip(prompts, ours, strict=True):
         theirs = checkpoint.hf.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
@@ -46,7 +46,7 @@ def test_greedy_equals_transformers_generate_token_for_token(checkpoint):
 
 
 def test_greedy_takes_the_argmax_of_the_forward_without_a_cache(model, prompts):
-    completions = generate(model, prompts, max_new_tokens=NEW, eos_id=None, batch_size=4)
+    completions = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=4)
     for prompt, completion in zip(prompts, completions, strict=True):
         assert len(completion) == NEW
         for n, token in enumerate(completion):
@@ -60,16 +60,16 @@ def test_a_sequence_says_the_same_alone_and_in_any_batch(model, prompts, tempera
     def stop(index: int, completion: list[int]) -> bool:
         return len(completion) > 3 * index % 7  # rows end at different times
 
-    settings = dict(max_new_tokens=NEW, eos_id=40, temperature=temperature, top_p=0.9, seed=5, samples=2, stop=stop)
+    settings = dict(max_new_tokens=NEW, eos_ids=(40,), temperature=temperature, top_p=0.9, seed=5, samples=2, stop=stop)
     alone = generate(model, prompts, batch_size=1, **settings)
     for batch_size in (2, 3, 5, 8, 100):
         assert generate(model, prompts, batch_size=batch_size, **settings) == alone
 
 
 def test_parts_of_the_work_on_several_processes_add_up_to_the_whole(model, prompts):
-    settings = dict(max_new_tokens=NEW, eos_id=40, temperature=0.8, seed=5, batch_size=3)
+    settings = dict(max_new_tokens=NEW, eos_ids=(40,), temperature=0.8, seed=5, batch_size=3)
     todo = [(index, sample) for index in range(len(prompts)) for sample in range(3)]
-    parts = [list(stream(model, prompts, todo[rank::2], **settings)) for rank in range(2)]
+    parts = [list(stream(model, prompts, todo[process::2], **settings)) for process in range(2)]
     found = {(index, sample): ids for part in parts for index, sample, ids in part}
     assert [found[pick] for pick in todo] == generate(model, prompts, samples=3, **settings)
 
@@ -77,7 +77,7 @@ def test_parts_of_the_work_on_several_processes_add_up_to_the_whole(model, promp
 def test_sampling_is_fixed_by_the_seed_and_differs_between_samples_and_seeds(model, prompts):
     def draw(seed: int) -> list[list[int]]:
         return generate(
-            model, prompts, samples=2, max_new_tokens=NEW, eos_id=None, batch_size=5, temperature=1.0, seed=seed
+            model, prompts, samples=2, max_new_tokens=NEW, eos_ids=(), batch_size=5, temperature=1.0, seed=seed
         )
 
     assert draw(1) == draw(1)
@@ -87,14 +87,14 @@ def test_sampling_is_fixed_by_the_seed_and_differs_between_samples_and_seeds(mod
     twins = (
         draw(1)[0],
         generate(
-            model, [prompts[1], prompts[0]], max_new_tokens=NEW, eos_id=None, batch_size=2, temperature=1.0, seed=1
+            model, [prompts[1], prompts[0]], max_new_tokens=NEW, eos_ids=(), batch_size=2, temperature=1.0, seed=1
         )[1],
     )
     assert twins[0] != twins[1], "the stream belongs to the place in the data set, not to the text"
 
 
 def test_a_very_low_temperature_is_greedy(model, prompts):
-    settings = dict(max_new_tokens=NEW, eos_id=None, batch_size=3)
+    settings = dict(max_new_tokens=NEW, eos_ids=(), batch_size=3)
     greedy = generate(model, prompts, **settings)
     assert generate(model, prompts, temperature=1e-6, **settings) == greedy
     assert generate(model, prompts, temperature=1.0, top_p=1e-9, **settings) == greedy
@@ -128,32 +128,46 @@ def test_top_p_never_leaves_the_smallest_set_that_reaches_it(top_p):
 
 
 def test_a_sequence_ends_at_eos_which_is_dropped(model, prompts):
-    free = generate(model, prompts, max_new_tokens=NEW, eos_id=None, batch_size=3)
+    free = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
     eos = free[2][4]
-    ended = generate(model, prompts, max_new_tokens=NEW, eos_id=eos, batch_size=3)
+    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=(eos,), batch_size=3)
     for long, short in zip(free, ended, strict=True):
         assert short == (long[: long.index(eos)] if eos in long else long)
     assert len(ended[2]) <= 4
 
 
+def test_a_sequence_ends_at_the_first_of_several_eos_tokens_as_in_transformers(model, olmoe, prompts):
+    free = generate(model, prompts, max_new_tokens=NEW, batch_size=3)
+    eos = (free[2][4], free[5][2], free[0][6])
+    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=eos, batch_size=3)
+    assert (
+        len({completion[len(short)] for completion, short in zip(free, ended, strict=True) if short != completion}) > 1
+    )
+    for prompt, completion in zip(prompts, ended, strict=True):
+        theirs = olmoe.hf.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=list(eos), pad_token_id=1
+        )[0, len(prompt) :].tolist()
+        assert completion == [token for token in theirs if token not in eos]
+
+
 def test_a_sequence_ends_where_the_callback_says_and_keeps_that_token(model, prompts):
-    free = generate(model, prompts, max_new_tokens=NEW, eos_id=None, batch_size=3)
+    free = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
 
     def stop(index: int, completion: list[int]) -> bool:
         return len(completion) == index + 1
 
-    ended = generate(model, prompts, max_new_tokens=NEW, eos_id=None, batch_size=3, stop=stop)
+    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3, stop=stop)
     assert ended == [long[: index + 1] for index, long in enumerate(free)]
 
 
 def test_decoding_on_a_dropped_row_leaves_no_trace_in_the_next_one(model, prompts):
     """Sixteen prompts through two rows: each row is taken eight times, by shorter prompts each time."""
     doubled = prompts + prompts[::-1]
-    completions = generate(model, doubled, max_new_tokens=4, eos_id=None, batch_size=2)
+    completions = generate(model, doubled, max_new_tokens=4, eos_ids=(), batch_size=2)
     assert completions[:8] == completions[:7:-1]
 
 
 def test_no_work_gives_no_completions_and_an_empty_prompt_is_refused(model):
-    assert generate(model, [], max_new_tokens=3, eos_id=0, batch_size=4) == []
+    assert generate(model, [], max_new_tokens=3, eos_ids=(0,), batch_size=4) == []
     with pytest.raises(ValueError, match="empty prompt"):
-        generate(model, [[3], []], max_new_tokens=3, eos_id=0, batch_size=4)
+        generate(model, [[3], []], max_new_tokens=3, eos_ids=(0,), batch_size=4)

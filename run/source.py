@@ -1,0 +1,93 @@
+"""What a name on the command line stands for: a run folder of train.py, a checkpoint, a PEFT adapter, or a hub id."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+import data
+import hellora
+from command.cli import InputError, note
+from command.files import sha256
+from hub import digests
+from hub.checkpoint import resolve
+from hub.peft import base_of
+from model import MoETransformer, load_model, read_config
+from run.adapters import load_any_adapter
+
+
+def run_config(source: str) -> dict | None:
+    """config.json of a run folder of train.py; None if `source` is not one."""
+    try:
+        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        is_run = isinstance(config["model"], str) and isinstance(config["settings"], dict)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return config if is_run else None
+
+
+def locate(source: str) -> tuple[Path, Path | None]:
+    """The folders of the checkpoint and of the adapter that `source` stands for. Full fine-tuning has no adapter."""
+    run, folder = run_config(source), Path(source)
+    if run is None:
+        base = base_of(folder)  # of an adapter that PEFT saved
+        return (resolve(base), folder) if base else (resolve(source), None)
+    return (folder / "model", None) if (folder / "model").is_dir() else (resolve(run["model"]), folder / "adapter")
+
+
+DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
+
+
+def content(source: str) -> dict[str, str]:
+    """What decides the completions of the model that `source` stands for: {name: digest of its content}."""
+    folder, adapter = locate(source)
+    found = base_content(folder)
+    if adapter:
+        about = ("adapter.json", "adapter_config.json")
+        found |= {name: sha256(adapter / name) for name in about if (adapter / name).is_file()}
+        found["adapter"] = digests.combined(sorted(adapter.glob("*.safetensors")))
+    return found
+
+
+def base_content(folder: Path) -> dict[str, str]:
+    """What decides the completions of a checkpoint: {"weights" or name of a file: digest}."""
+    found = {name: sha256(folder / name) for name in DECIDING if (folder / name).is_file()}
+    return found | {"weights": digests.weights_digest(folder)}
+
+
+def check_base(run: dict, folder: Path) -> None:
+    """Raise InputError if the checkpoint in `folder` has other weights than the run's adapter was trained on.
+
+    run: config.json of the run. Other files that differ are noted. Runs of earlier versions name no digests.
+    """
+    trained_on = run.get("base")
+    if not isinstance(trained_on, dict):
+        return
+    found = base_content(folder)
+    changed = [name for name in ("weights", *DECIDING) if trained_on.get(name) != found.get(name)]
+    if "weights" in changed:
+        raise InputError(
+            f"{folder} is not the base that this adapter was trained on: the weights differ; "
+            f"restore the base that config.json of the run names ({run['model']}), or train on this one"
+        )
+    if changed:
+        note(f"{folder}: {', '.join(changed)} changed since the adapter was trained on this base")
+
+
+def load(source: str, dtype: torch.dtype, device: torch.device) -> tuple[MoETransformer, Tokenizer]:
+    """The model that `source` stands for, with its adapter, and its tokenizer.
+
+    In float32 the adapter is merged, which is faster and is how LoRI evaluates. In bfloat16 merging would round the
+    update off, so the adapter stays apart.
+    """
+    folder, adapter = locate(source)
+    if adapter and (run := run_config(source)):
+        check_base(run, folder)
+    tokenizer = data.load_tokenizer(folder, read_config(folder))
+    model = load_model(folder, dtype=dtype, device=device)
+    if adapter:
+        load_any_adapter(model, adapter)
+        if dtype == torch.float32:
+            hellora.merge(model)
+    return model.eval(), tokenizer

@@ -1,0 +1,237 @@
+"""Find the code in a model's answer to a HumanEval problem: what a person who reads the answer would run.
+
+    program = extract(prompt, "has_close_elements", completion)     # a whole program, without the tests
+    finished(prompt, "has_close_elements", text_so_far)             # may decoding stop?
+
+The answer is read in two ways. A *continuation* goes on with the body of the function whose head the prompt is. A
+*program* defines the function anew. Whatever does not compile is not code; nothing is executed here.
+"""
+
+import ast
+import builtins
+import re
+import symtable
+import textwrap
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+FENCE = re.compile(r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
+CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")  # belongs to the statement above it
+DEFINITION = re.compile(r"(?:async\s+def|def|class)\b|@")
+BODY = " " * 4
+
+
+class Found(NamedTuple):
+    """A program that defines the function."""
+
+    program: str
+    complete: bool  # nothing that the function uses is missing, and the text has gone on behind it
+
+
+# ------------------------------------------------------------------------------------------------ pieces of Python
+
+
+def compiles(source: str) -> bool:
+    """True if the text is a Python program."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # model-written strings hold invalid escapes
+        try:
+            compile(source, "<completion>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+            return False
+    return True
+
+
+class Names(NamedTuple):
+    """The global names of a program."""
+
+    binds: frozenset[str]  # defined, assigned or imported; "*": any, by `from x import *`
+    reads: frozenset[str]  # read when the program runs
+    uses: frozenset[str]  # read then, or when its functions are called
+
+
+@lru_cache(maxsize=4096)
+def names(source: str) -> Names:
+    """The global names of a program that compiles."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        top = symtable.symtable(source, "<completion>", "exec")
+    binds = {name.get_name() for name in top.get_symbols() if name.is_assigned() or name.is_imported()}
+    reads = {name.get_name() for name in top.get_symbols() if name.is_referenced()}
+    uses, tables = set(reads), list(top.get_children())
+    for table in tables:  # grows: functions within functions
+        tables += table.get_children()
+        uses |= {name.get_name() for name in table.get_symbols() if name.is_global() and name.is_referenced()}
+    if re.search(r"^from\s+[\w.]+\s+import\s+\*", source, re.MULTILINE):
+        binds.add("*")
+    return Names(frozenset(binds), frozenset(reads), frozenset(uses))
+
+
+def undefined(read: Iterable[str], bound: set[str]) -> set[str]:
+    """The names that nothing defines."""
+    return set() if "*" in bound else {name for name in read if name not in bound and not hasattr(builtins, name)}
+
+
+def starts(lines: list[str]) -> list[int]:
+    """The lines at which a statement of the top level can begin, then the number of lines."""
+    can = [i for i, line in enumerate(lines) if line.strip() and line[0] not in " \t#)]}" and not CLAUSE.match(line)]
+    return [*can, len(lines)]
+
+
+def longest(source: str, entry_point: str) -> str | None:
+    """The longest run of first lines that defines the function: decoding may have stopped within a later line."""
+    lines = source.split("\n")
+    parts = ("\n".join(lines[:n]) for n in range(len(lines), 0, -1))
+    return next((part for part in parts if compiles(part) and defines(part, entry_point)), None)
+
+
+def statements(text: str, entry_point: str, cut: bool) -> Iterator[str]:
+    """The statements of the top level, in order; lines that belong to none are skipped.
+
+    cut: a last definition that decoding has cut off counts up to its last whole line.
+    """
+    lines = text.split("\n")
+    begins = starts(lines)
+    i = 0
+    while i < len(begins) - 1:
+        parts = ((j, "\n".join(lines[begins[i] : begins[j]]).rstrip()) for j in range(i + 1, len(begins)))
+        end, statement = next(((j, part) for j, part in parts if compiles(part)), (i + 1, None))
+        if statement is None and cut and DEFINITION.match(lines[begins[i]]):
+            statement = longest("\n".join(lines[begins[i] :]), entry_point)
+            end = len(begins) - 1 if statement else end
+        if statement is not None:
+            yield statement
+        i = end
+
+
+def defines(source: str, entry_point: str) -> bool:
+    """True if the program defines the function, and not only by a docstring, `pass` or functions within it."""
+
+    def idle(part: ast.stmt) -> bool:
+        empty = isinstance(part, (ast.Pass, ast.FunctionDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom))
+        return empty or (isinstance(part, ast.Expr) and isinstance(part.value, (ast.Constant, ast.Name)))
+
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == entry_point:
+            if not all(map(idle, node.body)):
+                return True
+        elif isinstance(node, ast.ClassDef) and node.name == entry_point:
+            return True
+        elif isinstance(node, ast.Assign):
+            if any(isinstance(target, ast.Name) and target.id == entry_point for target in node.targets):
+                return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------- the two ways to read
+
+
+def as_continuation(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
+    """Prompt and text as one program: the text begins with the body of the function."""
+    lines = text.split("\n")
+    for end in starts(lines):  # the first line behind the body
+        source = prompt + "\n".join(lines[:end])
+        if compiles(source):
+            if not defines(source, entry_point):
+                return None
+            body = re.sub(r"(?:\n(?:#.*)?)+\Z", "", source)  # comments behind it
+            return join([body], statements("\n".join(lines[end:]), entry_point, cut), entry_point)
+    source = longest(prompt + text, entry_point) if cut else None
+    return join([source], iter(()), entry_point) if source else None
+
+
+def as_program(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
+    """The text as a program of its own, behind what the prompt has before the function.
+
+    A statement that reads an undefined name is prose ("Answer: below") or could not run anyway.
+    """
+    head = re.compile(rf"^(?:@.*\n)*(?:async\s+def|def|class)\s+{re.escape(entry_point)}\b", re.MULTILINE)
+    before = head.split(prompt)[0].rstrip()
+    kept = [before] if before and compiles(before) else []
+    bound = {name for part in kept for name in names(part).binds}
+    rest = statements(text, entry_point, cut)
+    for statement in rest:
+        found = names(statement)
+        if undefined(found.reads, bound | found.binds):
+            continue
+        kept.append(statement)
+        bound |= found.binds
+        if defines(statement, entry_point):
+            return join(kept, rest, entry_point)
+    return None
+
+
+def join(kept: list[str], rest: Iterator[str], entry_point: str) -> Found:
+    """The program of statements that end with the function, and those of the rest that it uses.
+
+    Tests, examples and further functions of the rest are left out: they can fail although the function is right.
+    """
+    bound = {name for part in kept for name in names(part).binds}
+    missing = undefined({name for part in kept for name in names(part).uses}, bound)
+    own = re.compile(rf"{re.escape(entry_point)}(?:\.\w+)?\s*=[^=]")  # total = cache(total), total.calls = 0
+    complete = False
+    for statement in rest:
+        found = names(statement)
+        useful = own.match(statement) or found.binds & missing
+        if useful and not undefined(found.reads, bound | found.binds):
+            kept.append(statement)
+            bound |= found.binds
+            missing = undefined(missing | found.uses, bound)
+        elif not missing:
+            complete = True
+            break
+    future = [part for part in kept if part.startswith("from __future__")]  # allowed at the start only
+    program = "\n\n\n".join([*future, *(part for part in kept if part not in future)])
+    return Found(program, complete or not missing)
+
+
+def blocks(text: str) -> str:
+    """The contents of the fenced blocks of a Markdown text, one behind the other, without the fences' indentation."""
+    found = FENCE.finditer(text)
+    return "\n".join(re.sub(rf"^{block[1]}", "", block[3], flags=re.MULTILINE) for block in found)
+
+
+def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
+    """The first reading that finds the function: before the first fence, in the fenced blocks, in the whole text."""
+    fence = FENCE.search(text)
+    parts = [text[: fence.start()], blocks(text), text] if fence else [text]
+    readings = (way(prompt, entry_point, part, cut) for part in parts for way in (as_continuation, as_program))
+    return next(filter(None, readings), None)
+
+
+# ------------------------------------------------------------------------------------------------- what is used
+
+
+def extract(prompt: str, entry_point: str, text: str) -> str:
+    """The program that a completion means; prompt and text as they are if no function is found in it."""
+    found = read(prompt, entry_point, text, False)
+    if not found:
+        code = blocks(text) or text
+        prose, blank, rest = code.partition("\n\n ")
+        repairs = [  # of indentation that a tokenizer or a chat has changed
+            code.removeprefix(" "),
+            code.lstrip(),
+            textwrap.dedent(code),
+            BODY + code.lstrip(),
+            textwrap.indent(textwrap.dedent(code), BODY),
+            "" if re.search(rf"^(?:{DEFINITION.pattern})", prose, re.MULTILINE) else blank.lstrip("\n") + rest,
+        ]
+        readings = [read(prompt, entry_point, part, cut) for part in (code, *repairs) for cut in (False, True)]
+        found = max(filter(None, readings), key=lambda reading: len(reading.program), default=None)
+    return found.program if found else prompt + text
+
+
+def finished(prompt: str, entry_point: str, text: str) -> bool:
+    """True if whatever follows the text cannot change the program that `extract` finds: decoding may stop.
+
+    It can be true only where the last line has just begun. Before that the line may still belong to the function.
+    """
+    done, _, last = text.rpartition("\n")
+    if not last or any(letter.isspace() for letter in last) or last[0] in "#)]}" or CLAUSE.match(last):
+        return False
+    if entry_point.startswith(last) or last.startswith(entry_point):
+        return False
+    found = read(prompt, entry_point, done, False)
+    return found is not None and found.complete
