@@ -637,7 +637,7 @@ def no_work(made, monkeypatch):
 
     for name in (
         "train.fit",
-        "scoring.completions.stream",
+        "evaluate.complete",
         "benchmarks.step.measure",
         "benchmarks.generate.decode_ours",
     ):
