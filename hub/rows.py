@@ -3,8 +3,8 @@
     path = fetch(Download(url, sha256), "pass a copy with --train-data FILE")
     for place, row in read_rows(path): ...          # place: the file and line to name when the row is wrong
 
-A row is a dict. A file is csv with a header, a JSON list, a JSON object of columns, or one JSON object per line. Each
-may be compressed (.gz). HEx-PHI is a folder of csv files without headers.
+A row is a dict. A file is csv or tsv with a header, a JSON list, a JSON object of columns, or one JSON object after
+another. Each may be compressed with gzip. HEx-PHI is a folder of csv files without headers.
 """
 
 import csv
@@ -63,24 +63,46 @@ def fetch(file: Download, instead: str) -> Path:
 # ------------------------------------------------------------------------------------------------ local files
 
 
+FOREIGN = {  # how a file of another kind begins -> what it is, and what to do
+    b"version https://git-lfs": "a Git LFS pointer instead of the file itself; fetch it with `git lfs pull`",
+    b"PAR1": "a parquet file; convert it with pandas: read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
+    b"ARROW1": "an Arrow file; convert it with datasets: Dataset.from_file(FILE).to_json(OUT)",
+    b"\xff\xff\xff\xff": "an Arrow stream; convert it with datasets: Dataset.from_file(FILE).to_json(OUT)",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as csv",
+    b"(\xb5/\xfd": "compressed with zstd; decompress it, or compress it with gzip",
+    b"BZh": "compressed with bzip2; decompress it, or compress it with gzip",
+    b"\xfd7zXZ": "compressed with xz; decompress it, or compress it with gzip",
+    b"SQLite format 3": "a SQLite database; export the table as csv",
+    b"\x80": "a Python pickle, which is never opened; write its rows as JSON lines",
+    b"\xff\xfe": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
+    b"\xfe\xff": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
+    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<html": "a web page; download the file itself",
+}
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, decompressed if its name ends in .gz. Raises InputError if it cannot be read."""
+    """The text of a UTF-8 file, decompressed if it is a gzip file. Raises InputError if it cannot be read."""
     content = b""
     try:
         content = path.read_bytes()
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz" or content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
+        if kind := next((FOREIGN[start] for start in FOREIGN if content.startswith(start)), None):
+            raise InputError(f"{path}{', ' if kind.startswith('line') else ': '}{kind}")
         return content.decode("utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not encoded in UTF-8") from None
+        raise InputError(f"{path}, line {line}: not encoded in UTF-8; save it as UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Row]]:
+def csv_rows(path: Path, columns: list[str] | None = None, delimiter: str = ",") -> list[tuple[str, Row]]:
     """(place, row) for each record of a csv file; its first line names the columns, unless they are given."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), fieldnames=columns, strict=True)
+    csv.field_size_limit(2**31 - 1)  # the library refuses a field of more than 131,072 characters otherwise
+    source = io.StringIO(read_text(path), newline="")
+    reader = csv.DictReader(source, fieldnames=columns, strict=True, delimiter=delimiter)
     rows = []
     try:
         for row in reader:
@@ -95,15 +117,28 @@ def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Ro
     return rows
 
 
+def json_values(path: Path) -> list[tuple[int, object]]:
+    """(line, value) for each JSON value of a file: one per line, or over several lines each."""
+    content, decoder, space = read_text(path), json.JSONDecoder(), re.compile(r"\s*")
+    values, line, counted = [], 1, 0  # `line` is that of the character number `counted`
+    place = space.match(content).end()
+    while place < len(content):
+        line, counted = line + content.count("\n", counted, place), place
+        try:
+            value, end = decoder.raw_decode(content, place)
+        except (ValueError, RecursionError) as error:
+            kind = "not a JSON list" if content[place] == "[" else "not JSON"
+            inside = f", line {error.lineno}" if getattr(error, "lineno", line) != line else ""
+            raise InputError(f"{path}, line {line}: {kind} ({getattr(error, 'msg', error)}{inside})") from None
+        values.append((line, value))
+        place = space.match(content, end).end()
+    return values
+
+
 def json_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object per line."""
-    content = read_text(path)
-    try:
-        whole = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        whole = None
-        if content.lstrip().startswith("["):
-            raise InputError(f"{path}: not a JSON list ({error})") from None
+    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object after another."""
+    values = json_values(path)
+    whole = values[0][1] if len(values) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
         columns = {name: column for name, column in whole.items() if column}
         if len({len(column) for column in columns.values()}) > 1:
@@ -111,14 +146,7 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
         whole = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(whole, list):
         return [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
-    rows = []
-    for i, line in enumerate(content.split("\n"), 1):  # splitlines() would also cut inside JSON strings
-        if line.strip():
-            try:
-                rows.append((f"{path}, line {i}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {i}: not JSON ({getattr(error, 'msg', error)})") from None
-    return rows
+    return [(f"{path}, line {line}", value) for line, value in values]
 
 
 HEXPHI = {  # category_N.csv; the hub has withdrawn the second
@@ -138,7 +166,8 @@ HEXPHI = {  # category_N.csv; the hub has withdrawn the second
 
 def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
     """(place, row) for each line of a folder's category_N.csv files, which have no header; says what is missing."""
-    files = {int(m[1]): path for path in folder.glob("*.csv") if (m := re.fullmatch(r"category_(\d+)\.csv", path.name))}
+    named = ((path, re.fullmatch(r"category_(\d+)\.csv", path.name, re.IGNORECASE)) for path in folder.iterdir())
+    files = {int(match[1]): path for path, match in named if match}
     if not files:
         raise InputError(f"{folder}: a folder without category_N.csv, not a file")
     if unknown := files.keys() - HEXPHI.keys():
@@ -163,4 +192,7 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     """(place, row) for each row of a csv or JSON file, or of a HEx-PHI folder. Raises InputError for damaged files."""
     if path.is_dir():
         return hexphi_rows(path)
-    return csv_rows(path) if path.name.removesuffix(".gz").endswith(".csv") else json_rows(path)
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if kind in (".csv", ".tsv"):
+        return csv_rows(path, delimiter="," if kind == ".csv" else "\t")
+    return json_rows(path)

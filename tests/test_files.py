@@ -31,11 +31,16 @@ def write(path, rows):
 
 
 def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
-    rows = [ALPACA_ROW, {"instruction": 'Zoë said\u2028"hi",\nand left.', "input": "", "output": "Bye."}]
+    long = "to be cut by no limit on the length of a field " * 3000
+    rows = [ALPACA_ROW, {"instruction": 'Zoë said\u2028"hi",\nand\tleft.', "input": long, "output": "Bye."}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     columns = {name: [row[name] for row in rows] for name in rows[0]} | {"unused": []}
     with (tmp_path / "excel.csv").open("w", encoding="utf-8-sig", newline="") as file:  # BOM and CRLF
         writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    with (tmp_path / "tabs.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t")
         writer.writeheader()
         writer.writerows(rows)
     files = {
@@ -44,13 +49,19 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
         "lines.jsonl": ("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode(),
         "columns.json": json.dumps(columns, indent=1).encode(),
         "lines.jsonl.gz": gzip.compress("\n".join(lines).encode()),
+        "indented.json": "\n".join(json.dumps(row, indent=2) for row in rows).encode(),
+        "compressed.jsonl": gzip.compress("\n".join(lines).encode()),
         "excel.csv.gz": gzip.compress((tmp_path / "excel.csv").read_bytes()),
+        "EXCEL.CSV": (tmp_path / "excel.csv").read_bytes(),
+        "Tabs.TSV.GZ": gzip.compress((tmp_path / "tabs.tsv").read_bytes()),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    for name in ["excel.csv", *files]:
+    for name in ["excel.csv", "tabs.tsv", *files]:
         examples = load_examples("codealpaca", "train", tmp_path / name)
         assert [example.row for example in examples] == rows, name
+    (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=4), encoding="utf-8")
+    assert [example.row for example in load_examples("codealpaca", "train", tmp_path / "one.json")] == rows[:1]
 
 
 def hexphi(folder, numbers, lines=30):
@@ -139,6 +150,19 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
     "not gzip": ("codealpaca", "test", "a.jsonl.gz", json.dumps(PROBLEM), ["gzip", "HumanEval rows"]),
     "cut gzip": ("codealpaca", "test", "a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], ["read", "HumanEval rows"]),
+    "broken inside": ("gsm8k", "train", "a.json", f'{GOOD}\n{{\n "question": 1,\n}}', ["line 2", "line 4", "not JSON"]),
+    "parquet": ("gsm8k", "train", "a.parquet", b"PAR1\x15\x04\x15\x80", ["parquet", "to_json"]),
+    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["spreadsheet", "csv"]),
+    "zstd": ("gsm8k", "train", "a.jsonl.zst", b"(\xb5/\xfd$\xff\xff", ["zstd", "decompress"]),
+    "pointer": (
+        "gsm8k",
+        "train",
+        "a.jsonl",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1",
+        ["git lfs pull"],
+    ),
+    "web page": ("gsm8k", "train", "a.jsonl", "<!DOCTYPE html>\n<title>404</title>", ["web page"]),
+    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "UTF-16", "save it as UTF-8"]),
     "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
     "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
 }
