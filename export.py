@@ -121,9 +121,10 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 
 def weights_of(folder: Path) -> dict[str, Stored]:
     """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit config.json."""
+    config = read_config(folder)
     with torch.device("meta"):
-        views = MoETransformer(read_config(folder)).hub_views()
-    return stored(folder, {key: tuple(view.shape) for key, view in views.items()})
+        views = MoETransformer(config).hub_views()
+    return stored(folder, {key: tuple(view.shape) for key, view in views.items()}, config.family)
 
 
 def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:

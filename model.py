@@ -442,7 +442,7 @@ def load_model(
         note(f"{folder / 'config.json'}: nothing here reads {', '.join(unread)}; compare logits before you trust it")
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
-    files = stored(folder, {key: tuple(view.shape) for key, view in model.hub_views().items()})
+    files = stored(folder, {key: tuple(view.shape) for key, view in model.hub_views().items()}, config.family)
     if prepare is not None:
         prepare(model)
     weights.materialize(model, device)

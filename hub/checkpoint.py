@@ -5,9 +5,11 @@ pickle is never opened.
 """
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import write_json, write_text
-from hub.config import read_numbers
+from hub.config import Family, read_numbers
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
@@ -37,7 +39,9 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         return TINY
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         if not (Path(path) / "config.json").is_file():
-            raise InputError(f"model {str(path)!r}: it has no config.json; want a Hugging Face checkpoint folder")
+            is_adapter = (Path(path) / "adapter_config.json").is_file()
+            what = "is a PEFT adapter; name its base model" if is_adapter else "want a Hugging Face checkpoint folder"
+            raise InputError(f"model {str(path)!r}: it has no config.json; {what}")
         return Path(path)
     try:
         return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
@@ -71,9 +75,10 @@ def read_config_numbers(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a checkpoint, as its file's header describes it."""
+    """A weight of a checkpoint: where it lies, as the header of its file says."""
 
     file: Path
+    offset: int  # of its first byte
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -82,32 +87,30 @@ class Stored:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """All tensors of a checkpoint by key, in the order of the files; no weight is read.
+def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | None = None) -> dict[str, Stored]:
+    """All weights of a checkpoint by key, in the order of the files; no weight is read, except to compare tied ones.
 
-    wanted: the shapes that config.json implies. Raises InputError if a tensor is missing, unexpected or of another
-    shape, or if it is quantised.
+    wanted: the shapes that config.json implies. family: of a model, whose experts may be stacked in the files.
+    Raises InputError if a weight is missing, unexpected or of another shape, or if it is quantised.
     """
     found, unexpected = {}, []
     for file in files(folder):
-        try:
-            with safe_open(file, framework="pt") as content:
-                parts = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118 - not a dict
-                heads = {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in parts.items()}
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-        for key, (shape, dtype) in heads.items():
-            if key not in wanted:
-                unexpected.append(key)
-                continue
-            if key in found:
-                raise InputError(f"{file}: {key} is in {found[key].file.name} too; want every weight once")
-            if shape != tuple(wanted[key]):
-                raise InputError(f"{file}: {key} has shape {shape}, config.json wants {tuple(wanted[key])}")
-            if dtype not in DTYPES:
-                raise InputError(f"{file}: {key} is {dtype}, a quantised checkpoint? Want one of {', '.join(DTYPES)}")
-            found[key] = Stored(file, shape, DTYPES[dtype])
-    missing = [key for key in wanted if key not in found]
+        for key, weight in headers(file):
+            parts = {key: weight} if key in wanted or family is None else in_hub_layout(key, weight, family)
+            for name, part in parts.items():
+                if name not in wanted:
+                    unexpected.append((name, part))
+                elif name in found:
+                    raise InputError(f"{file}: {name} is in {found[name].file.name} too; want every weight once")
+                elif part.shape != tuple(wanted[name]):
+                    raise InputError(f"{file}: {name} has shape {part.shape}, config.json wants {tuple(wanted[name])}")
+                elif not isinstance(part.dtype, torch.dtype):
+                    known = ", ".join(DTYPES)
+                    raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Want one of {known}")
+                else:
+                    found[name] = part
+    unexpected = [name for name, part in unexpected if not is_harmless(name, part, found)]
+    missing = [name for name in wanted if name not in found]
     if missing or unexpected:
         raise InputError(
             f"{folder}: {len(missing)} missing keys {missing[:5]}, "
@@ -116,49 +119,132 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Stored
     return found
 
 
+def headers(file: Path) -> Iterator[tuple[str, Stored]]:
+    """The key and the place of every tensor of a safetensors file, in the order of the file."""
+    try:
+        with file.open("rb") as content:
+            size = content.read(8)
+            if size == b"version ":
+                raise InputError(f"{file}: a Git LFS pointer instead of the weights; fetch them with `git lfs pull`")
+            with safe_open(file, framework="pt"):  # checks the header, and that the file has all the bytes it names
+                pass
+            start = 8 + int.from_bytes(size, "little")
+            header = json.loads(content.read(start - 8))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    for key, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = DTYPES.get(tensor["dtype"], tensor["dtype"])
+        yield key, Stored(file, start + tensor["data_offsets"][0], tuple(tensor["shape"]), dtype)
+
+
+def in_hub_layout(key: str, weight: Stored, family: Family) -> dict[str, Stored]:
+    """A weight with the name and layout of transformers 5 in memory -> the parts of it that the hub's keys name.
+
+    There the block is called `mlp` in every family, and the experts of a layer are stacked: `experts.gate_up_proj`
+    [E, 2F, D] and `experts.down_proj` [E, D, F].
+    """
+    key = key.replace(".mlp.", f".{family.moe}.")
+    match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?", key)
+    if not match or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
+        return {key: weight}
+    leaves = family.projections[:2] if match[2] == "gate_up_proj" else family.projections[2:]
+    shape = (weight.shape[1] // len(leaves), weight.shape[2])
+    size = math.prod(shape) * weight.dtype.itemsize
+    names = [f"{match[1]}.{e}.{leaf}.weight" for e in range(weight.shape[0]) for leaf in leaves]
+    return {name: replace(weight, offset=weight.offset + i * size, shape=shape) for i, name in enumerate(names)}
+
+
+def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
+    """Whether a tensor that config.json does not imply changes nothing: rotary tables, or an equal copy of a tied head.
+
+    Raises InputError if the embedding is tied and the head differs from it.
+    """
+    if re.fullmatch(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", key):
+        return True
+    embedding = found.get("model.embed_tokens.weight")
+    if key != "lm_head.weight" or embedding is None:
+        return False
+    pair = {"head": weight, "embedding": embedding}
+    tensors = dict(read_rows(pair, dict.fromkeys(pair, slice(None))))
+    if not torch.equal(tensors["head"], tensors["embedding"]):
+        tied = "config.json ties it to them (tie_word_embeddings)"
+        raise InputError(f"{weight.file}: {key} differs from the embeddings, but {tied}; set that to false to use it")
+    return True
+
+
 def files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
     index = folder / INDEX
+    names = ["model.safetensors"]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            inside = all(Path(name).name == name for name in names)
+            elsewhere = [name for name in names if Path(name).name != name]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            names, inside = [], False
-        if not names or not inside:
+            names, elsewhere = [], []
+        if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in elsewhere):
             raise InputError(f"{index}: not a safetensors index; download it again")
-    else:
-        names = ["model.safetensors"]
+        if elsewhere:
+            raise InputError(
+                f"{index}: its files lie in a subfolder ({elsewhere[0]}); move them beside config.json, and take the "
+                "folder out of their names in the index"
+            )
     for name in names:
         if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing; the checkpoint is incomplete, download it again")
+            raise InputError(f"{folder}: {name} is missing; {instead_of_weights(folder)}")
     return [folder / name for name in names]
+
+
+def instead_of_weights(folder: Path) -> str:
+    """What a folder that lacks a file of weights holds instead, and what to do."""
+    others = {path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)}
+    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    below = sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
+    foreign = sorted(path.name for kind in ("gguf", "h5", "msgpack", "onnx") for path in folder.glob(f"*.{kind}"))
+    if shards and not (folder / INDEX).is_file():
+        return f"there are shards ({shards[0]}, ...) without {INDEX}; download that too"
+    if shards:
+        return "the checkpoint is incomplete, download it again"
+    if below:
+        return f"there are weights in a subfolder ({below[0]}); name that folder, or move them beside config.json"
+    if others:
+        convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
+        return f"{min(others)} is a pickle, which is never opened; convert it with transformers: {convert}"
+    if foreign:
+        return f"{foreign[0]} is not a safetensors file; want the original checkpoint in safetensors"
+    return "the checkpoint is incomplete, or the hub has no safetensors of it; download it again, or convert it"
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raise InputError, with the tensor's name, if it holds NaN or infinity."""
+    # A sum is as fast as a copy. It may overflow, so what it suspects is looked at number by number.
+    if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity; the file is damaged, or the training that made it diverged")
 
 
 def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
     """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold.
 
-    A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. `stored` has
-    checked the files: 8 bytes with the size of a JSON header, the header with the place of every tensor, the tensors.
+    A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. Raises
+    InputError for weights that hold NaN or infinity.
     """
     for path in dict.fromkeys(weight.file for weight in weights.values()):
         with path.open("rb", buffering=0) as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(8)
-            header = json.loads(file.read(start - 8))
             for key, wanted in rows.items():
                 weight = weights[key]
                 if weight.file != path:
                     continue
                 first, end, _ = wanted.indices(weight.shape[0])
                 tensor = torch.empty(max(0, end - first), *weight.shape[1:], dtype=weight.dtype)
-                file.seek(start + header[key]["data_offsets"][0] + first * weight.nbytes // weight.shape[0])
+                file.seek(weight.offset + first * weight.nbytes // weight.shape[0])
                 left = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
                 while left:  # a read may return fewer bytes than asked for
                     got = file.readinto(left)
                     if not got:
                         raise InputError(f"{path}: ends early; download it again")
                     left = left[got:]
+                check_finite(tensor, f"{path}: {key}")
                 yield key, tensor
 
 

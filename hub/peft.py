@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError
+from hub.checkpoint import check_finite
 from hub.config import Family
 
 UNDER_5 = ("olmoe", "mixtral", "qwen3_moe")  # families whose files PEFT 0.21 loads under transformers 5
@@ -117,12 +118,11 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
         pairs = {}
         for name, pair in pairs_by_name(tensors, family).items():
             stacked = name.endswith((".experts", ".experts.base_layer"))
-            pairs |= unstack(name, pair, family, num_experts, r) if stacked else {name: pair}
+            pairs |= unstack(name, pair, family, num_experts, r, shapes) if stacked else {name: pair}
         for matrix, pair in pairs.items():
             fan_out, fan_in = shapes.get(matrix, (0, 0))
-            A, B = tuple(pair["lora_A"].shape), tuple(pair["lora_B"].shape)
-            if (A, B) != ((r, fan_in), (fan_out, r)):
-                raise InputError(f"{matrix} has lora_A {A}, lora_B {B}, which is of another model or rank")
+            if (pair["lora_A"].shape, pair["lora_B"].shape) != ((r, fan_in), (fan_out, r)):
+                raise InputError(f"{matrix} has {described(pair)}, which is of another model or rank")
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
     return PeftAdapter(r, alpha, {m: pair for m, pair in pairs.items() if any(t.any() for t in pair.values())})
@@ -136,9 +136,19 @@ def check_settings(about: dict, r: int, alpha: float) -> None:
     init = about.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
         raise InputError(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")
-    for name, doubled in (("rank_pattern", 2 * r), ("alpha_pattern", 2 * alpha)):  # gate and up as one pair
-        if (about.get(name) or {}) not in ({}, {r".*\.gate_up_proj": doubled}):
-            raise InputError(f"{name} is {about[name]}; only one rank and one alpha for all can be read")
+    others = {}  # patterns that give a module another rank or alpha
+    for name, value in (("rank_pattern", r), ("alpha_pattern", alpha)):
+        pattern = about.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise InputError(f"{name} is {pattern!r:.80}; want an object")
+        others[name] = {module: its for module, its in pattern.items() if its != value}
+    gate_up = r".*\.gate_up_proj"  # as PEFT saves the pairs of gate and up as one
+    if others not in (
+        {"rank_pattern": {}, "alpha_pattern": {}},
+        {"rank_pattern": {gate_up: 2 * r}, "alpha_pattern": {gate_up: 2 * alpha}},
+    ):
+        name = next(name for name, pattern in others.items() if pattern)
+        raise InputError(f"{name} is {about[name]}; only one rank and one alpha for all can be read")
 
 
 def pairs_by_name(tensors: dict[str, Tensor], family: Family) -> dict[str, Factors]:
@@ -148,6 +158,7 @@ def pairs_by_name(tensors: dict[str, Tensor], family: Family) -> dict[str, Facto
         match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_([AB])\.weight", key)
         if not match:
             raise InputError(f"{key} cannot be read; want lora_A and lora_B of attention, router, experts")
+        check_finite(tensor, key)
         name = match[1].replace(".mlp.", f".{family.moe}.")  # the block's name in transformers 5 -> in the checkpoint
         pairs.setdefault(name, {})[f"lora_{match[2]}"] = tensor.float()
     for name, pair in pairs.items():
@@ -156,19 +167,29 @@ def pairs_by_name(tensors: dict[str, Tensor], family: Family) -> dict[str, Facto
     return pairs
 
 
-def unstack(name: str, pair: Factors, family: Family, E: int, r: int) -> dict[str, Factors]:
+def described(pair: Factors) -> str:
+    """The shapes of a pair, for a message."""
+    return ", ".join(f"{name} {tuple(factor.shape)}" for name, factor in pair.items())
+
+
+def unstack(name: str, pair: Factors, family: Family, E: int, r: int, shapes: Shapes) -> dict[str, Factors]:
     """Take apart the one pair that PEFT holds under transformers 5 for all experts of a layer.  -> pairs by matrix
 
-    lora_A [E * r, in] has the expert outermost, lora_B [out, r * E] innermost. `experts.base_layer` is gate and up:
-    made from two pairs, its rank is 2r and B is block-diagonal. `experts` is down, wrapped around it.
+    lora_A [E * r, in] has the expert outermost, lora_B [out, r * E] innermost. The shapes tell whether it adapts
+    gate_up_proj (in D, out 2F) or down_proj (in F, out D): of two pairs one is named `experts`, the other, inside it,
+    `experts.base_layer`; of one alone the name says nothing. If gate and up had a pair each, the rank of their common
+    pair is 2r, and B is block-diagonal.
     """
-    if len(pair["lora_A"]) % E or pair["lora_B"].shape[1] % E:
-        raise InputError(f"{name}: stacked pairs for another number of experts than {E}")
     experts = name.removesuffix(".base_layer")
     gate_proj, up_proj, down_proj = family.projections
-    A = pair["lora_A"].unflatten(0, (E, -1))  # [E, r or 2r, in]
-    B = pair["lora_B"].unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, r or 2r]
-    if name == experts:
+    F, D = shapes.get(f"{experts}.0.{gate_proj}", (0, 0))
+    A, B = pair["lora_A"], pair["lora_B"]
+    adapts = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}.get((A.shape[-1], B.shape[0]))
+    if not F or adapts is None or len(A) % E or B.shape[1] % E:
+        raise InputError(f"{name} has {described(pair)}, which is of another model")
+    A = A.unflatten(0, (E, -1))  # [E, r or 2r, in]
+    B = B.unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, r or 2r]
+    if adapts == "down_proj":
         parts = {down_proj: (A, B)}
     else:
         gate, up = B.chunk(2, dim=1)  # [E, F, r or 2r] each

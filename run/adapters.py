@@ -20,6 +20,7 @@ from torch import Tensor
 from command.cli import InputError
 from command.files import seal
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
+from hub.checkpoint import check_finite
 from hub.peft import PeftAdapter, Shapes, read_peft
 from hub.weights import PROJECTIONS, full_tensor, hub_key
 from lori import Scatter, positions_of, sparsify
@@ -47,7 +48,7 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **abo
 
 
 def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a missing or damaged file.
+    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, or NaN in it.
 
     Experts of unlike ranks come out filled with zeros to the largest of them, as a plain adapter of that rank.
     """
@@ -63,11 +64,13 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
             ranks = torch.tensor(adapter.ranks)
             state, r = pad(state, ranks), int(ranks.max())
             adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None)
-        return adapter, state
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
+    for name, tensor in state.items():
+        check_finite(tensor, f"{folder / 'adapter.safetensors'}: {name}")
+    return adapter, state
 
 
 def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:

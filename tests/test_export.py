@@ -1,6 +1,7 @@
 """Merged checkpoints and PEFT adapters: loaded by transformers and peft, they compute what the adapted model does."""
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -296,6 +297,9 @@ def native_peft(base: Path, out: Path, **settings) -> peft.PeftModel:
         ({"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "pure"),
         ({"target_modules": ["o_proj"], "layers_to_transform": [2], "target_parameters": ["gate.weight"]}, "all"),
         ({"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]}, "gate"),
+        ({"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}, "pure"),  # saved under the name of down
+        ({"target_modules": [], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}, "pure"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": R, "up_proj": R}, "alpha_pattern": {"k": 9}}, "all"),
     ],
 )
 @pytest.mark.parametrize("family", LOADABLE)
@@ -316,6 +320,8 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
         (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "only one rank"),
         (lambda about, state: about.update(alpha_pattern={"q_proj": 3}), "only one rank and one alpha"),
+        (lambda about, state: about.update(rank_pattern={r".*\.gate_up_proj": 2 * R}), "only one rank and one alpha"),
+        (lambda about, state: about.update(rank_pattern=[R]), "rank_pattern is .5."),
         (lambda about, state: about.update(r=R + 1), "of another model or rank"),
         (lambda about, state: about.pop("lora_alpha"), "not a PEFT adapter"),
         (lambda about, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
@@ -491,3 +497,21 @@ def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_p
     adapters.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
     with pytest.raises(InputError, match="another checksum"):
         export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+
+
+def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
+    adapter, state = adapters.read_adapter(tmp_path / "adapter")
+    for name, value in (("layers.1.mlp.gate.lora_B", math.nan), ("layers.3.mlp.experts.lora.up_proj.lora_A", math.inf)):
+        damaged = {key: tensor.clone() for key, tensor in state.items()}
+        damaged[name].view(-1)[-1] = value
+        adapters.save_adapter(damaged, tmp_path / "adapter", adapter)
+        with pytest.raises(InputError, match=f"adapter.safetensors: {name} holds NaN or infinity"):
+            adapters.read_adapter(tmp_path / "adapter")
+    state = load_file(out / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.3.mlp.experts.5.down_proj.lora_B.weight"
+    state[name][0, 0] = -math.inf
+    save_file(state, out / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+        read_any_adapter(out, read_config(olmoe.folder))

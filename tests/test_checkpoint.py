@@ -1,0 +1,137 @@
+"""Checkpoints as other programs write them: what changes nothing is accepted, and what is wrong is named."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SIZES
+from safetensors.torch import load_file, save_file
+
+from command.cli import InputError
+from model import load_model
+
+IDS = torch.tensor([[5, 3, 9, 11, 2]])
+FAMILIES = [family for family in SIZES if family != "deepseek"]  # transformers has no class for deepseek
+
+
+def changed(source: Path, folder: Path, change) -> Path:
+    """A copy of a checkpoint, its tensors changed."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@torch.no_grad()
+def assert_logits(folder: Path, hf) -> None:
+    torch.testing.assert_close(load_model(folder)(IDS)[0], hf(IDS).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_stacked_as_transformers_holds_them_in_memory_give_its_logits(family, make_checkpoint, tmp_path):
+    hf = make_checkpoint(family).hf
+    hf.save_pretrained(tmp_path, save_original_format=False)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+    assert_logits(tmp_path, hf)
+
+
+def test_stacked_experts_in_shards_and_half_precision_are_those_of_the_file(olmoe, tmp_path):
+    hf = copy.deepcopy(olmoe.hf).to(torch.bfloat16)
+    hf.save_pretrained(tmp_path, save_original_format=False, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    model = load_model(tmp_path)
+    for i, layer in enumerate(hf.model.layers):
+        assert torch.equal(model.layers[i].mlp.experts.down_proj, layer.mlp.experts.down_proj.float())
+        assert torch.equal(model.layers[i].mlp.experts.gate_up_proj, layer.mlp.experts.gate_up_proj.float())
+
+
+def test_rotary_tables_of_older_checkpoints_change_nothing(olmoe, tmp_path):
+    def older(tensors):
+        tensors.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)})
+        tensors.update({"model.rotary_emb.inv_freq": torch.ones(4)})
+
+    assert_logits(changed(olmoe.folder, tmp_path / "older", older), olmoe.hf)
+    stray = changed(olmoe.folder, tmp_path / "stray", lambda t: t.update({"model.layers.0.inv_freq": torch.ones(4)}))
+    with pytest.raises(InputError, match="unexpected keys .'model.layers.0.inv_freq'"):
+        load_model(stray)
+
+
+def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(make_checkpoint, tmp_path):
+    base = make_checkpoint("olmoe", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(base.folder / "model.safetensors")
+
+    def stored(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    def other(tensors):
+        stored(tensors)
+        tensors["lm_head.weight"][7, 3] += 1e-3
+
+    assert_logits(changed(base.folder, tmp_path / "equal", stored), base.hf)
+    with pytest.raises(InputError, match="lm_head.weight differs from the embeddings.*tie_word_embeddings"):
+        load_model(changed(base.folder, tmp_path / "other", other))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "key", ["model.norm.weight", "model.layers.2.mlp.experts.5.up_proj.weight", "model.layers.0.mlp.gate.weight"]
+)
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(key, value, olmoe, tmp_path):
+    def damage(tensors):
+        tensors[key].view(-1)[-1] = value
+
+    with pytest.raises(InputError, match=f"damaged/model.safetensors: {key} holds NaN or infinity"):
+        load_model(changed(olmoe.folder, tmp_path / "damaged", damage))
+
+
+def test_large_finite_weights_are_not_taken_for_infinite_ones(olmoe, tmp_path):
+    def large(tensors):
+        for name in list(tensors):
+            tensors[name] = tensors[name].half()
+        tensors["lm_head.weight"].fill_(60_000.0)  # their sum overflows
+
+    assert load_model(changed(olmoe.folder, tmp_path / "large", large)).lm_head.weight.eq(60_000).all()
+
+
+def weights(name: str, *others: str):
+    """Moves model.safetensors to another name, and writes other files beside it."""
+
+    def change(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / "model.safetensors").rename(folder / name)
+        for other in others:
+            (folder / other).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+
+    return change
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+INDEX = "model.safetensors.index.json"
+ELSEWHERE = {
+    "a pickle": (weights("pytorch_model.bin"), "pytorch_model.bin is a pickle.*save_pretrained"),
+    "a pickle of the authors": (weights("consolidated.00.pth"), "consolidated.00.pth is a pickle"),
+    "another format": (weights("model-Q4_K.gguf"), "model-Q4_K.gguf is not a safetensors file.*original"),
+    "a subfolder": (weights("weights/model.safetensors"), "in a subfolder .weights/model.safetensors.*name that"),
+    "a subfolder of the index": (weights("weights/a.safetensors", INDEX), "subfolder .weights/a.safetensors.*move"),
+    "shards without an index": (weights("model-00001-of-00002.safetensors"), f"without {INDEX}; download that too"),
+    "a pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "pointer.*git lfs pull"),
+    "nowhere": (lambda folder: (folder / "model.safetensors").unlink(), "incomplete"),
+}
+
+
+@pytest.mark.parametrize("change, said", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_weights_that_lie_elsewhere_are_named_with_what_to_do(change, said, olmoe, tmp_path):
+    folder = shutil.copytree(olmoe.folder, tmp_path / "model")
+    change(folder)
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
+
+
+def test_an_adapter_in_place_of_a_model_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="is a PEFT adapter; name its base model"):
+        load_model(tmp_path)
