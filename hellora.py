@@ -1,15 +1,15 @@
-"""HELLoRA: LoRA on the experts a task really uses, and on nothing colder.
+"""HELLoRA: LoRA on the experts that a task really uses.
 
     hot = select_experts("hot", counts, num_hot=8)      # the 8 most-routed experts of every layer: bool [L, E]
     attach(model, hot, r=32, alpha=64)                  # freeze the model; LoRA on them, attention and router
     ...                                                 # train whatever still requires a gradient
-    save_adapter(adapter_state(model), folder, model.adapter)      # or merge(model): it becomes part of the weights
+    merge(model)                                        # the adapter becomes part of the weights
 
-`select_experts` turns routing counts (or gate mass) into a mask; `attach` puts the factor pairs of lora.py where the
-mask says, and moves the hot experts to the front of the stacks: the rows they compute are then one contiguous prefix,
-and cold experts cost nothing.
+`select_experts` turns routing counts (or gate mass) into a mask. `attach` puts the factor pairs of lora.py where the
+mask says, and moves the hot experts to the front of the stacks. The rows that they compute are then one contiguous
+prefix, and cold experts cost nothing extra.
 
-Dimensions: L layers, E experts a layer.
+Dimensions: L layers with experts, E experts per layer.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ TARGETS = {  # what gets an adapter besides the chosen experts, where a layer ha
 
 
 def hot_first(scores: Tensor) -> Tensor:
-    """Expert ids by falling score, ties to the lower id.  [..., E] -> [..., E]"""
+    """Expert ids by falling score; of equal scores the lower id comes first.  [..., E] -> [..., E]"""
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
@@ -60,7 +60,7 @@ def coldest(scores: Tensor, num_hot: int) -> Tensor:
 
 
 def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
-    """`num_hot` experts of every layer, blind to use: the control that the paper lacks and MoE-Sieve has."""
+    """`num_hot` random experts of every layer: the control that MoE-Sieve has and the paper lacks."""
     noise = torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
     return hottest(noise, num_hot)
 
@@ -157,9 +157,9 @@ def attach(
 ) -> None:
     """Freeze the model, then put factor pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
-    The function computed does not change: B starts at zero. r_max: the experts' pairs have this rank instead, and
-    still the scale alpha / r. On the meta device the factors stay empty: `init_factors` fills them when the weights
-    are in. Raises InputError for a wrong r, targets or shape, and if the model has an adapter already.
+    The model's function does not change, since B starts at zero. r_max: the rank of the experts' pairs, if it is not r;
+    their scale is still alpha / r. On the meta device the factors stay empty, and `init_factors` fills them once the
+    weights are read. Raises InputError for a wrong r, targets or shape, and if the model already has an adapter.
     """
     L, E = len(model.config.moe_layers), model.config.num_experts
     if model.adapter is not None:
@@ -242,7 +242,7 @@ def fill(parameter: Tensor, values: Tensor) -> None:
 
 
 def move_to_front(experts: Experts, ids: list[int]) -> None:
-    """Reorder the stacks: experts `ids` first, the others behind them in rising order."""
+    """Reorder the stacks: first the experts `ids`, then the others by rising id."""
     order = ids + [e for e in range(len(experts.expert_ids)) if e not in set(ids)]
     if order != experts.expert_ids:
         rows = experts.rows[order]
@@ -253,7 +253,7 @@ def move_to_front(experts: Experts, ids: list[int]) -> None:
 
 @torch.no_grad()
 def detach(model: MoETransformer) -> None:
-    """Take the adapters off; the model is the base again (its experts keep their storage order)."""
+    """Remove the adapters. The model is the base again; its experts keep their storage order."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear):
             with torch.device("meta"):
@@ -271,7 +271,7 @@ def detach(model: MoETransformer) -> None:
 
 @torch.no_grad()
 def merge(model: MoETransformer) -> None:
-    """Fold every adapter into its weight (W + (alpha / r) B A for LoRA), in float32; then the adapters are gone."""
+    """Add every adapter to its weight (W + (alpha / r) B A for LoRA) in float32, and remove the adapters."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.weight.copy_(module.merged())
@@ -288,7 +288,7 @@ def count_parameters(model: MoETransformer) -> tuple[int, int]:
 
 
 def report(model: MoETransformer) -> Iterator[str]:
-    """Lines that say what trains: experts of every layer, other modules, parameters and their share."""
+    """Lines that say what trains: the adapted experts of every layer, other modules, the number of parameters."""
     trainable, total = count_parameters(model)
     adapter, E = model.adapter, model.config.num_experts
     if adapter is not None:

@@ -4,9 +4,9 @@
     logits, selected_experts = model(input_ids)    # the prediction, and the experts that computed it
 
 OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward pass; they differ in config values and key names.
-Attention knows the sequence of each token; the rest works on a flat list of real tokens, so padding is never routed or
-multiplied by an expert. The E experts of a layer are stacked, and computed together on rows sorted by expert. Where a
-layer calls ops.NAME, the plain formula of that NAME is in this file; the fast one gives the same values and gradients.
+Attention knows the sequence of each token. The rest works on a flat list of real tokens: padding is never routed. The E
+experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls ops.NAME, the plain
+formula NAME is in this file. The fast one gives the same values and gradients.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,
@@ -30,8 +30,6 @@ from command.cli import note
 from hub import weights
 from hub.checkpoint import SHARD_BYTES, read_config_numbers, resolve, stored
 from hub.config import FAMILIES, Family, read_numbers, unread_keys
-
-# ----------------------------------------------------------------------------------------------------- the config
 
 
 @dataclass(frozen=True)
@@ -279,11 +277,11 @@ class SparseMoE(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)  # the router
+        D, size = config.hidden_size, config.shared_intermediate_size
+        self.gate = nn.Linear(D, config.num_experts, bias=False)  # the router
         self.experts = Experts(config)
-        size = config.shared_intermediate_size
-        self.shared_expert = MLP(config.hidden_size, size) if size else None
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_expert = MLP(D, size) if size else None
+        self.shared_expert_gate = nn.Linear(D, 1, bias=False) if config.shared_expert_gate else None
         self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
@@ -303,9 +301,6 @@ class SparseMoE(nn.Module):
         return y, selected_experts, routing
 
 
-# --------------------------------------------------------------------------------------------- the whole decoder
-
-
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MoE (or one MLP), each added to the residual stream."""
 
@@ -313,11 +308,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MoEConfig, layer: int) -> None:
         super().__init__()
-        D, is_moe = config.hidden_size, layer in config.moe_layers
+        D = config.hidden_size
         self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
-        self.mlp = SparseMoE(config) if is_moe else MLP(D, config.dense_intermediate_size)
+        self.mlp = SparseMoE(config) if layer in config.moe_layers else MLP(D, config.dense_intermediate_size)
 
     def forward(self, *inputs) -> tuple:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -328,10 +323,8 @@ class DecoderLayer(nn.Module):
         """x [T, D] -> x [T, D], and for an MoE layer selected_experts [T, K] and Routing"""
         x = x + self.self_attn(self.input_layernorm(x), layout, layer, cache)  # [T, D]
         h = self.post_attention_layernorm(x)
-        if isinstance(self.mlp, MLP):
-            return (x + self.mlp(h),)
-        y, selected_experts, routing = self.mlp(h)
-        return x + y, selected_experts, routing
+        y, *routed = (self.mlp(h),) if isinstance(self.mlp, MLP) else self.mlp(h)
+        return x + y, *routed
 
 
 def target_loss(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
@@ -376,18 +369,17 @@ class MoETransformer(nn.Module):
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
         layout = lay_out(self.config, self.embed_tokens.weight, S, lengths, cache)
         x = self.embed_tokens(input_ids.flatten()[layout.index])  # [T, D]
-        selected, routings = [], []
+        routed = []  # selected_experts and Routing of each MoE layer
         for i, layer in enumerate(self.layers):
-            x, *routed = layer(x, layout, i, cache)
-            if routed:
-                selected.append(routed[0])
-                routings.append(routed[1])
+            x, *of_layer = layer(x, layout, i, cache)
+            routed += [of_layer] if of_layer else []
         if cache is not None:
             cache.lengths = cache.lengths + lengths
-        selected_experts = torch.stack(selected)  # [L, T, K]
-        L, _, K = selected_experts.shape
-        padded = selected_experts.new_full((L, B * S, K), -1).index_copy(1, layout.index, selected_experts)
-        outputs = (self.head(x, layout, labels, last_only), padded.view(L, B, S, K))
+        selected, routings = zip(*routed, strict=True)
+        selected = torch.stack(selected)  # [L, T, K]
+        selected_experts = selected.new_full((len(selected), B * S, selected.shape[-1]), -1)  # -1 at padding
+        selected_experts = selected_experts.index_copy(1, layout.index, selected).unflatten(1, (B, S))
+        outputs = (self.head(x, layout, labels, last_only), selected_experts)
         return (*outputs, Routing(*map(torch.stack, zip(*routings, strict=True)))) if output_routing else outputs
 
     def head(self, x: Tensor, layout: Layout, labels: Tensor | None, last_only: bool) -> Tensor:
@@ -431,10 +423,9 @@ def load_model(
     device: torch.device | str = "cpu",
     prepare: Callable[[MoETransformer], None] | None = None,
 ) -> MoETransformer:
-    """Build the model of a checkpoint (folder, hub id or 'tiny') without weights, then fill it matrix by matrix.
+    """The model of a checkpoint: a folder, a hub id or 'tiny'. Raises InputError if files and config.json do not fit.
 
-    prepare(model) is called in between: each process reads only its own rows of what it shards; adapters that it adds
-    are left for the caller to fill. Raises InputError if the files do not fit config.json exactly.
+    prepare(model) may add adapters and shard, before each process reads what it holds. The caller fills the adapters.
     """
     folder = resolve(path)
     config = read_config(folder)
