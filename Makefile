@@ -1,5 +1,5 @@
 # make demo: the whole method on the embedded model.   make test: the test suite.   make lint: ruff.
-# The packages go into $(VENV), which is made first. PYTHON and VENV can be set: make test PYTHON=python3.10 VENV=.venv-310
+# The packages go into $(VENV), which is made first. PYTHON and VENV can be set: make test PYTHON=python3.13 VENV=.venv-313
 PYTHON ?= python3
 VENV ?= .venv
 RUN := runs/demo

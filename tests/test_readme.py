@@ -1,62 +1,174 @@
-"""The README against the code: every command names a script and flags that exist, and every module is in the map."""
+"""The README and the pages of docs/ against the code: commands, names, paths, links, printed lines, numbers."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import evaluate
+import hellora
+import train
+from benchmarks import plan
+from hub.config import FAMILIES
 from run import settings
+from scoring.statistics import rate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
-COMMANDS = re.findall(r"^\s*(?:python|torchrun[^\n]*?) (\w+\.py)([^\n#]*)", BLOCKS, re.M)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tiny/*.md")])
+}
 
 
-def test_the_readme_has_commands():
-    assert {script for script, _ in COMMANDS} >= {"train.py", "evaluate.py", "profile.py", "export.py"}
+# -------------------------------------------------------------------------------------------------- commands
 
 
+def commands(page: str) -> list[tuple[str, str]]:
+    """(script, what follows it) of every command of ours in a page's bash blocks."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page, re.S)).replace("\\\n", " ")
+    return re.findall(r"(?:python|torchrun [^\n#]*?) ((?:tiny/)?\w+\.py)([^\n#)]*)", blocks)
+
+
+COMMANDS = [command for page in PAGES.values() for command in commands(page)]
 SUBCOMMANDS = {"advise", "compare", "generate", "load", "params", "plan", "step"}
-SCRIPTS = {(script, *SUBCOMMANDS & set(rest.split()[:1])) for script, rest in COMMANDS}
+WITH_SUBCOMMAND = [(script, *SUBCOMMANDS & set(rest.split()[:1]), rest) for script, rest in COMMANDS]
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS), ids=" ".join)
-def test_every_flag_of_a_readme_command_exists(script, capsys):
+def test_the_pages_have_commands_of_every_script():
+    scripts = {"train.py", "evaluate.py", "profile.py", "export.py", "bench.py"}
+    assert {script for script, _ in commands(README)} >= scripts - {"bench.py"}
+    assert {script for script, _ in COMMANDS} >= scripts
+
+
+@pytest.mark.parametrize("script", sorted({c[:-1] for c in WITH_SUBCOMMAND if "/" not in c[0]}), ids=" ".join)
+def test_every_flag_of_a_command_exists(script, capsys):
     with pytest.raises(SystemExit, match="^0$"):
         importlib.import_module(script[0].removesuffix(".py")).main([*script[1:], "--help"])
     said = capsys.readouterr().out
-    flags = {
-        flag
-        for name, rest in COMMANDS
-        if (name, *SUBCOMMANDS & set(rest.split()[:1])) == script
-        for flag in re.findall(r"--[a-z-]+", rest)
-    }
+    flags = {flag for *about, rest in WITH_SUBCOMMAND if tuple(about) == script for flag in rest.split()}
     assert said.startswith("usage: ")
-    assert not [flag for flag in flags if not re.search(rf"{flag}\b", said)]
+    assert not [flag for flag in flags if flag.startswith("--") and not re.search(rf"{flag}\b", said)]
 
 
-def test_every_picture_of_the_readme_is_there():
-    assert not [path for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) if not (ROOT / path).exists()]
-
-
-def test_training_commands_of_the_readme_are_accepted():
+def test_training_commands_are_accepted():
     for script, rest in COMMANDS:
         if script == "train.py":
             settings.parse_flags(rest.split())
 
 
-def test_every_module_is_in_the_file_map_and_every_method_in_the_table():
-    modules = {path.name for path in ROOT.glob("*.py")}
-    assert not [name for name in modules if f"`{name}`" not in README]
-    assert not [name for name in settings.METHODS if f"`{name}`" not in README]
+# ------------------------------------------------------------------------------------------ names, paths, links
 
 
-def test_in_the_order_of_the_file_map_every_module_imports_only_those_above_it():
-    order = re.findall(r"`(\w+)\.py`", README.split("## Read it")[1].split("## Fine-tune")[0])
-    for i, name in enumerate(order):
-        source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.M)) & set(order)
-        allowed = {*order[:i], "sandbox_inside"}  # beside sandbox.py, in one row of the map
-        assert imported <= allowed, f"{name}.py imports {imported - allowed}"
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1500
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_picture_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
+def test_every_file_and_function_that_is_named_exists(page):
+    named = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.S)))
+    paths = [name for name in named if re.fullmatch(r"[\w/.-]+/[\w.-]*|\w+\.py", name)]
+    written_by_a_run = r"runs/.*|adapter/|checkpoint/.*|stage-d/|model/"
+    paths = [path for path in paths if not re.fullmatch(written_by_a_run, path)]
+    assert not [path for path in paths if not (ROOT / path).exists() and not ((ROOT / page).parent / path).exists()]
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    for name in named:
+        module, _, function = name.partition(".")
+        if module in modules and re.fullmatch(r"(?!(py|json|jsonl|png|safetensors)$)[A-Za-z_]\w*", function):
+            assert hasattr(importlib.import_module(module), function), name
+
+
+def test_every_top_level_module_is_in_the_reading_path_with_its_length():
+    stated = {name: int(lines) for name, lines in re.findall(r"^\| \**`(\w+\.py)`\** \| (\d+) \|", README, re.M)}
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOT.glob("*.py")}
+    assert stated.keys() == lengths.keys()
+    assert not {name: n for name, n in lengths.items() if abs(stated[name] - n) > max(10, n / 10)}
+    folders = {path.parent.name for path in ROOT.glob("*/*.py")} - {"tests", "docs"}
+    assert not [name for name in folders if f"`{name}/`" not in README]
+
+
+def test_every_method_policy_task_and_family_is_described():
+    described = {
+        "README.md": settings.METHODS,
+        "docs/methods.md": (*settings.METHODS, *hellora.POLICIES, *hellora.TARGETS),
+        "docs/tasks.md": settings.RECIPES,
+        "docs/models.md": FAMILIES,
+    }
+    for page, names in described.items():
+        assert not [name for name in names if f"`{name}`" not in PAGES[page]], page
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def shape(line: str) -> str:
+    """A printed line with # for every number and X for every path and command."""
+    return re.sub(r"\d[\d,.]*", "#", re.sub(r"runs/[\w/-]+|/\S+", "X", line)).rstrip()
+
+
+def test_what_the_readme_says_the_demo_prints_is_what_is_printed(tmp_path, capsys):
+    excerpt = re.search(r"```\n(python evaluate\.py tiny.*?)```", README, re.S)[1].splitlines()
+    train.main(["--method", "hellora", "--k", "8", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run"), "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "4"])
+    printed = capsys.readouterr().out.replace("1 process\n", "2 processes\n").splitlines()
+    makefile = (ROOT / "Makefile").read_text().replace("$(RUN)", "runs/demo")
+    for line in excerpt:
+        if line.startswith(("python ", "torchrun ")):
+            assert line in makefile.replace("$(VENV)/bin/", "")
+        elif re.search(r"steps|accuracy", line):  # the loss, the speed, the score: the machine's
+            assert shape(line) in map(shape, printed)
+        elif line:
+            assert line in printed
+
+
+def test_the_scores_in_the_readme_agree_with_their_counts():
+    found = re.findall(r"accuracy ([\d.]+) \((\d+)/(\d+), 95% CI ([\d.]+)\.\.([\d.]+)\)", README)
+    assert found
+    for accuracy, correct, total, low, high in found:
+        exact = rate(int(correct), int(total))
+        assert [f"{exact[key]:.3f}" for key in ("rate", "low", "high")] == [accuracy, low, high]
+
+
+def test_the_table_of_planned_memory_is_what_bench_plans(capsys):
+    page = PAGES["docs/scale.md"]
+    mixtral_2, mixtral_16, olmoe = (
+        plan.main(rest.split()[1:]) for script, rest in commands(page) if script == "bench.py"
+    )
+    planned = [
+        [
+            row["weights"], row["adapters"] + row["gradients"] + row["optimizer"], row["gathered"], row["activations"],
+            row["transient"], row["total"], row["sent_per_step"],
+        ]
+        for row in (mixtral_2[1], mixtral_16[1], olmoe[0], olmoe[1])
+    ]  # fmt: skip
+    rows = re.findall(r"^\| (?:Mixtral|OLMoE).*", page, re.M)
+    stated = [[float(cell) for cell in row.strip("| ").split(" | ")[1:]] for row in rows]
+    assert stated == [[round(value / 1e9, 1) for value in row] for row in planned]
+
+
+def test_every_number_that_a_run_writes_is_in_the_glossary(tmp_path, capsys):
+    flags = "--method dr-lora --router-aux-loss 0.01 --steps 2 --batch 2 --sample 0.01".split()
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    page = PAGES["docs/log.md"]
+    log, rest = page.split("## log.jsonl")[1].split("## result.json")
+    assert not [key for key in record if f"`{key}`" not in log]
+    assert not [key for key in result if f"`{key}`" not in rest]
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not [name for name in files if name not in page]
