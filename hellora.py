@@ -137,11 +137,15 @@ class Adapter:
     ranks: list[list[int]] | None = None  # of every expert where they grew (drlora.py); the tensors are `truncate`d
 
 
+def largest_rank(config: MoEConfig) -> int:
+    """The largest rank of a factor pair: the smaller side of an expert's matrices."""
+    return min(config.hidden_size, config.intermediate_size)
+
+
 def check_rank(config: MoEConfig, r: int) -> None:
     """Raise InputError for a rank that no pair of this model's experts can have."""
-    limit = min(config.hidden_size, config.intermediate_size)
-    if not 1 <= r <= limit:
-        raise InputError(f"rank {r}; want 1..{limit}, the smaller side of an expert's matrices")
+    if not 1 <= r <= largest_rank(config):
+        raise InputError(f"rank {r}; want 1..{largest_rank(config)}, the smaller side of an expert's matrices")
 
 
 def attach(

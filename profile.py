@@ -51,8 +51,8 @@ from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
 from run.memory import config_of
+from run.methods import RECIPES, Recipe
 from run.processes import ALONE, Processes, start_processes
-from run.settings import RECIPES, Recipe
 from run.step import global_step, load_shared
 
 

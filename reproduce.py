@@ -19,7 +19,7 @@ from hub.config import PRESETS
 from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
 from routing.advice import without_weights
-from run.settings import METHODS, Recipe
+from run.methods import METHODS, Recipe
 
 
 class Row(NamedTuple):

@@ -4,161 +4,225 @@
     torchrun --nproc_per_node 2 train.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --method hellora --k 8
     python train.py --save-every 50; python train.py --save-every 50 --resume       # killed at any moment in between
 
-The order matters and is this: count which experts the task uses; choose the hot ones; build the model without weights,
-attach adapters (everything else is frozen), shard it, and only then read the weights, each process its own; make the
-optimizer; train.
+`main` reads top to bottom: the settings; the counts, which say what experts the task uses; the hot ones among them;
+then the training that the method asks for. `load` builds the model without weights, attaches the adapters, which
+freezes everything else, shards it, and only then reads the weights, each process its own. `fit` is the loop.
 
-A run folder holds config.json (settings as resolved, versions), profile.json (the counts), adapter/ (the result),
-log.jsonl (a record a step), loss.png, result.json and, with --save-every, checkpoint/ (runs.py).
-
-Dimensions: L layers with experts, E experts a layer.
+What a run folder holds: run/folder.py. Dimensions: L layers with experts, E experts per layer.
 """
 
-import argparse
-import json
-import math
-import os
+import itertools
 import shutil
 import signal
-import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import data
 import hellora
-import lori
 import profile
 from command import cli
-from command.cli import InputError, RunError, say
-from command.files import atomic_folder, write_text
+from command.cli import InputError, flag, number, say
+from command.files import atomic_folder, write_json
 from hub.checkpoint import resolve
 from hub.weights import full_tensor
-from lori import sparsify
+from lori import sparsify, top_entries
 from model import MoEConfig, MoETransformer, read_config, save_model
 from neighbours import drlora
 from neighbours.ranks import truncate
-from routing import statistics as routing
 from run import adapters, memory
-from run import folder as runs
+from run.folder import check_out, write_config
+from run.log import Recorder, check_records, stop_signals
+from run.methods import METHODS, RECIPES, experts_flag, k_flag, num_hot_experts
 from run.processes import Processes, start_processes
-from run.settings import METHODS, hot_experts_per_layer, parse_flags
+from run.state import Checkpoints, moment_bytes
 from run.step import global_step, load_shared
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+
+POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
+STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. None: the task and the method decide (`resolved`), or the setting is off."""
+
+    model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
+    task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
+    train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
+    method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
+    k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=k_flag, **CHOICE)
+    experts: str | None = flag(None, "a selection policy, or a file of expert lists", type=experts_flag, **CHOICE)
+    coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
+    scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
+    profile: str | None = flag(None, "counts to choose from (default: count now)", metavar="FILE", **CHOICE)
+    sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
+    warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"), **CHOICE)
+    targets: str | None = flag(None, "other modules (default: all)", choices=list(hellora.TARGETS), **ADAPTER)
+    rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
+    alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
+    mask: str | None = flag(None, "a finished lori-d or hellori-d run, for stage D", metavar="RUN", **ADAPTER)
+    init_adapter: str | None = flag(None, "start from this adapter (a run's, or PEFT's)", metavar="DIR", **ADAPTER)
+    lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
+    epochs: int | None = flag(None, "passes over the data (default: by task)", type=POSITIVE, **STEP)
+    steps: int | None = flag(None, "optimizer steps, instead of --epochs", type=POSITIVE, **STEP)
+    batch: int | None = flag(None, "examples per step, over all processes (default: by task)", type=POSITIVE, **STEP)
+    clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
+    router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
+    router_aux_form: str | None = flag(None, "its form (default: layer)", choices=("concat", "layer"), **STEP)
+    on_nonfinite: str = flag("stop", "at a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP)
+    seed: int = flag(0, "of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
+    out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
+    save_every: int | None = flag(None, "steps between checkpoints (default: none)", type=POSITIVE, **FOLDER)
+    keep: int = flag(2, "checkpoints to keep", type=POSITIVE, **FOLDER)
+    resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
+    micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
+    shard: str | None = flag(None, "shard the base model (default: if needed)", choices=("full", "none"), **MACHINE)
+    activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """The settings of a command line, defaults filled in. Raises InputError for wrong or contradictory flags."""
+    about = "Fine-tune a mixture of experts on the experts that the task uses."
+    settings = cli.parse(Settings, argv, prog="train.py", description=about)
+    check(settings)
+    return resolved(settings)
+
+
+CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "alpha", "profile")
+CHOSEN_BY_A_MASK = ("k", "experts", "coverage", "scores", "profile")
+
+
+def check(settings: Settings) -> None:
+    """Raise InputError for flags that contradict each other or have no meaning together."""
+    s, method = settings, METHODS[settings.method]
+    experts = s.experts or method.experts
+
+    def refuse(names: tuple[str, ...], reason: str) -> None:
+        for name in names:
+            if getattr(s, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}{reason}")
+
+    if method.experts is None:
+        reason = f": --method {s.method} trains every weight, without adapters; leave it out"
+        refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
+    if s.steps and s.epochs:
+        raise InputError("--steps and --epochs contradict each other; give one of them")
+    for name, allowed in (("k", (*hellora.SCORED, "random")), ("scores", (*hellora.SCORED, "coverage"))):
+        if experts not in allowed:
+            chosen = f"--method {s.method} and experts {experts}"
+            refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
+    if (s.coverage is not None) != (experts == "coverage"):
+        raise InputError("--coverage and --experts coverage go together; give both or neither")
+    if method.grows and experts != "all":
+        raise InputError(f"--experts {experts}: --method {s.method} grows the ranks of all experts; leave it out")
+    if s.router_aux_form and not s.router_aux_loss:
+        raise InputError("--router-aux-form has no meaning without --router-aux-loss; give both or neither")
+    if s.init_adapter:
+        if method.sparse or method.grows:
+            raise InputError(f"--init-adapter: --method {s.method} starts from zero; choose another method")
+        refuse(CHOSEN_WITH_AN_ADAPTER, " contradicts --init-adapter, which brings its own; leave one out")
+    if s.profile and s.warmup == "lora":
+        raise InputError("--warmup lora is a way to count, and --profile has the counts already; leave one out")
+    if s.mask:
+        if not method.sparse:
+            raise InputError(f"--mask is for lori-s and hellori-s, not for --method {s.method}; leave it out")
+        refuse(CHOSEN_BY_A_MASK, " contradicts --mask, whose run has chosen its experts; leave one out")
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with what the task's recipe and the method decide."""
+    s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
+    k = "" if s.k is None else f"-k{s.k}"
+    full = method.experts is None
+    s = replace(
+        s,
+        experts=s.experts or method.experts,
+        lr=s.lr or (recipe.fft_lr if full else recipe.lr),
+        epochs=s.epochs or (None if s.steps else recipe.epochs),
+        batch=s.batch or (recipe.fft_batch if full else recipe.batch),
+        router_aux_form=s.router_aux_form or ("layer" if s.router_aux_loss else None),
+        out=s.out or f"runs/{s.task}-{s.method}{k}-seed{s.seed}",
+    )
+    return s if full else replace(
+        s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or "all"
+    )  # fmt: skip
+
+
+def total_steps(settings: Settings, num_examples: int) -> int:
+    return settings.steps or settings.epochs * -(-num_examples // settings.batch)
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of a run share."""
+
+    settings: Settings
+    folder: Path  # checkpoint of the base model
+    processes: Processes
+    items: list[data.Encoded]
+    ids: list[str]  # of the items
+    counted: profile.RoutingProfile | None
+    hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
+    given: dict[str, Tensor] | None  # tensors of --mask or --init-adapter
+    dtype: torch.dtype  # of the base weights
+    compute_dtype: torch.dtype | None  # of the copies that FSDP computes with, if different
+    sharded: bool = False
 
 
 def main(argv: list[str] | None = None) -> dict:
-    args = parse_flags(argv)
-    method = METHODS[args.method]
-    folder, out = resolve(args.model), Path(args.out)
+    settings = parse_settings(argv)
+    method, folder, out = METHODS[settings.method], resolve(settings.model), Path(settings.out)
     config = read_config(folder)
-    num_hot = hot_experts_per_layer(args, config.num_experts, config.num_experts_per_tok)
-    hot, start = read_given(args, config)
-    if method.experts:
-        hellora.check_rank(config, drlora.RESERVED * args.rank if method.grows else args.rank)
+    settings, hot, given = read_given(settings, config)
+    check_sizes(settings, config)
     if cli.is_main_process():
-        runs.check_out(out, vars(args), args.resume)
-    counted = read_counts(args, config) if method.experts else None
+        check_out(out, asdict(settings))
+    counted = read_counts(settings, config) if method.experts else None
     processes = start_processes()
-    rank, world, device = processes
-    tokenizer = data.load_tokenizer(folder, config)
-    examples = data.load_examples(args.task, "train", args.train_data)
-    items = data.encode(examples, tokenizer, config.eos_token_id, args.max_length)
-    say(f"{args.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens")
-
-    # A frozen base may be bfloat16; weights that train, adapters too, are float32, whatever they are computed in.
-    half = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype, compute_dtype = (half, None) if method.experts else (torch.float32, half)
-    tokens = args.micro_batch * max(len(item.ids) for item in items)
-    about = {"method": args.method, "task": args.task, "processes": world}
+    examples = data.load_examples(settings.task, "train", settings.train_data)
+    items = data.encode(examples, data.load_tokenizer(folder, config), config.eos_token_id, settings.max_length)
+    say(f"{settings.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens")
+    if method.grows:
+        drlora.growth_steps(total_steps(settings, len(items)))  # an error now, not in the middle of the run
+    about = {"method": settings.method, "task": settings.task, "processes": processes.count}
     if method.experts:
         began = time.perf_counter()
-        counted = count(folder, items, args, processes) if counted is None else counted
-        hot = choose_experts(counted, args, num_hot) if hot is None else hot
+        counted = counted or count(settings, folder, items, processes)
+        hot = choose_experts(settings, counted) if hot is None else hot
         share = float((counted.counts * hot).sum() / counted.counts.sum())
         say(f"adapted experts take {share:.1%} of the routed tokens")
         about |= {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
 
-    def attach(model: MoETransformer, positions: dict[str, Tensor] | None = None) -> None:
-        if hot is not None:
-            options = {"kind": method.kind, "targets": args.targets, "seed": args.seed}
-            r_max = drlora.RESERVED * args.rank if method.grows else None
-            hellora.attach(model, hot, args.rank, args.alpha, r_max=r_max, **options)
-        if positions is not None:
-            sparsify(model, positions)
-
-    checkpointing = {"checkpointing": args.activation_checkpointing}
-    plan = memory.plan(config, attach, dtype=dtype, num_processes=world, sharded=False, tokens=tokens, **checkpointing)
-    if compute_dtype in (None, dtype):
-        sharded = memory.choose_shard(args.shard, device, world, plan)
+    # A frozen base may be bfloat16. What trains is float32, adapters and base weights alike.
+    half = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
+    dtype, compute_dtype = (half, None) if method.experts else (torch.float32, half)
+    ids = [example.id for example in examples]
+    run = Run(settings, folder, processes, items, ids, counted, hot, given, dtype, compute_dtype)
+    run = replace(run, sharded=choose_sharding(run, config))
+    about["shard"] = "full" if run.sharded else "none"
+    if hot is None:
+        result = about | train_all_weights(run)
     else:
-        sharded = True
-        say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
-        if world == 1:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    about["shard"] = "full" if sharded else "none"
-
-    def stage(name: str, positions: dict[str, Tensor] | None = None) -> dict:
-        """Load, attach, shard, train and save, in the run folder or in a folder of the stage's own."""
-        place = partial(attach, positions=positions)
-        model = load_shared(folder, dtype, device, sharded=sharded, attach=place, compute_dtype=compute_dtype)
-        for layer in model.layers:
-            layer.activation_checkpointing = args.activation_checkpointing
-        if args.init_adapter:
-            adapters.fill_factors(model, start, args.init_adapter)
-        say(*hellora.report(model))
-        if rank == 0:  # not before: whatever is wrong with the input has shown by now
-            runs.write_config(out, vars(args))
-            if counted:
-                profile.save_profile(counted, out / "profile.json", args.model, args.task)
-        trainable, total = hellora.count_parameters(model)
-        result = fit(model, items, args, out / name, processes, [example.id for example in examples])
-        if hot is None:
-            state = {}
-            with atomic_folder(out / name / "model") if rank == 0 else nullcontext(out) as part:
-                save_model(model, part)
-                if rank == 0:
-                    shutil.copy(folder / "tokenizer.json", part / "tokenizer.json")
-        else:
-            state, adapter = adapters.adapter_state(model), model.adapter
-            if method.grows:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
-                adapter = replace(adapter, ranks=result.pop("ranks"))
-                state = truncate(state, torch.tensor(adapter.ranks))
-                unused = trainable - sum(tensor.numel() for tensor in state.values())
-                trainable, total = trainable - unused, total - unused
-            if rank == 0:
-                with atomic_folder(out / name / "adapter") as part:
-                    adapters.save_adapter(state, part, adapter, model=args.model, method=args.method)
-        sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
-        return {"trainable": trainable, "trainable_percent": 100 * trainable / total, "state": state} | result | sizes
-
-    if method.sparse:
-        if args.mask:
-            state = start
-        elif args.resume and (out / "stage-d" / "adapter").is_dir():
-            runs.cut_log(out / "stage-d" / "log.jsonl", total_steps(args, len(items)), whole=True)
-            say(f"stage D is done: {out / 'stage-d'}")
-            state = adapters.read_adapter(out / "stage-d" / "adapter")[1]
-        else:
-            say("stage D: all of B trains, to find the tenth of its entries that matters")
-            state = stage("stage-d")["state"]
-        say("stage S: these entries alone, from zero, under the same A")
-        result = stage("", lori.top_entries(state))
-    else:
-        result = stage("")
-    del result["state"]
-    result = about | result
-    if rank == 0:
-        write_text(out / "result.json", json.dumps(result, indent=1) + "\n")
+        result = about | (train_lori_s(run) if method.sparse else train_adapter(run, out)[0])
+    if processes.is_main:
+        write_json(out / "result.json", result)
         say(
-            f"{args.method} on {args.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
+            f"{settings.method} on {settings.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
             f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
         )
     if dist.is_initialized():
@@ -167,228 +231,218 @@ def main(argv: list[str] | None = None) -> dict:
     return result
 
 
-# --------------------------------------------------------------------------------------------- before training
+# -------------------------------------------------------------------------------------------------- before training
 
 
-def read_counts(args: argparse.Namespace, config: MoEConfig) -> profile.RoutingProfile | None:
-    """The routing counts of --profile, or those that the run to resume has made; None: they are yet to be made."""
-    before = Path(args.out) / "profile.json"
-    source = before if args.resume and before.is_file() else args.profile
+def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor | None, dict[str, Tensor] | None]:
+    """What --mask, --init-adapter or a file of --experts bring.  -> settings, experts bool [L, E], adapter's tensors
+
+    An adapter to start from brings its rank, alpha and targets.
+    """
+    s = settings
+    if s.mask:
+        adapter, state = adapters.read_mask(s.mask, rank=s.rank, alpha=s.alpha, targets=s.targets, seed=s.seed)
+    elif s.init_adapter:
+        adapter, state = adapters.read_start(s.init_adapter, config, METHODS[s.method].kind, s.seed)
+        s = replace(s, rank=adapter.r, alpha=adapter.alpha, targets=adapter.targets)
+    elif s.experts and s.experts not in hellora.POLICIES:
+        return s, adapters.read_hot(s.experts, config), None
+    else:
+        return s, None, None
+    return s, adapters.hot_mask(adapter.hot, config), state
+
+
+def check_sizes(settings: Settings, config: MoEConfig) -> None:
+    """Raise InputError for a number of experts or a rank that the model does not have room for."""
+    num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
+    if METHODS[settings.method].grows:
+        drlora.check_rank(settings.rank, hellora.largest_rank(config))
+    elif METHODS[settings.method].experts:
+        hellora.check_rank(config, settings.rank)
+
+
+def read_counts(settings: Settings, config: MoEConfig) -> profile.RoutingProfile | None:
+    """The routing counts of --profile, or those of the run to resume. None: they have yet to be made."""
+    before = Path(settings.out) / "profile.json"
+    source = before if settings.resume and before.is_file() else settings.profile
     if not source:
         return None
     counted = profile.load_profile(source)
     profile.check_fits(counted, config, source)
-    if (counted.model, counted.task) != (args.model, args.task):
-        say(f"note: {source} counted {counted.task} on {counted.model}, and this run is {args.task} on {args.model}")
+    if (counted.model, counted.task) != (settings.model, settings.task):
+        this = f"{settings.task} on {settings.model}"
+        say(f"note: {source} counted {counted.task} on {counted.model}, and this run is {this}")
     return counted
 
 
-def read_given(args: argparse.Namespace, config: MoEConfig) -> tuple[Tensor | None, dict[str, Tensor] | None]:
-    """What --mask, --init-adapter or a file of --experts say: the experts [L, E], and an adapter's tensors."""
-    if args.mask:
-        adapter, state = adapters.read_mask(args)
-    elif args.init_adapter:
-        adapter, state = adapters.read_any_adapter(args.init_adapter, config)
-        kind = METHODS[args.method].kind
-        if adapter.kind != kind:
-            is_of = f"is of kind {adapter.kind}"
-            raise InputError(f"--init-adapter {args.init_adapter} {is_of}; --method {args.method} is {kind}")
-        if kind == "lori" and adapter.seed != args.seed:
-            raise InputError(f"--init-adapter {args.init_adapter} has its A from --seed {adapter.seed}; give the same")
-        if any(name.endswith("positions") for name in state):
-            holds = "holds a tenth of B alone (LoRI-S)"
-            raise InputError(f"--init-adapter {args.init_adapter} {holds}; want a dense adapter")
-        args.rank, args.alpha, args.targets = adapter.r, adapter.alpha, adapter.targets
-    elif args.experts and args.experts not in hellora.POLICIES:
-        return adapters.read_hot(args.experts, config), None
+def count(settings: Settings, folder: Path, items: list[data.Encoded], processes: Processes) -> profile.RoutingProfile:
+    """The hot-expert catcher: routing counts on a sample of the training data."""
+    s, sample = settings, data.sample(items, settings.sample, settings.seed)
+    say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if s.warmup == 'lora' else 'base model'})")
+    warmup = profile.Warmup(s.rank, s.alpha, s.lr, batch=16) if s.warmup == "lora" else None
+    return profile.count_task(folder, sample, s.micro_batch, processes, shard=s.shard, warmup=warmup, seed=s.seed)
+
+
+def choose_experts(settings: Settings, counted: profile.RoutingProfile) -> Tensor:
+    """The experts that the policy of --experts selects.  -> hot bool [L, E]"""
+    scores = counted.gate_mass if settings.scores == "gate-mass" else counted.counts
+    k = settings.k or METHODS[settings.method].k
+    num_hot = num_hot_experts(k, counted.counts.shape[1], counted.num_experts_per_tok)
+    num_hot = None if settings.experts in ("all", "coverage") else num_hot
+    return hellora.select_experts(settings.experts, scores, num_hot, coverage=settings.coverage, seed=settings.seed)
+
+
+def choose_sharding(run: Run, config: MoEConfig) -> bool:
+    """Whether the base model is sharded over the processes (FSDP2), or replicated on each."""
+    s, processes = run.settings, run.processes
+    if run.compute_dtype not in (None, run.dtype):
+        say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
+        if processes.count == 1:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        return True
+    tokens = s.micro_batch * max(len(item.ids) for item in run.items)
+    sizes = {"num_processes": processes.count, "tokens": tokens, "checkpointing": s.activation_checkpointing}
+    replicated = memory.plan(config, partial(attach, run), dtype=run.dtype, sharded=False, **sizes)
+    return memory.choose_shard(s.shard, processes.device, processes.count, replicated)
+
+
+# --------------------------------------------------------------------------------------------------- what to train
+
+
+def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None = None) -> None:
+    """Put the run's adapters on a model. positions: the entries of B that LoRI-S keeps (`top_entries`)."""
+    s, method = run.settings, METHODS[run.settings.method]
+    if run.hot is not None:
+        r_max = drlora.RESERVED * s.rank if method.grows else None
+        options = {"kind": method.kind, "targets": s.targets, "seed": s.seed, "r_max": r_max}
+        hellora.attach(model, run.hot, s.rank, s.alpha, **options)
+    if positions is not None:
+        sparsify(model, positions)
+
+
+def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer:
+    """The base model with the run's adapters, as this process is to hold it."""
+    s, processes = run.settings, run.processes
+    place = partial(attach, run, positions=positions)
+    options = {"sharded": run.sharded, "attach": place, "compute_dtype": run.compute_dtype}
+    model = load_shared(run.folder, run.dtype, processes.device, **options)
+    for layer in model.layers:
+        layer.activation_checkpointing = s.activation_checkpointing
+    if s.init_adapter:
+        adapters.fill_factors(model, run.given, s.init_adapter)
+    say(*hellora.report(model))
+    if processes.is_main:  # not earlier: by now any fault of the input has been found
+        write_config(Path(s.out), asdict(s))
+        if run.counted:
+            profile.save_profile(run.counted, Path(s.out) / "profile.json", s.model, s.task)
+    return model
+
+
+def train_all_weights(run: Run) -> dict:
+    """Full fine-tuning: RUN/model is a checkpoint like the base model's.  -> for result.json"""
+    model, out = load(run), Path(run.settings.out)
+    trainable, total = hellora.count_parameters(model)
+    result = fit(run, model, out)
+    with atomic_folder(out / "model") if run.processes.is_main else nullcontext(out) as part:
+        save_model(model, part)
+        if run.processes.is_main:
+            shutil.copy(run.folder / "tokenizer.json", part / "tokenizer.json")
+    return {"trainable": trainable, "trainable_percent": 100 * trainable / total} | result | {"adapter_bytes": 0}
+
+
+def train_adapter(run: Run, out: Path, positions: dict[str, Tensor] | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """Train what the method attaches, and save it in out/adapter.  -> for result.json, the adapter's tensors"""
+    model = load(run, positions)
+    trainable, total = hellora.count_parameters(model)
+    result = fit(run, model, out)
+    state, adapter = adapters.adapter_state(model), model.adapter
+    if "ranks" in result:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
+        adapter = replace(adapter, ranks=result.pop("ranks"))
+        state = truncate(state, torch.tensor(adapter.ranks))
+        unused = trainable - sum(tensor.numel() for tensor in state.values())
+        trainable, total = trainable - unused, total - unused
+    if run.processes.is_main:
+        with atomic_folder(out / "adapter") as part:
+            adapters.save_adapter(state, part, adapter, model=run.settings.model, method=run.settings.method)
+    sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
+    return {"trainable": trainable, "trainable_percent": 100 * trainable / total} | result | sizes, state
+
+
+def train_lori_s(run: Run) -> dict:
+    """LoRI-S and HELLoRI-S: stage D finds the entries of B that matter, stage S trains them.  -> for result.json"""
+    out, settings = Path(run.settings.out), run.settings
+    stage_d = out / "stage-d"
+    if settings.mask:
+        state = run.given
+    elif settings.resume and (stage_d / "adapter").is_dir():
+        check_records(stage_d / "log.jsonl", total_steps(settings, len(run.items)))
+        say(f"stage D is done: {stage_d}")
+        _, state = adapters.read_adapter(stage_d / "adapter")
     else:
-        return None, None
-    return adapters.hot_mask(adapter.hot, config), state
+        say("stage D: all of B trains, to find the tenth of its entries that matters")
+        _, state = train_adapter(run, stage_d)
+    say("stage S: these entries alone, from zero, under the same A")
+    return train_adapter(run, out, top_entries(state))[0]
 
 
-def count(
-    folder: Path, items: list[data.Encoded], args: argparse.Namespace, processes: Processes
-) -> profile.RoutingProfile:
-    """The hot-expert catcher: routing counts from a sample of the training data."""
-    sample = data.sample(items, args.sample, args.seed)
-    say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if args.warmup == 'lora' else 'base model'})")
-    warmup = profile.Warmup(args.rank, args.alpha, args.lr, batch=16) if args.warmup == "lora" else None
-    return profile.count_task(
-        folder, sample, args.micro_batch, processes, shard=args.shard, warmup=warmup, seed=args.seed
-    )
+# --------------------------------------------------------------------------------------------------------- training
 
 
-def choose_experts(counted: profile.RoutingProfile, args: argparse.Namespace, num_hot: int) -> Tensor:
-    """By the policy of --experts.  -> hot bool [L, E]"""
-    scores = counted.gate_mass if args.scores == "gate-mass" else counted.counts
-    number = None if args.experts in ("all", "coverage") else num_hot
-    return hellora.select_experts(args.experts, scores, number, coverage=args.coverage, seed=args.seed)
+def batches(settings: Settings, num_examples: int, first: int, last: int) -> Iterator[tuple[int, list[int]]]:
+    """The steps first..last, each with the indices of the examples in its global batch."""
+    order = (data.global_batches(num_examples, settings.batch, settings.seed, epoch) for epoch in itertools.count())
+    yield from itertools.islice(enumerate(itertools.chain.from_iterable(order), 1), first - 1, last)
 
 
-# ---------------------------------------------------------------------------------------------------- training
-
-
-def total_steps(args: argparse.Namespace, examples: int) -> int:
-    return args.steps or args.epochs * -(-examples // args.batch)
-
-
-def fit(
-    model: MoETransformer,
-    items: list[data.Encoded],
-    args: argparse.Namespace,
-    out: Path,
-    processes: Processes,
-    ids: list[str],
-) -> dict:
-    """Train whatever requires a gradient; log.jsonl and loss.png go to `out`.  -> losses, steps and speed
-
-    ids: the examples' names, for a batch whose numbers are none.
-    """
-    rank, world, _ = processes
-    steps_per_epoch, steps = -(-len(items) // args.batch), total_steps(args, len(items))
-    if steps < 2 and METHODS[args.method].grows:
-        raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
+def fit(run: Run, model: MoETransformer, out: Path) -> dict:
+    """Train whatever requires a gradient. The log, its picture and checkpoints go to `out`.  -> for result.json"""
+    settings, items, processes = run.settings, run.items, run.processes
+    steps = total_steps(settings, len(items))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Constant rate, no weight decay: what LoRI's code does, on which the paper's numbers rest. The paper is silent.
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=0.0, fused=True)
-    growth = drlora.RankGrowth(model, args.rank, steps) if METHODS[args.method].grows else None
-    reach = routing.IdleExperts(model)
-    numbers = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
-    first, losses, checkpoints = 1, [], out / "checkpoint"
-    seen = f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
-    if args.resume and (last := runs.last_state(checkpoints)):
-        saved = runs.load_state(last, trained, optimizer)
-        first, numbers = saved["step"] + 1, saved["numbers"]
-        reach.load_state_dict(saved["reach"])
-        if growth:
-            growth.load_state_dict({name: torch.tensor(value) for name, value in saved["growth"].items()})
-        if steps < saved["step"]:
-            raise InputError(f"{steps} steps are fewer than the {saved['step']} that {last} has done; want more")
-        if saved["data"] != seen:
-            raise InputError(f"{last} is of {saved['data']}, the training data are {seen} now; give the same")
-        if growth and steps != saved["steps"]:
-            raise InputError(f"--method {args.method} planned its growth for {saved['steps']} steps; resume with these")
-        say(f"going on after step {saved['step']} from {last}")
-    elif args.resume:
-        say(f"no checkpoint in {checkpoints} yet: starting from the beginning")
-    if world > 1:
-        furthest = torch.tensor([first, -first], device=model.embed_tokens.weight.device)
-        dist.all_reduce(furthest, dist.ReduceOp.MAX)
-        if furthest.sum():
-            raise InputError(f"processes resume from steps {-furthest[1]} to {furthest[0]}; want one --out for all")
-    log = None
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        losses = [record["loss"] for record in runs.cut_log(out / "log.jsonl", first - 1)]
-        log = (out / "log.jsonl").open("a", encoding="utf-8")
-
-    def save(step: int) -> None:
-        if log:
-            os.fsync(log.fileno())
-        state = {"steps": steps, "data": seen, "reach": reach.state_dict(), "numbers": numbers}
-        if growth:
-            state["growth"] = {name: tensor.tolist() for name, tensor in growth.state_dict().items()}
-        runs.save_state(checkpoints, step, trained, optimizer, state, args.keep)
-
-    say(f"{steps:,} steps of {args.batch} examples, {world} process{'es' * (world > 1)}")
-    bar = tqdm(total=steps, initial=first - 1, disable=rank != 0 or not sys.stderr.isatty(), unit="step")
-    began = time.perf_counter() - numbers["seconds"]
+    # Constant rate, no weight decay, as in LoRI's code, on which the paper's numbers rest. The paper does not say.
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+    growth = drlora.RankGrowth(model, settings.rank, steps) if METHODS[settings.method].grows else None
+    recorder = Recorder(
+        out, model, processes, title=f"{settings.method} on {settings.task}", lr=settings.lr, steps=steps,
+        steps_per_epoch=-(-len(items) // settings.batch), skips_nonfinite=settings.on_nonfinite == "skip",
+    )  # fmt: skip
+    parts = {"numbers": recorder, "reach": recorder.idle_experts} | ({"growth": growth} if growth else {})
+    pinned = {"data": f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"}
+    pinned |= {"steps": steps} if growth else {}  # which plan the growth
+    checkpoints = Checkpoints(
+        out / "checkpoint", trained, optimizer, parts,
+        pinned=pinned, steps=steps, keep=settings.keep, processes=processes,
+    )  # fmt: skip
+    first = checkpoints.resume() if settings.resume else 1
+    say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
     model.train()
-    with runs.asked_to_stop() as stop:
-        for step in range(first, steps + 1):
-            epoch, place = divmod(step - 1, steps_per_epoch)
-            batch = data.global_batches(len(items), args.batch, args.seed, epoch)[place]
-            aux = {"aux_loss": args.router_aux_loss, "aux_form": args.router_aux_form}
-            done = global_step(model, [items[i] for i in batch], args.micro_batch, processes, **aux)
+    with recorder.recording(first), stop_signals(processes) as signalled:
+        for step, batch in batches(settings, len(items), first, steps):
+            balance = {"aux_loss": settings.router_aux_loss, "aux_form": settings.router_aux_form}
+            done = global_step(model, [items[i] for i in batch], settings.micro_batch, processes, **balance)
             if growth:
-                before = {name: tensor.clone() for name, tensor in growth.state_dict().items()}
                 growth.observe(done.routing[0].float())
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
-            norm, loss = full_tensor(norm).item(), done.loss.item()
-            is_finite = math.isfinite(loss) and math.isfinite(norm)
-            if is_finite:
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)).item()
+            if recorder.is_finite(step, done.loss.item(), norm, [run.ids[i] for i in batch]):
                 optimizer.step()
-                if growth:
-                    growth.grow(step)
-            elif args.on_nonfinite == "skip":
-                numbers["skipped"] += 1
-                say(f"step {step}: loss {loss}, gradient norm {norm}: skipped")
-                if growth:
-                    growth.load_state_dict(before)
-            else:
-                good = runs.last_state(checkpoints)
-                raise RunError(
-                    f"step {step}: loss {loss}, gradient norm {norm}, on examples {' '.join(ids[i] for i in batch)}; "
-                    f"the last good checkpoint is {good or 'none (--save-every N makes them)'}. Lower --lr, look at "
-                    "the examples, or give --on-nonfinite skip"
-                )
+            elif growth:
+                growth.forget()
             optimizer.zero_grad()
-            reach.observe(done.routing[0], end_of_epoch=place == steps_per_epoch - 1)
-            seconds = time.perf_counter() - began
-            numbers["examples"] += len(batch)
-            numbers["tokens"] += done.tokens
-            numbers["seconds"] = seconds
-            losses.append(loss if is_finite else None)
-            record = {
-                "step": step,
-                "loss": losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
-                "grad_norm": norm if is_finite else None,  # before clipping
-                "lr": args.lr,
-                "target_tokens": done.target_tokens,
-                "samples_per_s": numbers["examples"] / seconds,
-                "tokens_per_s": numbers["tokens"] / seconds,
-                "seconds": seconds,
-            }
-            if args.router_aux_loss:
-                record["aux_loss"] = done.aux_loss.item()
             if growth:
-                record |= growth.spent()
-            if log:
-                print(json.dumps(record), file=log, flush=True)
-            bar.set_postfix_str(f"loss {loss:.4f}, {record['samples_per_s']:.1f} samples/s", refresh=False)
-            bar.update()
-            if bar.disable and (step == first or step % max(1, steps // 20) == 0):
-                say(
-                    f"step {step:5d}/{steps}  loss {loss:.4f}  grad norm {norm:.3f}  "
-                    f"{record['samples_per_s']:.1f} samples/s  {record['tokens_per_s']:,.0f} tokens/s  "
-                    f"{seconds / step * (steps - step):.0f} s left"
-                )
-            number = stop(world)
-            if number or (args.save_every and (step % args.save_every == 0 or step == steps)):
-                save(step)
+                growth.grow(step)
+            extra = {"aux_loss": done.aux_loss.item()} if settings.router_aux_loss else {}
+            recorder.record(step, done, norm, len(batch), extra | (growth.spent() if growth else {}))
+            number = signalled()
+            if number or (settings.save_every and (step % settings.save_every == 0 or step == steps)):
+                recorder.sync()
+                checkpoints.save(step)
             if number:
                 say(f"stopped by {signal.Signals(number).name} after step {step}; --resume goes on from there")
                 raise SystemExit(128 + number)
-    bar.close()
-    if log:
-        log.close()
-        losses = [loss for loss in losses if loss is not None]
-        if not losses:
-            raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
-        runs.draw_loss(losses, out / "loss.png", f"{args.method} on {args.task}")
-        if growth:
-            drlora.draw_ranks(growth.history, out / "ranks.png")
-    idle = reach.names()
-    if idle:
-        say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
-    ranks = {"ranks": growth.ranks().tolist()} if growth else {}
-    return ranks | {
-        "steps": steps,
-        "first_loss": losses[0] if losses else None,  # the main process alone has those of before a resume
-        "last_loss": losses[-1] if losses else None,
-        "samples_per_s": numbers["examples"] / numbers["seconds"],
-        "tokens_per_s": numbers["tokens"] / numbers["seconds"],
-        "seconds": numbers["seconds"],
-        "skipped_steps": numbers["skipped"],
-        "idle_hot_experts": idle,
-        "optimizer_bytes": state_bytes(optimizer),
-    }
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of AdamW's two moments on this process."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(local.nbytes for t in tensors for local in [t.to_local() if isinstance(t, DTensor) else t])
+    result = recorder.result() | {"optimizer_bytes": moment_bytes(optimizer)}
+    if growth and processes.is_main:
+        drlora.draw_ranks(growth.history, out / "ranks.png")
+    return result | ({"ranks": growth.ranks().tolist()} if growth else {})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from model import MoEConfig, MoETransformer
 from neighbours import drlora
 from run import memory
 from run.memory import config_of
-from run.settings import METHODS, Recipe, hot_experts_per_layer, k_flag
+from run.methods import METHODS, Recipe, k_flag, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     config, method = config_of(settings.model), METHODS[settings.method]
     if settings.k and method.experts != "hot":
         raise InputError(f"--k {settings.k} has no meaning with --method {settings.method}; leave it out")
-    num_hot = hot_experts_per_layer(settings, config.num_experts, config.num_experts_per_tok)
+    num_hot = num_hot_experts(settings.k or method.k, config.num_experts, config.num_experts_per_tok)
     num_hot = config.num_experts if method.experts == "all" else num_hot
     ways = (False, True) if method.experts else (True,)  # full fine-tuning is always sharded
     rows = [plan_row(settings, config, num_hot, sharded) for sharded in ways]

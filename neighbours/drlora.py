@@ -1,27 +1,17 @@
-"""DR-LoRA: every expert starts with half of the rank, and the ranks that are used and learn grow until it is spent.
+"""DR-LoRA: every expert starts with half of the rank; experts that are used and that learn get the other half.
 
-    attach(model, all_experts, r, alpha, r_max=RESERVED * r)    # r_max dimensions in every expert's pairs, B = 0
-    growth = RankGrowth(model, r, steps)                # after sharding, if there are several processes
-    loss.backward(); growth.observe(counts)             # every step: scores; no gradient for what is not grown yet
-    clip; optimizer.step(); growth.grow(step)           # at a few steps: the ranks of every layer grow
+    attach(model, all_experts, r, alpha, r_max=RESERVED * r)    # r_max dimensions in the pairs of every expert, B = 0
+    growth = RankGrowth(model, r, steps)                        # after sharding
+    loss.backward(); growth.observe(counts)     # every step: update the scores, mask the gradients
+    clip; optimizer.step(); growth.grow(step)   # at some steps: the ranks of every layer grow
 
-An expert's first R of r_max dimensions train. The others have a random row of A and a zero column of B: they add
-nothing, and A's row gets no gradient under a zero B. B's column would get one; it is set to zero before clipping, so
-AdamW's moments stay zero too and, without weight decay, the entries stay as drawn. Growing is one changed number: the
-function does not jump, and the new dimensions start as LoRA starts. (AdamW corrects its start-up bias by the age of
-the tensor: a new column first steps a few times farther than the rate says. Masking, as the paper does, entails it.)
+Of the r_max dimensions of an expert the first R train. In the others B is zero, so they add nothing, and the gradient
+of A is zero too. The gradient of B is not, so `observe` masks it before clipping. AdamW's moments then stay zero, and
+without weight decay the parameters stay as drawn. To grow an expert is to raise R: the function does not jump, and the
+new dimensions start as LoRA starts. (AdamW corrects its bias by the age of the whole tensor, so the first steps of a
+new column are a few times larger than the rate says. Any masked implementation has this, also the authors'.)
 
-From arXiv 2601.04823 and its code: S = f g / (R + 1)^1.2, decays, quotas and caps, growth from 3 % of the steps to one
-interval before the end, a constant scale. OURS, where these are silent or would not compare with the other methods:
-- gate_proj, up_proj and down_proj adapted; attention and router by LoRA at the target rank; a constant learning rate.
-  The paper adapts up and down alone, trains the router's own weights, and decays the rate.
-- r_init : r_target : r_max = 1 : 2 : 4 and 200 of 3,750 steps between growths: the paper's sizes, in proportion.
-- Scores come once a step from the global batch's gradient, however it was cut; the code takes them at A and at B of
-  every micro-batch. grad A_j . A_j = grad B_j . B_j (scaling one by c, the other by 1 / c, changes nothing): B will do.
-- A share is of the layer's sum. Every layer ends at E * r_target exactly: the quota counts an expert's rank once (the
-  code: projections), and what the cap leaves of a quota is handed out in a second round.
-
-Dimensions: L layers, E experts a layer (all of them adapted), R rank of an expert, r_max reserved rank.
+Dimensions: L layers, E experts per layer (all of them adapted), R rank of an expert, r_max reserved rank.
 """
 
 from pathlib import Path
@@ -35,19 +25,31 @@ from model import MoETransformer
 from neighbours.ranks import trains
 
 GAMMA = 1.2  # how strongly a large rank counts against growing more
-RESERVED = 2  # r_max / r_target: the rank to attach with
-DECAY = 0.9  # per optimizer step, of both scores
-EPS = 1e-6  # an expert that was not asked, or did not learn, still ranks by the other factor
+RESERVED = 2  # r_max / r_target: attach with this multiple of the rank
+DECAY = 0.9  # of both scores, per optimizer step
+EPS = 1e-6  # an expert without tokens or without a gradient is still ranked by the other factor
+
+
+def check_rank(r: int, largest: int) -> None:
+    """Raise InputError for a target rank r that leaves no room to grow. largest: the largest rank of a factor pair."""
+    if not 2 <= r <= largest // RESERVED:
+        starts = f"the ranks of dr-lora start at half of it and may grow to {RESERVED} times as much"
+        raise InputError(f"--rank {r}: {starts}; want 2..{largest // RESERVED}")
 
 
 def growth_steps(steps: int) -> range:
-    """The optimizer steps (counted from 1) after which ranks grow: from 3 % of them to one interval before the end."""
+    """The optimizer steps (counted from 1) after which ranks grow: from 3 % of them to one interval before the end.
+
+    Raises InputError for a run that is too short.
+    """
+    if steps < 2:
+        raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
     interval = max(1, round(steps * 200 / 3750))
     return range(-(-3 * steps // 100), steps - interval + 1, interval)
 
 
 def saliency(usage: Tensor, importance: Tensor, ranks: Tensor) -> Tensor:
-    """S = f g / (R + 1)^gamma, f and g being shares within the layer.  three times [L, E] -> [L, E]
+    """S = f g / (R + 1)^gamma, with f and g the shares of the layer's sum.  three times [L, E] -> [L, E]
 
     usage: decayed routing counts. importance: mean score of the expert's R dimensions.
     """
@@ -56,9 +58,9 @@ def saliency(usage: Tensor, importance: Tensor, ranks: Tensor) -> Tensor:
 
 
 def allocate(saliency: Tensor, quota: int, cap: int, free: Tensor) -> Tensor:
-    """Hand out a layer's quota by falling saliency, at most `cap` to one expert in a round.  -> int64 [E]
+    """Share out the quota of a layer by descending saliency, at most `cap` per expert and round.  -> int64 [E]
 
-    saliency [E], ties to the lower id; free [E]: how far each expert can grow. A second round is rare: short runs.
+    saliency [E], ties to the lower id; free [E]: how far each expert can grow. Only short runs need a second round.
     """
     grown = torch.zeros_like(free)
     quota = min(quota, int(free.sum()))
@@ -74,32 +76,30 @@ class RankGrowth:
     """The ranks of all experts during a run. Every process holds the same numbers and decides the same."""
 
     def __init__(self, model: MoETransformer, r_target: int, steps: int) -> None:
-        """model: pairs of kind `lora` on all experts, r_max >= r_target. Raises InputError if it cannot grow."""
+        """model: pairs of kind `lora` on all experts, r_max >= r_target. Raises InputError for a run of one step."""
         self.pairs = [list(model.layers[i].mlp.experts.lora.values()) for i in model.config.moe_layers]
         B = self.pairs[0][0].lora_B  # [E, out, r_max]
         L, E, self.r_max = len(self.pairs), len(B), B.shape[-1]
         self.steps = growth_steps(steps)
-        if not self.steps:
-            raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
         r_init = max(1, r_target // 2)
-        self.budget = E * r_target  # of a layer
-        self.quota = -(-E * (r_target - r_init) // len(self.steps))  # of a layer, at one growth
-        self.cap = max(1, -(-(self.r_max - r_init) // 10))  # of an expert, at one growth
+        self.budget = E * r_target  # per layer
+        self.quota = -(-E * (r_target - r_init) // len(self.steps))  # per layer and growth
+        self.cap = max(1, -(-(self.r_max - r_init) // 10))  # per expert and growth
         self.usage = torch.zeros(L, E)  # on the CPU, as ranks and counts are
         self.score = torch.zeros(L, E, device=B.device)
         self.history = [(0, torch.full((L, E), r_init))]  # after which step, the ranks [L, E]
         self.set_masks()
 
     def ranks(self) -> Tensor:
-        """The rank of every expert now.  int64 [L, E]"""
+        """The current rank of every expert.  int64 [L, E]"""
         return self.history[-1][1]
 
     def spent(self) -> dict[str, int]:
-        """For the log: the ranks of all experts together, and the sum that they may grow to."""
+        """For the log: the sum of all ranks, and the sum that they may grow to."""
         return {"active_ranks": int(self.ranks().sum()), "rank_budget": len(self.ranks()) * self.budget}
 
     def set_masks(self) -> None:
-        """Which columns of B train, placed as B is: each process keeps the experts it holds.  L times [E, 1, r_max]"""
+        """Which columns of B train, sharded as B is.  L times [E, 1, r_max]"""
         self.masks = []
         for (pair, *_), row in zip(self.pairs, self.ranks(), strict=True):
             B, mask = pair.lora_B, trains(row, self.r_max).unsqueeze(1).to(pair.lora_B.device)
@@ -109,24 +109,30 @@ class RankGrowth:
 
     @torch.no_grad()
     def observe(self, counts: Tensor) -> None:
-        """Score the experts and hold back what has not grown. Call it after backward and before clipping.
+        """Update the scores and mask the gradients of inactive dimensions. Call it after backward, before clipping.
 
         counts [L, E]: tokens that chose each expert in this step, over all processes; on the CPU.
         """
-        self.usage.mul_(DECAY).add_(counts)
+        self.before = self.usage, self.score
+        self.usage = DECAY * self.usage + counts
         layers = []
         for pairs, mask in zip(self.pairs, self.masks, strict=True):
-            # What has not grown scores 0, as its B is 0, and enters with the score 0 that the method asks for: the
-            # sum over dimensions is all there is to keep.
+            # Inactive dimensions have the score 0, because B is 0, and start with it when they become active, as the
+            # method asks. So the sum over dimensions is all that has to be kept.
             scores = [(pair.lora_B * pair.lora_B.grad).sum(1).abs().sum(-1) for pair in pairs]  # [E] each
             layers.append(sum(scores) / len(scores))
             for pair in pairs:
                 pair.lora_B.grad.mul_(mask)
         score = torch.stack(layers)  # [L, E]
-        self.score.lerp_(score.full_tensor() if isinstance(score, DTensor) else score, 1 - DECAY)
+        score = score.full_tensor() if isinstance(score, DTensor) else score
+        self.score = self.score.lerp(score, 1 - DECAY)
+
+    def forget(self) -> None:
+        """Undo the last `observe`, because the optimizer skips the step. Its gradients were not finite."""
+        self.usage, self.score = self.before
 
     def saliency(self) -> Tensor:
-        """Who should grow next.  float64 [L, E]"""
+        """The priority of every expert at a growth.  float64 [L, E]"""
         return saliency(self.usage, self.score.cpu() / self.ranks(), self.ranks())
 
     def grow(self, step: int) -> None:
@@ -140,21 +146,26 @@ class RankGrowth:
         self.history.append((step, torch.stack(grown)))
         self.set_masks()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """All that a resumed run needs to go on as if nothing had happened; the same on every process."""
+    def state_dict(self) -> dict[str, list]:
+        """Everything that a resumed run needs, as JSON can hold it; the same on every process."""
         steps, ranks = zip(*self.history, strict=True)
-        return {"steps": torch.tensor(steps), "ranks": torch.stack(ranks), "usage": self.usage, "score": self.score}
+        return {
+            "steps": list(steps),
+            "ranks": [row.tolist() for row in ranks],
+            "usage": self.usage.tolist(),
+            "score": self.score.tolist(),
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.history = list(zip(state["steps"].tolist(), state["ranks"].cpu(), strict=True))
-        self.usage.copy_(state["usage"])
-        self.score.copy_(state["score"])
+    def load_state_dict(self, state: dict[str, list]) -> None:
+        self.history = [(step, torch.tensor(ranks)) for step, ranks in zip(state["steps"], state["ranks"], strict=True)]
+        self.usage = torch.tensor(state["usage"])
+        self.score = torch.tensor(state["score"], device=self.score.device)
         self.set_masks()
 
 
 def draw_ranks(history: list[tuple[int, Tensor]], path: Path) -> None:
     """Heat maps of the ranks (`RankGrowth.history`): at the start, at two growths between, and at the end."""
-    from matplotlib.figure import Figure  # pyplot would bring global state, and look for a display
+    from matplotlib.figure import Figure  # not pyplot: it has global state, and looks for a display
 
     shown = [history[i] for i in sorted({round(i * (len(history) - 1) / 3) for i in range(4)})]
     figure = Figure(figsize=(4 * len(shown) + 1, 4), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Experts of unequal rank: which dimensions of a factor pair have grown, and adapters without the others.
+"""Experts of different ranks: which dimensions of a factor pair train, and adapter files without the others.
 
 Dimensions: L layers with experts, E experts per layer, R rank of an expert, r_max reserved rank.
 """
@@ -9,21 +9,21 @@ from torch import Tensor
 
 
 def trains(ranks: Tensor, r_max: int) -> Tensor:
-    """Which dimensions have grown.  ranks [...] -> bool [..., r_max]"""
+    """Which dimensions train: the first R.  ranks [...] -> bool [..., r_max]"""
     return torch.arange(r_max) < ranks.unsqueeze(-1)
 
 
 def rank_rows(state: dict[str, Tensor]) -> dict[str, int]:
-    """For every tensor of experts the row of `ranks` [L, E] that is its layer's; first layers may have no experts."""
+    """The row of `ranks` [L, E] for every tensor of experts. (The first layers of a model may have no experts.)"""
     layers = {name: int(name.split(".")[1]) for name in state if ".experts." in name}
     row = {layer: i for i, layer in enumerate(sorted(set(layers.values())))}
     return {name: row[layer] for name, layer in layers.items()}
 
 
 def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Drop what never grew: an expert's pair keeps its R dimensions, and the experts lie one after the other.
+    """Keep the R dimensions of every expert that train, one expert after the other. Other modules stay as they are.
 
-    lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]; other modules stay as they are.
+    lora_A [E, r_max, in] -> [sum of R, in], lora_B [E, out, r_max] -> [out, sum of R]
     """
     kept = dict(state)
     for name, row in rank_rows(state).items():
@@ -35,7 +35,7 @@ def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
 
 
 def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Fill up what `truncate` left: a plain adapter of the largest rank. Raises ValueError if ranks do not fit."""
+    """Undo `truncate`, with zeros: a plain adapter of the largest rank. Raises ValueError if the ranks do not fit."""
     padded, largest, rows_of = {}, int(ranks.max()), rank_rows(state)
     for name, tensor in state.items():
         rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]

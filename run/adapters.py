@@ -7,7 +7,6 @@
 Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
-import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from neighbours.ranks import pad
 
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
-    """The adapter's trained tensors by name, whole and on the CPU (a collective under FSDP: all ranks must call it)."""
+    """The adapter's trained tensors by name, complete and on the CPU. Under FSDP every process must call it."""
     scatters = ((name, module) for name, module in model.named_modules() if isinstance(module, Scatter))
     state = {f"{name}.positions": module.bits() for name, module in scatters}
     for name, parameter in model.named_parameters():
@@ -39,7 +38,7 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
 
 
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
-    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, whatever else, a SHA-256 of it all."""
+    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, `about`, a checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter.safetensors", metadata={"format": "pt"})
     about = asdict(adapter) | about
@@ -50,13 +49,13 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **abo
 def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, or NaN in it.
 
-    Experts of unlike ranks come out filled with zeros to the largest of them, as a plain adapter of that rank.
+    Experts of different ranks are padded with zeros to the largest: the result is a plain adapter of that rank.
     """
     folder = Path(folder)
     try:
         about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
         if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
-            raise ValueError("its sha256 is another: it is not as it was saved")
+            raise ValueError("sha256 mismatch: the files are not as they were saved")
         stored = load_file(folder / "adapter.safetensors")
         state = {name: positions_of(t) if name.endswith("positions") else t for name, t in stored.items()}
         adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
@@ -87,7 +86,7 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
 
 
 def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
-    """A file of expert lists, one list a layer (or an adapter.json, which has them as `hot`).  -> bool [L, E]"""
+    """A file of expert lists, one list per layer, or an adapter.json, which has them as `hot`.  -> bool [L, E]"""
     try:
         about = json.loads(Path(path).read_text(encoding="utf-8"))
         hot = about["hot"] if isinstance(about, dict) else about
@@ -103,16 +102,16 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
 
 
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter of a folder to its base model. Raises InputError if it does not fit to the last tensor."""
+    """Attach the adapter in a folder to its base model. Raises InputError unless every tensor fits."""
     attach_adapter(model, *read_adapter(folder), folder)
 
 
 def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
-    """Attach what `read_adapter` gave. Raises InputError, naming `folder`, if it does not fit to the last tensor."""
+    """Attach what `read_adapter` returned. Raises InputError, naming `folder`, unless every tensor fits."""
     hot = hot_mask(adapter.hot, model.config)
     attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
     if model.adapter != adapter:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
+        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has a checksum mismatch; a damaged adapter?")
     positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
     if positions:
         sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})
@@ -202,14 +201,32 @@ def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
     attach_adapter(model, *read_any_adapter(folder, model.config), folder)
 
 
-def read_mask(args: argparse.Namespace) -> tuple[Adapter, dict[str, Tensor]]:
-    """The finished D run of --mask: its Adapter and tensors. Raises InputError if stage S would not continue it."""
-    adapter, state = read_adapter(Path(args.mask) / "adapter")
+# ---------------------------------------------------------------------------------------- what a run starts from
+
+
+def read_mask(run: str, **wanted: object) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter of a finished D run, from which stage S of LoRI continues.
+
+    wanted: rank, alpha, targets and seed of stage S. Raises InputError if those of the D run differ.
+    """
+    adapter, state = read_adapter(Path(run) / "adapter")
     if adapter.kind != "lori":
-        raise InputError(f"--mask {args.mask} is a run of kind {adapter.kind}; want one of lori-d or hellori-d")
-    asked = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets, "seed": args.seed}
+        raise InputError(f"--mask {run} is a run of kind {adapter.kind}; want one of lori-d or hellori-d")
     there = {"rank": adapter.r, "alpha": adapter.alpha, "targets": adapter.targets, "seed": adapter.seed}
-    for name, value in asked.items():
-        if value != there[name]:
-            raise InputError(f"--mask {args.mask} has {name} {there[name]}, this run {value}; they must agree")
+    for name, value in there.items():
+        if value != wanted[name]:
+            raise InputError(f"--mask {run} has {name} {value}, this run {wanted[name]}; they must agree")
+    return adapter, state
+
+
+def read_start(folder: str, config: MoEConfig, kind: str, seed: int) -> tuple[Adapter, dict[str, Tensor]]:
+    """The adapter from which a run starts, whose pairs are of this kind. Raises InputError if it cannot start there."""
+    adapter, state = read_any_adapter(folder, config)
+    given = f"--init-adapter {folder}"
+    if adapter.kind != kind:
+        raise InputError(f"{given} is of kind {adapter.kind}; this --method trains {kind}")
+    if kind == "lori" and adapter.seed != seed:
+        raise InputError(f"{given} has its A from --seed {adapter.seed}; give the same")
+    if any(name.endswith("positions") for name in state):
+        raise InputError(f"{given} holds only a tenth of B (LoRI-S); want a dense adapter")
     return adapter, state

@@ -11,7 +11,7 @@ from command.cli import InputError
 
 
 class Processes(NamedTuple):
-    """This process among those of the run. (torch calls these numbers rank and world size; r is LoRA's rank here.)"""
+    """This process among those of the run. (torch calls these numbers rank and world size; rank is LoRA's r here.)"""
 
     index: int  # of this process, from 0
     count: int
@@ -19,6 +19,7 @@ class Processes(NamedTuple):
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.index == 0
 
 

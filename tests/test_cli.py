@@ -161,7 +161,7 @@ def test_without_torchrun_there_is_one_process():
 
 @pytest.mark.parametrize("body, status, said", [("raise cli.InputError('no')", 2, "error: no\n"), ("1 / 0", 1, None)])
 def test_the_exit_status_of_a_command_tells_wrong_input_from_a_bug(body, status, said):
-    code = f"import cli\ndef main():\n    {body}\ncli.run(main)"
+    code = f"from command import cli\ndef main():\n    {body}\ncli.run(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert done.stderr == said if said else "Traceback" in done.stderr

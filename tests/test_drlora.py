@@ -298,12 +298,12 @@ def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     one = whole_run()
-    assert len(one["growth"]["ranks"][-1].unique()) > 2
+    assert len(torch.tensor(one["growth"]["ranks"][-1]).unique()) > 2
     for rank in range(2):
         two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert torch.equal(two["growth"]["ranks"], one["growth"]["ranks"])
-        assert torch.equal(two["growth"]["usage"], one["growth"]["usage"])
-        assert torch.allclose(two["growth"]["score"], one["growth"]["score"], rtol=1e-3)
+        assert two["growth"]["ranks"] == one["growth"]["ranks"]
+        assert two["growth"]["usage"] == one["growth"]["usage"]
+        assert torch.allclose(*(torch.tensor(run["growth"]["score"]) for run in (two, one)), rtol=1e-3)
         assert two["adapter"].keys() == one["adapter"].keys()
         assert max((two["adapter"][n] - one["adapter"][n]).abs().max().item() for n in one["adapter"]) < 1e-5
 

@@ -31,7 +31,7 @@ from hub import peft as peft_files
 from hub.checkpoint import TINY
 from model import load_model, read_config
 from run import adapters, source
-from run import folder as runs
+from run import state as states
 from scoring import completions, gsm8k
 from scoring.extraction import compiles, extract, finished
 from scoring.refusals import ADVBENCH, RULES, plain, refusal
@@ -325,15 +325,14 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         optimizer = torch.optim.AdamW([parameter])
         parameter.sum().backward()
         optimizer.step()
-        runs.save_state(path, 5, {"a": parameter}, optimizer, {"numbers": {"tokens": 7}}, 1)
+        states.save_state(path, 5, {"a": parameter}, optimizer, {"numbers": {"tokens": 7}}, 1)
 
         def read(path: Path) -> tuple:
-            numbers = runs.load_state(path, {"a": parameter}, optimizer)
-            return numbers, {
-                name: tensor.clone() for name, tensor in runs.training_state({"a": parameter}, optimizer).items()
-            }
+            about = states.read_state(path)
+            states.load_tensors(path, {"a": parameter}, optimizer, about["updates"])
+            return about, {name: t.clone() for name, t in states.with_moments({"a": parameter}, optimizer).items()}
 
-        return Format(runs.last_state(path), ["state.json", "model.safetensors"], read, equal)
+        return Format(states.last_state(path), ["state.json", "model.safetensors"], read, equal)
 
     def routing() -> Format:
         about = {"model": "m", "task": "t", "num_tokens": 14, "num_experts_per_tok": 3}

@@ -12,7 +12,7 @@ import hellora
 import train
 from benchmarks import plan
 from hub.config import FAMILIES
-from run import settings
+from run.methods import METHODS, RECIPES
 from scoring.statistics import rate
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +56,7 @@ def test_every_flag_of_a_command_exists(script, capsys):
 def test_training_commands_are_accepted():
     for script, rest in COMMANDS:
         if script == "train.py":
-            settings.parse_flags(rest.split())
+            train.parse_settings(rest.split())
 
 
 # ------------------------------------------------------------------------------------------ names, paths, links
@@ -104,9 +104,9 @@ def test_every_top_level_module_is_in_the_reading_path_with_its_length():
 
 def test_every_method_policy_task_and_family_is_described():
     described = {
-        "README.md": settings.METHODS,
-        "docs/methods.md": (*settings.METHODS, *hellora.POLICIES, *hellora.TARGETS),
-        "docs/tasks.md": settings.RECIPES,
+        "README.md": METHODS,
+        "docs/methods.md": (*METHODS, *hellora.POLICIES, *hellora.TARGETS),
+        "docs/tasks.md": RECIPES,
         "docs/models.md": FAMILIES,
     }
     for page, names in described.items():

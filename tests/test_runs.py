@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import train
 from command.cli import InputError, RunError
-from run import folder as runs
+from command.files import sha256
+from run.state import last_state, states
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -76,7 +77,7 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
     train.main([*flags, "--out", str(whole)])
     once = [*flags, "--save-every", "2", "--out", str(cut)]
     process = start(*once)
-    while not runs.states(cut / stage / "checkpoint"):
+    while not states(cut / stage / "checkpoint"):
         assert process.is_alive()
         time.sleep(0.01)
     process.kill()
@@ -112,13 +113,13 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
         while_saving += bool(list(cut.glob("checkpoint/.step-*.part")))
         process.kill()
         process.join()
-        for state in runs.states(cut / "checkpoint"):  # whatever has its name is whole
+        for state in states(cut / "checkpoint"):  # whatever has its name is whole
             about = json.loads((state / "state.json").read_text())
-            assert all(runs.sha256(state / name) == digest for name, digest in about["sha256"].items())
+            assert all(sha256(state / name) == digest for name, digest in about["sha256"].items())
     assert while_saving >= 3
     train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
     assert same(adapter(cut), adapter(whole)) and losses(cut) == losses(whole)
-    assert [state.name for state in runs.states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
+    assert [state.name for state in states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -132,7 +133,7 @@ def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path, number):
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
-    (state,) = runs.states(tmp_path / "run/checkpoint")
+    (state,) = states(tmp_path / "run/checkpoint")
     assert len(losses(tmp_path / "run")) == json.loads((state / "state.json").read_text())["step"]
 
 
@@ -165,13 +166,13 @@ def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_pa
         stderr=subprocess.DEVNULL,
     )
     checkpoints = tmp_path / "run/checkpoint"
-    while not runs.states(checkpoints):
+    while not states(checkpoints):
         assert job.poll() is None
         time.sleep(0.05)
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     assert job.wait(60) != 0
-    done = int(runs.last_state(checkpoints).name.removeprefix("step-"))
+    done = int(last_state(checkpoints).name.removeprefix("step-"))
     result = train.main([*flags, "--steps", str(done + 2), "--resume"])
     assert result["steps"] == done + 2 == len(losses(tmp_path / "run"))
 
@@ -181,7 +182,7 @@ def test_a_full_disk_is_an_error_and_the_state_before_it_loads(tmp_path):
     train.main([*SMALL, "--steps", "2", "--save-every", "1", "--out", str(out)])
 
     def with_little_room() -> None:
-        size = sum(file.stat().st_size for file in runs.last_state(out / "checkpoint").iterdir())
+        size = sum(file.stat().st_size for file in last_state(out / "checkpoint").iterdir())
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
         try:
             train.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", str(out), "--resume"])
@@ -221,7 +222,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL, "--save-every", "1", "--out", str(out), "--steps", "2"]
     train.main(flags)
-    state = runs.last_state(out / "checkpoint")
+    state = last_state(out / "checkpoint")
     content = bytearray((state / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (state / "model.safetensors").write_bytes(content)
@@ -292,7 +293,7 @@ def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
 
 def test_an_out_below_a_file_is_refused_and_a_resume_of_nothing_says_that_it_starts(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run cannot be written: .*file is no folder"):
+    with pytest.raises(InputError, match=r"file/run cannot be written: .*file is not a folder"):
         train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "file/run")])
     train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")

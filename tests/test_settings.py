@@ -13,7 +13,8 @@ import hellora
 import train
 from command.cli import InputError
 from model import load_model
-from run import adapters, settings
+from run import adapters
+from run.methods import METHODS
 
 E, L, R, STEPS = 7, 4, 4, 3
 SIDES = {  # d_in, d_out of the fixture's matrices: width 48, 6 heads of 8 that share 2 keys, 7 experts of 40
@@ -58,7 +59,7 @@ def expected(method: str, targets: str) -> int:
 
 
 @pytest.mark.parametrize("targets", BESIDE)
-@pytest.mark.parametrize("method", [name for name in settings.METHODS if name != "fft"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fft"])
 def test_every_method_with_every_choice_of_targets_trains_what_it_says(
     method, targets, base, trained_models, tmp_path, capsys
 ):
@@ -145,4 +146,4 @@ def test_experts_are_chosen_by_tokens_or_by_the_weight_they_get(flags, hot, base
 )
 def test_scores_without_a_choice_by_score_are_refused(flags, says):
     with pytest.raises(InputError, match=says):
-        settings.parse_flags(flags)
+        train.parse_settings(flags)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ import train
 from command.cli import InputError
 from hub.checkpoint import TINY
 from model import load_model, read_config
-from run import adapters, settings
-from run import folder as runs
+from run import adapters
+from run.folder import check_out, write_config
+from run.methods import METHODS, num_hot_experts
 from run.processes import ALONE
 from run.step import global_step
 
@@ -123,10 +125,10 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
 
 def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
     for task, lr, epochs in (("gsm8k", 4e-4, 3), ("codealpaca", 2e-3, 2), ("saferpaca", 4e-4, 1)):
-        args = settings.parse_flags(["--task", task])
+        args = train.parse_settings(["--task", task])
         assert (args.lr, args.epochs, args.batch) == (lr, epochs, 128)
         assert (args.rank, args.alpha, args.sample) == (32, 64.0, 0.1)
-        full = settings.parse_flags(["--task", task, "--method", "fft"])
+        full = train.parse_settings(["--task", task, "--method", "fft"])
         assert (full.lr, full.batch) == ({"gsm8k": 4e-5, "codealpaca": 2e-4, "saferpaca": 2e-5}[task], 256)
     config = read_config(TINY)
     assert config.num_experts_per_tok == 8  # so that k is 8 where it is not given
@@ -151,7 +153,7 @@ GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
         (["--experts", "warm"], "choose from hot"),
         (["--experts", "{folder}/lists.json"], "layers"),
         (["--experts", "{folder}/broken.jsonl"], "expert ids"),
-        (["--router-aux-form", "layer"], "means nothing"),
+        (["--router-aux-form", "layer"], "no meaning"),
         (["--method", "dr-lora", "--experts", "hot"], "ranks of all experts"),
         (["--method", "dr-lora", "--steps", "1", "--sample", "0.01"], "at least 2 steps"),
         (["--k", "65"], "want 1..64"),
@@ -228,9 +230,9 @@ def test_experts_can_be_listed_in_a_file_or_given_as_a_share(tmp_path):
     train.main([*flags, "--experts", str(tmp_path / "hot.json"), "--out", str(tmp_path / "listed")])
     about = json.loads((tmp_path / "listed/adapter/adapter.json").read_text())
     assert about["hot"] == [sorted(ids) for ids in lists]
-    assert settings.hot_experts_per_layer(settings.parse_flags(["--k", "0.1"]), 64, 8) == 6
-    assert settings.hot_experts_per_layer(settings.parse_flags(["--method", "moe-sieve"]), 60, 4) == 15
-    assert settings.hot_experts_per_layer(settings.parse_flags([]), 64, 8) == 8
+    assert num_hot_experts(train.parse_settings(["--k", "0.1"]).k, 64, 8) == 6
+    assert num_hot_experts(METHODS["moe-sieve"].k, 60, 4) == 15
+    assert num_hot_experts(None, 64, 8) == 8
 
 
 def test_wrong_input_ends_in_one_line_and_exit_status_2():
@@ -244,16 +246,16 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("precious")
     (tmp_path / "file").write_text("a file")
-    for out, says in (("mine", "not a run of train.py"), ("file", "file is no folder")):
+    for out, says in (("mine", "not a run of train.py"), ("file", "file is not a folder")):
         with pytest.raises(InputError, match=says):
             train.main(["--steps", "1", "--out", str(tmp_path / out)])
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    asked = vars(settings.parse_flags([]))
-    runs.check_out(tmp_path / "run", asked, False)
-    runs.write_config(tmp_path / "run", asked)
-    runs.check_out(tmp_path / "run", asked, False)  # the same run again
+    asked = asdict(train.parse_settings([]))
+    check_out(tmp_path / "run", asked)
+    write_config(tmp_path / "run", asked)
+    check_out(tmp_path / "run", asked)  # the same run again
     with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
-        runs.check_out(tmp_path / "run", asked | {"rank": 4}, False)
+        check_out(tmp_path / "run", asked | {"rank": 4})
 
 
 def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):
@@ -294,7 +296,7 @@ def test_init_adapter_of_another_kind_or_beside_flags_that_it_decides_is_refused
         (["--rank", "4"], "--rank contradicts --init-adapter"),
         (["--method", "hellori-s"], "starts from zero"),
         (["--method", "fft"], "without adapters"),
-        (["--method", "hellora"], "is of kind lori; --method hellora is lora"),
+        (["--method", "hellora"], "is of kind lori; this --method trains lora"),
         (["--method", "hellori-d", "--seed", "3"], "has its A from --seed 0"),
     ):
         with pytest.raises(InputError, match=said):

@@ -1,0 +1,93 @@
+"""The tables of a run: its method as a row (which experts x what trains), and the recipe of its task.
+
+A flag of train.py overrides what a table says.
+"""
+
+import argparse
+import os
+from dataclasses import dataclass
+
+import hellora
+from command.cli import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which experts get an adapter, and what trains in it."""
+
+    experts: str | None  # key of hellora.POLICIES; None: no adapter, every base weight trains
+    kind: str = "lora"  # key of lora.KINDS
+    sparse: bool = False  # a second stage trains a tenth of B, chosen by a first stage that trains all of it
+    grows: bool = False  # ranks start at half of --rank and grow where saliency is high (neighbours/drlora.py)
+    k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token
+
+
+METHODS = {
+    "fft": Method(experts=None),
+    "lora": Method(experts="all"),
+    "dora": Method(experts="all", kind="dora"),
+    "lori-d": Method(experts="all", kind="lori"),
+    "lori-s": Method(experts="all", kind="lori", sparse=True),
+    "hellora": Method(experts="hot"),
+    "hellori-d": Method(experts="hot", kind="lori"),
+    "hellori-s": Method(experts="hot", kind="lori", sparse=True),
+    "moe-sieve": Method(experts="hot", k=0.25),
+    "dr-lora": Method(experts="all", grows=True),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a task: Table 1 of the paper for the real tasks, our own for the embedded ones."""
+
+    lr: float
+    epochs: int
+    fft_lr: float  # of full fine-tuning
+    batch: int = 128
+    fft_batch: int = 256
+    r: int = 32
+    alpha: float = 64.0
+
+
+TINY = {"epochs": 3, "fft_lr": 3e-4, "batch": 32, "fft_batch": 32, "r": 8, "alpha": 16.0}
+RECIPES = {
+    "gsm8k": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5),
+    "codealpaca": Recipe(lr=2e-3, epochs=2, fft_lr=2e-4),
+    "saferpaca": Recipe(lr=4e-4, epochs=1, fft_lr=2e-5),
+    "tiny-math": Recipe(lr=3e-3, **TINY),
+    "tiny-code": Recipe(lr=3e-3, **TINY),
+    "tiny-safety": Recipe(lr=3e-3, **TINY),
+}
+
+
+def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok: int) -> int:
+    """k hot experts per layer: a number, a share of the layer's experts, or the experts per token (HELLoRA, §4.5.3).
+
+    Raises InputError for more than a layer has.
+    """
+    if k is None:
+        return num_experts_per_tok
+    if isinstance(k, float):
+        return max(1, int(k * num_experts))
+    if k > num_experts:
+        raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
+    return k
+
+
+def k_flag(text: str) -> int | float:
+    """An argparse type: 8 is a number of experts per layer, 0.25 a share of them."""
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        value = 0
+    if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}; want a whole number at least 1, or a share between 0 and 1")
+    return value
+
+
+def experts_flag(text: str) -> str:
+    """An argparse type: a selection policy, or a file that lists the experts of every layer."""
+    if text not in hellora.POLICIES and not os.path.isfile(text):
+        allowed = ", ".join(hellora.POLICIES)
+        raise argparse.ArgumentTypeError(f"got {text!r}; choose from {allowed}, or name a JSON file of expert lists")
+    return text

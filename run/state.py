@@ -1,0 +1,168 @@
+"""The state from which a killed run continues: RUN/checkpoint/step-N/, complete or not there.
+
+model.safetensors holds what trains and AdamW's moments, state.json everything else, with the checksums of both. There
+is no pickle in it. It does not depend on the number of processes: each reads its own rows.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from command.cli import InputError, RunError, is_main_process, say
+from command.files import atomic_folder, remove_folder, seal, sha256
+from hub.checkpoint import SHARD_BYTES, read_rows, stored, write_shards
+from hub.weights import full_tensor, local_rows
+from run.processes import Processes
+
+
+class Checkpoints:
+    """The checkpoints of one training: `resume` continues from the newest, `save` adds one and drops old ones."""
+
+    def __init__(
+        self, folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, parts: dict[str, Any],
+        *, pinned: dict[str, object], steps: int, keep: int, processes: Processes,
+    ) -> None:  # fmt: skip
+        """parts: by name, what else has a state_dict and load_state_dict, which JSON can hold.
+
+        pinned: by name, what must be the same when a run continues, as JSON can hold it.
+        """
+        self.folder, self.trained, self.optimizer, self.parts = folder, trained, optimizer, parts
+        self.pinned, self.steps, self.keep, self.processes = pinned, steps, keep, processes
+
+    def save(self, step: int) -> None:
+        """Write the state after `step`. Every process must call it."""
+        about = {"steps": self.steps} | self.pinned
+        about |= {name: part.state_dict() for name, part in self.parts.items()}
+        save_state(self.folder, step, self.trained, self.optimizer, about, self.keep)
+
+    def resume(self) -> int:
+        """Continue from the newest checkpoint, if there is one. Every process must call it.  -> the first step to do
+
+        Raises InputError for a checkpoint that is damaged or does not belong to this run, and if the processes do not
+        see the same checkpoints.
+        """
+        first, last = 1, last_state(self.folder)
+        if last:
+            about = read_state(last)
+            self.check(about, last)
+            load_tensors(last, self.trained, self.optimizer, about["updates"])
+            for name, part in self.parts.items():
+                part.load_state_dict(about[name])
+            first = about["step"] + 1
+            say(f"continuing after step {about['step']} from {last}")
+        else:
+            say(f"no checkpoint in {self.folder} yet: starting from the beginning")
+        if self.processes.count > 1:
+            furthest = torch.tensor([first, -first], device=self.processes.device)
+            dist.all_reduce(furthest, dist.ReduceOp.MAX)
+            if furthest.sum():
+                raise InputError(f"processes resume from steps {-furthest[1]} to {furthest[0]}; want one --out for all")
+        return first
+
+    def check(self, about: dict, path: Path) -> None:
+        """Raise InputError if the state read from `path` is not one of this run."""
+        if self.steps < about["step"]:
+            raise InputError(f"{self.steps} steps are fewer than the {about['step']} that {path} has done; want more")
+        for name, value in self.pinned.items():
+            if about[name] != value:
+                raise InputError(f"{path} was saved with {name} {about[name]}, now it is {value}; give the same")
+
+
+def states(folder: Path) -> list[Path]:
+    """The complete states of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def last_state(folder: Path) -> Path | None:
+    return next(reversed(states(folder)), None)
+
+
+def with_moments(trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """What trains and AdamW's two moments of it, by name, all sharded alike."""
+    state = {}
+    for name, parameter in trained.items():
+        state[name] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):  # before the first update there are none
+            state[f"{name} {moment}"] = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+    return state
+
+
+def save_state(
+    folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, about: dict, keep: int
+) -> None:
+    """Write folder/step-N, then drop all but the `keep` newest. Every process must call it; the main one writes.
+
+    about: whatever else has to be kept, as JSON. Raises RunError if the disk refuses; older states stay.
+    """
+    state = with_moments(trained, optimizer)
+    updates = max((int(moments.get("step", 0)) for moments in optimizer.state.values()), default=0)  # fewer if skipped
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in state.items():
+            yield name, full_tensor(tensor).cpu().contiguous()
+
+    if not is_main_process():
+        for _ in tensors():
+            pass
+        return
+    for left in folder.glob(".step-*"):  # by a run that was killed
+        shutil.rmtree(left)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    try:
+        with atomic_folder(folder / f"step-{step:08d}") as part:
+            write_shards(part, sizes, tensors(), SHARD_BYTES)
+            digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
+            about = {"step": step, "updates": updates, "sha256": digests} | about
+            text = json.dumps(about | {"seal": seal(about)})
+            (part / "state.json").write_text(text, encoding="utf-8")
+    except RunError as error:
+        last = last_state(folder)
+        raise RunError(f"{error}; {f'the last good one is {last}' if last else 'there is none before it'}") from None
+    for old in states(folder)[:-keep]:
+        remove_folder(old)
+
+
+def read_state(folder: Path) -> dict:
+    """state.json of a state. Raises InputError if it or, on the main process, any other file of it is damaged."""
+    try:
+        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if about.pop("seal") != seal(about):
+            raise ValueError("not as it was saved")
+        # One process reads every byte; the others read their rows.
+        digests = about["sha256"].items() if is_main_process() else ()
+        damaged = [name for name, digest in digests if sha256(folder / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        damaged = [f"state.json ({error})"]
+    if damaged:
+        raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
+    return about
+
+
+@torch.no_grad()
+def load_tensors(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, updates: int) -> None:
+    """Fill what trains and the optimizer, which has made `updates` updates. Each process reads its rows.
+
+    Raises InputError if the tensors are those of another run.
+    """
+    about = optimizer.state_dict()
+    moments = [{m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")} for p in trained.values()]
+    about["state"] = {i: {"step": torch.tensor(float(updates))} | pair for i, pair in enumerate(moments)}
+    optimizer.load_state_dict(about)
+    state = with_moments(trained, optimizer)
+    places = {name: local_rows(tensor) for name, tensor in state.items()}
+    weights = stored(folder, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    rows = {name: slice(first, first + len(held)) for name, (held, first) in places.items()}
+    for name, tensor in read_rows(weights, rows):
+        places[name][0].copy_(tensor)
+
+
+def moment_bytes(optimizer: torch.optim.AdamW) -> int:
+    """Bytes of AdamW's two moments on this process."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(local_rows(tensor)[0].nbytes for tensor in tensors)
