@@ -6,21 +6,29 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import export
 import train
 from command.cli import InputError, RunError
-from command.files import sha256
+from command.files import seal, sha256
+from hub.checkpoint import TINY, read_config
+from model import load_model
+from run import adapters
 from run.state import last_state, states
+from scoring import completions
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -297,3 +305,51 @@ def test_an_out_below_a_file_is_refused_and_a_resume_of_nothing_says_that_it_sta
         train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "file/run")])
     train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")
+
+
+# ------------------------------------------------------------------- a run folder that an earlier version has written
+
+
+@pytest.fixture
+def old_run(tmp_path) -> Path:
+    """A copy of a run of 4 steps with a checkpoint after the last, written before settings were a dataclass.
+
+    The embedded model's tokenizer may have changed since. state.json then gets today's number of tokens.
+    """
+    run = Path(shutil.copytree(ROOT / "tests/data/old_run", tmp_path / "run"))
+    path = last_state(run / "checkpoint") / "state.json"
+    about = json.loads(path.read_text())
+    assert about.pop("seal") == seal(about)
+    config = read_config(TINY)
+    rows, tokenizer = data.load_examples("tiny-math", "train"), data.load_tokenizer(TINY, config)
+    items = data.encode(rows, tokenizer, config.eos_token_id, 512)
+    about["data"] = f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
+    path.write_text(json.dumps(about | {"seal": seal(about)}))
+    return run
+
+
+def test_a_run_folder_of_an_earlier_version_resumes(old_run):
+    settings = json.loads((old_run / "config.json").read_text())["settings"]
+    flags = ["--task", "tiny-math", "--k", "1", "--rank", "1", "--alpha", "2", "--targets", "gate"]
+    flags += ["--batch", "4", "--sample", "0.005", "--save-every", "2", "--out", str(old_run)]
+    now = asdict(train.parse_settings([*flags, "--steps", "4"]))
+    assert now.keys() >= settings.keys()
+    assert {key: now[key] for key in settings if now[key] != settings[key]}.keys() <= {"out", "keep"}
+    before = losses(old_run)
+    assert train.main([*flags, "--steps", "5", "--resume"])["steps"] == 5
+    assert losses(old_run)[:4] == before and len(losses(old_run)) == 5
+    assert last_state(old_run / "checkpoint").name == "step-00000005"
+
+
+def test_an_adapter_of_an_earlier_version_loads_and_exports(old_run, tmp_path):
+    stored = adapter(old_run)
+    model = load_model(TINY)
+    adapters.load_any_adapter(model, old_run)
+    ours = adapters.adapter_state(model)
+    assert same(ours, stored) and sum(tensor.numel() for tensor in stored.values()) == 2880
+    for what in (["peft"], ["merged", "--dtype", "float32"]):
+        export.main([str(old_run), "--to", *what, "--out", str(tmp_path / what[0])])
+    subject, _ = completions.load_subject(str(old_run), torch.float32, torch.device("cpu"))
+    ids = torch.arange(12).view(2, 6)
+    assert torch.allclose(subject(ids)[0], model(ids)[0], atol=1e-4)
+    assert torch.allclose(load_model(tmp_path / "merged")(ids)[0], model(ids)[0], atol=1e-4)
