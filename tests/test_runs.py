@@ -24,8 +24,8 @@ import export
 import train
 from command.cli import InputError, RunError
 from command.files import seal, sha256
-from hub.checkpoint import TINY, read_config
-from model import load_model
+from hub.checkpoint import TINY
+from model import load_model, read_config
 from run import adapters
 from run.state import last_state, states
 from scoring import completions
