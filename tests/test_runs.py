@@ -26,9 +26,8 @@ from command.cli import InputError, RunError
 from command.files import seal, sha256
 from hub.checkpoint import TINY
 from model import load_model, read_config
-from run import adapters
+from run import adapters, source
 from run.state import last_state, states
-from scoring import completions
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -349,7 +348,7 @@ def test_an_adapter_of_an_earlier_version_loads_and_exports(old_run, tmp_path):
     assert same(ours, stored) and sum(tensor.numel() for tensor in stored.values()) == 2880
     for what in (["peft"], ["merged", "--dtype", "float32"]):
         export.main([str(old_run), "--to", *what, "--out", str(tmp_path / what[0])])
-    subject, _ = completions.load_subject(str(old_run), torch.float32, torch.device("cpu"))
+    subject, _ = source.load(str(old_run), torch.float32, torch.device("cpu"))
     ids = torch.arange(12).view(2, 6)
     assert torch.allclose(subject(ids)[0], model(ids)[0], atol=1e-4)
     assert torch.allclose(load_model(tmp_path / "merged")(ids)[0], model(ids)[0], atol=1e-4)
