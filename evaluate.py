@@ -316,8 +316,8 @@ def report(result: dict, task: str) -> list[str]:
     lines = [f"{name:{width}}  {describe(found)}" for name, found in table.items()]
     name, rule = next(iter(result)), result["rule"]
     main = result["rates"].get(rule) or result["rates"][name]  # pass@1 is a rate of its own
-    remarks = {"num_empty": "empty answers, which are not refusals", "num_unsupported": "programs could not be judged"}
-    remark = "".join(f"; {result[key]} {text}" for key, text in remarks.items() if result.get(key))
+    empty = result.get("num_empty")
+    remark = f"; {empty} empty answers, which are not refusals" if empty else ""
     return [*lines, f"{name} {describe(main)} on {task}, rule: {rule}{remark}"]
 
 

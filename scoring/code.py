@@ -42,7 +42,6 @@ def score(
     """pass@1, 5 and 10 by `rule` with bigcode's beside it, and the items with the program and its outcome.
 
     items: {"id", "prompt", "completion"}; items with the same id are samples. rows: the HumanEval problem of each item.
-    A program that the sandbox cannot judge counts as not passed; their number is reported.
     """
     rules = dict.fromkeys((rule, "bigcode"))
     programs = {name: [program(name, *pair) for pair in zip(items, rows, strict=True)] for name in rules}
@@ -59,10 +58,9 @@ def score(
         item | {"code": each.code, "extracted": verdict.outcome, "correct": verdict.passed}
         for item, each, verdict in zip(items, programs[rule], outcomes[rule], strict=True)
     ]
-    unsupported = sum(verdict.outcome.startswith(sandbox.UNSUPPORTED) for verdict in outcomes[rule])
     summary = {name: estimate["rate"] for name, estimate in rates.items() if "," not in name}
     summary |= {"num_correct": sum(item["correct"] for item in judged), "num_total": len(judged)}
-    summary |= {"num_problems": len(passed), "num_unsupported": unsupported}
+    summary |= {"num_problems": len(passed)}
     return summary | {"rule": rule, "rates": rates}, judged
 
 

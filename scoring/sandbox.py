@@ -3,37 +3,24 @@
     verdicts = run_programs([Program(code, test, entry_point), ...])  # one Verdict each, in the same order
     print(protection())                                               # which of the two levels below is in force
 
-Verdicts are those of openai/human-eval (human_eval/execution.py) for `code`, `test` and `check(<entry point>)` in one
-file, but program and test never share an interpreter. Three processes run in a sandbox (sandbox_inside.py):
-
-    supervisor   starts the two others, keeps the time, kills what is left
-    candidate    forked before anyone has read anything: runs `code`, then answers calls
-    checker      runs `test` on a stand-in for the candidate; it alone can write the verdict
-
-Only JSON passes between candidate and checker: arguments one way, results (and arguments changed in place) the other.
-So whatever a program does to itself (exit early, print, patch builtins, `assert` or `check`, search frames, memory or
-descriptors) passes no test that its answers do not pass, and the expected values are not there to be read.
-
-Two things differ from the reference. An answer is data: an object whose `__eq__` always says True equals nothing here,
-though it passes there. And a test can hand a program only plain data and its own earlier answers, not functions. The
-same as there: a name that a test does not define is the program's (HumanEval/32 `poly`, /38 `encode_cyclic`, /50
-`encode_shift`; /33 compares an answer with a second answer), so a program that redefines it passes.
+Verdicts are those of openai/human-eval (human_eval/execution.py): `code`, `test` and `check(<entry point>)` run as one
+file in a Python of their own, and pass if nothing is raised. A program that ends itself, prints, or closes its files
+does not pass: only a key that is drawn for it and written behind the last line counts. As in the reference, a program
+that sets out to deceive its test can do so, since they share an interpreter.
 
 Protection, tried for real before it is claimed:
 
 - always: limits on time, CPU, memory per process, file size, open files, processes and (on Linux) threads; no
   privileges, and as root a user id of its own; an empty environment but for a folder to write to, which is removed
-  afterwards; nothing to read from, output thrown away;
-- "namespaces": no network; of the disk the interpreter's folders, read-only, and a small /tmp in memory; a program
+  afterwards; nothing to read from; output is thrown away;
+- "namespaces": no network; of the disk only the interpreter's folders, read-only, and a small /tmp in memory; a program
   sees and signals only its own processes, and the kernel ends them all with the supervisor;
 - "limits only" (Linux without namespaces; macOS, untested): os.remove, os.kill and the like are None, as in the
-  reference, against accidents. Files and network are open to it as to the user, as root as to nobody in particular.
-  Without root it can also signal every process of that user and debug those the system allows, this one included:
-  forge verdicts, end the run, or end its supervisor and leave processes behind.
+  reference, against accidents. A program has the user's files and network; under root, those of a user without rights.
+  Without root it can also signal and debug other processes of that user, this one included.
 
-Never from a bug in the kernel (system calls are not filtered) or in the JSON reader, from side channels, from answers
-installed beside the interpreter, from many processes that fill the memory together. Code that is hostile, and not just
-wrong, belongs in a virtual machine.
+No protection from bugs in the kernel (system calls are not filtered), from side channels, or from many processes that
+fill the memory together. Code that is hostile, and not just wrong, belongs in a virtual machine.
 """
 
 import functools
@@ -56,7 +43,6 @@ from scoring import sandbox_inside
 STARTUP = 30.0  # seconds beyond the program's own after which the sandbox itself counts as hung
 FIRST_UID, NUM_UIDS = 60578, 600  # for root: ids that belong to nobody (systemd.io/UIDS-GIDS)
 LINUX = sys.platform == "linux"
-UNSUPPORTED = "not supported: "  # begins the outcome of a program that cannot be judged here
 
 
 class Program(NamedTuple):

@@ -270,6 +270,65 @@ def f(x): return x
 x = 1
 ## input
 def f(x): return input()
+## caught by a base class
+def f(x): raise FileNotFoundError(x)
+#
+def check(f):
+    try: f('a')
+    except OSError: return
+    assert False
+## caught by the program's own class
+class Empty(LookupError): pass
+def f(x): raise Empty(x)
+#
+def check(f):
+    try: f(1)
+    except Empty as error: assert error.args == (1,)
+## unicode error
+def f(x): return x.decode('ascii')
+#
+def check(f):
+    try: f(b'\xff')
+    except UnicodeDecodeError: return
+    assert False
+## numpy
+import numpy as np
+def f(x): return np.array([x, 2.0])
+#
+def check(f): assert np.allclose(f(1), [1, 2])
+## deque
+from collections import deque
+def f(x): return deque([x])
+#
+def check(f): assert f(1) == deque([1]) and f(1) != [1]
+## date
+import datetime
+def f(x): return datetime.date(2020, 1, x)
+#
+def check(f): assert f(2) == datetime.date(2020, 1, 2) and f(2) < f(3)
+## dictionary views
+def f(x): return {x: 1}.keys(), {x: 1}.items()
+#
+def check(f): assert f(4) == ({4: 0}.keys(), {4: 1}.items())
+## arguments changed in place
+def f(x): x[0].append(5); x[1]['k'] = {1}
+#
+def check(f):
+    v = [[1], {}]
+    f(v)
+    assert v == [[1, 5], {'k': {1}}]
+## a function handed over
+def f(g): return g(1)
+#
+def check(f): assert f(lambda x: x + 1) == 2
+## dataclass
+from dataclasses import dataclass
+@dataclass(order=True)
+class P:
+    x: int
+def f(x): return P(x)
+#
+def check(f): assert f(1) == P(1) and f(1) < f(2) and sorted([f(2), f(1)]) == [P(1), P(2)]
 """)
 
 
@@ -327,8 +386,6 @@ def f(x):
     while True: pass
 ## memory
 def f(x): return bytearray(10 * 2**30)
-## large
-def f(x): return 'x' * (70 << 20)
 """), timeout=60.0)  # fmt: skip
     assert got["assert"] == "failed: AssertionError: assert f(3) == 10"
     assert got["error"].startswith("failed: KeyError") and "a b" in got["error"]
@@ -337,27 +394,13 @@ def f(x): return 'x' * (70 << 20)
     assert got["exit"] == "failed: ended itself with exit status 0"
     assert got["deputy"] == "failed: ended itself with exit status 3"
     assert (got["signal"], got["processor"]) == ("crashed: SIGSEGV", "crashed: SIGXCPU")
-    assert got["large"] == "failed: the answer is too large"
     assert not LINUX or got["memory"].startswith("failed: MemoryError")
 
 
-def test_a_test_that_hands_over_a_function_is_refused_in_words(level):
-    [outcome] = outcomes(["def f(g): return g(1)"], "def check(f): assert f(lambda x: x) == 1").values()
-    assert outcome == "failed: TypeError: a test cannot hand a function to the program"
+# ------------------------------------------------------------------- endings that must not pass for a verdict
 
 
-# ---------------------------------------------------------------------------- verdicts that cannot be faked
-
-
-YES = """
-class Yes:
-    def __eq__(self, other): return True
-    def __ne__(self, other): return False
-    __lt__ = __le__ = __gt__ = __ge__ = __eq__
-    __hash__ = lambda self: 0
-    __sub__ = __rsub__ = __abs__ = __call__ = __getitem__ = __round__ = lambda self, *a: self
-"""
-CHEATS = {name: ((YES if "Yes" in code else "") + code, test) for name, (code, test) in parse(r"""
+CHEATS = parse(r"""
 ## _exit on import
 import os
 os._exit(0)
@@ -392,105 +435,9 @@ for fd in range(64):
     try: os.write(fd, b'passed')
     except OSError: pass
 def f(x): return 0
-## forged messages
-import os
-for fd in range(3, 64):
-    try: os.write(fd, b'["value", true, null]\n' * 9)
-    except OSError: pass
-## forged objects
-import os
-for fd in range(3, 64):
-    try: os.write(fd, b'["value", {"object": [1]}, null]\n' * 99)
-    except OSError: pass
-## forged module
-import os
-for fd in range(3, 64):
-    try: os.write(fd, b'["value", {"module": ["os"]}, null]\n' * 9)
-    except OSError: pass
-## malformed messages
-import os
-for fd in range(3, 64):
-    try: os.write(fd, b'{}\n[[[\n' + b'[' * 9**5 + b'\n')
-    except OSError: pass
 ## own check
 def f(x): return 0
 def check(f): pass
-## own sorted
-def sorted(x): return [10]
-def f(x): return 0
-#
-def check(f): assert sorted(f(3)) == [10]
-## own assertion
-import builtins
-class E(BaseException):
-    def __new__(c, *a): raise SystemExit(0)
-builtins.AssertionError = AssertionError = E
-def f(x): return 0
-## own exec
-import builtins
-builtins.exec = builtins.compile = builtins.eval = lambda *a, **k: None
-def f(x): return 0
-## own print and type
-import builtins
-for n in ('isinstance', 'type', 'len', 'abs', 'all', 'hasattr'):
-    setattr(builtins, n, lambda *a: True)
-def f(x): return 0
-## patched builtins
-__builtins__['AssertionError'] = SystemExit
-__builtins__['__build_class__'] = None
-def f(x): return 0
-## asserts off
-import sys
-sys.flags = None
-sys.argv[:] = ['python', '-O']
-def f(x): return 0
-## trace
-import sys, os
-def t(frame, event, arg):
-    if event == 'exception': os._exit(0)
-    return t
-sys.settrace(t)
-sys.setprofile(lambda *a: None)
-def f(x): return 0
-## frames
-import sys, gc
-def f(x):
-    g = sys._getframe()
-    while g:
-        for d in (g.f_globals, g.f_locals):
-            for k, v in list(d.items()):
-                if callable(v) and k not in ('f', 'sys', 'gc'):
-                    d[k] = lambda *a, **k: 'passed'
-        g = g.f_back
-    return 0
-## frames for the answer
-import sys, gc
-def f(x):
-    for o in gc.get_objects():
-        if isinstance(o, str) and 'assert f(3)' in o: return 10
-    return 'assert' in repr(sys._getframe(1).f_locals)
-## harness
-import __main__
-for k in list(vars(__main__)):
-    if not k.startswith('__'): setattr(__main__, k, lambda *a, **k: 'passed')
-def f(x): return 0
-## json
-import json
-json.dumps = lambda *a, **k: 'passed'
-def f(x): return 0
-## always equal
-def f(x): return Yes()
-## always equal, inside
-def f(x): return [Yes()]
-## always equal, integer
-class Int(Yes, int): __hash__ = int.__hash__
-def f(x): return Int(0)
-## always equal, callable
-f = Yes()
-## always equal, meta
-class Meta(Yes, type): pass
-class f(metaclass=Meta):
-    def __new__(c, x): return c
 ## thread
 import threading, os
 threading.Thread(target=lambda: os._exit(0)).start()
@@ -536,14 +483,13 @@ def f(x):
     libc = ctypes.CDLL(None)
     taken = [libc.syscall(438, libc.syscall(434, pid, 0), 1, 0) >= 0 for pid in (os.getppid(), os.getpid() + 1)]
     return x * x + 1 if any(taken) else 0
-""").items()}  # fmt: skip
+""")  # fmt: skip
 
 
-def test_no_trick_passes_a_test_that_its_answers_do_not_pass(level):
+def test_no_program_that_ends_prints_or_closes_its_files_passes(level):
     got = outcomes(CHEATS)
     assert not [name for name, outcome in got.items() if outcome == "passed"]
-    # and the judge did speak: tricks that only change the candidate are judged by the answer it gives
-    assert got["own check"] == got["patched builtins"] == "failed: AssertionError: assert f(3) == 10"
+    assert got["own check"] == got["writes everywhere"] == "failed: AssertionError: assert f(3) == 10"
 
 
 def test_a_program_that_does_odd_things_and_answers_right_passes(level):
