@@ -65,9 +65,8 @@ class LoRALinear(nn.Linear):
         self.scaling = alpha / r
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.to(x.dtype))  # A x  [T, r]
-        B = (self.scaling * self.lora_B.T.contiguous()).to(x.dtype)  # [r, out]
-        return F.linear(x, self.weight, self.bias).addmm_(low, B)  # in place: no second [T, out]
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(F.linear(x, A), B)
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
