@@ -20,6 +20,7 @@ from torch import Tensor
 
 from command import cli
 from command.cli import InputError
+from hellora import SHARED, adapted_paths
 from hub.checkpoint import resolve
 from hub.config import PRESETS
 from model import MoEConfig, MoETransformer, read_config
@@ -116,38 +117,60 @@ def pass_bytes(
     transient = tokens * transient_numbers(model, trains) * dtype.itemsize
     if not trains:
         return 0, max(transient, head)
-    kept = kept_by_layer(model, dtype, tokens)
-    if checkpointing:
-        kept, transient = hidden, kept + transient
+    kept = kept_by_layers(model, dtype, tokens)
+    if checkpointing:  # only the inputs of layers are kept; one layer at a time is computed again
+        kept, transient = config.num_hidden_layers * hidden, kept // config.num_hidden_layers + transient
     ends = 2 * hidden  # inputs of the first layer and of the head
     if model.adapter is None:  # the head also keeps its weight's gradient, computed in the forward pass, and norm input
         ends += config.vocab_size * config.hidden_size * dtype.itemsize + hidden
-    return config.num_hidden_layers * kept + ends, max(transient, head)
+    return kept + ends, max(transient, head)
 
 
-def kept_by_layer(model: MoETransformer, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that one layer keeps for its backward pass."""
+def kept_by_layers(model: MoETransformer, dtype: torch.dtype, tokens: int) -> int:
+    """Bytes that all layers keep for the backward pass, by the rules of autograd.
+
+    For instance, a product keeps its input if its weight trains or the factor A beside it does. Every row is counted
+    as if it reached a hot expert.
+    """
     config, adapter = model.config, model.adapter
-    D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
+    D, F, K, E = config.hidden_size, config.intermediate_size, config.num_experts_per_tok, config.num_experts
+    S, r = config.shared_intermediate_size, adapter.r if adapter else 0
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    normed = D + q + kv if config.family.qk_norm else D  # inputs of norms; the products' inputs are computed again
+    paths = adapted_paths(config, adapter.targets if adapter else "shared")
+    attends, shares = "self_attn.q_proj" in paths, SHARED[0] in paths  # attention, and shared experts, train
+
+    normed = D + (q + kv if config.qk_norm else 0)  # inputs of the attention's norms
     attention = normed + 2 * q + 2 * kv  # queries, keys, values and the result of the attention itself
-    shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
-    experts = 2 * D + config.num_experts + K * 2 * F + shared
-    factors = 0
-    if adapter is None:  # the inputs of the norms' weights and of all products
-        attention += normed + D + q
-        experts += 2 * D + K * (D + F)
-    else:  # a copy of the factors, side by side, and what A computes of the inputs
-        count = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
-        factors = 1.2 * count / config.num_hidden_layers * dtype.itemsize
-        attention += 4 * adapter.r
-        experts += (3 * K + 1) * adapter.r
-        if adapter.kind == "dora":  # what is scaled, and what the scale multiplies
-            attention += q + 2 * kv + D
-            experts += 2 * K * (2 * F + D)
+    experts = D + E * 4 // dtype.itemsize + K * 2 * F  # input of the norm, probabilities, gate and up
+    experts += 3 * S + (D if config.shared_expert_gate else 0)  # gate, silu(gate), up; the gated output
+    if adapter is None or adapter.kind != "lori":
+        attention += D + q if attends else 0  # the input of q, k and v; that of o
+        experts += D + (S if shares else 0)  # the input of router, gate and up; that of the shared expert's down
+    if adapter is None:  # norms' weights train too, and the experts' inputs are not computed again
+        attention += normed
+        experts += D + K * (D + F)
+    else:  # what A computes
+        attention += 4 * r if attends else 0
+        experts += 3 * K * r + (r if "mlp.gate" in paths else 0) + (3 * r if shares else 0)
+    if adapter and adapter.kind == "dora":  # outputs before they are scaled; for experts also the scale of each row
+        attention += q + 2 * kv + D if attends else 0
+        experts += 2 * K * (2 * F + D) + (2 * S + D if shares else 0)
     indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
-    return tokens * ((attention + experts) * dtype.itemsize + indices) + int(factors)
+    L, dense = len(config.moe_layers), config.num_hidden_layers - len(config.moe_layers)
+    numbers = L * (attention + experts) + dense * (attention + 2 * D + 3 * config.dense_intermediate_size)
+    if not attends:  # nothing trains below the first experts
+        numbers = L * (attention + experts) - attention
+    return tokens * (numbers * dtype.itemsize + L * indices) + factor_copies(model, dtype)
+
+
+def factor_copies(model: MoETransformer, dtype: torch.dtype) -> int:
+    """Bytes of the factors as products take them: scaled, in `dtype`, those of gate and up side by side."""
+    numbers = 0
+    for name, p in model.named_parameters():
+        stacked, is_A = ".experts." in name, name.endswith("lora_A")
+        if is_A and (stacked or dtype != p.dtype) or name.endswith("lora_B"):
+            numbers += p.numel() * (2 if stacked and not is_A and "down_proj" not in name else 1)  # block-diagonal
+    return numbers * dtype.itemsize
 
 
 def transient_numbers(model: MoETransformer, trains: bool) -> int:
@@ -160,7 +183,7 @@ def transient_numbers(model: MoETransformer, trains: bool) -> int:
     D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
     if not trains:
         return K * max(5 * F, F + 2 * D) + D
-    shared = 3 * config.shared_intermediate_size + (D if config.family.shared_expert_gate else 0)
+    shared = 3 * config.shared_intermediate_size + (D if config.shared_expert_gate else 0)
     if model.adapter is None:
         return K * max(4 * F, 2 * D) - shared
     return K * max(5 * F, F + 2 * D) - shared + D
