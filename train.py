@@ -69,7 +69,7 @@ class Settings:
     profile: str | None = flag(None, "counts to choose from (default: count now)", metavar="FILE", **CHOICE)
     sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
     warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"), **CHOICE)
-    targets: str | None = flag(None, "other modules (default: all)", choices=list(hellora.TARGETS), **ADAPTER)
+    targets: str | None = flag(None, "other modules (default: by method)", choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
     alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
     mask: str | None = flag(None, "a finished lori-d or hellori-d run, for stage D", metavar="RUN", **ADAPTER)
@@ -156,7 +156,7 @@ def resolved(settings: Settings) -> Settings:
         out=s.out or f"runs/{s.task}-{s.method}{k}-seed{s.seed}",
     )
     return s if full else replace(
-        s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or "all"
+        s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or method.targets
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Settings:
     method: str = flag("hellora", "what trains", choices=list(METHODS))
     k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=k_flag)
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
-    targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
+    targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
     gpus: int = flag(2, "number of GPUs, one process each", type=POSITIVE)
     batch: int = flag(128, "examples per step, over all GPUs", type=POSITIVE)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
@@ -65,7 +65,7 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, sharded: bool)
 
     def attach(model: MoETransformer) -> None:
         hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
-        options = {"kind": method.kind, "targets": settings.targets}
+        options = {"kind": method.kind, "targets": settings.targets or method.targets}
         r_max = drlora.RESERVED * settings.rank if method.grows else None
         hellora.attach(model, hot, settings.rank, Recipe.alpha, r_max=r_max, **options)
 

@@ -20,6 +20,7 @@ class Method:
     sparse: bool = False  # a second stage trains a tenth of B, chosen by a first stage that trains all of it
     grows: bool = False  # ranks start at half of --rank and grow where saliency is high (neighbours/drlora.py)
     k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token
+    targets: str = "all"  # key of hellora.TARGETS
 
 
 METHODS = {
@@ -31,7 +32,7 @@ METHODS = {
     "hellora": Method(experts="hot"),
     "hellori-d": Method(experts="hot", kind="lori"),
     "hellori-s": Method(experts="hot", kind="lori", sparse=True),
-    "moe-sieve": Method(experts="hot", k=0.25),
+    "moe-sieve": Method(experts="hot", k=0.25, targets="shared"),
     "dr-lora": Method(experts="all", grows=True),
 }
 

@@ -1,12 +1,22 @@
 """Adapters on the shared expert (targets "shared", MoE-Sieve): placed, computed, merged, exported and trained."""
 
+import shutil
+
 import pytest
 import torch
+from conftest import with_tokenizer
+from safetensors.torch import load_file
 from test_export import assert_close, logits, make_run, merged, peft_folder
 from torch import Tensor
 from torch.func import functional_call
 
+import bench
+import data
+import evaluate
+import export
 import hellora
+import reproduce
+import train
 from lora import LoRALinear
 from model import MoETransformer, load_model, read_config
 from run import adapters
@@ -119,3 +129,48 @@ def test_the_adapter_goes_to_peft_and_comes_back(family, compact, make_checkpoin
     got, tensors = adapters.read_any_adapter(out, read_config(base))
     assert (got.targets, got.hot) == ("shared", adapter.hot)
     assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moe_sieve_trains_them_resumes_bit_for_bit_is_scored_and_exported(
+    family, make_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "TINY_TRAIN", 40)
+    base = str(with_tokenizer(shutil.copytree(make_checkpoint(family).folder, tmp_path / "base")))
+    small = "--steps 4 --batch 2 --sample 1 --rank 4 --save-every 2 --method moe-sieve --micro-batch 1".split()
+    alone, cut = tmp_path / "alone", tmp_path / "cut"
+    result = train.main([*small, "--model", base, "--out", str(alone)])
+    config = read_config(tmp_path / "base")
+    assert result["trainable"] == reproduce.size(config, "moe-sieve", 1, "shared", r=4).trainable
+    state = load_file(alone / "adapter/adapter.safetensors")
+    B = [tensor for name, tensor in state.items() if ".shared_expert." in name and name.endswith("lora_B")]
+    assert len(B) == 3 * len(config.moe_layers) and all(tensor.any() for tensor in B)
+
+    shutil.copytree(alone, cut)  # as a crash after the second step leaves it
+    for path in (cut / "adapter", cut / "checkpoint/step-00000004"):
+        shutil.rmtree(path)
+    (cut / "result.json").unlink()
+    train.main([*small, "--model", base, "--out", str(cut), "--resume"])
+    assert "after step 2" in capsys.readouterr().out
+    resumed = load_file(cut / "adapter/adapter.safetensors")
+    assert resumed.keys() == state.keys() and all(torch.equal(resumed[name], state[name]) for name in state)
+
+    score = evaluate.main([str(cut), "--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "score")])
+    assert score["num_total"] == 2
+    export.main([str(cut), "--to", "merged", "--out", str(tmp_path / "merged")])  # which compares the logits
+    export.main([str(cut), "--to", "peft", "--out", str(tmp_path / "peft")])
+    keys = load_file(tmp_path / "peft/adapter_model.safetensors")
+    name = f"base_model.model.model.layers.2.mlp.{config.family.shared_expert}.up_proj.lora_B.weight"
+    assert torch.equal(keys[name], state["layers.2.mlp.shared_expert.up_proj.lora_B"])
+
+
+@pytest.mark.parametrize("model, shared", [("qwen1.5-moe-a2.7b", 24 * 737_280), ("deepseek-moe-16b", 27 * 466_944)])
+def test_the_plan_of_moe_sieve_holds_factors_of_the_shared_experts(model, shared):
+    """3 r (2048 + width) per layer, r = 32; width 5632 in Qwen1.5-MoE, 2 x 1408 in DeepSeekMoE."""
+    plans = [
+        bench.main(["plan", "--model", model, "--method", "moe-sieve", *flags])[0]
+        for flags in ([], ["--targets", "all"])
+    ]
+    adapters, without = (plan["adapters"] for plan in plans)
+    assert adapters - without == 4 * shared
+    assert plans[0]["activations"] > plans[1]["activations"]
