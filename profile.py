@@ -304,6 +304,7 @@ class AdviseSettings:
     rank: int | None = flag(None, "LoRA rank r (default: of the profiled task)", type=POSITIVE)
     targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
     coverage: tuple[float, ...] = flag((0.5, 0.6, 0.7, 0.8, 0.9), "shares to reach", type=SHARE, nargs="+")
+    plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
 
 
 def main(argv: list[str] | None = None) -> object:
@@ -382,6 +383,13 @@ def advise(argv: list[str]) -> None:
         f"{config.num_experts} experts per layer, targets {settings.targets}",
         *advice.table(advice.choices(counted.counts, K, sizes), K, settings.coverage),
     )
+    if settings.plot:
+        from routing import pictures
+
+        title = f"Routing of {counted.model} on {counted.task}: {counted.num_tokens:,} tokens, "
+        title += f"{K} of {config.num_experts} experts per token"
+        pictures.draw_profile(counted.counts, K, title, writable(settings.plot))
+        cli.say(f"wrote {settings.plot}")
 
 
 def hot_experts(k: int | None, num_experts_per_tok: int, num_experts: int) -> int:

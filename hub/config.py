@@ -269,3 +269,10 @@ PRESETS = {
         "eos_token_id": 100001,
     },
 }
+# Hub ids of the same models: their configs are known without a download.
+HUB_IDS = {
+    "allenai/OLMoE-1B-7B-0924": "olmoe-1b-7b",
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
+    "Qwen/Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b",
+    "deepseek-ai/deepseek-moe-16b-base": "deepseek-moe-16b",
+}

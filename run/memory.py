@@ -22,7 +22,7 @@ from command import cli
 from command.cli import InputError
 from hellora import SHARED, adapted_paths
 from hub.checkpoint import resolve
-from hub.config import PRESETS
+from hub.config import HUB_IDS, PRESETS
 from model import MoEConfig, MoETransformer, read_config
 from ops.head import HEAD_ROWS
 
@@ -226,8 +226,8 @@ def choose_shard(asked: str | None, device: torch.device, num_processes: int, re
 
 def config_of(model: str) -> MoEConfig:
     """The config of a model that is only counted: a preset of hub/config.py, or as `resolve` finds it."""
-    if model in PRESETS:
-        return MoEConfig.from_dict(PRESETS[model])
+    if preset := PRESETS.get(HUB_IDS.get(model, model)):
+        return MoEConfig.from_dict(preset)
     try:
         folder = resolve(model, ("config.json",))
     except InputError as error:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from datetime import timedelta
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -389,3 +390,19 @@ def test_wrong_input_of_compare_and_advise_ends_in_one_line(two_profiles, tmp_pa
     with pytest.raises(cli.InputError, match=problem) as error:
         profile.main(flags)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------- what others measured
+
+PUBLISHED = sorted((Path(__file__).parent.parent / "results" / "published").glob("*moe-*[!y].json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_advice_on_published_counts_needs_no_network_and_says_what_k_experts_cover(path, capsys):
+    about = json.loads(path.read_text())
+    K = about["num_experts_per_tok"]
+    shares = [sum(sorted(row)[-K:]) / sum(row) for row in about["counts"]]  # of the K hottest, layer by layer
+    profile.main(["advise", str(path)])
+    said = capsys.readouterr().out
+    assert f"{about['num_tokens']:,} tokens" in said
+    assert said.splitlines()[-1].endswith(f"k = {K} covers {sum(shares) / len(shares):.1%}")
