@@ -51,7 +51,7 @@ from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
 from run.memory import config_of
-from run.methods import RECIPES, Recipe
+from run.methods import RECIPES, Recipe, num_hot_experts
 from run.processes import ALONE, Processes, start_processes
 from run.step import global_step, load_shared
 
@@ -322,7 +322,7 @@ def count(argv: list[str]) -> RoutingProfile:
     settings = cli.parse(Settings, argv, prog=PROGRAM, description=about)
     folder = resolve(settings.model)
     config = read_config(folder)
-    num_hot = hot_experts(settings.k, config.num_experts_per_tok, config.num_experts)
+    num_hot = num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(settings.task, "train", settings.train_data)
     examples = data.sample(examples, settings.sample, settings.seed)
@@ -358,7 +358,7 @@ def compare(argv: list[str]) -> None:
     if a.counts.shape != b.counts.shape:
         shapes = " and ".join(f"{tuple(p.counts.shape)}" for p in (a, b))
         raise InputError(f"{names} are of different models: {shapes} (layers, experts)")
-    num_hot = hot_experts(settings.k, a.num_experts_per_tok, a.counts.shape[1])
+    num_hot = num_hot_experts(settings.k, a.counts.shape[1], a.num_experts_per_tok)
     hot_a, hot_b = (hellora.hottest(p.counts, num_hot) for p in (a, b))
     cli.say(*statistics.overlap_table(hot_a, hot_b))
     if settings.plot:
@@ -390,13 +390,6 @@ def advise(argv: list[str]) -> None:
         title += f"{K} of {config.num_experts} experts per token"
         pictures.draw_profile(counted.counts, K, title, writable(settings.plot))
         cli.say(f"wrote {settings.plot}")
-
-
-def hot_experts(k: int | None, num_experts_per_tok: int, num_experts: int) -> int:
-    """--k, or the number of experts per token. Raises InputError if a layer has fewer experts."""
-    if k and k > num_experts:
-        raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
-    return k or num_experts_per_tok
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much memory a run needs, known before it starts; whether to replicate the base or to shard it follows from that.
+"""How much memory a run needs, before it starts: it decides whether the base is replicated or sharded.
 
     plan(config, attach, dtype=torch.bfloat16, num_processes=2, sharded=True, tokens=2048)     # bytes per process
 
@@ -34,9 +34,7 @@ class Plan(NamedTuple):
 
     weights: int  # of the base; sharded: this process's rows
     adapters: int  # factors in float32, trained and frozen; sharded: this process's rows
-    gathered: (
-        int  # sharded: the root's weights, the current layer's (received and unpacked), the next layer's (received)
-    )
+    gathered: int  # sharded: weights that are all-gathered at once
     gradients: int
     optimizer: int  # AdamW's two moments
     activations: int  # kept for the backward pass, over all layers

@@ -212,6 +212,7 @@ FILES = {
     "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
     "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
     "weights-pickle": model(weights=lambda content: A_PICKLE),
+    "weights-nan": model(weights=lambda content: content[:-4] + b"\xff\x7f\xff\x7f"),  # of float32 and of bfloat16
     "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
     "tokenizer-big": model(vocab_size=1000),
     "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
@@ -424,6 +425,7 @@ train --model weights-short                          | model.safetensors | downl
 train --model weights-header                         | model.safetensors
 train --model weights-length                         | model.safetensors | download it again
 train --model weights-pickle                         | model.safetensors | download it again
+train --model weights-nan                            | model.safetensors | holds NaN
 train --model weights-none                           | tokenizer.json
 train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
@@ -449,6 +451,7 @@ evaluate tiny --task chess                           | 'chess' | tiny-math
 evaluate nowhere/at-all --task tiny-math             | nowhere/at-all
 evaluate notes --task tiny-math                      | notes | config.json
 evaluate weights-cut --task tiny-math                | model.safetensors
+evaluate weights-nan --task tiny-math                | model.safetensors | holds NaN
 evaluate tokenizer-cut --task tiny-math              | tokenizer.json
 evaluate config-experts --task tiny-math             | 900000
 evaluate run-bare --task tiny-math                   | run-bare
@@ -545,6 +548,7 @@ profile --out p.json --batch 0                       | '0'
 profile --out p.json --max-length 1                  | '1' | at least 8
 profile --out p.json --shard some                    | 'some' | full
 profile --out p.json --task chess                    | 'chess'
+profile --out p.json --model weights-nan             | model.safetensors | holds NaN
 profile --out p.json --model weights-cut             | model.safetensors
 profile --out p.json --task gsm8k --train-data columns.jsonl | 'question'
 profile compare profile.json                         | FILE

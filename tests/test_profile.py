@@ -120,6 +120,14 @@ def test_no_token_at_all_is_an_input_error(olmoe):
         profile.profile_warmup(with_lora(model), [], 3, **STEPS)
 
 
+@pytest.mark.parametrize("value", [math.nan, 1e38])  # finite, but the router's logits overflow
+def test_non_finite_routing_weights_are_an_error_that_names_the_layer(olmoe, value):
+    model = load_model(olmoe.folder)
+    model.layers[2].mlp.gate.weight.data[3] = value
+    with pytest.raises(cli.RunError, match="routing weights of layer 2 are NaN or infinite"):
+        profile.count_experts(model, make_batches(make_items(model.config.vocab_size), 3))
+
+
 # ----------------------------------------------------------------------------------------------------- warm-up
 
 
