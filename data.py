@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from command.cli import InputError, note
 from hub.rows import Download, Row, fetch, read_rows
 from model import MoEConfig
+from scoring.gsm8k import gold
 from tiny import tasks
 
 TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
@@ -57,8 +58,10 @@ def text(row: Row, *columns: str) -> str:
 def gsm8k(row: Row) -> tuple[str, str]:
     """GSM8K: the question and a request to reason; the worked answer with a sentence in place of '####'."""
     question, answer = text(row, "question"), text(row, "answer")
-    if not re.search(r"####.*\d", answer):
-        raise InputError("'answer' has no '#### number'")
+    try:
+        gold(answer)
+    except ValueError as error:
+        raise InputError(f"no '#### number' that all rules read alike: {error}") from None
     # DEVIATION from LoRI: calculator annotations such as <<48/2=24>> are removed; LoRI trains on them.
     answer = re.sub(r"<<.*?>>", "", answer)
     # DEVIATION from LoRI: one space before the number; LoRI adds a second one to that of the file.
@@ -227,24 +230,59 @@ def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= largest < config.vocab_size:
         raise InputError(f"{path}: its ids go up to {largest}, but config.json says vocab_size {config.vocab_size}")
-    if config.eos_token_id is None or tokenizer.id_to_token(config.eos_token_id) is None:
-        raise InputError(f"{path}: eos_token_id {config.eos_token_id} of config.json is not one of its tokens")
     tokenizer.no_truncation()  # the file may ask for either; lengths are decided here
     tokenizer.no_padding()
+    # Text that spells a special token, such as <s> in HTML, is text: special ids come from us alone. Some files do not
+    # mark the special tokens that config.json names.
+    added = tokenizer.get_added_tokens_decoder()
+    named = (*config.eos_token_ids, config.pad_token_id, config.hub.get("bos_token_id"))
+    unmarked = [added[i].content for i in named if isinstance(i, int) and i in added and not added[i].special]
+    tokenizer.add_special_tokens(unmarked)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
+def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:
+    """Id and text of the token that training puts behind each target: the first eos_token_id of config.json.
+
+    Raises InputError if there is none, or if the tokenizer does not have it.
+    """
+    token = None if config.eos_token_id is None else tokenizer.id_to_token(config.eos_token_id)
+    if token is None:
+        given = f"eos_token_id is {config.hub.get('eos_token_id')!r}"
+        raise InputError(f"config.json: {given}, not a token of the model; training ends each target with it: name one")
+    return config.eos_token_id, token
+
+
 def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text, without special tokens; the same for training and for decoding."""
+    """Token ids of each text, without special tokens; the same for training and for decoding.
+
+    Raises InputError for text that becomes a special token all the same, as in some tokenizers without merges.
+    """
     # DEVIATION from LoRI: no BOS before HumanEval prompts either; LoRI has it there, but nowhere in training.
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    unknown = getattr(tokenizer.model, "unk_token", None) or "<unk>"  # stands for text that has no token
+    added = tokenizer.get_added_tokens_decoder().items()
+    special = {i: token.content for i, token in added if token.special and token.content != unknown}
+    for text_, ids in zip(texts, found, strict=True):
+        if spelled := special.keys() & ids:
+            token = special[min(spelled)]
+            raise InputError(f"the tokenizer makes its special token {token!r} of text: {text_!r:.80}; take it out")
+    return found
 
 
-def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_length: int = 512) -> list[Encoded]:
+def encode(
+    examples: list[Example],
+    tokenizer: Tokenizer,
+    eos_id: int | None,
+    max_length: int = 512,
+    positions: int | None = None,
+) -> list[Encoded]:
     """Token ids of prompt, target and EOS, at most `max_length`; says how many examples were cut.
 
-    As in LoRI, a pair that is too long first loses its prompt after max_length // 2 tokens, then the end of its
-    target. Raises InputError for an example without a target.
+    eos_id: None for a model without one, which can be measured but not trained. positions: that the model was made
+    for (max_position_embeddings). As in LoRI, a pair that is too long first loses its prompt after max_length // 2
+    tokens, then the end of its target. Raises InputError for an example without a target, or beyond `positions`.
     """
     for example in examples:
         if not example.target.strip():
@@ -255,7 +293,7 @@ def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_lengt
     targets = tokenize([example.target for example in examples], tokenizer)
     items, cut = [], 0
     for prompt, target in zip(prompts, targets, strict=True):
-        target = [*target, eos_id]
+        target = target if eos_id is None else [*target, eos_id]
         if len(prompt) + len(target) > max_length:
             cut += 1
             prompt = prompt[: max_length // 2]
@@ -263,6 +301,10 @@ def encode(examples: list[Example], tokenizer: Tokenizer, eos_id: int, max_lengt
             # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
             target = target[: max_length - len(prompt)]
         items.append(Encoded(prompt + target, len(prompt)))
+    longest = max((len(item.ids) for item in items), default=0)
+    if positions and longest > positions:
+        made_for = f"the model was made for {positions} positions (max_position_embeddings)"
+        raise InputError(f"--max-length {max_length}: an example has {longest} tokens, {made_for}; give at most that")
     if cut:
         note(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
     return items

@@ -26,10 +26,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 import ops
-from command.cli import note
 from hub import weights
 from hub.checkpoint import SHARD_BYTES, read_config_numbers, resolve, stored
-from hub.config import FAMILIES, Family, read_numbers, unread_keys
+from hub.config import FAMILIES, Family, read_numbers
 
 
 @dataclass(frozen=True)
@@ -429,8 +428,6 @@ def load_model(
     """
     folder = resolve(path)
     config = read_config(folder)
-    if unread := unread_keys(config.hub):
-        note(f"{folder / 'config.json'}: nothing here reads {', '.join(unread)}; compare logits before you trust it")
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
     files = stored(folder, {key: tuple(view.shape) for key, view in model.hub_views().items()}, config.family)

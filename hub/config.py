@@ -26,10 +26,18 @@ class Family:
     sliding_window: bool = False  # config.json may limit how far back a query sees
     rope_theta: float = 1e4  # if config.json has none
     rms_norm_eps: float = 1e-6  # if config.json has none
+    keys: tuple[str, ...] = ()  # further keys that are read, or that its own code does not use as we restrict it
 
 
+SLIDING = ("sliding_window", "max_window_layers")  # not used while use_sliding_window is false
 FAMILIES = {
-    "olmoe": Family("num_experts", "intermediate_size", qk_norm="projection", rms_norm_eps=1e-5),
+    "olmoe": Family(
+        "num_experts",
+        "intermediate_size",
+        qk_norm="projection",
+        rms_norm_eps=1e-5,
+        keys=("head_dim", "num_local_experts", "norm_topk_prob", "clip_qkv"),
+    ),
     "mixtral": Family(
         "num_local_experts",
         "intermediate_size",
@@ -39,15 +47,36 @@ FAMILIES = {
         sliding_window=True,
         rope_theta=1e6,
         rms_norm_eps=1e-5,
+        keys=("head_dim", "sliding_window", "router_jitter_noise"),
     ),
-    "deepseek": Family("n_routed_experts", shared_expert="shared_experts"),
-    "qwen2_moe": Family("num_experts", shared_expert="shared_expert", shared_expert_gate=True, qkv_bias=True),
-    "qwen3_moe": Family("num_experts", qk_norm="head"),
+    "deepseek": Family(
+        "n_routed_experts",
+        shared_expert="shared_experts",
+        keys=(
+            *("n_shared_experts", "intermediate_size", "first_k_dense_replace", "norm_topk_prob"),
+            *("aux_loss_alpha", "seq_aux", "ep_size"),
+        ),
+    ),
+    "qwen2_moe": Family(
+        "num_experts",
+        shared_expert="shared_expert",
+        shared_expert_gate=True,
+        qkv_bias=True,
+        keys=("head_dim", "intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", *SLIDING),
+    ),
+    "qwen3_moe": Family(
+        "num_experts",
+        qk_norm="head",
+        keys=("head_dim", "num_local_experts", "intermediate_size", "norm_topk_prob", *SLIDING),
+    ),
 }
 
 # Keys of config.json that change what a model computes, with the only value that this forward implements.
 ONLY = {
     "hidden_act": "silu",
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
     "attention_bias": False,
     "mlp_bias": False,
     "rope_scaling": None,
@@ -62,21 +91,49 @@ ONLY = {
     "n_group": 1,
     "topk_group": 1,
     "routed_scaling_factor": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
     "quantization_config": None,
+    "pruned_heads": {},
 }
-# Keys that are read below, and keys that change nothing here: bookkeeping, training settings, limits on positions.
-KNOWN = {
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
-    "num_experts_per_tok", "norm_topk_prob", "n_shared_experts", "shared_expert_intermediate_size",
-    "first_k_dense_replace", "rope_theta", "rope_parameters", "rms_norm_eps", "clip_qkv", "sliding_window",
-    "tie_word_embeddings", "eos_token_id", "pad_token_id", "qkv_bias",
-    "architectures", "auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache",
-    "bos_token_id", "attention_dropout", "initializer_range", "max_position_embeddings", "pretraining_tp",
-    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "aux_loss_alpha", "seq_aux", "ep_size",
-    "max_window_layers", "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states",
-    "return_dict", "id2label", "label2id", "problem_type",
+READ = {  # keys that `read_numbers` reads in every family
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "num_experts_per_tok", "rope_theta", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id",
+    "pad_token_id",
 }  # fmt: skip
+HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, defaults of generation
+    "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
+    "_experts_implementation", "use_cache", "bos_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
+    "mask_token_id", "decoder_start_token_id", "tokenizer_class", "attention_dropout", "initializer_range",
+    "max_position_embeddings", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "is_decoder",
+    "tie_encoder_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "output_attentions",
+    "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
+    "gradient_checkpointing", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
+    "prefix", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "unsloth_fixed", "unsloth_version",
+}  # fmt: skip
+ignored: set[str] = set()  # the keys of --ignore-config-keys
+
+
+def ignore_keys(keys: tuple[str, ...]) -> None:
+    """Go on although these keys of a config.json are unknown, in this process and from now on."""
+    ignored.update(keys)
+
+
+def key_names(text: str) -> tuple[str, ...]:
+    """The value of --ignore-config-keys: names, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+IGNORE_HELP = "keys of config.json to go on without, separated by commas: nothing here implements them"
 
 # Far beyond any model, and small enough to refuse quickly: the names of all weights are made before a file is read.
 LARGEST, MOST_EXPERTS = 10**6, 10**5
@@ -110,9 +167,10 @@ def read_numbers(hub: dict) -> dict:
     if layers * E > MOST_EXPERTS:
         raise InputError(f"config.json: {layers} layers of {E} experts; want at most {MOST_EXPERTS:,} experts in all")
     shared_size = 0
-    if family.shared_expert:
-        several = integer(hub, "n_shared_experts", 0) * expert_size  # DeepSeek stores them as one wide MLP
-        shared_size = several or integer(hub, "shared_expert_intermediate_size", 0)
+    if model_type == "deepseek":  # it stores several shared experts as one wide MLP
+        shared_size = integer(hub, "n_shared_experts", 0) * expert_size
+    elif family.shared_expert:
+        shared_size = integer(hub, "shared_expert_intermediate_size", 0)
     windowed = family.sliding_window and hub.get("sliding_window") is not None
     return dict(
         model_type=model_type,
@@ -134,7 +192,7 @@ def read_numbers(hub: dict) -> dict:
         shared_expert_gate=family.shared_expert_gate,
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
-        clip_qkv=hub.get("clip_qkv"),
+        clip_qkv=hub.get("clip_qkv") if model_type == "olmoe" else None,
         sliding_window=integer(hub, "sliding_window") if windowed else None,
         tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
         eos_token_ids=token_ids(hub, "eos_token_id", vocab_size),
@@ -163,21 +221,30 @@ def at_most(hub: dict, key: str, value: int, most: int) -> None:
 
 
 def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
-    """The token ids under a key of config.json, one or a list. Empty if there is none (some files write -1)."""
+    """The token ids under a key of config.json, one or a list. Empty if there is none (some files write -1).
+
+    An end of text outside the vocabulary, as in random test models, can never be generated: it is left out.
+    """
     value = hub.get(key)
     ids = value if isinstance(value, list) else [] if value in (None, -1) else [value]
     for i in ids:
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab_size:
+        is_integer = isinstance(i, int) and not isinstance(i, bool)
+        if not is_integer or not (0 <= i < vocab_size or key == "eos_token_id"):
             raise InputError(f"config.json: {key} is {value!r:.40}; want token ids from 0 to {vocab_size - 1}")
-    return tuple(ids)
+    return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
 def check_values(hub: dict, rope: dict, family: Family) -> None:
-    """Raise InputError for a value that is not implemented, or that is not a valid number."""
+    """Raise InputError for an unknown key, a value that is not implemented, or one that is not a valid number."""
+    allowed = ONLY | {"qkv_bias": family.qkv_bias}
+    known = READ | HARMLESS | {family.num_experts, family.expert_size, *family.keys} | allowed.keys() | ignored
+    if unknown := sorted(key for key, value in hub.items() if value is not None and key not in known):
+        given = ", ".join(f"{key} {hub[key]!r:.40}" for key in unknown)
+        advice = f"if they change nothing, pass --ignore-config-keys {','.join(unknown)}"
+        raise InputError(f"config.json: {given}: unknown in a model of type {hub['model_type']}; {advice}")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(rope, dict) or rope.keys() - known:
         raise InputError(f"config.json: rope_parameters {rope!r:.80} cannot be read, only rope_theta and rope_type")
-    allowed = ONLY | ({"qkv_bias": True} if family.qkv_bias else {})
     for key, only in allowed.items():
         value = (rope | hub).get(key)
         if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
@@ -194,11 +261,6 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
         if key in ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings") and value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
                 raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number up to 1e12")
-
-
-def unread_keys(hub: dict) -> list[str]:
-    """Keys of config.json that nothing here reads and that are not known to be harmless."""
-    return sorted(key for key, value in hub.items() if value and key not in KNOWN | ONLY.keys())
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).

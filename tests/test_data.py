@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import data
@@ -130,7 +130,11 @@ def words(tmp_path_factory):
 
 
 def config(vocab_size=300, eos_token_id=1):
-    return SimpleNamespace(vocab_size=vocab_size, eos_token_id=eos_token_id)
+    ids = () if eos_token_id is None else (eos_token_id,)
+    hub = {"eos_token_id": eos_token_id}
+    return SimpleNamespace(
+        vocab_size=vocab_size, eos_token_id=eos_token_id, eos_token_ids=ids, pad_token_id=None, hub=hub
+    )
 
 
 def characters():
@@ -150,6 +154,57 @@ def test_ids_are_those_of_transformers_for_prompt_and_target_apart_and_then_eos(
         assert (item.ids, item.prompt_length) == ([*prompt, *target, 1], len(prompt))
         # Decoding starts from the very tokens that training put before the target.
         assert data.tokenize([example.prompt], tokenizer) == [item.ids[: item.prompt_length]]
+
+
+SPELLED = [f"Strike {EOS} out", "<s>HTML</s> for old text", f"{EOS}{EOS}", "a <s>", f"<|endof{EOS}text|>"]
+
+
+def sentencepiece_like(special: bool = True) -> Tokenizer:
+    """A BPE as converted from sentencepiece: a prefix in place of a space, bytes for unknown text, <unk> <s> </s>."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzH<>/"]
+    tokenizer = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = [AddedToken(name, special=special, normalized=False) for name in pieces[:3]]
+    tokenizer.add_special_tokens(names) if special else tokenizer.add_tokens(names)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "not marked as special"])
+def test_text_that_spells_a_special_token_is_text_in_prompt_and_target_as_in_transformers(kind, words, tmp_path):
+    folder, eos = (words, 1) if kind == "byte-level" else (tmp_path, 2)
+    if kind != "byte-level":
+        sentencepiece_like(kind == "sentencepiece").save(str(folder / "tokenizer.json"))
+    about = config(vocab_size=400, eos_token_id=eos)
+    about.hub["bos_token_id"] = eos - 1
+    tokenizer = data.load_tokenizer(folder, about)
+    if kind == "byte-level":
+        tokenizer.decoder = decoders.ByteLevel()
+    hf = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), split_special_tokens=True)
+    examples = [Example(str(i), text, text[::-1] + text, {}) for i, text in enumerate(SPELLED)]
+    for example, item in zip(examples, data.encode(examples, tokenizer, eos), strict=True):
+        prompt = item.ids[: item.prompt_length]
+        assert tokenizer.decode(prompt, skip_special_tokens=False) == example.prompt
+        assert item.ids.index(eos) == len(item.ids) - 1 and (0 if kind == "byte-level" else 1) not in item.ids
+        if kind != "not marked as special":
+            wanted = [hf(text, add_special_tokens=False)["input_ids"] for text in (example.prompt, example.target)]
+            assert item.ids == [*wanted[0], *wanted[1], eos]
+
+
+def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_quotes_it(tmp_path):
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "▁<s>/ab")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))  # its best way to write "<s>" is the piece <s>
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = data.load_tokenizer(tmp_path, config(vocab_size=20, eos_token_id=2))
+    assert len(data.tokenize(["ab a unknown"], loaded)[0]) > 3  # <unk> stands for text
+    with pytest.raises(InputError, match="makes its special token '<s>' of text: 'a <s> b'"):
+        data.tokenize(["ab", "a <s> b"], loaded)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +230,14 @@ def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_wit
     assert ("1 of 1 examples are longer than 10 tokens" in capsys.readouterr().err) == cut
 
 
+def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_shorter_ones_are_not():
+    example = Example("0", "abcdefgh", "ijklm", {})  # 14 tokens with the EOS
+    for positions, max_length in ((14, 512), (13, 13), (None, 512)):
+        data.encode([example], characters(), 26, max_length, positions)
+    with pytest.raises(InputError, match="--max-length 512: an example has 14 tokens, the model was made for 13 pos"):
+        data.encode([example], characters(), 26, 512, 13)
+
+
 def test_an_example_with_an_empty_target_cannot_be_encoded():
     with pytest.raises(InputError, match="example 7 has an empty target"):
         data.encode([Example("0", "a", "b", {}), Example("7", "a", " ", {})], characters(), eos_id=26)
@@ -190,9 +253,18 @@ def test_a_tokenizer_that_is_missing_broken_or_of_another_model_is_a_wrong_input
     data.load_tokenizer(words, config(vocab_size=size))
     with pytest.raises(InputError, match=f"ids go up to {size - 1}.*vocab_size {size - 1}"):
         data.load_tokenizer(words, config(vocab_size=size - 1))
+
+
+def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_model_does_not(words):
+    size = Tokenizer.from_file(str(words / "tokenizer.json")).get_vocab_size()
     for eos in (None, size):
-        with pytest.raises(InputError, match=f"eos_token_id {eos}"):
-            data.load_tokenizer(words, config(vocab_size=size + 5, eos_token_id=eos))
+        without = config(vocab_size=size + 5, eos_token_id=eos)
+        tokenizer = data.load_tokenizer(words, without)
+        [item] = data.encode([Example("0", "a", "b", {})], tokenizer, None)
+        assert len(item.ids) == 2 and item.prompt_length == 1
+        with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training ends"):
+            data.end_token(tokenizer, without)
+    assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == (1, EOS)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
