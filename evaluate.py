@@ -34,6 +34,7 @@ from command.files import write_json, write_jsonl
 from data import Example
 from generate import Decoding, complete
 from hub import rows
+from hub.config import IGNORE_HELP, ignore_keys
 from run import source
 from run.processes import ALONE, Processes, start_processes
 from scoring import code, gsm8k, refusals, sandbox
@@ -82,6 +83,7 @@ class Settings:
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, above=True))
     workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
     @property
     def benchmark(self) -> str:
@@ -426,6 +428,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
     settings = read_settings(argv)
+    ignore_keys(settings.ignore_config_keys)
     if settings.completions:  # nothing to share out
         return evaluate(settings, ALONE) if cli.is_main_process() else None
     processes = start_processes("gloo", timedelta(days=1))  # they exchange text only, and end far apart

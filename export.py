@@ -32,7 +32,8 @@ from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
 from hellora import SHARED, TARGETS, Adapter
-from hub.checkpoint import SHARD_BYTES, Stored, read_rows, resolve, stored, write_checkpoint
+from hub.checkpoint import SHARD_BYTES, Stored, copy_beside, read_rows, resolve, stored, write_checkpoint
+from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, hub_key
 from lora import KINDS, init_A
@@ -41,11 +42,6 @@ from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
 from run.adapters import adapted_matrices, hub_shapes
 from run.source import check_base, run_config
-
-BESIDE = (  # what a checkpoint folder holds beside its weights
-    "generation_config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
-    "added_tokens.json vocab.json merges.txt tokenizer.model chat_template.jinja"
-).split()
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,7 @@ class Settings:
     compact: bool = flag(False, "peft: without the cold experts; not for transformers 5 or vLLM")
     examples: int | None = flag(None, "merged: examples to compare on (default: 4)", type=cli.number(int, 1))
     train_data: str | None = flag(None, "merged: a local copy of the training file, which the examples are from")
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
 
 # ------------------------------------------------------------------------------------- an adapter, matrix by matrix
@@ -165,9 +162,7 @@ def write_merged(
         hub = {key: value for key, value in hub.items() if key != "dtype"}
         hub["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_checkpoint(out, sizes, merged, hub, shard_bytes)
-    for name in BESIDE:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)
+    copy_beside(base, out)
 
 
 @torch.no_grad()
@@ -300,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse_flags(argv)
     if not cli.is_main_process():
         return
+    ignore_keys(settings.ignore_config_keys)
     run, folder, out = run_config(settings.run), Path(settings.run) / "adapter", Path(settings.out).resolve()
     if run is None:
         raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
@@ -325,7 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_folder(out) as part:
             write_merged(part, adapter, factors, base, dtype=dtype)
             check_merged(part, folder, base, items)
-    say(f"wrote {settings.out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes with everything")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    say(f"wrote {settings.out}: {size:,} bytes with everything")
 
 
 if __name__ == "__main__":

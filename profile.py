@@ -46,7 +46,7 @@ from command import cli
 from command.cli import InputError, RunError, flag
 from command.files import writable, write_text
 from hub.checkpoint import resolve
-from hub.config import PRESETS
+from hub.config import IGNORE_HELP, PRESETS, ignore_keys
 from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
@@ -282,6 +282,7 @@ class Settings:
     shard: str | None = flag(
         None, "base sharded or replicated (default: replicated if it fits)", choices=("full", "none")
     )
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
     out: str = flag(help="where to write profile.json", metavar="FILE")
     plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
 
@@ -320,13 +321,16 @@ def count(argv: list[str]) -> RoutingProfile:
     """The command without a name: count, write profile.json, print the table."""
     about = "Count which experts of each layer a task uses. (Also: profile.py compare A B, profile.py advise FILE.)"
     settings = cli.parse(Settings, argv, prog=PROGRAM, description=about)
+    ignore_keys(settings.ignore_config_keys)
     folder = resolve(settings.model)
     config = read_config(folder)
     num_hot = num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(settings.task, "train", settings.train_data)
     examples = data.sample(examples, settings.sample, settings.seed)
-    items = data.encode(examples, tokenizer, config.eos_token_id, settings.max_length)
+    items = data.encode(
+        examples, tokenizer, config.eos_token_id, settings.max_length, config.hub.get("max_position_embeddings")
+    )
     paths = [writable(path) for path in (settings.out, settings.plot) if path]
 
     processes, recipe = start_processes(), RECIPES[settings.task]

@@ -12,7 +12,6 @@ What a run folder holds: run/folder.py. Dimensions: L layers with experts, E exp
 """
 
 import itertools
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -31,7 +30,8 @@ import profile
 from command import cli
 from command.cli import InputError, flag, number, say
 from command.files import atomic_folder, write_json
-from hub.checkpoint import resolve
+from hub.checkpoint import copy_beside, resolve
+from hub.config import IGNORE_HELP, ignore_keys
 from hub.weights import full_tensor
 from lori import sparsify, top_entries
 from model import MoEConfig, MoETransformer, read_config, save_model
@@ -61,6 +61,7 @@ class Settings:
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
     k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=k_flag, **CHOICE)
     experts: str | None = flag(None, "a selection policy, or a file of expert lists", type=experts_flag, **CHOICE)
@@ -186,6 +187,7 @@ class Run:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(argv)
+    ignore_keys(settings.ignore_config_keys)
     method, folder, out = METHODS[settings.method], resolve(settings.model), Path(settings.out)
     config = read_config(folder)
     settings, hot, given = read_given(settings, config)
@@ -195,8 +197,13 @@ def main(argv: list[str] | None = None) -> dict:
     counted = read_counts(settings, config) if method.experts else None
     processes = start_processes()
     examples = data.load_examples(settings.task, "train", settings.train_data)
-    items = data.encode(examples, data.load_tokenizer(folder, config), config.eos_token_id, settings.max_length)
-    say(f"{settings.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens")
+    tokenizer = data.load_tokenizer(folder, config)
+    eos_id, eos = data.end_token(tokenizer, config)
+    items = data.encode(examples, tokenizer, eos_id, settings.max_length, config.hub.get("max_position_embeddings"))
+    say(
+        f"{settings.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens; "
+        f"targets end with {eos!r} (id {eos_id})"
+    )
     if method.grows:
         drlora.growth_steps(total_steps(settings, len(items)))  # an error now, not in the middle of the run
     about = {"method": settings.method, "task": settings.task, "processes": processes.count}
@@ -346,7 +353,7 @@ def train_all_weights(run: Run) -> dict:
     with atomic_folder(out / "model") if run.processes.is_main else nullcontext(out) as part:
         save_model(model, part)
         if run.processes.is_main:
-            shutil.copy(run.folder / "tokenizer.json", part / "tokenizer.json")
+            copy_beside(run.folder, part)
     return {"trainable": trainable, "trainable_percent": 100 * trainable / total} | result | {"adapter_bytes": 0}
 
 

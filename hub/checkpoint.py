@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +25,11 @@ from hub.config import Family, read_numbers
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
-BESIDE = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", *BESIDE)  # its files on the hub
+BESIDE = (  # what a checkpoint holds besides config.json, weights and code
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json", "LICENSE*"),
+)
+CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "*.py", *BESIDE)  # its files on the hub
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -246,6 +250,36 @@ def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tu
                     left = left[got:]
                 check_finite(tensor, f"{path}: {key}")
                 yield key, tensor
+
+
+def copy_beside(base: Path, out: Path) -> None:
+    """Copy what a checkpoint holds besides config.json and weights: tokenizer, chat template, code, ..."""
+    for path in [*(path for pattern in BESIDE for path in base.glob(pattern)), *code_files(base)]:
+        if path.is_file():
+            target = out / path.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def code_files(folder: Path) -> list[Path]:
+    """The Python files that `auto_map` in the configs of a folder names, and those that they import beside them."""
+    modules, found = [], []
+    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        try:
+            classes = list(json.loads((folder / name).read_text(encoding="utf-8"))["auto_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        classes = [each for value in classes for each in (value if isinstance(value, list) else [value])]
+        # "module.Class", or "repository--module.Class" for code that may lie elsewhere
+        modules += [each.rpartition("--")[2].rpartition(".")[0] for each in classes if isinstance(each, str)]
+    while modules:
+        path = folder / f"{modules.pop()}.py"
+        if path.parent == folder and path.is_file() and path not in found:
+            found.append(path)
+            code = path.read_text(encoding="utf-8", errors="replace")
+            modules += re.findall(r"^\s*from\s+\.(\w+)\s+import", code, re.MULTILINE)
+            modules += re.findall(r"^\s*from\s+\.\s+import\s+(\w+)", code, re.MULTILINE)
+    return found
 
 
 def write_checkpoint(

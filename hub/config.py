@@ -123,17 +123,13 @@ HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, d
 ignored: set[str] = set()  # the keys of --ignore-config-keys
 
 
-def ignore_keys(keys: tuple[str, ...]) -> None:
-    """Go on although these keys of a config.json are unknown, in this process and from now on."""
-    ignored.update(keys)
+IGNORE_HELP = "unknown keys of config.json to go on without, separated by commas"
 
 
-def key_names(text: str) -> tuple[str, ...]:
-    """The value of --ignore-config-keys: names, separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def ignore_keys(keys: str | None) -> None:
+    """Go on from now on although these keys of a config.json are unknown: the value of --ignore-config-keys."""
+    ignored.update(key.strip() for key in (keys or "").split(","))
 
-
-IGNORE_HELP = "keys of config.json to go on without, separated by commas: nothing here implements them"
 
 # Far beyond any model, and small enough to refuse quickly: the names of all weights are made before a file is read.
 LARGEST, MOST_EXPERTS = 10**6, 10**5

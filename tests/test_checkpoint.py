@@ -11,7 +11,9 @@ from conftest import SIZES
 from safetensors.torch import load_file, save_file
 
 from command.cli import InputError
-from model import load_model
+from hub.checkpoint import copy_beside
+from hub.config import ignore_keys
+from model import load_model, read_config
 
 IDS = torch.tensor([[5, 3, 9, 11, 2]])
 FAMILIES = [family for family in SIZES if family != "deepseek"]  # transformers has no class for deepseek
@@ -135,3 +137,104 @@ def test_an_adapter_in_place_of_a_model_is_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="is a PEFT adapter; name its base model"):
         load_model(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ keys of config.json
+
+
+def read_with(folder: Path, tmp_path: Path, **changes):
+    """The config of a checkpoint with some keys of config.json changed."""
+    hub = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(hub))
+    return read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", [8, 0, False, "", [], {}, 1e-9], ids=repr)
+def test_an_unknown_key_of_config_json_is_an_error_whatever_its_value_unless_it_is_ignored(value, olmoe, tmp_path):
+    with pytest.raises(
+        InputError, match="other_scale .*: unknown in a model of type olmoe.*--ignore-config-keys other"
+    ):
+        read_with(olmoe.folder, tmp_path, other_scale=value)
+    assert read_with(olmoe.folder, tmp_path, other_scale=None) == read_config(olmoe.folder)  # null: not set
+
+
+def test_an_ignored_key_is_read_over_and_every_other_one_still_is_an_error(olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr("hub.config.ignored", set())
+    ignore_keys("other_scale, mup_base")
+    assert read_with(olmoe.folder, tmp_path, other_scale=8, mup_base=0) == read_config(olmoe.folder)
+    with pytest.raises(InputError, match="third 1: unknown"):
+        read_with(olmoe.folder, tmp_path, other_scale=8, third=1)
+
+
+@pytest.mark.parametrize(
+    "family, key, value, said",
+    [
+        ("olmoe", "is_causal", False, "is_causal False is not implemented, only True"),
+        ("olmoe", "logits_scaling", 8, "logits_scaling 8 is not implemented, only 1.0"),
+        ("qwen3_moe", "final_logit_softcapping", 30.0, "final_logit_softcapping 30.0"),
+        ("mixtral", "residual_multiplier", 0.22, "residual_multiplier 0.22"),
+        ("mixtral", "clip_qkv", 0.5, "clip_qkv 0.5: unknown in a model of type mixtral"),
+        ("qwen2_moe", "clip_qkv", 0.5, "clip_qkv 0.5: unknown in a model of type qwen2_moe"),
+        ("qwen2_moe", "n_shared_experts", 2, "n_shared_experts 2: unknown"),
+        ("qwen3_moe", "shared_expert_intermediate_size", 8, "shared_expert_intermediate_size 8: unknown"),
+        ("deepseek", "head_dim", 16, "head_dim 16: unknown"),
+        ("olmoe", "sliding_window", 64, "sliding_window 64: unknown"),
+        ("olmoe", "first_k_dense_replace", 1, "first_k_dense_replace 1: unknown"),
+    ],
+)
+def test_keys_that_would_change_the_model_or_that_a_family_does_not_use_are_errors(
+    family, key, value, said, make_checkpoint, tmp_path
+):
+    with pytest.raises(InputError, match=said):
+        read_with(make_checkpoint(family).folder, tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_writes_is_known(family, make_checkpoint, tmp_path):
+    hf = make_checkpoint(family).hf.config
+    full = {key: value for key, value in hf.to_dict().items() if key != "transformers_version"}
+    assert len(full) > 25
+    assert read_with(make_checkpoint(family).folder, tmp_path, **json.loads(json.dumps(full))).vocab_size
+    older = {"is_causal": True, "logits_scaling": 1, "pruned_heads": {}, "top_k": 50, "attn_implementation": "sdpa"}
+    assert read_with(make_checkpoint(family).folder, tmp_path, **older).vocab_size
+
+
+def test_an_end_of_text_outside_the_vocabulary_is_none_and_several_are_kept_in_order(olmoe, tmp_path):
+    def ids(value):
+        return read_with(olmoe.folder, tmp_path, eos_token_id=value).eos_token_ids
+
+    assert [ids(value) for value in (61, [61, 7, 3], -1, None, [5, 5000])] == [(), (7, 3), (), (), (5,)]
+    for value in ("</s>", True, [1, "x"], 1.0):
+        with pytest.raises(InputError, match="eos_token_id is"):
+            ids(value)
+
+
+# -------------------------------------------------------------------------------------- what lies beside the weights
+
+
+def test_what_a_base_has_beside_its_weights_is_copied_its_code_as_auto_map_names_it(tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    code = {
+        "modeling_own.py": "from .configuration_own import Own\nfrom . import rope_own\nimport torch\n",
+        "configuration_own.py": "from .. import outside\n",
+        "rope_own.py": "",
+        "tokenization_own.py": "from .tables import T",
+        "tables.py": "from .tokenization_own import X",
+    }
+    maps = {
+        "config.json": {"AutoConfig": "configuration_own.Own", "AutoModel": "other/repo--modeling_own.OwnModel"},
+        "tokenizer_config.json": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    beside = ["generation_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
+              "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja", "LICENSE"]  # fmt: skip
+    others = ["train_it.py", "README.md", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"]
+    (base / "additional_chat_templates").mkdir(parents=True)
+    out.mkdir()
+    for name, text in {**code, **dict.fromkeys(beside, "x"), **dict.fromkeys(others, "y")}.items():
+        (base / name).write_text(text)
+    for name, auto_map in maps.items():
+        (base / name).write_text(json.dumps({"auto_map": auto_map}))
+    copy_beside(base, out)
+    copied = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    assert copied.keys() == {*beside, *code, "tokenizer_config.json"}
+    assert all(path.read_bytes() == (base / name).read_bytes() for name, path in copied.items())
