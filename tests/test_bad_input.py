@@ -40,6 +40,7 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("data.TINY_TRAIN", 60)  # rows that are made and encoded for every case
+    monkeypatch.setattr("hub.config.ignored", set())
 
 
 @pytest.fixture(scope="session")
@@ -180,6 +181,8 @@ FILES = {
     "pickle.json": text(A_PICKLE),
     "alpaca.json": text(f"[{ALPACA}]"),
     "gsm8k.jsonl": text(f"{GSM8K}\n" * 3),
+    "gold.jsonl": text(f"{GSM8K}\n{GSM8K.replace('#### 1', '#### 1/2')}\n"),
+    "rows.parquet": text(b"PAR1\x15\x04\x15\x80"),
     "short.csv": text("prompt,type\nx,y\nx\n"),
     # models
     "no-config": folder_of(tokenizer__json="{}"),
@@ -207,6 +210,13 @@ FILES = {
     "config-layer-types": model(layer_types=[["full_attention"]]),
     "config-positions": model(max_position_embeddings="long"),
     "config-other": model(intermediate_size=64),
+    "config-causal": model(is_causal=False),
+    "config-scaling": model(logits_scaling=8),
+    "config-unknown": model(other_scale=0, mup=False),
+    "config-end-outside": model(eos_token_id=5000),
+    "config-no-end": model(eos_token_id=...),
+    "config-short": model(max_position_embeddings=12),
+    "weights-nan": model(weights=lambda content: content[:-2] + b"\xc0\x7f"),  # bfloat16
     "weights-cut": model(weights=lambda content: content[: len(content) // 2]),
     "weights-short": model(weights=lambda content: content[:5]),
     "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
@@ -420,6 +430,14 @@ train --model config-rope-kinds                      | rope_parameters | full_at
 train --model config-layer-types                     | layer_types
 train --model config-positions                       | max_position_embeddings is 'long'
 train --model config-other                           | shape | config.json wants
+train --model config-causal                          | is_causal False is not implemented
+train --model config-scaling                         | logits_scaling 8 is not implemented
+train --model config-unknown                         | mup False, other_scale 0 | --ignore-config-keys mup,other_scale
+train --model config-unknown --ignore-config-keys mup | other_scale 0
+train --model config-end-outside                     | eos_token_id is 5000 | training ends each target
+train --model config-no-end                          | eos_token_id is None | training ends each target
+train --model config-short                           | --max-length 512 | made for 12 positions
+train --model weights-nan                            | model.safetensors | holds NaN or infinity
 train --model weights-cut                            | model.safetensors | download it again
 train --model weights-short                          | model.safetensors | download it again
 train --model weights-header                         | model.safetensors
@@ -441,7 +459,9 @@ train --task gsm8k --train-data utf16.jsonl          | line 1 | UTF-8
 train --task gsm8k --train-data cut.jsonl.gz         | cut.jsonl.gz
 train --task gsm8k --train-data deep.json            | deep.json
 train --task gsm8k --train-data half.jsonl           | line 1
-train --task gsm8k --train-data pickle.json          | pickle.json
+train --task gsm8k --train-data pickle.json          | pickle.json | pickle, which is never opened
+train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
+train --task gsm8k --train-data rows.parquet         | rows.parquet: a parquet file | to_json
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
 train --task saferpaca                               | saferpaca_Instructions_2000.json | --train-data
 train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
@@ -530,6 +550,8 @@ export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new
 export run --to merged --out new --model nowhere/at-all | nowhere/at-all
 export run --to merged --out new --model config-other   | shape
+export run --to merged --out new --model weights-nan    | NaN
+export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
 export run --to merged --out new --dtype int8        | 'int8' | bfloat16
 export run --to merged --out new --examples 0        | '0'
@@ -550,6 +572,9 @@ profile --out p.json --shard some                    | 'some' | full
 profile --out p.json --task chess                    | 'chess'
 profile --out p.json --model weights-nan             | model.safetensors | holds NaN
 profile --out p.json --model weights-cut             | model.safetensors
+profile --out p.json --model weights-nan             | model.safetensors | holds NaN or infinity
+profile --out p.json --model config-unknown          | mup False
+profile --out p.json --model config-short            | --max-length 512
 profile --out p.json --task gsm8k --train-data columns.jsonl | 'question'
 profile compare profile.json                         | FILE
 profile compare profile.json absent.json             | absent.json
@@ -727,7 +752,17 @@ def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
     for kind in ("merged", "peft"):
         export.main([run, "--to", kind, "--out", str(place / f"{kind} å")])
     assert evaluate.main([str(place / "merged å"), "--task", "gsm8k", "--eval-data", data, *some])["num_total"] == 2
-    assert all(name.startswith("mes") or name == "./runs" for name in os.listdir() if name != "runs")
+    assert all(name.startswith("mes") for name in os.listdir() if name not in ("runs", "cache"))
+
+
+def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_measured_and_run():
+    model(eos_token_id=5000, other_scale=0)(Path("model"), None)
+    flags = ["--ignore-config-keys", "other_scale"]
+    sample = ["--model", "model", "--sample", "0.05", "--out", "p.json"]
+    counted = profile.main([*flags, *sample])
+    assert counted.num_tokens > 0
+    some = ["--limit", "1", "--max-new-tokens", "2", "--out", "score"]
+    assert evaluate.main(["model", "--task", "tiny-math", *flags, *some])["num_total"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------- downloads
