@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tiny/*.md")])
+    for path in sorted(
+        [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tiny/*.md"), *ROOT.glob("results/**/*.md")]
+    )
 }
 
 
@@ -142,6 +145,16 @@ def test_the_scores_in_the_readme_agree_with_their_counts():
     for accuracy, correct, total, low, high in found:
         exact = rate(int(correct), int(total))
         assert [f"{exact[key]:.3f}" for key in ("rate", "low", "high")] == [accuracy, low, high]
+
+
+def test_the_published_accuracies_are_those_of_the_file():
+    found = json.loads((ROOT / "results/published/moe-sieve-accuracy.json").read_text())["results"]["olmoe-gsm8k"]
+    rows = re.findall(r"^\| (\w+) (\d+|hottest|random).* \| ([\d.]+) ± ([\d.]+) \|", PAGES["docs/choices.md"], re.M)
+    assert len(rows) == 6
+    for number, kind, mean, deviation in rows:
+        name = "full_lora" if number == "all" else f"{'hotk' if kind == 'hottest' else 'randk'}{number}"
+        scores = [100 * score for score in found[name].values()]
+        assert (f"{statistics.mean(scores):.1f}", f"{statistics.stdev(scores):.1f}") == (mean, deviation), name
 
 
 def test_the_table_of_planned_memory_is_what_bench_plans(capsys):
