@@ -38,7 +38,7 @@ def items(vocab_size: int) -> list[data.Encoded]:
 
 
 def attach(model, kind: str) -> None:
-    hellora.attach(model, hot_experts(model.config), R, ALPHA, kind=kind, seed=3)
+    hellora.attach(model, hot_experts(model.config), R, ALPHA, kind=kind, targets="shared", seed=3)
 
 
 def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
