@@ -27,7 +27,7 @@ from tqdm import tqdm
 import hellora
 from benchmarks.flops import adapter_flops, peft_flops
 from benchmarks.measure import allocated_peak, nbytes, saved_bytes, seconds
-from benchmarks.subjects import METHODS, PEERS, Subject, make_ours, make_peer, our_model
+from benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
 from benchmarks.workload import SHAPE, make_batches
 from command import cli
 from command.cli import InputError, flag, say
@@ -36,7 +36,7 @@ from data import Batch
 from model import MoETransformer
 from profile import profile_routing
 
-NAMES = ("floor", *METHODS, "fft", *PEERS)
+NAMES = ("floor", *OURS, "fft", *PEERS)
 SWEEPS = {  # --sweep -> the values tried
     "k": (1, 2, 4, 8, 16, 32, 64),
     "experts": (16, 32, 64, 128),
@@ -45,6 +45,7 @@ SWEEPS = {  # --sweep -> the values tried
     "rank": (1, 2, 4, 8, 16, 32, 64),
 }
 SWEPT = ("floor", "hellora", "lora")
+POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
 
@@ -192,16 +193,12 @@ def show(rows: list[dict]) -> None:
 class Settings:
     """The flags of `bench.py step`."""
 
-    batch: list[int] | None = flag(
-        None, "sequences per step (default: 8 32; with --sweep 8)", type=cli.number(int, 1), nargs="+"
-    )
-    k: int = flag(8, "hot experts per layer", type=cli.number(int, 1))
-    rank: int = flag(8, "LoRA rank r; alpha is 2 r", type=cli.number(int, 1))
+    batch: list[int] | None = flag(None, "sequences per step (default: 8 32; for a sweep 8)", type=POSITIVE, nargs="+")
+    k: int = flag(8, "hot experts per layer", type=POSITIVE)
+    rank: int = flag(8, "LoRA rank r; alpha is 2 r", type=POSITIVE)
     names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=NAMES)
-    repeats: int = flag(5, "times each row is timed, in turn", type=cli.number(int, 1))
-    sweep: str | None = flag(
-        None, f"{', '.join(SWEPT)} for several values of this, one batch size", choices=list(SWEEPS)
-    )
+    repeats: int = flag(5, "times each row is timed, in turn", type=POSITIVE)
+    sweep: str | None = flag(None, f"measure {', '.join(SWEPT)} for several values of this", choices=list(SWEEPS))
     json: str | None = flag(None, "write the rows", metavar="FILE")
     plot: str | None = flag(None, "draw the rows", type=cli.picture, metavar="FILE")
 

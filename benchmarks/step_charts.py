@@ -21,11 +21,8 @@ def bars(rows: list[dict], path: Path) -> None:
         speed.set(title=f"batch {batch}: samples per second", xlim=(0, 1.3 * max(r["samples_per_s"] for r in shown)))
         drawn = memory.barh(names, [row["peak_bytes"] / 1e6 for row in shown], color=colors)
         memory.bar_label(drawn, fmt="%.0f", padding=3, fontsize=8)
-        memory.set(
-            title=f"batch {batch}: peak memory, MB",
-            yticks=[],
-            xlim=(0, 1.2 * max(r["peak_bytes"] for r in shown) / 1e6),
-        )
+        memory.set(title=f"batch {batch}: peak memory, MB", yticks=[])
+        memory.set(xlim=(0, 1.2 * max(r["peak_bytes"] for r in shown) / 1e6))
     figure.savefig(path)
 
 

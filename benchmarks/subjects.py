@@ -14,13 +14,9 @@ from data import Batch
 from hub.weights import init_weights
 from lori import sparsify
 from model import MoEConfig, MoETransformer
+from run.methods import METHODS
 
-METHODS = {  # name -> which experts, kind of pair
-    "hellora": ("hot", "lora"),
-    "hellori-s": ("hot", "lori"),
-    "lora": ("all", "lora"),
-    "dora": ("all", "dora"),
-}
+OURS = ("hellora", "hellori-s", "lora", "dora")  # rows of METHODS
 PEERS = {  # name -> modules and parameters that peft adapts
     "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
     "peft-attention": ("q_proj k_proj v_proj o_proj", ""),
@@ -60,15 +56,16 @@ def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETrans
 
 
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
-    """Our model as one of METHODS, "floor" or "fft".  hot [L, E] bool: the experts that the hot methods adapt"""
+    """Our model under a method, or as "floor".  hot [L, E] bool: the experts that hot methods adapt"""
     if name == "floor":
         model.requires_grad_(False)
         # The backward pass then runs down to the input of the first layer, as if something below it trained.
         model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
     elif name != "fft":
-        experts, kind = METHODS[name]
-        hellora.attach(model, hot if experts == "hot" else torch.ones_like(hot), rank, 2.0 * rank, kind=kind)
-        if kind == "lori":  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
+        method = METHODS[name]
+        hot = hot if method.experts == "hot" else torch.ones_like(hot)
+        hellora.attach(model, hot, rank, 2.0 * rank, kind=method.kind)
+        if method.sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
             generator = torch.Generator().manual_seed(0)
             Bs = {key.removesuffix(".lora_B"): B for key, B in model.named_parameters() if key.endswith("lora_B")}
             kept = {key: torch.rand(B.numel(), generator=generator) < 0.1 for key, B in Bs.items()}

@@ -222,7 +222,6 @@ FILES = {
     "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
     "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
     "weights-pickle": model(weights=lambda content: A_PICKLE),
-    "weights-nan": model(weights=lambda content: content[:-4] + b"\xff\x7f\xff\x7f"),  # of float32 and of bfloat16
     "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
     "tokenizer-big": model(vocab_size=1000),
     "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
@@ -443,7 +442,6 @@ train --model weights-short                          | model.safetensors | downl
 train --model weights-header                         | model.safetensors
 train --model weights-length                         | model.safetensors | download it again
 train --model weights-pickle                         | model.safetensors | download it again
-train --model weights-nan                            | model.safetensors | holds NaN
 train --model weights-none                           | tokenizer.json
 train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
@@ -570,7 +568,6 @@ profile --out p.json --batch 0                       | '0'
 profile --out p.json --max-length 1                  | '1' | at least 8
 profile --out p.json --shard some                    | 'some' | full
 profile --out p.json --task chess                    | 'chess'
-profile --out p.json --model weights-nan             | model.safetensors | holds NaN
 profile --out p.json --model weights-cut             | model.safetensors
 profile --out p.json --model weights-nan             | model.safetensors | holds NaN or infinity
 profile --out p.json --model config-unknown          | mup False
