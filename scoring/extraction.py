@@ -209,18 +209,25 @@ def extract(prompt: str, entry_point: str, text: str) -> str:
     found = read(prompt, entry_point, text, False)
     if not found:
         code = blocks(text) or text
-        prose, blank, rest = code.partition("\n\n ")
-        repairs = [  # of indentation that a tokenizer or a chat has changed
-            code.removeprefix(" "),
-            code.lstrip(),
-            textwrap.dedent(code),
-            BODY + code.lstrip(),
-            textwrap.indent(textwrap.dedent(code), BODY),
-            "" if re.search(rf"^(?:{DEFINITION.pattern})", prose, re.MULTILINE) else blank.lstrip("\n") + rest,
-        ]
-        readings = [read(prompt, entry_point, part, cut) for part in (code, *repairs) for cut in (False, True)]
-        found = max(filter(None, readings), key=lambda reading: len(reading.program), default=None)
+        parts = [code, *repaired(code)]
+        readings = (read(prompt, entry_point, part, cut) for cut in (False, True) for part in parts)
+        found = next(filter(None, readings), None)
     return found.program if found else prompt + text
+
+
+def repaired(code: str) -> list[str]:
+    """The code with other indentation, since a tokenizer or a chat may have changed it: the most likely first."""
+    lines = [line for line in code.split("\n") if line.strip()]
+    first_alone = len(lines) == 1 or (len(lines) > 1 and lines[1][0] in " \t")
+    prose, blank, rest = code.partition("\n\n ")
+    return [
+        code.removeprefix(" "),
+        code.lstrip(),
+        textwrap.dedent(code),
+        BODY + code.lstrip() if first_alone else "",
+        textwrap.indent(textwrap.dedent(code), BODY),
+        "" if re.search(rf"^[ \t]*(?:{DEFINITION.pattern})", prose, re.MULTILINE) else blank.lstrip("\n") + rest,
+    ]
 
 
 def finished(prompt: str, entry_point: str, text: str) -> bool:
