@@ -20,7 +20,7 @@ from typing import NamedTuple
 FENCE = re.compile(r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
 CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")  # belongs to the statement above it
 DEFINITION = re.compile(r"(?:async\s+def|def|class)\b|@")
-BODY = " " * 4
+SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<eos>|<file_sep>|<end_of_turn>")  # tokens that other tools leave in a text
 
 
 class Found(NamedTuple):
@@ -206,26 +206,30 @@ def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
 
 def extract(prompt: str, entry_point: str, text: str) -> str:
     """The program that a completion means; prompt and text as they are if no function is found in it."""
+    text, given = text.replace("\r\n", "\n"), text
     found = read(prompt, entry_point, text, False)
     if not found:
         code = blocks(text) or text
-        parts = [code, *repaired(code)]
+        parts = [code, *repaired(code, prompt)]
         readings = (read(prompt, entry_point, part, cut) for cut in (False, True) for part in parts)
         found = next(filter(None, readings), None)
-    return found.program if found else prompt + text
+    return found.program if found else prompt + given
 
 
-def repaired(code: str) -> list[str]:
+def repaired(code: str, prompt: str) -> list[str]:
     """The code with other indentation, since a tokenizer or a chat may have changed it: the most likely first."""
+    last = prompt.rstrip().rpartition("\n")[2]
+    indent = last[: len(last) - len(last.lstrip())] or "    "  # of the function's body
     lines = [line for line in code.split("\n") if line.strip()]
     first_alone = len(lines) == 1 or (len(lines) > 1 and lines[1][0] in " \t")
     prose, blank, rest = code.partition("\n\n ")
     return [
+        SPECIAL.split(code)[0],
         code.removeprefix(" "),
         code.lstrip(),
         textwrap.dedent(code),
-        BODY + code.lstrip() if first_alone else "",
-        textwrap.indent(textwrap.dedent(code), BODY),
+        indent + code.lstrip() if first_alone else "",
+        textwrap.indent(textwrap.dedent(code), indent),
         "" if re.search(rf"^[ \t]*(?:{DEFINITION.pattern})", prose, re.MULTILINE) else blank.lstrip("\n") + rest,
     ]
 

@@ -186,6 +186,8 @@ RIGHT = {  # what is right about a completion -> the completion; each sums
     "first line stripped": "t = 0\n    for x in xs:\n        t += x\n    return t\n",
     "no indentation": "t = 0\nfor x in xs:\n    t += x\nreturn t",
     "no indentation, prose behind": "t = 0\nfor x in xs:\n    t += x\nreturn t\n\nThis adds them up.",
+    "lines end as on Windows": f"Sure:\n\n{FULL}".replace("\n", "\r\n"),
+    "special token behind": "    t = sum(xs)\n    return t<|endoftext|>\n<|endoftext|>def x",
     "tabs": "\treturn sum(xs)\n",
     "comment at the start of a line": "    t = 0\n# add up\n    for x in xs: t += x\n    return t\n",
     "text with lines at the start": "    text = '''\na\nb'''\n    return sum(xs)\n",
@@ -285,6 +287,11 @@ def test_imports_and_helpers_of_the_prompt_are_there_for_a_function_written_anew
         'import math\n\ndef half(x):\n    return math.floor(x / 2)\n\n\n@staticmethod\ndef total(xs):\n    """Sum."""\n'
     )
     assert sums(extract(prompt, "total", "def total(xs):\n    return half(2 * sum(xs))\n"))
+
+
+def test_the_body_is_indented_as_the_prompt_is():
+    assert sums(extract("def total(xs):\n  'Sum.'\n", "total", "t = 0\nfor x in xs:\n  t += x\nreturn t"))
+    assert sums(extract("def total(xs):", "total", " return sum(xs)"))
 
 
 def test_text_without_the_function_runs_as_it_is_so_that_the_error_is_shown():
