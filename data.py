@@ -301,10 +301,12 @@ def encode(
             # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
             target = target[: max_length - len(prompt)]
         items.append(Encoded(prompt + target, len(prompt)))
-    longest = max((len(item.ids) for item in items), default=0)
-    if positions and longest > positions:
-        made_for = f"the model was made for {positions} positions (max_position_embeddings)"
-        raise InputError(f"--max-length {max_length}: an example has {longest} tokens, {made_for}; give at most that")
+    if positions and max_length > positions:
+        longest = max(len(item.ids) for item in items)
+        said = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
+        if longest > positions:
+            raise InputError(f"{said}, and an example has {longest} tokens; give at most {positions}")
+        note(f"{said}; the longest example has {longest} tokens")
     if cut:
         note(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
     return items

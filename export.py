@@ -32,7 +32,7 @@ from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
 from hellora import SHARED, TARGETS, Adapter
-from hub.checkpoint import SHARD_BYTES, Stored, copy_beside, read_rows, resolve, stored, write_checkpoint
+from hub.checkpoint import SHARD_BYTES, Stored, copy_beside, read_slices, resolve, stored, write_checkpoint
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, hub_key
@@ -126,7 +126,7 @@ def weights_of(folder: Path) -> dict[str, Stored]:
 
 def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Weights by key, one at a time, in the order of their files."""
-    return read_rows(weights, dict.fromkeys(weights, slice(None)))
+    return read_slices(weights, dict.fromkeys(weights, slice(None)))
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
     if key != "lm_head.weight" or embedding is None:
         return False
     pair = {"head": weight, "embedding": embedding}
-    tensors = dict(read_rows(pair, dict.fromkeys(pair, slice(None))))
+    tensors = dict(read_slices(pair, dict.fromkeys(pair, slice(None))))
     if not torch.equal(tensors["head"], tensors["embedding"]):
         tied = "config.json ties it to them (tie_word_embeddings)"
         raise InputError(f"{weight.file}: {key} differs from the embeddings, but {tied}; set that to false to use it")
@@ -227,7 +227,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
         raise InputError(f"{name} holds NaN or infinity; the file is damaged, or the training that made it diverged")
 
 
-def read_rows(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
+def read_slices(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
     """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold.
 
     A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. Raises

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from command.cli import is_main_process
-from hub.checkpoint import Stored, read_rows, write_checkpoint
+from hub.checkpoint import Stored, read_slices, write_checkpoint
 from hub.config import Family
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert, as we name them
@@ -104,7 +104,7 @@ def read_weights(
             key = hub_key(matrix, family)
             destinations[key] = view
             rows[key] = slice(None) if is_stack else slice(first, first + len(held))
-    for key, tensor in read_rows(weights, rows):
+    for key, tensor in read_slices(weights, rows):
         destinations[key].copy_(tensor)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from command.cli import InputError, RunError, is_main_process, say
 from command.files import atomic_folder, remove_folder, seal, sha256
-from hub.checkpoint import SHARD_BYTES, read_rows, stored, write_shards
+from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
 from hub.weights import full_tensor, local_rows
 from run.processes import Processes
 
@@ -158,7 +158,7 @@ def load_tensors(folder: Path, trained: dict[str, Tensor], optimizer: torch.opti
     places = {name: local_rows(tensor) for name, tensor in state.items()}
     weights = stored(folder, {name: tuple(tensor.shape) for name, tensor in state.items()})
     rows = {name: slice(first, first + len(held)) for name, (held, first) in places.items()}
-    for name, tensor in read_rows(weights, rows):
+    for name, tensor in read_slices(weights, rows):
         places[name][0].copy_(tensor)
 
 

@@ -216,7 +216,6 @@ FILES = {
     "config-end-outside": model(eos_token_id=5000),
     "config-no-end": model(eos_token_id=...),
     "config-short": model(max_position_embeddings=12),
-    "weights-nan": model(weights=lambda content: content[:-2] + b"\xc0\x7f"),  # bfloat16
     "weights-cut": model(weights=lambda content: content[: len(content) // 2]),
     "weights-short": model(weights=lambda content: content[:5]),
     "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
@@ -436,7 +435,6 @@ train --model config-unknown --ignore-config-keys mup | other_scale 0
 train --model config-end-outside                     | eos_token_id is 5000 | training ends each target
 train --model config-no-end                          | eos_token_id is None | training ends each target
 train --model config-short                           | --max-length 512 | made for 12 positions
-train --model weights-nan                            | model.safetensors | holds NaN or infinity
 train --model weights-cut                            | model.safetensors | download it again
 train --model weights-short                          | model.safetensors | download it again
 train --model weights-header                         | model.safetensors
@@ -569,7 +567,6 @@ profile --out p.json --max-length 1                  | '1' | at least 8
 profile --out p.json --shard some                    | 'some' | full
 profile --out p.json --task chess                    | 'chess'
 profile --out p.json --model weights-cut             | model.safetensors
-profile --out p.json --model weights-nan             | model.safetensors | holds NaN or infinity
 profile --out p.json --model config-unknown          | mup False
 profile --out p.json --model config-short            | --max-length 512
 profile --out p.json --task gsm8k --train-data columns.jsonl | 'question'

@@ -230,12 +230,17 @@ def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_wit
     assert ("1 of 1 examples are longer than 10 tokens" in capsys.readouterr().err) == cut
 
 
-def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_shorter_ones_are_not():
+def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_a_longer_limit_is_said(capsys):
     example = Example("0", "abcdefgh", "ijklm", {})  # 14 tokens with the EOS
     for positions, max_length in ((14, 512), (13, 13), (None, 512)):
         data.encode([example], characters(), 26, max_length, positions)
-    with pytest.raises(InputError, match="--max-length 512: an example has 14 tokens, the model was made for 13 pos"):
+    said = "--max-length 512: the model was made for 13 positions .*, and an example has 14 tokens; give at most 13"
+    with pytest.raises(InputError, match=said):
         data.encode([example], characters(), 26, 512, 13)
+    assert (
+        capsys.readouterr().err.count("made for 14 positions (max_position_embeddings); the longest example has 14")
+        == 1
+    )
 
 
 def test_an_example_with_an_empty_target_cannot_be_encoded():

@@ -362,8 +362,14 @@ def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
 
 @pytest.fixture
 def base(olmoe, tmp_path) -> Path:
-    """A checkpoint with a tokenizer, which the check of the merged weights needs."""
-    return with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base"))
+    """A checkpoint with a tokenizer, which the check of the merged weights needs, and with code of its own."""
+    folder = with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base"))
+    hub = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
+    (folder / "configuration_own.py").write_text("from transformers import OlmoeConfig as Own\n")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
 
 
 @pytest.fixture

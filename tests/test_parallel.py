@@ -46,7 +46,7 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
     dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=WORLD)
     found = {}
     for family, folder in folders.items():
-        read, real = [], hub.weights.read_rows
+        read, real = [], hub.weights.read_slices
 
         def counting(weights, rows, real=real, read=read):
             for key, tensor in real(weights, rows):
@@ -55,10 +55,10 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
 
         for kind in ("lora", "dora", "lori"):
             read.clear()
-            hub.weights.read_rows = counting
+            hub.weights.read_slices = counting
             options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
             model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
-            hub.weights.read_rows = real
+            hub.weights.read_slices = real
             step = global_step(model, items(model.config.vocab_size), 2, Processes(rank, WORLD, torch.device("cpu")))
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)

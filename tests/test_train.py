@@ -1,6 +1,7 @@
 """The training loop: the same run on one process and on two, what a run folder holds, and wrong input."""
 
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -203,8 +204,15 @@ def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):
     assert values[-1] < values[0] and min(values) > 1.0  # 1 is perfect balance of every layer
 
 
-def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint(tmp_path):
-    result = train.main(["--method", "fft", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run")])
+def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint_with_all_that_the_base_had(tmp_path, capsys):
+    base = shutil.copytree(TINY, tmp_path / "base", ignore=lambda *_: ["make.py", "README.md"])
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    flags = ["--method", "fft", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run"), "--model", str(base)]
+    result = train.main(flags)
+    assert "targets end with '<|endoftext|>' (id 0)" in capsys.readouterr().out
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "run/model" / name).read_bytes() == (base / name).read_bytes()
     before, after = load_model(TINY), load_model(tmp_path / "run/model")
     assert result["trainable_percent"] == 100
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
