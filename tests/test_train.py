@@ -1,8 +1,8 @@
 """The training loop: the same run on one process and on two, what a run folder holds, and wrong input."""
 
 import json
-import shutil
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
