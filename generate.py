@@ -88,6 +88,9 @@ def complete(
     if longest > positions:
         note(f"prompts and answers have up to {longest} tokens, but the model was made for {positions}")
 
+    if not model.config.eos_token_ids:
+        note(f"the model names no eos_token_id: completions end after {decoding.max_new_tokens} tokens")
+
     def text(index: int, ids: list[int]) -> str:
         # decode(ids) alone loses the space that a text starts with in some tokenizers.
         before = encoded[index][-8:]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import write_json, write_text
-from hub.config import Family, read_numbers
+from hub.config import Family, read_numbers, token_ids
 
 TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
 INDEX = "model.safetensors.index.json"
@@ -56,25 +56,34 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         ) from None
 
 
-def read_config_json(folder: Path) -> dict:
-    """config.json of a checkpoint folder. Raises InputError if it is not a JSON object."""
-    file = folder / "config.json"
+def read_config_json(folder: Path, name: str = "config.json") -> dict:
+    """config.json of a checkpoint folder, or another file that holds a JSON object. Raises InputError otherwise."""
+    file = folder / name
     try:
         hub = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(hub, dict):
-        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a config.json of the hub?")
+        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a {name} of the hub?")
     return hub
 
 
 def read_config_numbers(folder: Path) -> dict:
-    """The fields of model.MoEConfig from the config.json of a folder. Raises InputError that names the folder."""
-    hub = read_config_json(folder)
+    """The fields of model.MoEConfig from the config.json of a folder. Raises InputError that names the folder.
+
+    generation_config.json may name more tokens that end a text, under the same key.
+    """
+    place = f"{folder}/"  # the messages begin with "config.json:"
+    hub, more = read_config_json(folder), {}
+    if (folder / "generation_config.json").is_file():
+        more = read_config_json(folder, "generation_config.json")
     try:
-        return read_numbers(hub)
-    except InputError as error:  # which begins with "config.json:"
-        raise InputError(f"{folder}/{error}") from None
+        numbers = read_numbers(hub)
+        place += "generation_"
+        ends = numbers["eos_token_ids"] + token_ids(more, "eos_token_id", numbers["vocab_size"])
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
+    return numbers | {"eos_token_ids": tuple(dict.fromkeys(ends))}
 
 
 @dataclass(frozen=True)

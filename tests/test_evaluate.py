@@ -307,6 +307,41 @@ def test_a_checkpoint_is_asked_and_its_greedy_text_is_that_of_transformers(
         assert tokenizer.decode(found.tolist()) == item["prompt"] + item["completion"]
 
 
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
+    checkpoint, make_checkpoint, gsm8k, tmp_path, capsys, place
+):
+    run(*generating(checkpoint, gsm8k, tmp_path / "free", "--max-new-tokens", 12))
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    hf = make_checkpoint("olmoe", vocab_size=264).hf
+    prompts = [item["prompt"] for item in read_lines(tmp_path / "free" / "items.jsonl")]
+    inputs = [torch.tensor([tokenizer.encode(prompt).ids]) for prompt in prompts]
+    free = [hf.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1)[0, ids.shape[1] :] for ids in inputs]
+    ends = [0, int(free[0][3]), int(free[1][5])]
+    shutil.copytree(checkpoint, tmp_path / "model")
+    file = tmp_path / "model" / place
+    about = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(about | {"eos_token_id": ends if place == "config.json" else ends[1:]}))
+    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out", "--max-new-tokens", 12))
+    for ids, item in zip(inputs, read_lines(tmp_path / "out" / "items.jsonl"), strict=True):
+        theirs = hf.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=1)[0].tolist()
+        wanted = tokenizer.decode([token for token in theirs if token not in ends[1:]])
+        assert wanted == item["prompt"] + item["completion"]
+    assert min(len(item["completion"]) for item in read_lines(tmp_path / "out" / "items.jsonl")) <= 5
+
+
+def test_a_model_that_names_no_eos_token_is_said_to_run_on(checkpoint, gsm8k, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    about = json.loads((checkpoint / "config.json").read_text())
+    del about["eos_token_id"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"eos_token_id": None}))
+    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
+    assert "names no eos_token_id: completions end after 6 tokens" in capsys.readouterr().err
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(InputError, match="/generation_config.json: eos_token_id is .*want token ids from 0 to 263"):
+        run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
+
+
 def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another_question_begins(
     checkpoint, make_checkpoint, gsm8k, tmp_path, monkeypatch
 ):
