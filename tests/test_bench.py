@@ -69,7 +69,7 @@ def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_
     assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
 
 
-def test_a_ratio_is_that_of_the_speeds_over_all_batches_whatever_the_machine_does_between_turns():
+def test_a_ratio_is_that_of_the_speeds_over_all_batches_even_if_the_machine_slows_down_between_turns():
     seconds, others = np.array([1.0, 4.0]), np.array([3.0, 8.0])  # of two batches: 11 s to 5 s
     pace = np.array([[1.0], [2.0], [0.7]])  # of the machine in three turns
     assert step.times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)

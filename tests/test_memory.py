@@ -180,7 +180,7 @@ def hellora_of_the_paper(model: MoETransformer) -> None:
     hellora.attach(model, (torch.arange(64) < 8).expand(16, -1), 32, 64.0)
 
 
-def test_hellora_on_olmoe_sends_a_fifth_of_a_gigabyte_a_step_where_fsdp_sends_twenty_eight():
+def test_hellora_on_olmoe_sends_0_19_gigabytes_per_step_where_fsdp_sends_28():
     config = MoEConfig.from_dict(PRESETS["olmoe-1b-7b"])
     options = {"dtype": torch.bfloat16, "num_processes": 2, "tokens": 99}
     sent = {}

@@ -56,7 +56,7 @@ def rows(*, published: bool = True) -> list:
 
 
 @pytest.mark.parametrize("row", rows())
-def test_trainable_parameters_of_the_tables_to_the_last_one(row):
+def test_trainable_parameters_of_the_tables_are_exact(row):
     assert counted(*row[1:5]).trainable == TRAINABLE[row[1:5]]
 
 
@@ -114,7 +114,7 @@ def test_the_abstracts_15_74_percent_is_a_ratio_of_percentages_the_parameters_ar
     assert ours.trainable / lora.trainable == pytest.approx(0.1516, abs=5e-5)
 
 
-def test_without_the_router_the_percentages_of_table_7_would_be_others():
+def test_without_the_router_the_percentages_of_table_7_would_differ():
     """Why the router is among the adapted modules: with base and attention alone, no row would be as printed."""
     base = TOTAL["olmoe-1b-7b"]
     for k, paper in ((2, 0.27), (4, 0.41), (8, 0.68), (16, 1.21)):

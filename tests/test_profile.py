@@ -20,7 +20,7 @@ from model import MoETransformer, load_model, read_config
 from routing import statistics
 from run.processes import Processes
 
-LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 is no multiple of 2 batches or 2 processes
+LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 sequences do not divide evenly by 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05)  # a rate at which routing has changed by the second step
 
 
@@ -76,7 +76,7 @@ def test_every_layer_routes_every_real_token_to_k_experts(checkpoint):
     assert counted.counts.sum(-1).tolist() == [sum(LENGTHS) * model.config.num_experts_per_tok] * len(model.layers)
 
 
-def test_padding_is_never_counted_whatever_stands_there(olmoe):
+def test_padding_is_never_counted_whatever_its_token_id(olmoe):
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
     alone = profile.profile_routing(model, make_batches(items, 1))
@@ -203,7 +203,7 @@ def count_in_process(index: int, count: int, folder, out) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_get_the_totals_of_one_sharded_or_not(olmoe, tmp_path):
+def test_two_processes_get_the_totals_of_one_process_sharded_or_not(olmoe, tmp_path):
     torch.multiprocessing.spawn(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2)
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
@@ -231,7 +231,7 @@ def write(folder, text: str):
     return path
 
 
-def test_a_saved_profile_loads_equal_and_holds_the_documented_keys(olmoe, tmp_path):
+def test_a_saved_profile_loads_as_it_was_and_holds_the_documented_keys(olmoe, tmp_path):
     model = load_model(olmoe.folder)
     counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
     path = tmp_path / "new folder" / "profile.json"
@@ -339,7 +339,7 @@ def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path,
 
 @pytest.fixture
 def two_profiles(tmp_path) -> list[str]:
-    """A good profile and one whose layer 1 is used otherwise."""
+    """A good profile and one whose layer 1 uses other experts."""
     paths = [tmp_path / name for name in ("a.json", "b.json")]
     for path, second in zip(paths, ([0, 5, 5], [5, 5, 0]), strict=True):
         path.write_text(json.dumps(GOOD | {"counts": [[5, 1, 4], second]}))

@@ -81,7 +81,7 @@ def test_overlap_table_names_what_only_one_of_two_sets_has():
 
 
 @pytest.mark.parametrize("layers", [1, 4, 32])
-def test_overlap_is_drawn_with_a_bar_a_layer(tmp_path, layers):
+def test_overlap_is_drawn_with_one_bar_per_layer(tmp_path, layers):
     hot_a = torch.arange(8).expand(layers, 8) < 3
     pictures.draw_overlap(hot_a, hot_a.roll(1, dims=1), "a and b", tmp_path / "overlap.png")
     picture = matplotlib.image.imread(tmp_path / "overlap.png")
@@ -91,7 +91,7 @@ def test_overlap_is_drawn_with_a_bar_a_layer(tmp_path, layers):
 # ------------------------------------------------------------------------------------------- how many experts
 
 
-@pytest.mark.parametrize("targets", ["all", "gate", "pure"])
+@pytest.mark.parametrize("targets", ["shared", "all", "gate", "pure"])
 @pytest.mark.parametrize("family", ["olmoe", "deepseek"])  # the latter's first layer has no experts
 def test_parameters_and_flops_of_every_k_are_those_of_a_model_with_these_adapters(family, targets, make_checkpoint):
     """FLOPs: a multiplication and an addition for every entry of A and of B and every row that passes them."""
