@@ -15,7 +15,6 @@ Dimensions: r rank, T tokens, V vocabulary.
 """
 
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,8 +33,8 @@ from command.files import atomic_folder
 from hellora import SHARED, TARGETS, Adapter
 from hub.checkpoint import SHARD_BYTES, Stored, copy_beside, read_slices, resolve, stored, write_checkpoint
 from hub.config import IGNORE_HELP, ignore_keys
-from hub.peft import UNDER_5, Factors, PeftAdapter, Shapes, peft_bytes, write_peft
-from hub.weights import PROJECTIONS, hub_key
+from hub.peft import Factors, PeftAdapter, Shapes, peft_bytes, write_peft
+from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
 from lora import KINDS, init_A
 from lori import Scatter
 from model import MoEConfig, MoETransformer, load_model, read_config
@@ -120,7 +119,7 @@ def weights_of(folder: Path) -> dict[str, Stored]:
     """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit config.json."""
     config = read_config(folder)
     with torch.device("meta"):
-        views = MoETransformer(config).hub_views()
+        views = hub_views(MoETransformer(config))
     return stored(folder, {key: tuple(view.shape) for key, view in views.items()}, config.family)
 
 
@@ -149,7 +148,9 @@ def write_merged(
     """Write the checkpoint `base` with an adapter, given by matrix, folded in. dtype: by default as in `base`."""
     config, weights = read_config(base), weights_of(base)
     adapted = {f"{hub_key(matrix, config.family)}.weight": pair for matrix, pair in factors.items()}
-    sizes = {key: math.prod(weight.shape) * (dtype or weight.dtype).itemsize for key, weight in weights.items()}
+    family, E = config.family, config.num_experts
+    empty = ((key, torch.empty(w.shape, dtype=dtype or w.dtype, device="meta")) for key, w in weights.items())
+    sizes = {key: tensor.nbytes for key, tensor in as_stored(empty, family, E)}
     total = sum(sizes.values())
     say(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change")
     check_space(out, total)
@@ -161,7 +162,7 @@ def write_merged(
     if dtype:  # transformers 5 writes torch_dtype as `dtype`
         hub = {key: value for key, value in hub.items() if key != "dtype"}
         hub["torch_dtype"] = str(dtype).removeprefix("torch.")
-    write_checkpoint(out, sizes, merged, hub, shard_bytes)
+    write_checkpoint(out, sizes, as_stored(merged, family, E), hub, shard_bytes)
     copy_beside(base, out)
 
 
@@ -187,7 +188,7 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
     adapters.load_adapter(model, folder)
     expected = logits(model, items)
     hellora.merge(model)
-    views, wrong = model.hub_views(), []
+    views, wrong = hub_views(model), []
     for key, W in all_rows(weights_of(merged)):
         want = views[key].to(W.dtype).float()
         if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # NaN is wrong too
@@ -223,6 +224,8 @@ def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
     """
     if adapter.kind == "dora":
         raise InputError("PEFT has no DoRA on the stacked experts of transformers 5; use --to merged")
+    if config.family.peft is None:
+        raise InputError(f"PEFT has no names for the stacked experts of {config.model_type}; use --to merged")
     every = replace(adapter, hot=[list(range(config.num_experts))] * len(adapter.hot))
     shown = adapted_matrices(adapter if compact else every, config)
     matrices = [matrix for group in shown.values() for matrix in group]
@@ -252,7 +255,7 @@ def write_adapter(
     small = peft_bytes(adapter.r, peft_shapes(adapter, config, compact=True), dtype)
     what = "hot experts alone" if compact else f"zeros for cold experts included (--compact: {small:,})"
     say(f"adapter for PEFT: {size:,} bytes, {what}")
-    if config.model_type not in UNDER_5:
+    if config.family.peft != "5":
         say(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
     check_space(out, size)
     pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}

@@ -46,6 +46,7 @@ class MoEConfig:
     num_experts: int  # E
     num_experts_per_tok: int  # K
     norm_topk_prob: bool  # the K routing weights of a token are divided by their sum
+    topk_before_softmax: bool  # softmax over the K largest router logits alone
     rope_theta: float
     rms_norm_eps: float
     num_dense_layers: int = 0  # first layers, which have one MLP for all tokens (first_k_dense_replace)
@@ -56,6 +57,10 @@ class MoEConfig:
     qkv_bias: bool = False
     clip_qkv: float | None = None  # OLMoE: clamp q, k and v to [-clip, clip]
     sliding_window: int | None = None  # Mixtral derivatives: positions a query sees, itself included
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0  # of what attention and MoE add
+    attention_multiplier: float | None = None  # of q k^T; None: 1 / sqrt(Dh)
+    logits_scaling: float = 1.0  # logits are divided by it
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()  # decoding stops at any of them; the first is trained
     pad_token_id: int | None = None
@@ -101,10 +106,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, causal if there is no mask.  q [B, Hq, S, Dh], k, v [B, Hk, M, Dh] -> as q"""
     gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
 
 
 class KVCache:
@@ -168,35 +173,35 @@ class Attention(nn.Module):
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
-        D, Dh = config.hidden_size, config.head_dim
+        D, Dh, self.config = config.hidden_size, config.head_dim, config
         q_size, kv_size = config.num_attention_heads * Dh, config.num_key_value_heads * Dh
         self.q_proj = nn.Linear(D, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, kv_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(D, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(q_size, D, bias=False)
-        self.qk_norm, self.clip, self.head_dim = config.qk_norm, config.clip_qkv, Dh
-        if self.qk_norm:
-            self.q_norm = RMSNorm(Dh if self.qk_norm == "head" else q_size, config.rms_norm_eps)
-            self.k_norm = RMSNorm(Dh if self.qk_norm == "head" else kv_size, config.rms_norm_eps)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(Dh if config.qk_norm == "head" else q_size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(Dh if config.qk_norm == "head" else kv_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> Tensor:
         """[T, D] -> [T, D]"""
+        qk_norm, clip, scale = self.config.qk_norm, self.config.clip_qkv, self.config.attention_multiplier
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [T, Hq * Dh], [T, Hk * Dh] twice
-        if self.qk_norm == "projection":
+        if qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.clip is not None:
-            q, k, v = (t.clamp(-self.clip, self.clip) for t in (q, k, v))
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [T, H, Dh]
-        if self.qk_norm == "head":
+        if clip is not None:
+            q, k, v = (t.clamp(-clip, clip) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (q, k, v))  # [T, H, Dh]
+        if qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
         # A GPU attends to the padded batch at once. On a CPU padding takes as long as tokens do.
         if layout.mask is None and cache is None and len(layout.lengths) and not ops.one_kernel(x.device):
-            return self.o_proj(ops.attend_by_sequence(q, k, v, layout.lengths))
+            return self.o_proj(ops.attend_by_sequence(q, k, v, layout.lengths, scale))
         q = layout.pad(q)  # [B, Hq, S, Dh]
         k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
         # Right padding comes after every real token, so plain causal attention never sees it.
-        return self.o_proj(layout.unpad(attend(q, k, v, layout.mask)))
+        return self.o_proj(layout.unpad(attend(q, k, v, layout.mask, scale)))
 
 
 # ------------------------------------------------------------------------------------------- mixture of experts
@@ -210,13 +215,16 @@ class Routing(NamedTuple):
     logits: Tensor  # [..., T, E]
 
 
-def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool) -> tuple[Tensor, Routing]:
+def route(router_logits: Tensor, config: MoEConfig) -> tuple[Tensor, Routing]:
     """Softmax, then top-k.  router_logits [T, E] -> selected_experts [T, K], Routing"""
     probs = router_logits.softmax(-1, dtype=torch.float32)  # bfloat16 probabilities would merge near-ties
-    routing_weights, selected_experts = probs.topk(top_k, dim=-1)
-    if norm_topk_prob:
-        routing_weights = routing_weights / routing_weights.sum(-1, keepdim=True)
-    return selected_experts, Routing(routing_weights, probs, router_logits)
+    scores = router_logits if config.topk_before_softmax else probs
+    weights, selected_experts = scores.topk(config.num_experts_per_tok, dim=-1)
+    if config.topk_before_softmax:
+        weights = weights.softmax(-1, dtype=torch.float32)
+    elif config.norm_topk_prob:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return selected_experts, Routing(weights, probs, router_logits)
 
 
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
@@ -281,12 +289,12 @@ class SparseMoE(nn.Module):
         self.experts = Experts(config)
         self.shared_expert = MLP(D, size) if size else None
         self.shared_expert_gate = nn.Linear(D, 1, bias=False) if config.shared_expert_gate else None
-        self.top_k, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.config = config
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """x [T, D] -> y [T, D], selected_experts [T, K], Routing"""
-        T, E, K = len(x), len(self.experts.rows), self.top_k
-        selected_experts, routing = route(self.gate(x), K, self.norm_topk_prob)  # [T, K]
+        T, E, K = len(x), len(self.experts.rows), self.config.num_experts_per_tok
+        selected_experts, routing = route(self.gate(x), self.config)  # [T, K]
         row = self.experts.rows[selected_experts].flatten()  # [R] where the chosen expert is stored
         row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
         offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
@@ -311,6 +319,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.multiplier = config.residual_multiplier
         self.mlp = SparseMoE(config) if layer in config.moe_layers else MLP(D, config.dense_intermediate_size)
 
     def forward(self, *inputs) -> tuple:
@@ -320,10 +329,10 @@ class DecoderLayer(nn.Module):
 
     def compute(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple:
         """x [T, D] -> x [T, D], and for an MoE layer selected_experts [T, K] and Routing"""
-        x = x + self.self_attn(self.input_layernorm(x), layout, layer, cache)  # [T, D]
+        x = x.add(self.self_attn(self.input_layernorm(x), layout, layer, cache), alpha=self.multiplier)  # [T, D]
         h = self.post_attention_layernorm(x)
         y, *routed = (self.mlp(h),) if isinstance(self.mlp, MLP) else self.mlp(h)
-        return x + y, *routed
+        return x.add(y, alpha=self.multiplier), *routed
 
 
 def target_loss(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
@@ -367,7 +376,7 @@ class MoETransformer(nn.Module):
         B, S = input_ids.shape
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
         layout = lay_out(self.config, self.embed_tokens.weight, S, lengths, cache)
-        x = self.embed_tokens(input_ids.flatten()[layout.index])  # [T, D]
+        x = self.embed_tokens(input_ids.flatten()[layout.index]) * self.config.embedding_multiplier  # [T, D]
         routed = []  # selected_experts and Routing of each MoE layer
         for i, layer in enumerate(self.layers):
             x, *of_layer = layer(x, layout, i, cache)
@@ -386,25 +395,17 @@ class MoETransformer(nn.Module):
         if labels is not None:
             labels = labels.flatten()[layout.index]  # [T]
             wanted = (labels != -100).nonzero().flatten()  # [N]
-            return ops.target_loss(self.norm(x[wanted]), self.lm_head.weight, labels[wanted])
+            return ops.target_loss(self.scaled_norm(x[wanted]), self.lm_head.weight, labels[wanted])
         if last_only:
             last = layout.lengths.cumsum(0) - 1  # the sequences' real tokens lie one after the other
-            return self.lm_head(self.norm(x[last.to(x.device)]))  # [B, V]
-        logits = self.lm_head(self.norm(x))  # [T, V]
+            return self.lm_head(self.scaled_norm(x[last.to(x.device)]))  # [B, V]
+        logits = self.lm_head(self.scaled_norm(x))  # [T, V]
         padded = logits.new_zeros(len(layout.lengths) * layout.S, logits.shape[-1])
         return padded.index_copy(0, layout.index, logits).view(-1, layout.S, logits.shape[-1])
 
-    def base_parameters(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters, without adapters. A tied lm_head is listed once, as the hub stores it."""
-        return {name: parameter for name, parameter in self.named_parameters() if "lora_" not in name}
-
-    def expert_ids(self) -> dict[str, list[int]]:
-        """Which expert each row of each stack holds, by the path of the stack's module."""
-        return {f"layers.{i}.mlp.experts": self.layers[i].mlp.experts.expert_ids for i in self.config.moe_layers}
-
-    def hub_views(self) -> dict[str, Tensor]:
-        """The hub's keys, each with the view of our parameters that holds its weight."""
-        return weights.hub_views(self.base_parameters(), self.expert_ids(), self.config.family)
+    def scaled_norm(self, x: Tensor) -> Tensor:
+        """The input of the LM head. logits_scaling divides it here, where it is small."""
+        return self.norm(x) / self.config.logits_scaling
 
 
 # ----------------------------------------------------------------------------------------------- weights in and out
@@ -430,11 +431,11 @@ def load_model(
     config = read_config(folder)
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
-    files = stored(folder, {key: tuple(view.shape) for key, view in model.hub_views().items()}, config.family)
+    files = stored(folder, {key: tuple(view.shape) for key, view in weights.hub_views(model).items()}, config.family)
     if prepare is not None:
         prepare(model)
     weights.materialize(model, device)
-    weights.read_weights(model.base_parameters(), model.expert_ids(), config.family, files)
+    weights.read_weights(model, files)
     return model.eval()
 
 
@@ -446,5 +447,4 @@ def save_model(
     hub = {key: value for key, value in model.config.hub.items() if key != "dtype"}  # the newer name of torch_dtype
     hub["torch_dtype"] = str(dtype).removeprefix("torch.")
     hub["rope_theta"] = model.config.rope_theta  # transformers 4 and vLLM do not read rope_parameters
-    options = {"hub": hub, "dtype": dtype, "shard_bytes": shard_bytes}
-    weights.write_weights(Path(path), model.base_parameters(), model.expert_ids(), model.config.family, **options)
+    weights.write_weights(Path(path), model, hub=hub, dtype=dtype, shard_bytes=shard_bytes)

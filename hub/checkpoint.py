@@ -152,19 +152,21 @@ def headers(file: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def in_hub_layout(key: str, weight: Stored, family: Family) -> dict[str, Stored]:
-    """A weight with the name and layout of transformers 5 in memory -> the parts of it that the hub's keys name.
+    """A weight of a file -> the parts of it that `hub.weights.hub_key` names: the matrices of a stack of experts.
 
-    There the block is called `mlp` in every family, and the experts of a layer are stacked: `experts.gate_up_proj`
-    [E, 2F, D] and `experts.down_proj` [E, D, F].
+    A family may stack its experts, and transformers 5 does in memory, where it also calls every block `mlp`:
+    `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj` [E, D, F].
     """
     key = key.replace(".mlp.", f".{family.moe}.")
-    match = re.fullmatch(r"(.+\.experts)\.(gate_up_proj|down_proj)(?:\.weight)?", key)
-    if not match or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
+    pairs = [("experts.gate_up_proj", "experts.down_proj"), *([family.stacks] if family.stacks else [])]
+    block, _, name = key.removesuffix(".weight").partition(f".{family.moe}.")
+    stack = next((pair.index(name) for pair in pairs if name in pair), None)
+    if stack is None or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
         return {key: weight}
-    leaves = family.projections[:2] if match[2] == "gate_up_proj" else family.projections[2:]
+    leaves = family.projections[2:] if stack else family.projections[:2]
     shape = (weight.shape[1] // len(leaves), weight.shape[2])
     size = math.prod(shape) * weight.dtype.itemsize
-    names = [f"{match[1]}.{e}.{leaf}.weight" for e in range(weight.shape[0]) for leaf in leaves]
+    names = [f"{block}.{family.moe}.experts.{e}.{leaf}.weight" for e in range(weight.shape[0]) for leaf in leaves]
     return {name: replace(weight, offset=weight.offset + i * size, shape=shape) for i, name in enumerate(names)}
 
 

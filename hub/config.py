@@ -14,60 +14,72 @@ from command.cli import InputError
 class Family:
     """What a `model_type` fixes without saying so in config.json: key names, router rule, norms, biases, defaults."""
 
-    num_experts: str  # config key of E
+    num_experts: tuple[str, ...]  # config keys of E; the first that is there counts
     expert_size: str = "moe_intermediate_size"  # config key of F
-    moe: str = "mlp"  # name of the MoE block in the files: model.layers.{i}.{moe}.gate.weight
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of an expert, in the files
-    shared_expert: str | None = None  # name in the files of the MLP that every token passes besides its K experts
-    shared_expert_gate: bool = False  # sigmoid(w . x) scales the output of that MLP
+    num_dense_layers: str | None = None  # config key: first layers with one MLP of intermediate_size for all tokens
+    num_shared: str | None = None  # config key: shared experts, stored as one MLP as wide as so many experts
+    shared_size: str | None = None  # config key: size of one shared expert
+    shared_expert_gate: bool = False  # sigmoid(w . x) scales the shared expert's output
+    moe: str = "mlp"  # name of the MoE block in the files: model.layers.{i}.{moe}.{router}.weight
+    router: str = "gate"
+    shared_expert: str = "shared_expert"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # {moe}.experts.{e}.{projection}.weight
+    stacks: tuple[str, str] | None = None  # or {moe}.{stack}.weight: [E, 2F, D], gate's rows first, and [E, D, F]
+    peft: str | None = "5"  # newest transformers under which PEFT 0.21 loads our files; None: it has no names for them
     always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: only if norm_topk_prob says so
+    topk_before_softmax: bool = False  # softmax over the K largest logits
     qk_norm: str | None = None  # RMSNorm of q and k over the whole "projection", or over each "head"
     qkv_bias: bool = False
+    clip_qkv: bool = False  # config.json may limit q, k and v
     sliding_window: bool = False  # config.json may limit how far back a query sees
+    multipliers: bool = False  # config.json scales embeddings, residual branches, attention scores and logits
     rope_theta: float = 1e4  # if config.json has none
     rms_norm_eps: float = 1e-6  # if config.json has none
-    keys: tuple[str, ...] = ()  # further keys that are read, or that its own code does not use as we restrict it
+    harmless: tuple[str, ...] = ()  # config keys that change nothing in this family
 
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 SLIDING = ("sliding_window", "max_window_layers")  # not used while use_sliding_window is false
 FAMILIES = {
     "olmoe": Family(
-        "num_experts",
-        "intermediate_size",
+        num_experts=("num_experts", "num_local_experts"),
+        expert_size="intermediate_size",
         qk_norm="projection",
+        clip_qkv=True,
         rms_norm_eps=1e-5,
-        keys=("head_dim", "num_local_experts", "norm_topk_prob", "clip_qkv"),
+        harmless=("head_dim",),
     ),
     "mixtral": Family(
-        "num_local_experts",
-        "intermediate_size",
+        num_experts=("num_local_experts",),
+        expert_size="intermediate_size",
         moe="block_sparse_moe",
         projections=("w1", "w3", "w2"),
         always_norm_topk_prob=True,
         sliding_window=True,
         rope_theta=1e6,
         rms_norm_eps=1e-5,
-        keys=("head_dim", "sliding_window", "router_jitter_noise"),
+        harmless=("head_dim", "router_jitter_noise"),
     ),
     "deepseek": Family(
-        "n_routed_experts",
+        num_experts=("n_routed_experts",),
+        num_dense_layers="first_k_dense_replace",
+        num_shared="n_shared_experts",
         shared_expert="shared_experts",
-        keys=(
-            *("n_shared_experts", "intermediate_size", "first_k_dense_replace", "norm_topk_prob"),
-            *("aux_loss_alpha", "seq_aux", "ep_size"),
-        ),
+        peft="4",
+        harmless=("aux_loss_alpha", "seq_aux", "ep_size"),
     ),
     "qwen2_moe": Family(
-        "num_experts",
-        shared_expert="shared_expert",
+        num_experts=("num_experts",),
+        shared_size="shared_expert_intermediate_size",
         shared_expert_gate=True,
         qkv_bias=True,
-        keys=("head_dim", "intermediate_size", "norm_topk_prob", "shared_expert_intermediate_size", *SLIDING),
+        peft="4",
+        harmless=("head_dim", "intermediate_size", *SLIDING),
     ),
     "qwen3_moe": Family(
-        "num_experts",
+        num_experts=("num_experts", "num_local_experts"),  # transformers 5 writes the second
         qk_norm="head",
-        keys=("head_dim", "num_local_experts", "intermediate_size", "norm_topk_prob", *SLIDING),
+        harmless=("head_dim", "intermediate_size", *SLIDING),
     ),
 }
 
@@ -131,6 +143,7 @@ def ignore_keys(keys: str | None) -> None:
     ignored.update(key.strip() for key in (keys or "").split(","))
 
 
+NUMBERS = ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings")  # positive, if they are there
 # Far beyond any model, and small enough to refuse quickly: the names of all weights are made before a file is read.
 LARGEST, MOST_EXPERTS = 10**6, 10**5
 
@@ -154,19 +167,14 @@ def read_numbers(hub: dict) -> dict:
             f"config.json: {heads} heads, {kv_heads} key-value heads of size {head_dim}; "
             "want a whole number of heads for each key-value head, and an even size"
         )
-    # transformers 5 writes Qwen3's number of experts under Mixtral's name
-    key_of_E = next((key for key in (family.num_experts, "num_local_experts") if key in hub), family.num_experts)
-    E = integer(hub, key_of_E)
-    num_dense = integer(hub, "first_k_dense_replace", 0) if model_type == "deepseek" else 0
+    E = integer(hub, next((key for key in family.num_experts if key in hub), family.num_experts[0]))
+    num_dense = integer(hub, family.num_dense_layers, 0) if family.num_dense_layers else 0
     at_most(hub, "num_experts_per_tok", K, E)
-    at_most(hub, "first_k_dense_replace", num_dense, layers - 1)
+    at_most(hub, family.num_dense_layers, num_dense, layers - 1)
     if layers * E > MOST_EXPERTS:
         raise InputError(f"config.json: {layers} layers of {E} experts; want at most {MOST_EXPERTS:,} experts in all")
-    shared_size = 0
-    if model_type == "deepseek":  # it stores several shared experts as one wide MLP
-        shared_size = integer(hub, "n_shared_experts", 0) * expert_size
-    elif family.shared_expert:
-        shared_size = integer(hub, "shared_expert_intermediate_size", 0)
+    shared_size = integer(hub, family.num_shared, 0) * expert_size if family.num_shared else 0
+    shared_size = integer(hub, family.shared_size, 0) if family.shared_size else shared_size
     windowed = family.sliding_window and hub.get("sliding_window") is not None
     return dict(
         model_type=model_type,
@@ -188,11 +196,13 @@ def read_numbers(hub: dict) -> dict:
         shared_expert_gate=family.shared_expert_gate,
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
-        clip_qkv=hub.get("clip_qkv") if model_type == "olmoe" else None,
+        clip_qkv=hub.get("clip_qkv") if family.clip_qkv else None,
         sliding_window=integer(hub, "sliding_window") if windowed else None,
         tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
         eos_token_ids=token_ids(hub, "eos_token_id", vocab_size),
         pad_token_id=next(iter(token_ids(hub, "pad_token_id", vocab_size)), None),
+        topk_before_softmax=family.topk_before_softmax,
+        **{key: hub.get(key) or 1.0 for key in MULTIPLIERS if family.multipliers},
         hub=hub,
     )
 
@@ -230,10 +240,22 @@ def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
     return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
+def read_by(family: Family) -> set[str]:
+    """The keys of config.json that are read in this family besides READ."""
+    optional = (family.num_dense_layers, family.num_shared, family.shared_size)
+    keys = {*family.num_experts, family.expert_size, *(key for key in optional if key)}
+    keys |= {"intermediate_size"} if family.num_dense_layers else set()
+    keys |= set() if family.always_norm_topk_prob or family.topk_before_softmax else {"norm_topk_prob"}
+    keys |= {"clip_qkv"} if family.clip_qkv else set()
+    keys |= {"sliding_window"} if family.sliding_window else set()
+    return keys | ({*MULTIPLIERS} if family.multipliers else set())
+
+
 def check_values(hub: dict, rope: dict, family: Family) -> None:
     """Raise InputError for an unknown key, a value that is not implemented, or one that is not a valid number."""
-    allowed = ONLY | {"qkv_bias": family.qkv_bias}
-    known = READ | HARMLESS | {family.num_experts, family.expert_size, *family.keys} | allowed.keys() | ignored
+    allowed = {key: only for key, only in ONLY.items() if not (family.multipliers and key in MULTIPLIERS)}
+    allowed |= {"qkv_bias": family.qkv_bias}
+    known = READ | HARMLESS | read_by(family) | {*family.harmless} | allowed.keys() | ignored
     if unknown := sorted(key for key, value in hub.items() if value is not None and key not in known):
         given = ", ".join(f"{key} {hub[key]!r:.40}" for key in unknown)
         advice = f"if they change nothing, pass --ignore-config-keys {','.join(unknown)}"
@@ -254,7 +276,7 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
         if hub.get(key) not in (None, True, False):
             raise InputError(f"config.json: {key} is {hub[key]!r:.40}; want true or false")
     for key, value in (rope | hub).items():
-        if key in ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings") and value is not None:
+        if key in (*NUMBERS, *MULTIPLIERS) and value is not None:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
                 raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number up to 1e12")
 

@@ -25,8 +25,6 @@ from command.cli import InputError
 from hub.checkpoint import check_finite
 from hub.config import Family
 
-UNDER_5 = ("olmoe", "mixtral", "qwen3_moe")  # families whose files PEFT 0.21 loads under transformers 5
-
 Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; for DoRA also lora_m [out]
 Shapes = dict[str, tuple[int, ...]]  # matrix -> (out, in)
 

@@ -1,13 +1,15 @@
 """Our parameters and the hub's tensors: one map of names, and weights read and written through it.
 
-A layer's E experts are stacked parameters here, gate_up_proj [E, 2F, D] and down_proj [E, D, F]. The files hold the
-keys of the model's family, a matrix per expert and projection. `matrices` takes a stack apart, `hub_key` renames.
-Under FSDP2 a process holds some rows of every parameter, and reads no others.
+A layer's E experts are stacked parameters here, gate_up_proj [E, 2F, D] and down_proj [E, D, F]. `matrices` takes a
+stack apart, and `hub_key` gives each matrix the name that its family uses. Some families stack experts in their files
+too: hub/checkpoint.py then finds each matrix inside the stack, and `as_stored` stacks them again for writing. Under
+FSDP2 a process holds some rows of every parameter, and reads no others.
 
 Dimensions: E experts per layer, D hidden_size, F intermediate_size of an expert.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def hub_key(name: str, family: Family) -> str:
         return name
     for ours, theirs in zip(PROJECTIONS, family.projections, strict=True) if ".experts." in name else ():
         name = name.replace(f".{ours}", f".{theirs}")
+    name = re.sub(r"\.mlp\.gate(?=\.|$)", f".mlp.{family.router}", name)
     name = name.replace(".mlp.", f".{family.moe}.").replace(".shared_expert.", f".{family.shared_expert}.")
     return f"model.{name}"
 
@@ -45,10 +48,38 @@ def matrices(name: str, rows: Tensor, expert_ids: ExpertIds, first: int = 0) -> 
             yield f"{path}.{e}.{projection}.weight", part
 
 
-def hub_views(parameters: dict[str, Tensor], expert_ids: ExpertIds, family: Family) -> dict[str, Tensor]:
-    """The hub's keys, each with the view of our parameters that holds its weight."""
-    named = ((name, parameter.data) for name, parameter in parameters.items())
-    return {hub_key(key, family): view for name, data in named for key, view in matrices(name, data, expert_ids)}
+def base_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters, without adapters. A tied lm_head is listed once, as the hub stores it."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
+
+
+def expert_ids(model: nn.Module) -> ExpertIds:
+    """Which expert each row of each stack holds, by the path of the stack's module."""
+    return {name: module.expert_ids for name, module in model.named_modules() if hasattr(module, "expert_ids")}
+
+
+def hub_views(model: nn.Module) -> dict[str, Tensor]:
+    """The keys of the family's matrices, each with the view of our parameters that holds it."""
+    ids, named = expert_ids(model), ((name, parameter.data) for name, parameter in base_parameters(model).items())
+    return {hub_key(key, model.config.family): view for name, data in named for key, view in matrices(name, data, ids)}
+
+
+def as_stored(tensors: Iterable[tuple[str, Tensor]], family: Family, num_experts: int) -> Iterator[tuple[str, Tensor]]:
+    """A stream of matrices by key as the family's files hold it: a layer's experts stacked if `family.stacks`."""
+    stacks: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for key, tensor in tensors:
+        match = re.fullmatch(r"(.+)\.experts\.(\d+)\.(\w+)\.weight", key)
+        if not (match and family.stacks):
+            yield key, tensor
+            continue
+        is_down = match[3] == family.projections[2]
+        leaves = family.projections[2:] if is_down else family.projections[:2]
+        name = f"{match[1]}.{family.stacks[is_down]}.weight"
+        parts = stacks.setdefault(name, {})
+        parts[int(match[2]), match[3]] = tensor
+        if len(parts) == num_experts * len(leaves):
+            yield name, torch.stack([torch.cat([parts[e, leaf] for leaf in leaves]) for e in range(num_experts)])
+            del stacks[name], parts
 
 
 # ------------------------------------------------------------------------------------------- sharded parameters
@@ -92,46 +123,37 @@ def init_weights(model: nn.Module, std: float, seed: int = 0) -> None:
 # ---------------------------------------------------------------------------------------------- read and write
 
 
-def read_weights(
-    parameters: dict[str, Tensor], expert_ids: ExpertIds, family: Family, weights: dict[str, Stored]
-) -> None:
-    """Fill the parameters from the files, one matrix at a time; each process reads only the rows that it holds."""
-    destinations, rows = {}, {}
-    for name, parameter in parameters.items():
+def read_weights(model: nn.Module, weights: dict[str, Stored]) -> None:
+    """Fill the model from the files, one matrix at a time. Each process reads only the rows that it holds."""
+    destinations, rows, ids = {}, {}, expert_ids(model)
+    for name, parameter in base_parameters(model).items():
         held, first = local_rows(parameter)
-        is_stack = name.rpartition(".")[0] in expert_ids
-        for matrix, view in matrices(name, held, expert_ids, first):
-            key = hub_key(matrix, family)
+        is_stack = name.rpartition(".")[0] in ids
+        for matrix, view in matrices(name, held, ids, first):
+            key = hub_key(matrix, model.config.family)
             destinations[key] = view
             rows[key] = slice(None) if is_stack else slice(first, first + len(held))
     for key, tensor in read_slices(weights, rows):
         destinations[key].copy_(tensor)
 
 
-def write_weights(
-    folder: Path,
-    parameters: dict[str, Tensor],
-    expert_ids: ExpertIds,
-    family: Family,
-    *,
-    hub: dict,
-    dtype: torch.dtype,
-    shard_bytes: int,
-) -> None:
-    """Write a checkpoint under the hub's keys, with `hub` as its config.json.
+def write_weights(folder: Path, model: nn.Module, *, hub: dict, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Write a checkpoint with the keys of the model's family, and `hub` as its config.json.
 
     Every process must call it: one parameter after the other is gathered, and the main process writes.
     """
+    family, E = model.config.family, model.config.num_experts
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in parameters.items():
-            for matrix, view in matrices(name, full_tensor(parameter).detach(), expert_ids):
+        for name, parameter in base_parameters(model).items():
+            for matrix, view in matrices(name, full_tensor(parameter).detach(), expert_ids(model)):
                 yield hub_key(matrix, family), view.to("cpu", dtype, copy=True).contiguous()
 
     if not is_main_process():
         for _ in tensors():
             pass
         return
-    empty = {name: torch.empty(parameter.shape, device="meta") for name, parameter in parameters.items()}
-    sizes = {key: view.numel() * dtype.itemsize for key, view in hub_views(empty, expert_ids, family).items()}
-    write_checkpoint(folder, sizes, tensors(), hub, shard_bytes)
+    empty = ((name, torch.empty(p.shape, device="meta")) for name, p in base_parameters(model).items())
+    views = ((hub_key(matrix, family), view) for each in empty for matrix, view in matrices(*each, expert_ids(model)))
+    sizes = {key: tensor.numel() * dtype.itemsize for key, tensor in as_stored(views, family, E)}
+    write_checkpoint(folder, sizes, as_stored(tensors(), family, E), hub, shard_bytes)

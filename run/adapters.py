@@ -21,7 +21,7 @@ from command.files import seal
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
 from hub.checkpoint import check_finite
 from hub.peft import PeftAdapter, Shapes, read_peft
-from hub.weights import PROJECTIONS, full_tensor, hub_key
+from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
 from lori import Scatter, positions_of, sparsify
 from model import MoEConfig, MoETransformer
 from neighbours.ranks import pad
@@ -138,7 +138,7 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
 def hub_shapes(config: MoEConfig) -> Shapes:
     """The shape of every weight of a model, by the hub's key without `.weight`."""
     with torch.device("meta"):
-        views = MoETransformer(config).hub_views()
+        views = hub_views(MoETransformer(config))
     return {key.removesuffix(".weight"): tuple(view.shape) for key, view in views.items()}
 
 

@@ -23,7 +23,8 @@ import lori
 from command.cli import InputError, RunError
 from hub import checkpoint
 from hub.checkpoint import write_checkpoint
-from hub.peft import UNDER_5, base_of
+from hub.config import FAMILIES
+from hub.peft import base_of
 from lori import sparsify
 from model import MoETransformer, load_model, read_config
 from neighbours.ranks import trains, truncate
@@ -41,6 +42,9 @@ HOT = {
 }
 LOADABLE = [family for family in HOT if family != "deepseek"]  # transformers 5 has no class for it
 KINDS = ("lora", "dora", "lori", "lori-s", "dr-lora")
+
+
+UNDER_5 = [name for name, family in FAMILIES.items() if family.peft == "5"]  # of transformers, in PEFT 0.21
 
 
 def randomise(model: MoETransformer) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import hellora
 import lora
 from command.cli import InputError
-from hub.weights import init_weights
+from hub.weights import hub_views, init_weights
 from model import Experts, MoEConfig, MoETransformer, load_model, route
 from run import adapters
 
@@ -167,7 +167,7 @@ def plain_weight(W: torch.Tensor, pair: lora.StackedLoRA, i: int) -> torch.Tenso
 
 def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
     """Every expert on every token, one at a time, adapters merged into a copy of its weights.  [T, D] -> [T, D]"""
-    selected, (weights, *_) = route(block.gate(x), block.top_k, block.norm_topk_prob)
+    selected, (weights, *_) = route(block.gate(x), block.config)
     experts, y = block.experts, torch.zeros_like(x)
     for e in range(E):
         row = experts.expert_ids.index(e)
@@ -215,8 +215,8 @@ def test_only_adapters_train_and_they_sit_where_asked(targets, adapted, ids):
     (loss / ids.numel()).backward()
     optimizer.step()
     hellora.detach(model)
-    reference = fresh_model().hub_views()  # by the hub's key: attach has reordered the stacks
-    assert all(torch.equal(view, reference[key]) for key, view in model.hub_views().items())
+    reference = hub_views(fresh_model())  # by the hub's key: attach has reordered the stacks
+    assert all(torch.equal(view, reference[key]) for key, view in hub_views(model).items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lori"])
@@ -245,11 +245,11 @@ def test_merged_logits_equal_adapter_logits(targets, kind, ids):
 
 
 def test_merging_changes_hot_experts_and_no_cold_one(ids):
-    model, reference = fresh_model(), fresh_model().hub_views()
+    model, reference = fresh_model(), hub_views(fresh_model())
     hellora.attach(model, HOT, R, ALPHA, targets="pure")
     randomise_adapters(model)
     hellora.merge(model)
-    changed = {key for key, view in model.hub_views().items() if not torch.equal(view, reference[key])}
+    changed = {key for key, view in hub_views(model).items() if not torch.equal(view, reference[key])}
     assert changed == {
         f"model.layers.{i}.mlp.experts.{e}.{p}.weight"
         for i, e in HOT.nonzero().tolist()

@@ -185,9 +185,9 @@ def test_rotary_angles_equal_those_of_transformers_to_the_last_bit_far_from_the_
 def plain_moe(moe: SparseMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     """Every expert computes every token; the K largest probabilities of a token weigh the sum, the rest are 0."""
     probs = (x @ moe.gate.weight.T).softmax(-1)  # [T, E]
-    selected = probs.sort(descending=True, stable=True).indices[:, : moe.top_k]
+    selected = probs.sort(descending=True, stable=True).indices[:, : moe.config.num_experts_per_tok]
     weights = torch.zeros_like(probs).scatter(1, selected, probs.gather(1, selected))
-    if moe.norm_topk_prob:
+    if moe.config.norm_topk_prob:
         weights = weights / weights.sum(1, keepdim=True)
     gate_up = torch.einsum("efd,td->tef", moe.experts.gate_up_proj, x)
     gate, up = gate_up.split(gate_up.shape[-1] // 2, dim=-1)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import hellora
 import train
 from command.cli import InputError
+from hub.weights import hub_views
 from model import load_model
 from run import adapters
 from run.methods import METHODS
@@ -100,8 +101,8 @@ def test_every_method_with_every_choice_of_targets_trains_what_it_says(
 
     # And nothing else: the base is as it was.
     hellora.detach(model)
-    reference = load_model(base).hub_views()
-    assert all(torch.equal(view, reference[key]) for key, view in model.hub_views().items())
+    reference = hub_views(load_model(base))
+    assert all(torch.equal(view, reference[key]) for key, view in hub_views(model).items())
 
 
 # --------------------------------------------------------------------------------------- counts or gate mass
