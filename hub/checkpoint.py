@@ -158,6 +158,7 @@ def in_hub_layout(key: str, weight: Stored, family: Family) -> dict[str, Stored]
     `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj` [E, D, F].
     """
     key = key.replace(".mlp.", f".{family.moe}.")
+    key = key.replace(f".{family.moe}.router.weight", f".{family.moe}.{family.router}.weight")
     pairs = [("experts.gate_up_proj", "experts.down_proj"), *([family.stacks] if family.stacks else [])]
     block, _, name = key.removesuffix(".weight").partition(f".{family.moe}.")
     stack = next((pair.index(name) for pair in pairs if name in pair), None)

@@ -81,6 +81,16 @@ FAMILIES = {
         qk_norm="head",
         harmless=("head_dim", "intermediate_size", *SLIDING),
     ),
+    "granitemoe": Family(
+        num_experts=("num_local_experts",),
+        expert_size="intermediate_size",
+        moe="block_sparse_moe",
+        router="router.layer",
+        stacks=("input_linear", "output_linear"),
+        peft=None,
+        topk_before_softmax=True,
+        multipliers=True,
+    ),
 }
 
 # Keys of config.json that change what a model computes, with the only value that this forward implements.

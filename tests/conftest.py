@@ -17,6 +17,8 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import (  # noqa: E402
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -30,6 +32,8 @@ from transformers import (  # noqa: E402
 from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig  # noqa: E402
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel  # noqa: E402
 from transformers.utils import logging  # noqa: E402
+
+from hub.config import FAMILIES  # noqa: E402
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -59,13 +63,31 @@ SIZES = {
         num_attention_heads=6, num_key_value_heads=2, n_routed_experts=7, n_shared_experts=2, num_experts_per_tok=3,
         first_k_dense_replace=1, eos_token_id=0,
     ),
+    "granitemoe": dict(
+        vocab_size=73, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, num_local_experts=7, num_experts_per_tok=3, embedding_multiplier=3.0,
+        residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=2.5, eos_token_id=0, pad_token_id=1,
+    ),
 }  # fmt: skip
 CLASSES = {
+    "granitemoe": (GraniteMoeConfig, GraniteMoeForCausalLM),
     "olmoe": (OlmoeConfig, OlmoeForCausalLM),
     "mixtral": (MixtralConfig, MixtralForCausalLM),
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+LOADABLE = [family for family in FAMILIES if family in CLASSES]  # transformers 5 has a class for them
+RENAMED = {  # transformers' names of our modules in memory, where they differ
+    "deepseek": {".shared_expert.": ".shared_experts."},
+    "granitemoe": {".mlp.gate.": ".block_sparse_moe.router.", ".mlp.": ".block_sparse_moe."},
+}
+
+
+def hf_name(name: str, family: str) -> str:
+    """The name that transformers' model has for one of our parameters."""
+    for ours, theirs in RENAMED.get(family, {}).items():
+        name = name.replace(ours, theirs)
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 class DeepSeek(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES
+from conftest import LOADABLE, hf_name
 from safetensors.torch import load_file, save_file
 
 from command.cli import InputError
@@ -16,7 +16,6 @@ from hub.config import ignore_keys
 from model import load_model, read_config
 
 IDS = torch.tensor([[5, 3, 9, 11, 2]])
-FAMILIES = [family for family in SIZES if family != "deepseek"]  # transformers has no class for deepseek
 
 
 def changed(source: Path, folder: Path, change) -> Path:
@@ -33,11 +32,11 @@ def assert_logits(folder: Path, hf) -> None:
     torch.testing.assert_close(load_model(folder)(IDS)[0], hf(IDS).logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LOADABLE)
 def test_experts_stacked_as_transformers_holds_them_in_memory_give_its_logits(family, make_checkpoint, tmp_path):
     hf = make_checkpoint(family).hf
     hf.save_pretrained(tmp_path, save_original_format=False)
-    assert "model.layers.1.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+    assert hf_name("layers.1.mlp.experts.gate_up_proj", family) in load_file(tmp_path / "model.safetensors")
     assert_logits(tmp_path, hf)
 
 
@@ -189,7 +188,7 @@ def test_keys_that_would_change_the_model_or_that_a_family_does_not_use_are_erro
         read_with(make_checkpoint(family).folder, tmp_path, **{key: value})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LOADABLE)
 def test_every_key_that_transformers_writes_is_known(family, make_checkpoint, tmp_path):
     hf = make_checkpoint(family).hf.config
     full = {key: value for key, value in hf.to_dict().items() if key != "transformers_version"}

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import torch.nn as nn
-from conftest import with_tokenizer
+from conftest import LOADABLE, SIZES, with_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -26,21 +26,24 @@ from hub.checkpoint import write_checkpoint
 from hub.config import FAMILIES
 from hub.peft import base_of
 from lori import sparsify
-from model import MoETransformer, load_model, read_config
+from model import MoEConfig, MoETransformer, load_model, read_config
 from neighbours.ranks import trains, truncate
 from run import adapters
 from run.adapters import load_any_adapter, read_any_adapter
 
 R, ALPHA, SEED = 5, 7.0, 3
-# Hot experts by layer, as many as each model has layers; one layer without.
-HOT = {
-    "olmoe": [[1, 4, 6], [0], [], [2, 3, 5, 6]],
-    "mixtral": [[0, 5], [], [1, 2, 4]],
-    "qwen2_moe": [[2, 6], [0, 1, 3], []],
-    "qwen3_moe": [[8], [0, 5], [1, 2, 4]],
-    "deepseek": [[0, 2, 6], [], [5]],
-}
-LOADABLE = [family for family in HOT if family != "deepseek"]  # transformers 5 has no class for it
+
+
+def some_experts(family: str) -> list[list[int]]:
+    """Hot experts by layer, one to four of them, and one layer without."""
+    hub = {"model_type": family, **SIZES[family]}
+    config, generator = MoEConfig.from_dict(hub), torch.Generator().manual_seed(len(family))
+    hot = [torch.randperm(config.num_experts, generator=generator)[:n].sort().values.tolist() for n in (3, 0, 1, 4)]
+    return hot[: len(config.moe_layers)]
+
+
+HOT = {family: some_experts(family) for family in FAMILIES}
+PEFT = [family for family in FAMILIES if FAMILIES[family].peft]  # whose experts PEFT has names for
 KINDS = ("lora", "dora", "lori", "lori-s", "dr-lora")
 
 
@@ -169,6 +172,14 @@ def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_conf
 # ------------------------------------------------------------------------------------------------------ PEFT
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PEFT])
+def test_a_family_whose_experts_peft_cannot_name_is_refused_by_name(family, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    make_run(base, tmp_path)
+    with pytest.raises(InputError, match=f"PEFT has no names for the stacked experts of {family}; use --to merged"):
+        peft_folder(base, tmp_path, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind, targets", [("lora", "all"), ("lori", "pure"), ("lori-s", "gate"), ("dr-lora", "all")])
 @pytest.mark.parametrize("family", UNDER_5)
 def test_peft_computes_what_the_adapter_does_on_transformers_own_model(
@@ -198,7 +209,7 @@ def linear_for_every_matrix(folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    "family, targets", [*((family, "all") for family in HOT), ("qwen2_moe", "shared"), ("deepseek", "shared")]
+    "family, targets", [*((family, "all") for family in PEFT), ("qwen2_moe", "shared"), ("deepseek", "shared")]
 )
 def test_with_a_linear_per_expert_peft_makes_of_both_layouts_the_merged_weights(
     family, targets, compact, make_checkpoint, tmp_path
@@ -241,6 +252,7 @@ def test_compact_leaves_out_cold_experts_and_stops_under_transformers_5(olmoe, t
     [
         (family, layout)
         for family in LOADABLE
+        if family in PEFT
         for layout in ("all", "compact", "saved again")
         if layout[0] != "s" or family in UNDER_5
     ],
@@ -306,7 +318,7 @@ def native_peft(base: Path, out: Path, **settings) -> peft.PeftModel:
         ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": R, "up_proj": R}, "alpha_pattern": {"k": 9}}, "all"),
     ],
 )
-@pytest.mark.parametrize("family", LOADABLE)
+@pytest.mark.parametrize("family", [family for family in LOADABLE if family in PEFT])
 def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, targets, make_checkpoint, tmp_path):
     base = make_checkpoint(family).folder
     want = logits(native_peft(base, tmp_path, **settings))

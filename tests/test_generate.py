@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import LOADABLE
 
 from generate import generate, nucleus_sample, stream
 from model import load_model
@@ -17,7 +18,7 @@ def random_prompts(vocab_size: int) -> list[list[int]]:
     return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
-@pytest.fixture(scope="module", params=["olmoe", "mixtral", "mixtral with a sliding window", "qwen2_moe", "qwen3_moe"])
+@pytest.fixture(scope="module", params=[*LOADABLE, "mixtral with a sliding window"])
 def checkpoint(request, make_checkpoint):
     if request.param.endswith("window"):
         return make_checkpoint("mixtral", sliding_window=4)

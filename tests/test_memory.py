@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import SIZES
 from torch import Tensor
 
 import benchmarks.plan
@@ -18,21 +19,22 @@ from run import memory
 from run.step import load_shared
 
 S, R = 65, 8
+OTHER = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 WIDE = {  # sizes that are large beside the constants of the plan, as in real models
-    "olmoe": {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4},
     "mixtral": {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 5, "num_key_value_heads": 1},
     "deepseek": {"hidden_size": 128, "moe_intermediate_size": 96, "intermediate_size": 320, "num_attention_heads": 4},
-    "qwen2_moe": {"hidden_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 4},
+    "qwen2_moe": {**OTHER, "moe_intermediate_size": 64},
     "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 64, "num_attention_heads": 8, "head_dim": 32},
 }
-REST = {  # keys that some family reads
+REST = {  # of these keys each family has some
     "vocab_size": 211, "num_hidden_layers": 5, "num_experts": 24, "num_local_experts": 6, "n_routed_experts": 24,
     "num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 192,
 }  # fmt: skip
 
 
 def wide(family: str) -> MoEConfig:
-    return MoEConfig.from_dict({"model_type": family, **REST, **WIDE[family]})
+    rest = {key: value for key, value in REST.items() if key in SIZES[family]}
+    return MoEConfig.from_dict({"model_type": family, **SIZES[family], **rest, **WIDE.get(family, OTHER)})
 
 
 def attach(model: MoETransformer, num_hot: int = 3, kind: str = "lora", targets: str = "all") -> None:
@@ -49,7 +51,7 @@ ATTACH = {
     "moe-sieve": lambda model: attach(model, 6, targets="shared"),
     "pure": lambda model: attach(model, 6, targets="pure"),
 }
-CASES = [(family, method) for family in WIDE for method in ("hellora", "lora", "dora", "lori", "fft")]
+CASES = [(family, method) for family in SIZES for method in ("hellora", "lora", "dora", "lori", "fft")]
 CASES += [("deepseek", "moe-sieve"), ("qwen2_moe", "moe-sieve"), ("qwen3_moe", "pure")]
 
 

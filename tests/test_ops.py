@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hf_name
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -108,7 +109,7 @@ def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_th
     leaves, weights = {}, {}
     for name, module in model.named_modules():
         if isinstance(module, lora.LoRALinear):
-            weights[f"model.{name}.weight"] = written_out(module.weight, module, name)
+            weights[hf_name(f"{name}.weight", family)] = written_out(module.weight, module, name)
         elif isinstance(module, lora.LoRAExperts):
             Ws = {p: written_out(W, module.lora[p], f"{name}.lora.{p}") for p, W in module.hot_weights().items()}
             back = torch.tensor(module.expert_ids).argsort()  # attach moved the hot experts to the front
@@ -118,7 +119,7 @@ def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_th
             }
             for stack, rows in hot_rows.items():
                 full = torch.cat((rows, getattr(module, stack)[module.num_hot :].detach()))
-                weights[f"model.{name}.{stack}"] = full[back]
+                weights[hf_name(f"{name}.{stack}", family)] = full[back]
     assert weights.keys() <= dict(checkpoint.hf.named_parameters()).keys()
     mask = (torch.arange(11) < LENGTHS[:, None]).long()
     logits = functional_call(checkpoint.hf, weights, (IDS,), {"attention_mask": mask}).logits
