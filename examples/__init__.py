@@ -1,0 +1,1 @@
+"""The method in other clothes, to read beside the README."""

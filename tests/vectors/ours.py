@@ -1,0 +1,206 @@
+"""This repository's functions under the names and signatures that check.py asks a port for."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import data
+import hellora
+import lori
+import model as transformer
+from lora import KINDS, LoRAExperts
+from lora import init_A as fill_A
+from neighbours.drlora import RankGrowth
+from run.processes import Processes
+from run.step import global_step
+from scoring import gsm8k, refusals
+from scoring.statistics import pass_at_k  # noqa: F401
+
+
+def tensor(array: np.ndarray, requires_grad: bool = False) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).requires_grad_(requires_grad)
+
+
+# ------------------------------------------------------------------------------------------- the method
+
+
+def select_experts(policy, scores, num_hot, coverage, seed):
+    return hellora.select_experts(policy, tensor(scores), num_hot, coverage=coverage, seed=seed).numpy()
+
+
+def init_A(seed, name, r, fan_in):
+    A = torch.empty(r, fan_in)
+    fill_A(A, seed, name)
+    return A.numpy()
+
+
+def route(router_logits, top_k, norm_topk_prob):
+    selected_experts, routing = transformer.route(tensor(router_logits), top_k, norm_topk_prob)
+    return {"selected_experts": selected_experts.numpy(), "weights": routing.weights.numpy()}
+
+
+def kept_entries(matrices, share):
+    kept = lori.top_entries({f"{name}.lora_B": tensor(B) for name, B in matrices.items()}, share)
+    return {name: positions.numpy() for name, positions in kept.items()}
+
+
+# ------------------------------------------------------------------------------------------- adapters
+
+
+def parameters(kind: str, pair: nn.Module) -> dict[str, Tensor]:
+    """What a pair holds, by the names of the vectors."""
+    B = pair.parametrizations.lora_B.original if kind == "lori" else pair.lora_B
+    return {"A": pair.lora_A, "B": B} | ({"m": pair.lora_m} if kind == "dora" else {})
+
+
+@torch.no_grad()
+def fill(kind: str, pairs: dict[str, nn.Module], factors: dict[str, dict]) -> None:
+    """Put the factors of the vectors into the pairs of the same names."""
+    if kind == "lori":
+        lori.sparsify(nn.ModuleDict(pairs), {name: tensor(one["positions"]) for name, one in factors.items()})
+    for name, pair in pairs.items():
+        for part, parameter in parameters(kind, pair).items():
+            parameter.copy_(tensor(factors[name][part]).view_as(parameter))
+        pair.lora_A.requires_grad_(kind != "lori")
+
+
+def results(kind: str, pairs: dict[str, nn.Module], factors: dict[str, dict], y: Tensor, x: Tensor, grad_y) -> dict:
+    """y, and the gradients of x and of all factors."""
+    y.backward(tensor(grad_y))
+    gradients = {
+        name: {
+            part: parameter.grad.view(factors[name][part].shape).numpy()
+            for part, parameter in parameters(kind, pair).items()
+            if parameter.requires_grad
+        }
+        for name, pair in pairs.items()
+    }
+    return {"y": y.detach().numpy(), "x": x.grad.numpy(), "factors": gradients}
+
+
+def linear(kind, x, W, bias, factors, alpha, grad_y):
+    base = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None)
+    base.weight.data = tensor(W)
+    if bias is not None:
+        base.bias.data = tensor(bias)
+    base.requires_grad_(False)
+    pairs = {"only": KINDS[kind][0](base, len(factors["A"]), alpha).double()}
+    fill(kind, pairs, {"only": factors})
+    x = tensor(x, True)
+    found = results(kind, pairs, {"only": factors}, pairs["only"](x), x, grad_y)
+    return found | {"factors": found["factors"]["only"]}
+
+
+def config(E: int, F: int, D: int, top_k: int = 1, norm_topk_prob: bool = False) -> transformer.MoEConfig:
+    """One OLMoE layer."""
+    sizes = {"num_experts": E, "intermediate_size": F, "hidden_size": D, "num_experts_per_tok": top_k, "head_dim": 2}
+    rest = {"vocab_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "norm_topk_prob": norm_topk_prob}
+    return transformer.MoEConfig.from_dict({"model_type": "olmoe", **sizes, **rest})
+
+
+def fill_experts(experts: transformer.Experts, W: dict[str, np.ndarray]) -> None:
+    """Put stacks [E, F, D], [E, F, D] and [E, D, F] into experts that stand in their order."""
+    experts.gate_up_proj.data = torch.cat((tensor(W["gate_proj"]), tensor(W["up_proj"])), dim=1)
+    experts.down_proj.data = tensor(W["down_proj"])
+    experts.requires_grad_(False)
+
+
+def expert(kind, x, W, factors, alpha, grad_y):
+    F, D = W["gate_proj"].shape
+    base = transformer.Experts(config(1, F, D))
+    fill_experts(base, {name: stack[None] for name, stack in W.items()})
+    experts = LoRAExperts(base, 1, KINDS[kind][1], len(factors["gate_proj"]["A"]), alpha).double()
+    pairs = dict(experts.lora.items())
+    fill(kind, pairs, factors)
+    T, x = len(x), tensor(x, True)
+    y = experts(x, torch.arange(T), torch.ones(T, 1, dtype=x.dtype), torch.tensor([T], dtype=torch.int32))
+    return results(kind, pairs, factors, y, x, grad_y)
+
+
+def moe_layer(x, router, W, hot, factors, alpha, top_k, norm_topk_prob, grad_y):
+    E, F, D = W["gate_proj"].shape
+    model = transformer.MoETransformer(config(E, F, D, top_k, norm_topk_prob))
+    layer = model.layers[0].mlp
+    layer.gate.weight.data = tensor(router)
+    fill_experts(layer.experts, W)
+    chosen = torch.zeros(1, E, dtype=torch.bool)
+    chosen[0, tensor(hot)] = True
+    hellora.attach(model, chosen, len(factors["router"]["A"]), alpha, targets="gate")
+    layer.double()
+    pairs = dict(layer.experts.lora.items()) | {"router": layer.gate}
+    fill("lora", pairs, factors)
+    x = tensor(x, True)
+    y, selected_experts, _ = layer(x)
+    return results("lora", pairs, factors, y, x, grad_y) | {"selected_experts": selected_experts.numpy()}
+
+
+# ------------------------------------------------------------------------------------------- DR-LoRA
+
+
+def rank_growth(ranks, r_max: int, B: list[Tensor]) -> RankGrowth:
+    """The state of one layer with the ranks given, in a run of two steps, of which both grow."""
+    pairs = {str(i): SimpleNamespace(lora_B=stack) for i, stack in enumerate(B)}
+    layers = [SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace(lora=pairs)))]
+    growth = RankGrowth(SimpleNamespace(layers=layers, config=SimpleNamespace(moe_layers=range(1))), r_max // 2, 2)
+    growth.history = [(0, tensor(ranks)[None])]
+    growth.set_masks()
+    return growth
+
+
+def dr_lora_observe(usage, score, ranks, counts, B, grad_B):
+    stacks = [tensor(stack, True) for stack in B]
+    for stack, gradient in zip(stacks, grad_B, strict=True):
+        stack.grad = tensor(gradient)
+    growth = rank_growth(ranks, B[0].shape[-1], stacks)
+    growth.usage, growth.score = tensor(usage)[None], tensor(score)[None]
+    growth.observe(tensor(counts)[None])
+    found = {"usage": growth.usage, "score": growth.score, "saliency": growth.saliency()}
+    return {name: row[0].numpy() for name, row in found.items()} | {"grad_B": [stack.grad.numpy() for stack in stacks]}
+
+
+def dr_lora_grow(saliency, ranks, quota, cap, budget, r_max):
+    growth = rank_growth(ranks, r_max, [torch.zeros(len(ranks), 1, r_max)])
+    growth.quota, growth.cap, growth.budget = quota, cap, budget
+    growth.saliency = lambda: tensor(saliency)[None]
+    growth.grow(growth.steps[0])
+    return growth.ranks()[0].numpy()
+
+
+# ------------------------------------------------------------------------------------------- loss and scores
+
+
+class TableModel(nn.Module):
+    """Stands for the transformer in `global_step`: the logits of the next token are a row of a table."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(*table.shape, _weight=tensor(table))
+        self.config = SimpleNamespace(moe_layers=range(1), num_experts=1, pad_token_id=0)
+
+    def forward(self, ids, lengths, *, labels, output_routing):
+        B, S = ids.shape
+        wanted = labels != -100
+        x, W = self.embed_tokens(ids[wanted]), torch.eye(len(self.embed_tokens.weight), dtype=torch.float64)
+        nll = transformer.target_loss(x, W, labels[wanted])
+        real = torch.arange(S) < lengths[:, None]
+        selected = torch.zeros(1, B, S, 1, dtype=torch.int64).masked_fill(~real[None, ..., None], -1)
+        ones = torch.ones(1, int(lengths.sum()), 1)
+        return nll, selected, transformer.Routing(ones, ones, ones)
+
+
+def batch_loss(table, sequences, prompt_lengths, micro_batch):
+    model = TableModel(table)
+    items = [data.Encoded(ids.tolist(), int(p)) for ids, p in zip(sequences, prompt_lengths, strict=True)]
+    step = global_step(model, items, micro_batch, Processes(0, 1, torch.device("cpu")))
+    return {"loss": float(step.loss), "table": model.embed_tokens.weight.grad.numpy()}
+
+
+def gsm8k_verdict(rule, completion, answer):
+    found, correct = gsm8k.verdict(rule, completion, f"#### {answer}")
+    return {"found": found, "correct": correct}
+
+
+def refuses(rule, completion, as_published):
+    return (refusals.phrase_found if as_published else refusals.refusal)(rule, completion) is not None
