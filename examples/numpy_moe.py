@@ -22,7 +22,7 @@ def route(router_logits, top_k, norm_topk_prob):
 
 
 def swiglu(x, weight, dy, W, times, backward):
-    """weight * expert(x), and the gradients of weight, x and W.  x [R, D], weight [R, 1], dy [R, D]"""
+    """weight * expert(x), then the gradients of weight, x and W. `times` and `backward` multiply by W.  x [R, D]"""
     gate, up, grads = times(x, W["gate_proj"]), times(x, W["up_proj"]), {}
     sigmoid = 1 / (1 + np.exp(-gate))
     hidden = gate * sigmoid * up
@@ -41,11 +41,11 @@ def one_by_one(x, weight, dy, chosen, W, hot, factors, s):
         W[name][hot] += s * factors[name]["B"] @ factors[name]["A"]
     y, d_weight, dx, grads = np.empty_like(x), np.empty(len(x)), np.empty_like(x), {}
     for e in range(len(W["gate_proj"])):  # also without rows: the gradient is then zero
-        rows, of = chosen == e, {name: W[name][e] for name in W}
-        found = swiglu(x[rows], weight[rows], dy[rows], of, lambda x, W: x @ W.T, lambda dy, x, W: (dy @ W, dy.T @ x))
-        y[rows], d_weight[rows], dx[rows], of = found
+        rows, W_e = chosen == e, {name: W[name][e] for name in W}
+        found = swiglu(x[rows], weight[rows], dy[rows], W_e, lambda x, W: x @ W.T, lambda dy, x, W: (dy @ W, dy.T @ x))
+        y[rows], d_weight[rows], dx[rows], dW_e = found
         for name in W:
-            dW[name][e] = of[name]
+            dW[name][e] = dW_e[name]
     for name in W:
         A, B = factors[name]["A"], factors[name]["B"]
         grads[name] = {"A": s * B.swapaxes(1, 2) @ dW[name][hot], "B": s * dW[name][hot] @ A.swapaxes(1, 2)}
