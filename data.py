@@ -13,9 +13,12 @@ is marked by a line that starts with "DEVIATION from LoRI".
 Dimensions: B sequences, S positions.
 """
 
+import hashlib
+import itertools
+import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,6 +196,12 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
     return examples[:limit]
 
 
+def digest(examples: list[Example]) -> str:
+    """SHA-256 over all prompts and targets, in order: whether two runs have the same training data."""
+    texts = [(example.prompt, example.target) for example in examples]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 NEXT_SHOT = "Question:"  # a model that was shown examples goes on with another one here: its answer has ended
 
 
@@ -348,6 +357,12 @@ def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
     # DEVIATION from LoRI: the last, smaller batch counts too; LoRI drops it.
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
+
+
+def numbered_batches(num_items: int, batch: int, seed: int, first: int, last: int) -> Iterator[tuple[int, list[int]]]:
+    """The optimizer steps first..last, counted from 1 over all epochs, each with the items of its global batch."""
+    epochs = (global_batches(num_items, batch, seed, epoch) for epoch in itertools.count())
+    yield from itertools.islice(enumerate(itertools.chain.from_iterable(epochs), 1), first - 1, last)
 
 
 def micro_batches(items: list[Encoded], micro_batch: int, process: int, num_processes: int) -> list[list[Encoded]]:

@@ -31,7 +31,7 @@ if _spec is not None:
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class RoutingProfile:
     num_experts_per_tok: int
     model: str | None = None  # where and on what they were counted, if read from a file
     task: str | None = None
+    data: str | None = None  # data.digest of the training examples, of which a sample was counted
 
 
 # --------------------------------------------------------------------------------------------------------- counting
@@ -246,7 +247,10 @@ def checked(about: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"])
+    digest = about.get("data")  # files of earlier versions have none
+    if not isinstance(digest, str | None):
+        raise InputError(f"data is {digest!r:.40}; want str")
+    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], digest)
 
 
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:
@@ -256,6 +260,14 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
     if found != wanted:
         shape = "{} layers of {} experts, {} per token".format
         raise InputError(f"{path} is of a model with {shape(*found)}; this one has {shape(*wanted)}: profile it again")
+
+
+def note_origin(profile: RoutingProfile, model: str, task: str, data: str) -> None:
+    """Say if a profile that was read is of another model, task or training data (`data.digest`) than a run has."""
+    if (profile.model, profile.task) != (model, task):
+        cli.say(f"note: the profile is of {profile.task} on {profile.model}, and this run is {task} on {model}")
+    elif profile.data not in (None, data):
+        cli.say(f"note: the profile is of other training data of {task} than this run learns from")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -327,9 +339,9 @@ def count(argv: list[str]) -> RoutingProfile:
     num_hot = num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
     tokenizer = data.load_tokenizer(folder, config)
     examples = data.load_examples(settings.task, "train", settings.train_data)
-    examples = data.sample(examples, settings.sample, settings.seed)
+    sample = data.sample(examples, settings.sample, settings.seed)
     items = data.encode(
-        examples, tokenizer, config.eos_token_id, settings.max_length, config.hub.get("max_position_embeddings")
+        sample, tokenizer, config.eos_token_id, settings.max_length, config.hub.get("max_position_embeddings")
     )
     paths = [writable(path) for path in (settings.out, settings.plot) if path]
 
@@ -337,6 +349,7 @@ def count(argv: list[str]) -> RoutingProfile:
     warmup = Warmup(recipe.r, recipe.alpha, recipe.lr, settings.batch) if settings.warmup == "lora" else None
     options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed}
     counted = count_task(folder, items, settings.batch, processes, **options)
+    counted = replace(counted, data=data.digest(examples))
     title = f"Routing of {settings.model} on {settings.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts per token"
     if dense := config.num_hidden_layers - len(config.moe_layers):

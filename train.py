@@ -6,15 +6,11 @@
 
 `main` reads top to bottom: the settings; the counts, which say what experts the task uses; the hot ones among them;
 then the training that the method asks for. `load` builds the model without weights, attaches the adapters, which
-freezes everything else, shards it, and only then reads the weights, each process its own. `fit` is the loop.
-
-What a run folder holds: run/folder.py. Dimensions: L layers with experts, E experts per layer.
+freezes everything else, shards it, and only then reads the weights, each process its own. `fit` is the loop. What a
+run folder holds is in run/folder.py. Dimensions: L layers with experts, E experts per layer.
 """
 
-import itertools
-import signal
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,15 +34,15 @@ from model import MoEConfig, MoETransformer, read_config, save_model
 from neighbours import drlora
 from neighbours.ranks import truncate
 from run import adapters, memory
-from run.folder import check_out, write_config
-from run.log import Recorder, check_records, stop_signals
+from run.folder import check_out, earlier_result, write_config
+from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, RECIPES, experts_flag, k_flag, num_hot_experts
-from run.processes import Processes, start_processes
-from run.state import Checkpoints, moment_bytes
+from run.processes import Processes, end_processes, start_processes
+from run.source import content_of
+from run.state import Checkpoints, moment_bytes, pinned
 from run.step import global_step, load_shared
 
 # --------------------------------------------------------------------------------------------------------- settings
-
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
@@ -156,13 +152,9 @@ def resolved(settings: Settings) -> Settings:
         router_aux_form=s.router_aux_form or ("layer" if s.router_aux_loss else None),
         out=s.out or f"runs/{s.task}-{s.method}{k}-seed{s.seed}",
     )
-    return s if full else replace(
-        s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or method.targets
-    )  # fmt: skip
-
-
-def total_steps(settings: Settings, num_examples: int) -> int:
-    return settings.steps or settings.epochs * -(-num_examples // settings.batch)
+    if full:
+        return s
+    return replace(s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or method.targets)
 
 
 # -------------------------------------------------------------------------------------------------------------- run
@@ -174,14 +166,14 @@ class Run:
 
     settings: Settings
     folder: Path  # checkpoint of the base model
+    content: dict  # digests of the base model and the training data
     processes: Processes
     items: list[data.Encoded]
     ids: list[str]  # of the items
+    steps: int
     counted: profile.RoutingProfile | None
     hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
     given: dict[str, Tensor] | None  # tensors of --mask or --init-adapter
-    dtype: torch.dtype  # of the base weights
-    compute_dtype: torch.dtype | None  # of the copies that FSDP computes with, if different
     sharded: bool = False
 
 
@@ -196,45 +188,29 @@ def main(argv: list[str] | None = None) -> dict:
         check_out(out, asdict(settings))
     counted = read_counts(settings, config) if method.experts else None
     processes = start_processes()
-    examples = data.load_examples(settings.task, "train", settings.train_data)
-    tokenizer = data.load_tokenizer(folder, config)
-    eos_id, eos = data.end_token(tokenizer, config)
-    items = data.encode(examples, tokenizer, eos_id, settings.max_length, config.hub.get("max_position_embeddings"))
-    say(
-        f"{settings.task}: {len(items):,} examples, {sum(len(item.ids) for item in items):,} tokens; "
-        f"targets end with {eos!r} (id {eos_id})"
-    )
+    examples, items = read_data(settings, folder, config)
+    steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
     if method.grows:
-        drlora.growth_steps(total_steps(settings, len(items)))  # an error now, not in the middle of the run
-    about = {"method": settings.method, "task": settings.task, "processes": processes.count}
-    if method.experts:
-        began = time.perf_counter()
-        counted = counted or count(settings, folder, items, processes)
-        hot = choose_experts(settings, counted) if hot is None else hot
-        share = float((counted.counts * hot).sum() / counted.counts.sum())
-        say(f"adapted experts take {share:.1%} of the routed tokens")
-        about |= {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
-
-    # A frozen base may be bfloat16. What trains is float32, adapters and base weights alike.
-    half = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    dtype, compute_dtype = (half, None) if method.experts else (torch.float32, half)
+        drlora.growth_steps(steps)  # an error now, not in the middle of the run
+    content = processes.once(lambda: content_of(folder, examples, settings.mask or settings.init_adapter))
+    if earlier := processes.once(lambda: earlier_result(out, content, steps)):
+        say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
+        end_processes()
+        return earlier
     ids = [example.id for example in examples]
-    run = Run(settings, folder, processes, items, ids, counted, hot, given, dtype, compute_dtype)
+    run = Run(settings, folder, content, processes, items, ids, steps, counted, hot, given)
+    run, about = place(run) if method.experts else (run, {})
     run = replace(run, sharded=choose_sharding(run, config))
-    about["shard"] = "full" if run.sharded else "none"
-    if hot is None:
-        result = about | train_all_weights(run)
+    if not method.experts:
+        result = train_all_weights(run)
     else:
-        result = about | (train_lori_s(run) if method.sparse else train_adapter(run, out)[0])
+        result = train_lori_s(run) if method.sparse else train_adapter(run, out)[0]
+    about = {"method": settings.method, "task": settings.task, "processes": processes.count} | about
+    result = about | {"shard": "full" if run.sharded else "none"} | result
     if processes.is_main:
         write_json(out / "result.json", result)
-        say(
-            f"{settings.method} on {settings.task}: loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in "
-            f"{result['steps']} steps, {result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s; run in {out}"
-        )
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        say(f"{summary(result)}; run in {out}")
+    end_processes()
     return result
 
 
@@ -268,6 +244,17 @@ def check_sizes(settings: Settings, config: MoEConfig) -> None:
         hellora.check_rank(config, settings.rank)
 
 
+def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list[data.Example], list[data.Encoded]]:
+    """The training examples, and as token ids."""
+    examples = data.load_examples(settings.task, "train", settings.train_data)
+    tokenizer, positions = data.load_tokenizer(folder, config), config.hub.get("max_position_embeddings")
+    eos_id, eos = data.end_token(tokenizer, config)
+    items = data.encode(examples, tokenizer, eos_id, settings.max_length, positions)
+    tokens = f"{sum(len(item.ids) for item in items):,} tokens"
+    say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id})")
+    return examples, items
+
+
 def read_counts(settings: Settings, config: MoEConfig) -> profile.RoutingProfile | None:
     """The routing counts of --profile, or those of the run to resume. None: they have yet to be made."""
     before = Path(settings.out) / "profile.json"
@@ -276,10 +263,21 @@ def read_counts(settings: Settings, config: MoEConfig) -> profile.RoutingProfile
         return None
     counted = profile.load_profile(source)
     profile.check_fits(counted, config, source)
-    if (counted.model, counted.task) != (settings.model, settings.task):
-        this = f"{settings.task} on {settings.model}"
-        say(f"note: {source} counted {counted.task} on {counted.model}, and this run is {this}")
     return counted
+
+
+def place(run: Run) -> tuple[Run, dict]:
+    """Count the experts and choose those to adapt, unless this is given.  -> the run with both, for result.json"""
+    began, settings, counted = time.perf_counter(), run.settings, run.counted
+    if counted:
+        profile.note_origin(counted, settings.model, settings.task, run.content["data"])
+    else:
+        counted = replace(count(settings, run.folder, run.items, run.processes), data=run.content["data"])
+    hot = choose_experts(settings, counted) if run.hot is None else run.hot
+    share = float((counted.counts * hot).sum() / counted.counts.sum())
+    say(f"adapted experts take {share:.1%} of the routed tokens")
+    about = {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
+    return replace(run, counted=counted, hot=hot), about
 
 
 def count(settings: Settings, folder: Path, items: list[data.Encoded], processes: Processes) -> profile.RoutingProfile:
@@ -299,17 +297,23 @@ def choose_experts(settings: Settings, counted: profile.RoutingProfile) -> Tenso
     return hellora.select_experts(settings.experts, scores, num_hot, coverage=settings.coverage, seed=settings.seed)
 
 
+def dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
+    """Of the base weights, and of the computation. Whatever trains is float32; a frozen base need not be."""
+    half = torch.bfloat16 if run.processes.device.type == "cuda" else torch.float32
+    return (half if METHODS[run.settings.method].experts else torch.float32), half
+
+
 def choose_sharding(run: Run, config: MoEConfig) -> bool:
     """Whether the base model is sharded over the processes (FSDP2), or replicated on each."""
-    s, processes = run.settings, run.processes
-    if run.compute_dtype not in (None, run.dtype):
+    s, processes, (dtype, compute_dtype) = run.settings, run.processes, dtypes(run)
+    if dtype != compute_dtype:
         say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
         if processes.count == 1:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
         return True
     tokens = s.micro_batch * max(len(item.ids) for item in run.items)
     sizes = {"num_processes": processes.count, "tokens": tokens, "checkpointing": s.activation_checkpointing}
-    replicated = memory.plan(config, partial(attach, run), dtype=run.dtype, sharded=False, **sizes)
+    replicated = memory.plan(config, partial(attach, run), dtype=dtype, sharded=False, **sizes)
     return memory.choose_shard(s.shard, processes.device, processes.count, replicated)
 
 
@@ -330,16 +334,17 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
 def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer:
     """The base model with the run's adapters, as this process is to hold it."""
     s, processes = run.settings, run.processes
-    place = partial(attach, run, positions=positions)
-    options = {"sharded": run.sharded, "attach": place, "compute_dtype": run.compute_dtype}
-    model = load_shared(run.folder, run.dtype, processes.device, **options)
+    dtype, compute_dtype = dtypes(run)
+    options = {"sharded": run.sharded, "compute_dtype": compute_dtype if compute_dtype != dtype else None}
+    attached = partial(attach, run, positions=positions)
+    model = load_shared(run.folder, dtype, processes.device, attach=attached, **options)
     for layer in model.layers:
         layer.activation_checkpointing = s.activation_checkpointing
     if s.init_adapter:
         adapters.fill_factors(model, run.given, s.init_adapter)
     say(*hellora.report(model))
     if processes.is_main:  # not earlier: by now any fault of the input has been found
-        write_config(Path(s.out), asdict(s))
+        write_config(Path(s.out), asdict(s), run.content)
         if run.counted:
             profile.save_profile(run.counted, Path(s.out) / "profile.json", s.model, s.task)
     return model
@@ -382,7 +387,7 @@ def train_lori_s(run: Run) -> dict:
     if settings.mask:
         state = run.given
     elif settings.resume and (stage_d / "adapter").is_dir():
-        check_records(stage_d / "log.jsonl", total_steps(settings, len(run.items)))
+        check_records(stage_d / "log.jsonl", run.steps)
         say(f"stage D is done: {stage_d}")
         _, state = adapters.read_adapter(stage_d / "adapter")
     else:
@@ -395,16 +400,9 @@ def train_lori_s(run: Run) -> dict:
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def batches(settings: Settings, num_examples: int, first: int, last: int) -> Iterator[tuple[int, list[int]]]:
-    """The steps first..last, each with the indices of the examples in its global batch."""
-    order = (data.global_batches(num_examples, settings.batch, settings.seed, epoch) for epoch in itertools.count())
-    yield from itertools.islice(enumerate(itertools.chain.from_iterable(order), 1), first - 1, last)
-
-
 def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     """Train whatever requires a gradient. The log, its picture and checkpoints go to `out`.  -> for result.json"""
-    settings, items, processes = run.settings, run.items, run.processes
-    steps = total_steps(settings, len(items))
+    settings, items, processes, steps = run.settings, run.items, run.processes, run.steps
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     # Constant rate, no weight decay, as in LoRI's code, on which the paper's numbers rest. The paper does not say.
     optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0, fused=True)
@@ -414,17 +412,14 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
         steps_per_epoch=-(-len(items) // settings.batch), skips_nonfinite=settings.on_nonfinite == "skip",
     )  # fmt: skip
     parts = {"numbers": recorder, "reach": recorder.idle_experts} | ({"growth": growth} if growth else {})
-    pinned = {"data": f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"}
-    pinned |= {"steps": steps} if growth else {}  # which plan the growth
-    checkpoints = Checkpoints(
-        out / "checkpoint", trained, optimizer, parts,
-        pinned=pinned, steps=steps, keep=settings.keep, processes=processes,
-    )  # fmt: skip
+    kept_same = pinned(items, model, settings.router_aux_loss, steps if growth else None)
+    options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}
+    checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
     say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
     model.train()
     with recorder.recording(first), stop_signals(processes) as signalled:
-        for step, batch in batches(settings, len(items), first, steps):
+        for step, batch in data.numbered_batches(len(items), settings.batch, settings.seed, first, steps):
             balance = {"aux_loss": settings.router_aux_loss, "aux_form": settings.router_aux_form}
             done = global_step(model, [items[i] for i in batch], settings.micro_batch, processes, **balance)
             if growth:
@@ -444,8 +439,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
                 recorder.sync()
                 checkpoints.save(step)
             if number:
-                say(f"stopped by {signal.Signals(number).name} after step {step}; --resume goes on from there")
-                raise SystemExit(128 + number)
+                stop(number, step)
     result = recorder.result() | {"optimizer_bytes": moment_bytes(optimizer)}
     if growth and processes.is_main:
         drlora.draw_ranks(growth.history, out / "ranks.png")

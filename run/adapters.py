@@ -37,6 +37,12 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
+def placement_digest(model: MoETransformer) -> str:
+    """Where the adapter of a model is: equal for equal experts, kind, rank, targets and entries of a sparse B."""
+    kept = {name: m.positions.tolist() for name, m in model.named_modules() if isinstance(m, Scatter)}
+    return seal(asdict(model.adapter) | kept)
+
+
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
     """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, `about`, a checksum."""
     folder.mkdir(parents=True, exist_ok=True)

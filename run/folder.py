@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from command.cli import InputError, say
-from command.files import write_json
+from command.files import remove_folder, write_json
 
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
@@ -39,8 +39,7 @@ def check_out(out: Path, settings: dict) -> None:
         before = None
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
-    free = MAY_CHANGE - ({"micro_batch"} if settings["router_aux_loss"] else set())  # balanced per micro-batch
-    free = free | ({"steps", "epochs"} if settings["resume"] else set())
+    free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
     changed = [key for key in settings if key not in free and before.get(key, settings[key]) != settings[key]]
     if changed:
         was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
@@ -51,11 +50,55 @@ def check_out(out: Path, settings: dict) -> None:
         say(f"--resume: there is nothing in {out} yet; the run starts with its first step")
 
 
-def write_config(out: Path, settings: dict) -> None:
-    """Make the run folder: config.json with the settings as resolved, versions and commit."""
+def earlier_result(out: Path, content: dict, steps: int) -> dict | None:
+    """result.json of the run in `out` if that has done all `steps` already, else None.
+
+    content: digests of the base model and the training data, as for `write_config`. Raises InputError if the run in
+    `out` had others, or if it has ended after another number of steps without a checkpoint.
+    """
+    before = read_json(out / "config.json")
+    if not before.keys() >= content.keys():  # of an earlier version, or not there
+        before |= content
+    changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
+    changed += ["the training data"] if before["data"] != content["data"] else []
+    if changed:
+        names = " and ".join(changed)
+        raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
+    result = read_json(out / "result.json")
+    if "steps" not in result or not any((out / name).is_dir() for name in ("adapter", "model")):
+        return None
+    if result["steps"] != steps and not any(out.glob("checkpoint/step-*")):
+        ended = f"a run that ended after {result['steps']} steps, and no checkpoint to continue from"
+        raise InputError(f"--out {out} holds {ended}; name another folder or remove it")
+    return result if result["steps"] == steps else None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; empty if there is none."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def remove_results(folder: Path) -> None:
+    """Remove what an earlier run has left at its end, because the log will now say something else."""
+    for name in ("result.json", "loss.png", "ranks.png"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("adapter", "model"):
+        remove_folder(folder / name)
+
+
+def write_config(out: Path, settings: dict, content: dict) -> None:
+    """Make the run folder: config.json with the settings as resolved, versions and commit.
+
+    content: {"base": digests of the base model's files, "data": digest of the training data}
+    """
     about = {
         "model": settings["model"],
         "settings": settings,
+        **content,
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "commit": commit(),
         "command": sys.argv,

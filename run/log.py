@@ -18,6 +18,7 @@ from command.cli import InputError, RunError, say
 from command.files import write_text
 from model import MoETransformer
 from routing.statistics import IdleExperts
+from run.folder import remove_results
 from run.processes import Processes
 from run.state import last_state
 from run.step import Step
@@ -48,9 +49,10 @@ class Recorder:
 
     @contextmanager
     def recording(self, first: int) -> Iterator[None]:
-        """Open log.jsonl, whose records of steps before `first` stay, and start the clock and the progress bar."""
+        """Open log.jsonl, whose records of steps before `first` stay. Start the clock and the progress bar."""
         if self.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
+            remove_results(self.folder)
             records = keep_records(self.folder / "log.jsonl", first - 1)
             self.losses = [record["loss"] for record in records]
             self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
@@ -179,6 +181,13 @@ def read_records(path: Path, steps: int, lines: list[str]) -> list[dict]:
     return records
 
 
+def summary(result: dict) -> str:
+    """The contents of result.json in one line."""
+    losses = f"loss {result['first_loss']:.4f} -> {result['last_loss']:.4f} in {result['steps']} steps"
+    speed = f"{result['samples_per_s']:.1f} samples/s, {result['seconds']:.0f} s"
+    return f"{result['method']} on {result['task']}: {losses}, {speed}"
+
+
 @contextmanager
 def stop_signals(processes: Processes) -> Iterator[Callable[[], int]]:
     """SIGTERM and the first Ctrl-C let the step finish.  -> function: the signal that any process received, or 0"""
@@ -201,6 +210,12 @@ def stop_signals(processes: Processes) -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop(number: int, step: int) -> None:
+    """End the program after `step` and its checkpoint, because of the signal `number`, with the exit status for it."""
+    say(f"stopped by {signal.Signals(number).name} after step {step}; --resume continues from there")
+    raise SystemExit(128 + number)
 
 
 def draw_loss(losses: list[float], path: Path, title: str) -> None:

@@ -1,13 +1,16 @@
 """The processes of a run, as torchrun started them: which one this is, how many there are, and on which device."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from command.cli import InputError
+
+T = TypeVar("T")
 
 
 class Processes(NamedTuple):
@@ -21,6 +24,20 @@ class Processes(NamedTuple):
     def is_main(self) -> bool:
         """Whether this is the process that prints and writes."""
         return self.index == 0
+
+    def once(self, function: Callable[[], T]) -> T:
+        """What `function` returns on the main process, for all of them. Its InputError is raised on all of them."""
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except InputError as error:
+                outcome[1] = error
+        if self.count > 1:
+            dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -41,3 +58,10 @@ def start_processes(backend: str | None = None, timeout: timedelta | None = None
     if count > 1:
         dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
     return Processes(index, count, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+
+def end_processes() -> None:
+    """Leave the process group, if there is one, after all processes have come to this point."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

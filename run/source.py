@@ -75,6 +75,17 @@ def check_base(run: dict, folder: Path) -> None:
         note(f"{folder}: {', '.join(changed)} changed since the adapter was trained on this base")
 
 
+def content_of(folder: Path, examples: list[data.Example], start: str | None) -> dict:
+    """What a run learns from.  -> {"base": digests of the base model's files, "data": digest of the training data}
+
+    start: the run, its adapter's folder or PEFT's folder that the run starts from. Raises InputError if that is a run
+    on other base weights.
+    """
+    if start and (before := run_config(start) or run_config(str(Path(start).parent))):
+        check_base(before, folder)
+    return {"base": base_content(folder), "data": data.digest(examples)}
+
+
 def load(source: str, dtype: torch.dtype, device: torch.device) -> tuple[MoETransformer, Tokenizer]:
     """The model that `source` stands for, with its adapter, and its tokenizer.
 

@@ -16,9 +16,23 @@ from torch import Tensor
 
 from command.cli import InputError, RunError, is_main_process, say
 from command.files import atomic_folder, remove_folder, seal, sha256
+from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
 from hub.weights import full_tensor, local_rows
+from model import MoETransformer
+from run.adapters import placement_digest
 from run.processes import Processes
+
+
+def pinned(items: list[Encoded], model: MoETransformer, aux_loss: float | None, planned: int | None) -> dict:
+    """By name, what must be the same when a run continues. planned: the steps, if something is planned for them."""
+    kept = {"data": f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"}
+    kept |= {"steps": planned} if planned else {}
+    kept |= {"balancing loss": "per sequence"} if aux_loss else {}
+    return kept | ({"experts or entries of B": placement_digest(model)} if model.adapter else {})
+
+
+UNSAID = {"balancing loss": "per micro-batch"}  # what earlier versions did but did not save
 
 
 class Checkpoints:
@@ -70,8 +84,9 @@ class Checkpoints:
         if self.steps < about["step"]:
             raise InputError(f"{self.steps} steps are fewer than the {about['step']} that {path} has done; want more")
         for name, value in self.pinned.items():
-            if about[name] != value:
-                raise InputError(f"{path} was saved with {name} {about[name]}, now it is {value}; give the same")
+            before = about.get(name, UNSAID.get(name, value))
+            if before != value:
+                raise InputError(f"{path} was saved with {name} {before}, now it is {value}; give the same")
 
 
 def states(folder: Path) -> list[Path]:
