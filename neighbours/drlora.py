@@ -11,6 +11,30 @@ without weight decay the parameters stay as drawn. To grow an expert is to raise
 new dimensions start as LoRA starts. (AdamW corrects its bias by the age of the whole tensor, so the first steps of a
 new column are a few times larger than the rate says. Any masked implementation has this, also the authors'.)
 
+Sources: arXiv 2601.04823, and the authors' code (gz-d/dr-lora). Both have S = f g / (R + 1)^1.2, the caps, decays of
+0.9, growth from 3 % of the steps to one interval before the end, and a constant scale. The differences:
+
+- f, the use of an expert: the paper averages routing weights. The code counts tokens, decayed per step, per process
+  and with padding. Here: counts as in the code, but of the real tokens of the global batch.
+- g, its importance, from s_A = |grad A_j . A_j| and s_B of every dimension j: the paper takes their product, the code
+  their mean, updated at both factors of each micro-batch. Here: once per step, from the gradient of the global batch.
+  There s_A = s_B, because scaling A_j by c and B_j by 1 / c changes nothing, so s_B is their mean. The paper's product
+  would be its square.
+- The code sets all scores to zero after a growth. Here they are kept; only grown dimensions start at zero. In the
+  paper's runs the two are nearly the same: 200 steps lie between two growths, and 0.9^200 forgets everything. Here the
+  interval shrinks with the run, and the decay does not: a run of 60 steps grows every 3, too few to score anew.
+- Budget: the code rounds the quota up per projection, so that growth is over after 9 of 18 events, and a layer can
+  overshoot. Here the quota counts an expert's rank once and is spent over the whole window. Every layer ends at
+  exactly E r_target, also if a growth falls on a skipped step. What the cap leaves goes out in a second round.
+- The code grows before the optimizer's step. Here growth comes after it.
+- r_init : r_target : r_max is 1 : 2 : 4, as 8, 16 and 32 in the paper. The interval is 200 of 3,750 steps, as there.
+  An odd r_target starts at its half rounded down.
+- Adapted modules: the paper adapts up_proj and down_proj only, and trains the router's own weights after the warm-up
+  (the code unfreezes them, but does not give them to the optimizer). Here: gate_proj too, and LoRA at the target rank
+  on attention and router, as for the other methods (--targets pure leaves these out).
+- Training: the paper has a linear rate with warm-up and a dropout of 0.1. Here: a constant rate, no dropout, gradients
+  clipped to norm 1.0 (--clip).
+
 Dimensions: L layers, E experts per layer (all of them adapted), R rank of an expert, r_max reserved rank.
 """
 

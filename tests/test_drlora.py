@@ -4,6 +4,7 @@ Run by torchrun, this file is the worker of its own test of two processes.
 """
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -272,6 +273,55 @@ def test_a_run_stopped_and_resumed_grows_as_one_left_alone(tmp_path):
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed.history, growth.history, strict=True))
     ours, theirs = adapters.adapter_state(again), adapters.adapter_state(model)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_skipped_step_leaves_no_score_and_its_growth_still_happens():
+    """As a run in which the step's batch was never seen, but whose ranks grow at the same steps."""
+    model, unseen = adapted(), adapted()
+    growth, other = (drlora.RankGrowth(m, R_TARGET, steps=12) for m in (model, unseen))
+    optimizers = [optimizer_of(m) for m in (model, unseen)]
+    for step in range(1, 13):
+        if step in (1, 4, 5, 11):
+            growth.observe(backward(model, step) * math.nan)
+            growth.forget()
+            optimizers[0].zero_grad()
+            growth.grow(step)
+            other.grow(step)
+        else:
+            advance(model, growth, optimizers[0], step)
+            advance(unseen, other, optimizers[1], step)
+    assert growth.ranks().tolist() == other.ranks().tolist()
+    assert torch.equal(growth.score, other.score) and torch.equal(growth.usage, other.usage)
+    assert growth.ranks().sum(-1).tolist() == [E * R_TARGET] * L and growth.score.isfinite().all()
+
+
+@pytest.mark.parametrize("steps, skipped", [(2, {1}), (23, {22}), (23, {1}), (23, set(range(1, 23)))])
+def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_path, monkeypatch, steps, skipped):
+    real, calls = train.global_step, []
+
+    def sometimes(model, *args, **kwargs):
+        done = real(model, *args, **kwargs)
+        calls.append(1)
+        if len(calls) in skipped:
+            done.loss = done.loss * math.nan
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.nan)
+        return done
+
+    monkeypatch.setattr(train, "global_step", sometimes)
+    flags = ["--method", "dr-lora", "--rank", "4", "--steps", str(steps), "--batch", "1", "--sample", "0.005"]
+    result = train.main([*flags, "--on-nonfinite", "skip", "--out", str(tmp_path / "run")])
+    assert result["skipped_steps"] == len(skipped)
+    ranks = torch.tensor(json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"])
+    assert ranks.sum(-1).tolist() == [64 * 4] * 4  # 64 experts in each of 4 layers
+
+
+@pytest.mark.parametrize("rank", ["1", "25", "48"])
+def test_a_rank_that_leaves_no_room_to_grow_is_refused(tmp_path, rank):
+    with pytest.raises(InputError, match=f"--rank {rank}: .*; want 2..24"):  # the embedded model's experts: 48 wide
+        train.main(["--method", "dr-lora", "--rank", rank, "--steps", "2", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_one_step_is_refused():

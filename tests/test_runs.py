@@ -1,6 +1,7 @@
 """Runs that survive: killed, stopped, out of disk, on other processes than before; and numbers that are none."""
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,17 +18,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
 import export
+import profile
 import train
 from command.cli import InputError, RunError
 from command.files import seal, sha256
 from hub.checkpoint import TINY
 from model import load_model, read_config
 from run import adapters, source
-from run.state import last_state, states
+from run.state import last_state, load_tensors, save_state, states
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -234,7 +236,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
     content[-5] ^= 1
     (state / "model.safetensors").write_bytes(content)
     with pytest.raises(InputError, match="step-00000002: model.safetensors is damaged; remove the folder"):
-        train.main([*flags, "--resume"])
+        train.main([*flags[:-1], "3", "--resume"])
 
 
 def test_a_number_that_is_none_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
@@ -304,6 +306,194 @@ def test_an_out_below_a_file_is_refused_and_a_resume_of_nothing_says_that_it_sta
         train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "file/run")])
     train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")
+
+
+# ------------------------------------------------------------------------------- what a run learns from, by content
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory) -> Path:
+    """A folder with a base model, training rows, lists of experts, and a run of 2 steps on them."""
+    folder = tmp_path_factory.mktemp("begun")
+    shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
+    rows = ({"question": f"{i} and {i % 7}?", "answer": f"It is\n#### {i + i % 7}"} for i in range(24))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "hot.json").write_text(json.dumps([[1, 2], [3, 4], [5, 6], [7, 8]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HELLORA_CACHE", str(folder / "cache"))
+        train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "2"])
+    return folder
+
+
+ON_DATA = "--model model --task gsm8k --train-data data.jsonl --batch 4 --sample 0.2 --save-every 1".split()
+LISTED = ["--experts", "hot.json", "--rank", "4"]
+
+
+@pytest.fixture
+def copied(begun, tmp_path, monkeypatch) -> Path:
+    """A copy of `begun`, which is the current folder: its run goes on under the same relative paths."""
+    folder = Path(shutil.copytree(begun, tmp_path / "begun"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def reorder(folder: Path) -> None:
+    lines = (folder / "data.jsonl").read_text().splitlines(True)
+    (folder / "data.jsonl").write_text("".join(lines[1:] + lines[:1]))
+
+
+def edit_a_target(folder: Path) -> None:
+    text = (folder / "data.jsonl").read_text()
+    (folder / "data.jsonl").write_text(text.replace("#### 9", "#### 8", 1))
+
+
+def edit_a_weight(folder: Path) -> None:
+    """One bit of one weight, in place; size and modification time stay."""
+    path = folder / "model/model.safetensors"
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def edit_the_config(folder: Path) -> None:
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+def edit_the_tokenizer(folder: Path) -> None:
+    about = json.loads((folder / "model/tokenizer.json").read_text())
+    about["normalizer"] = {"type": "Lowercase"}
+    (folder / "model/tokenizer.json").write_text(json.dumps(about))
+
+
+def other_experts(folder: Path) -> None:
+    """As many as before, so that every tensor fits."""
+    (folder / "hot.json").write_text(json.dumps([[1, 2], [3, 4], [5, 9], [7, 8]]))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (reorder, "the training data changed"),
+        (edit_a_target, "the training data changed"),
+        (edit_a_weight, "weights changed"),
+        (edit_the_config, "config.json changed"),
+        (edit_the_tokenizer, "tokenizer.json changed"),
+        (other_experts, "was saved with experts or entries of B"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_run_is_not_resumed_on_other_rows_weights_or_experts(copied, change, says):
+    change(copied)
+    before = {path: path.read_bytes() for path in (copied / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=says):
+        train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "3", "--resume"])
+    if change is not other_experts:  # found out when config.json is written already
+        assert {path: path.read_bytes() for path in (copied / "run").rglob("*") if path.is_file()} == before
+
+
+def test_the_same_content_under_another_time_resumes(copied):
+    for name in ("model/model.safetensors", "data.jsonl", "hot.json"):
+        (copied / name).write_bytes((copied / name).read_bytes())
+    assert train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "3", "--resume"])["steps"] == 3
+
+
+def test_an_adapter_to_start_from_must_have_been_trained_on_the_same_weights(copied):
+    edit_a_weight(copied)
+    for start in ("run", "run/adapter"):
+        with pytest.raises(InputError, match="is not the base that this adapter was trained on"):
+            train.main([*ON_DATA, "--out", "next", "--steps", "1", "--init-adapter", start])
+    assert not (copied / "next").exists()
+
+
+def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, capsys):
+    profile.main([*ON_DATA[:6], "--sample", "0.5", "--out", "counts.json"])
+    flags = [*ON_DATA, "--k", "2", "--steps", "1", "--profile", "counts.json"]
+    train.main([*flags, "--out", "same"])
+    assert "note:" not in capsys.readouterr().out
+    reorder(copied)
+    train.main([*flags, "--out", "other"])
+    assert "note: the profile is of other training data of gsm8k" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ a run done again
+
+
+def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--steps", "2", "--out", str(out)]
+    result = train.main(flags)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
+    for more in ([], ["--resume"], ["--micro-batch", "2"]):
+        capsys.readouterr()
+        again = train.main([*flags, *more])
+        assert again == result == json.loads((out / "result.json").read_text())
+        assert "holds this run already, with all its 2 steps: nothing to do" in capsys.readouterr().out
+        assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
+    for steps in ("1", "3"):  # there is no checkpoint to continue from, and the results are not thrown away
+        with pytest.raises(InputError, match="a run that ended after 2 steps, and no checkpoint to continue from"):
+            train.main([*flags, "--resume", "--steps", steps])
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_an_unfinished_run_is_started_over_as_a_whole(tmp_path, monkeypatch):
+    out, real = tmp_path / "run", train.global_step
+    flags = [*SMALL, "--out", str(out)]
+    train.main([*flags, "--steps", "4"])
+    first = {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
+    (out / "result.json").unlink()  # as if it had been killed before this
+
+    def broken(*args, **kwargs):
+        assert not list(out.rglob("adapter*")) and not (out / "loss.png").exists()  # nothing of the run before
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "global_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--steps", "4"])
+    monkeypatch.setattr(train, "global_step", real)
+    train.main([*flags, "--steps", "4"])
+    assert {path.name: path.read_bytes() for path in (out / "adapter").iterdir()} == first
+
+
+def test_a_longer_run_does_not_leave_the_results_of_the_shorter_one_beside_its_log(tmp_path, monkeypatch):
+    out, real = tmp_path / "run", train.global_step
+    flags = [*SMALL, "--save-every", "1", "--out", str(out)]
+    train.main([*flags, "--steps", "2"])
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "global_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--steps", "4", "--resume"])
+    assert not any((out / name).exists() for name in ("result.json", "loss.png", "adapter"))
+    monkeypatch.setattr(train, "global_step", real)
+    train.main([*flags, "--steps", "4", "--resume"])
+    train.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "whole")])
+    assert same(adapter(out), adapter(tmp_path / "whole")) and losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name, value", [("lora_B", math.nan), ("lora_A exp_avg", math.inf), ("exp_avg_sq", -math.inf)])
+def test_a_state_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor(tmp_path, name, value):
+    parameters = {f"layers.0.{factor}": torch.nn.Parameter(torch.rand(3, 4)) for factor in ("lora_A", "lora_B")}
+    optimizer = torch.optim.AdamW(parameters.values())
+    sum(parameter.sum() for parameter in parameters.values()).backward()
+    optimizer.step()
+    save_state(tmp_path, 5, parameters, optimizer, {}, keep=1)
+    path = last_state(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in sorted(tensors) if name in key)
+    tensors[key][1, 2] = value
+    save_file(tensors, path)  # a checksum does not help: such a state was saved like this
+    with pytest.raises(InputError, match=f"model.safetensors: {re.escape(key)} holds NaN or infinity"):
+        load_tensors(last_state(tmp_path), parameters, optimizer, updates=1)
 
 
 # ------------------------------------------------------------------- a run folder that an earlier version has written

@@ -23,7 +23,7 @@ from model import load_model, read_config
 from run import adapters
 from run.folder import check_out, write_config
 from run.methods import METHODS, num_hot_experts
-from run.processes import ALONE
+from run.processes import ALONE, Processes
 from run.step import global_step
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     "flags",
     [
         ("--method", "hellora", "--k", "3", "--micro-batch", "2"),  # 7 examples: 3 and 4 of them, in 2 micro-batches
-        ("--method", "hellora", "--k", "3", "--micro-batch", "2", "--shard", "full", "--router-aux-loss", "0.1"),
+        # 3 micro-batches on one process, 4 on two; AdamW turns rounding into steps of the size of the rate
+        ("--k", "3", "--micro-batch", "3", "--shard", "full", "--router-aux-loss", "0.1", "--lr", "1e-4"),
         ("--method", "hellori-s", "--batch", "1"),  # the second process never has an example
         ("--method", "hellori-s", "--shard", "full"),
         ("--method", "dora", "--experts", "cold", "--k", "5", "--warmup", "lora"),
@@ -195,6 +196,27 @@ def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()  # nothing half-written
+
+
+def test_the_balancing_loss_and_its_gradients_are_those_of_one_process_on_three(monkeypatch):
+    """32 examples at 16 a micro-batch are 2 pieces on one process and 3 on three. Their sums are done here."""
+    model = load_model(TINY)
+    tokenizer = data.load_tokenizer(TINY, model.config)
+    items = data.encode(data.load_examples("tiny-math", "train", limit=32), tokenizer, model.config.eos_token_id)
+    hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args: None)
+    results = []
+    for processes in ([ALONE], [Processes(i, 3, torch.device("cpu")) for i in range(3)]):
+        assert len(data.micro_batches(items, 16, 0, len(processes))) == (2 if len(processes) == 1 else 1)
+        steps = [global_step(model, items, 16, each, aux_loss=5.0) for each in processes]  # gradients add up
+        aux = sum(step.aux_loss.item() for step in steps)
+        results.append((aux, {name: p.grad.clone() for name, p in trained.items()}))
+        model.zero_grad()
+    (one, ours), (three, theirs) = results
+    assert three == pytest.approx(one, abs=1e-6) and one > 1
+    for name, grad in ours.items():
+        assert torch.allclose(theirs[name], grad, atol=1e-7 + 1e-4 * grad.abs().max().item()), name
 
 
 def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):
