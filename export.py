@@ -307,11 +307,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
     base_name = settings.model or run["model"]
     base = resolve(base_name)
-    check_base(run, base)
     config = read_config(base)
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     check_out(out)
+    check_base(run, base)
     if settings.to == "peft":
         is_local = base_name == "tiny" or Path(base_name).exists()
         name = str(base.resolve()) if is_local else base_name

@@ -205,6 +205,8 @@ def progress(batches: list, processes: Processes) -> Iterable:
 def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: str) -> None:
     """Write profile.json atomically. Raises InputError if it cannot be written. Call it on one process."""
     about = vars(profile) | {"model": profile.model or model, "task": profile.task or task}
+    if profile.data is None:
+        del about["data"]
     write_text(writable(path), json.dumps(about, default=Tensor.tolist) + "\n")
 
 

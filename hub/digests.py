@@ -13,7 +13,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from command.cli import RunError
+from safetensors import SafetensorError, safe_open
+
+from command.cli import InputError, RunError
 from command.files import write_json
 from hub.checkpoint import files
 
@@ -54,8 +56,14 @@ def cached_digests(path: Path) -> dict[str, str]:
 def tensor_digests(path: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a safetensors file, over its dtype, shape and bytes.
 
-    The file has 8 bytes with the size of the header, the header as JSON, then the bytes of the tensors.
+    The file has 8 bytes with the size of the header, the header as JSON, then the bytes of the tensors. Raises
+    InputError for a file that is damaged or of another format.
     """
+    try:
+        with safe_open(path, framework="pt"):  # checks the sizes
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
     found = {}
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

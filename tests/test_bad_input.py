@@ -38,7 +38,7 @@ ALPACA = json.dumps({"instruction": "Say one.", "output": "One."})
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HELLORA_CACHE", str(tmp_path.parent / "cache"))
     monkeypatch.setattr("data.TINY_TRAIN", 60)  # rows that are made and encoded for every case
     monkeypatch.setattr("hub.config.ignored", set())
 
@@ -546,7 +546,7 @@ export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new
 export run --to merged --out new --model nowhere/at-all | nowhere/at-all
 export run --to merged --out new --model config-other   | shape
-export run --to merged --out new --model weights-nan    | NaN
+export run --to merged --out new --model weights-nan    | not the base
 export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
 export run --to merged --out new --dtype int8        | 'int8' | bfloat16

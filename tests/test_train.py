@@ -282,7 +282,7 @@ def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     asked = asdict(train.parse_settings([]))
     check_out(tmp_path / "run", asked)
-    write_config(tmp_path / "run", asked)
+    write_config(tmp_path / "run", asked, {"base": {}, "data": ""})
     check_out(tmp_path / "run", asked)  # the same run again
     with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
         check_out(tmp_path / "run", asked | {"rank": 4})
