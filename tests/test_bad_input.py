@@ -221,6 +221,7 @@ FILES = {
     "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
     "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
     "weights-pickle": model(weights=lambda content: A_PICKLE),
+    "weights-nan": model(weights=lambda content: content[:-4] + b"\xff\x7f\xff\x7f"),  # of float32 and of bfloat16
     "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
     "tokenizer-big": model(vocab_size=1000),
     "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
