@@ -10,13 +10,13 @@ Dimensions: T tokens, D hidden_size, F intermediate_size, E experts, n of them h
 import numpy as np
 
 
-def route(router_logits, top_k, norm_topk_prob):
+def route(router_logits, top_k, norm_topk_prob, topk_before_softmax=False):
     """Softmax over all experts, then the K largest.  [T, E] -> experts [T, K], their weights [T, K], probs [T, E]"""
     probs = np.exp(router_logits - router_logits.max(-1, keepdims=True))
     probs /= probs.sum(-1, keepdims=True)
-    selected = np.argsort(-probs, axis=-1, kind="stable")[:, :top_k]
+    selected = np.argsort(-router_logits, axis=-1, kind="stable")[:, :top_k]
     weights = np.take_along_axis(probs, selected, -1)
-    if norm_topk_prob:  # Mixtral divides by the sum of the K, OLMoE does not
+    if norm_topk_prob or topk_before_softmax:  # Mixtral; GraniteMoE: softmax over the K is the same. OLMoE: neither
         weights = weights / weights.sum(-1, keepdims=True)
     return {"selected_experts": selected, "weights": weights, "probs": probs}
 

@@ -11,8 +11,8 @@ gradient that is zero is an array of zeros, not None. make.py says where the exp
 
     select_experts(policy, scores [L, E], num_hot, coverage, seed) -> bool [L, E]
     init_A(seed, name, r, fan_in) -> [r, fan_in]
-    route(router_logits [T, E], top_k, norm_topk_prob) -> {"selected_experts" [T, K], "weights" [T, K]}
-        both by falling weight
+    route(router_logits [T, E], top_k, norm_topk_prob, topk_before_softmax) -> {"selected_experts", "weights"}
+        both [T, K], by falling weight
     linear(kind, x [T, in], W [out, in], bias [out] or None, factors, alpha, grad_y [T, out]) -> {"y", "x", "factors"}
         kind "lora": factors {"A" [r, in], "B" [out, r]}. kind "dora": also "m" [out], the magnitudes. kind "lori": "A"
         is frozen; "B" [p] holds the entries of B [out, r] at the flat "positions" [p], row by row; the others are zero

@@ -256,15 +256,24 @@ def routed(logits: list[Number], K: int, renormalise: bool) -> tuple[list[int], 
 
 
 def route() -> Iterator[tuple]:
-    """Softmax over all experts, then the K largest. With norm_topk_prob (Mixtral) they are divided by their sum."""
+    """Softmax over all experts, then the K largest. With norm_topk_prob (Mixtral) they are divided by their sum.
+
+    topk_before_softmax (GraniteMoE): the K largest logits, then softmax over them.
+    """
     logits = draw(random.Random("route"), 5, 7, scale=3.0)
     wide = [[round(20 * z, 2) for z in row] for row in logits]
     for renormalise in (False, True):
         for name, rows in (("", logits), (", large logits", wide)):
             found = [routed([constant(z) for z in row], 3, renormalise) for row in rows]
-            inputs = {"router_logits": rows, "top_k": 3, "norm_topk_prob": renormalise}
+            inputs = {"router_logits": rows, "top_k": 3, "norm_topk_prob": renormalise, "topk_before_softmax": False}
             outputs = {"selected_experts": [ids for ids, _ in found], "weights": [values(w) for _, w in found]}
             yield f"{'' if renormalise else 'not '}renormalised{name}", inputs, outputs
+    # The softmax over all experts is 0 for all but one of them in float32.
+    rows = [[-60.0, -75.5, -50.25, -40.5, -80.0, 71.0, -65.25]]
+    ids = by_score(rows[0])[:3]
+    weights = values(softmax([constant(rows[0][e]) for e in ids]))
+    inputs = {"router_logits": rows, "top_k": 3, "norm_topk_prob": False, "topk_before_softmax": True}
+    yield "top-k before softmax", inputs, {"selected_experts": [ids], "weights": [weights]}
 
 
 def moe_layer() -> Iterator[tuple]:
