@@ -259,7 +259,7 @@ def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:
     token = None if config.eos_token_id is None else tokenizer.id_to_token(config.eos_token_id)
     if token is None:
         given = f"eos_token_id is {config.hub.get('eos_token_id')!r}"
-        raise InputError(f"config.json: {given}, not a token of the model; training ends each target with it: name one")
+        raise InputError(f"config.json: {given}, not a token of the model; training needs one to end each target")
     return config.eos_token_id, token
 
 

@@ -268,7 +268,8 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
     known = READ | HARMLESS | read_by(family) | {*family.harmless} | allowed.keys() | ignored
     if unknown := sorted(key for key, value in hub.items() if value is not None and key not in known):
         given = ", ".join(f"{key} {hub[key]!r:.40}" for key in unknown)
-        advice = f"if they change nothing, pass --ignore-config-keys {','.join(unknown)}"
+        commands = "train, profile, evaluate and export"
+        advice = f"if that changes nothing, {commands} go on with --ignore-config-keys {','.join(unknown)}"
         raise InputError(f"config.json: {given}: unknown in a model of type {hub['model_type']}; {advice}")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
     if not isinstance(rope, dict) or rope.keys() - known:

@@ -433,8 +433,8 @@ train --model config-causal                          | is_causal False is not im
 train --model config-scaling                         | logits_scaling 8 is not implemented
 train --model config-unknown                         | mup False, other_scale 0 | --ignore-config-keys mup,other_scale
 train --model config-unknown --ignore-config-keys mup | other_scale 0
-train --model config-end-outside                     | eos_token_id is 5000 | training ends each target
-train --model config-no-end                          | eos_token_id is None | training ends each target
+train --model config-end-outside                     | eos_token_id is 5000 | needs one to end each target
+train --model config-no-end                          | eos_token_id is None | needs one to end each target
 train --model config-short                           | --max-length 512 | made for 12 positions
 train --model weights-cut                            | model.safetensors | download it again
 train --model weights-short                          | model.safetensors | download it again
@@ -469,6 +469,8 @@ evaluate nowhere/at-all --task tiny-math             | nowhere/at-all
 evaluate notes --task tiny-math                      | notes | config.json
 evaluate weights-cut --task tiny-math                | model.safetensors
 evaluate weights-nan --task tiny-math                | model.safetensors | holds NaN
+train --model weights-nan                            | model.safetensors | holds NaN
+profile --out p.json --model weights-nan             | model.safetensors | holds NaN
 evaluate tokenizer-cut --task tiny-math              | tokenizer.json
 evaluate config-experts --task tiny-math             | 900000
 evaluate run-bare --task tiny-math                   | run-bare

@@ -267,7 +267,7 @@ def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_mode
         tokenizer = data.load_tokenizer(words, without)
         [item] = data.encode([Example("0", "a", "b", {})], tokenizer, None)
         assert len(item.ids) == 2 and item.prompt_length == 1
-        with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training ends"):
+        with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training needs one"):
             data.end_token(tokenizer, without)
     assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == (1, EOS)
 
