@@ -12,8 +12,9 @@ from fractions import Fraction
 
 from scoring.statistics import lori_as_published, share
 
-HELP = """GSM8K: the answer is the first number that directly follows "####", "The final answer is" or "The answer is";
-without one it is the last number before another "Question:" begins. Numbers are compared as numbers."""
+HELP = """GSM8K: a completion ends where a line begins with another "Question:". The answer is the first number that
+directly follows "####", "The final answer is" or "The answer is", else the last number. Numbers are compared as
+numbers."""
 FIRST_MARKED = "first marked answer"
 
 # ----------------------------------------------------------------------------------------------- the headline rule
@@ -27,7 +28,7 @@ ANSWER = re.compile(NUMBER, re.ASCII)
 MARKED = re.compile(r"(?:####|\b[Tt]he (?:final )?answer is)[\s:*=]*" + NUMBER, re.ASCII)
 OPERATOR = re.compile(r"\s*[-+*/\u00d7\u00f7=]\s*\$?\d", re.ASCII)  # "The answer is 5 + 3 = 8" marks no number
 MARKER = re.compile(r"####|The final answer is:")  # of GSM8K's file; of our training targets, which are LoRI's
-NEXT_QUESTION = re.compile(r"(?<=\S)\s+Question:")
+NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")
 SPELLING = str.maketrans(  # dashes, fraction slash, full-width signs
     "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d\u2044\uff0c\uff0e\uff04\uff0f", "-------/,.$/"
 )
@@ -49,13 +50,13 @@ def gold(answer: str) -> Decimal:
 
 
 def first_marked(completion: str) -> str | None:
-    """The first number that follows a marker, else the last number before the next question, as plain text."""
+    """The first number that follows a marker, else the last number, before the next question; as plain text."""
     text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), completion.translate(SPELLING))
-    text = SPACED.sub("", text)
+    text = SPACED.sub("", NEXT_QUESTION.split(text)[0])
     marked = (found for found in MARKED.finditer(text) if not OPERATOR.match(text, found.end()))
     if found := next(marked, None):
         return plain_number(found)
-    found = list(ANSWER.finditer(NEXT_QUESTION.split(text)[0]))
+    found = list(ANSWER.finditer(text))
     return plain_number(found[-1]) if found else None
 
 

@@ -45,7 +45,13 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
     ("1e3", "1000", ("3", "3", None, "3"), (F, F, F, F)),
     # the text goes on after the answer
     ("2 * 9 = 18\n#### 18\n\nQuestion: Ann has 7?\nAnswer: 7", "18", ("18", "7", "18", "7"), (T, F, T, F)),
-    ("2 * 9 = 18\n\nQuestion: Ann has 7?\nAnswer: 7\n#### 7", "18", ("7", "7", "7", "7"), (F, F, F, F)),
+    ("2 * 9 = 18\n\nQuestion: Ann has 7?\nAnswer: 7\n#### 7", "18", ("18", "7", "7", "7"), (T, F, F, F)),
+    (
+        "Question: Ann has 7?\nAnswer: 9\n#### 18",
+        "18",
+        ("18", "18", "18", "18"),
+        (T, T, T, T),
+    ),  # the same one, repeated
     ("It is 18.\nQuestion: Ann has 7?\nAnswer: 7", "18", ("18", "7", None, "7"), (T, F, F, F)),
     ("#### 18\nLet me check: 9 + 8 is 17", "18", ("18", "17", "18", "17"), (T, F, T, F)),
     ("The answer is 9 + 9 = 18", "18", ("18", "18", None, "18"), (T, T, F, T)),  # a calculation behind the marker
