@@ -9,6 +9,7 @@ The answer is read in two ways. A *continuation* goes on with the body of the fu
 
 import ast
 import builtins
+import codeop
 import re
 import symtable
 import textwrap
@@ -42,6 +43,16 @@ def compiles(source: str) -> bool:
         except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
             return False
     return True
+
+
+def goes_on(source: str) -> bool:
+    """True if a text that does not compile could be the beginning of a program: a bracket or a block is open."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return codeop.compile_command(source, symbol="exec") is None
+        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+            return False
 
 
 class Names(NamedTuple):
@@ -96,13 +107,18 @@ def statements(text: str, entry_point: str, cut: bool) -> Iterator[str]:
     begins = starts(lines)
     i = 0
     while i < len(begins) - 1:
-        parts = ((j, "\n".join(lines[begins[i] : begins[j]]).rstrip()) for j in range(i + 1, len(begins)))
-        end, statement = next(((j, part) for j, part in parts if compiles(part)), (i + 1, None))
-        if statement is None and cut and DEFINITION.match(lines[begins[i]]):
-            statement = longest("\n".join(lines[begins[i] :]), entry_point)
-            end = len(begins) - 1 if statement else end
-        if statement is not None:
-            yield statement
+        found, end = None, i + 1
+        for j in range(i + 1, len(begins)):
+            part = "\n".join(lines[begins[i] : begins[j]]).rstrip()
+            if compiles(part):
+                found, end = part, j
+            if found or not goes_on(part):
+                break
+        if found is None and cut and DEFINITION.match(lines[begins[i]]):
+            found = longest("\n".join(lines[begins[i] :]), entry_point)
+            end = len(begins) - 1 if found else end
+        if found is not None:
+            yield found
         i = end
 
 
@@ -138,6 +154,8 @@ def as_continuation(prompt: str, entry_point: str, text: str, cut: bool) -> Foun
                 return None
             body = re.sub(r"(?:\n(?:#.*)?)+\Z", "", source)  # comments behind it
             return join([body], statements("\n".join(lines[end:]), entry_point, cut), entry_point)
+        if not goes_on(source):
+            break
     source = longest(prompt + text, entry_point) if cut else None
     return join([source], iter(()), entry_point) if source else None
 
@@ -193,6 +211,7 @@ def blocks(text: str) -> str:
     return "\n".join(re.sub(rf"^{block[1]}", "", block[3], flags=re.MULTILINE) for block in found)
 
 
+@lru_cache(maxsize=256)
 def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
     """The first reading that finds the function: before the first fence, in the fenced blocks, in the whole text."""
     fence = FENCE.search(text)
@@ -237,12 +256,11 @@ def repaired(code: str, prompt: str) -> list[str]:
 def finished(prompt: str, entry_point: str, text: str) -> bool:
     """True if whatever follows the text cannot change the program that `extract` finds: decoding may stop.
 
-    It can be true only where the last line has just begun. Before that the line may still belong to the function.
+    The text must have gone on behind the function, with a line that does not belong to it.
     """
-    done, _, last = text.rpartition("\n")
-    if not last or any(letter.isspace() for letter in last) or last[0] in "#)]}" or CLAUSE.match(last):
+    lines = text.split("\n")
+    last = next(reversed(starts(lines)[:-1]), 0)
+    if last == 0 or entry_point.startswith(lines[last]) or lines[last].startswith(entry_point):
         return False
-    if entry_point.startswith(last) or last.startswith(entry_point):
-        return False
-    found = read(prompt, entry_point, done, False)
+    found = read(prompt, entry_point, "\n".join(lines[:last]), False)
     return found is not None and found.complete

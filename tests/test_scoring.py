@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -320,6 +321,14 @@ def test_decoding_goes_on_while_a_helper_is_missing():
     text = USES + "\n\n" + HELPER + "\nprint"
     first = next(n for n in range(len(text)) if finished(PROMPT, "total", text[:n]))
     assert text[:first].endswith("return a + b\n\np")
+
+
+@pytest.mark.parametrize("line", ["This says nothing at all.", "x = [", "def f(x):\n    '''", "    y = 1"])
+def test_long_text_without_code_is_read_in_no_time(line):
+    """An hour, if every run of lines were tried."""
+    began = time.perf_counter()
+    extract(PROMPT, "total", f"{line}\n" * 400)
+    assert time.perf_counter() - began < 20.0
 
 
 def test_bigcodes_rule_cuts_at_its_first_stop_word():
