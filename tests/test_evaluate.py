@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import evaluate
+import export
 import hellora
 from command.cli import InputError
 from model import load_model, save_model
-from run import adapters
+from run import adapters, source
 from scoring import statistics
 
 ROOT = Path(evaluate.__file__).parent
@@ -516,6 +517,48 @@ def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(ch
     assert texts[0] == texts[1] == texts[2] != texts[3]
     rounded = [item["completion"] for item in read_lines(tmp_path / "rounded" / "items.jsonl")]
     assert sum(a[:1] == b[:1] for a, b in zip(rounded, texts[0], strict=True)) >= 4, "the adapter got lost"
+
+
+def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_trained_on(
+    checkpoint, gsm8k, tmp_path, capsys
+):
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(checkpoint, base)
+    model = load_model(base)
+    hellora.attach(model, torch.eye(4, 7, dtype=torch.bool), 4, 8.0)
+    adapters.save_adapter(adapters.adapter_state(model), folder / "adapter", model.adapter)
+    about = {"model": str(base), "settings": {"task": "gsm8k", "method": "hellora"}}
+
+    def commands() -> list[list[str]]:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return [
+            ["evaluate", str(folder), "--eval-data", str(gsm8k), "--max-new-tokens", "2"],
+            ["export", str(folder), "--to", "peft", "--out", str(tmp_path / "out")],
+        ]
+
+    def run_all() -> None:
+        for name, *flags in commands():
+            {"evaluate": evaluate, "export": export}[name].main(flags)
+
+    (folder / "config.json").write_text(json.dumps(about))
+    run_all()  # a run of an earlier version names no digests
+    (folder / "config.json").write_text(json.dumps(about | {"base": source.base_content(base)}))
+    capsys.readouterr()
+    run_all()
+    assert "changed since" not in capsys.readouterr().err
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    run_all()
+    assert capsys.readouterr().err.count("config.json changed since the adapter was trained on this base") == 2
+    weights = load_file(base / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    for name, *flags in commands():
+        with pytest.raises(
+            InputError, match="base is not the base that this adapter was trained on: the weights differ"
+        ):
+            {"evaluate": evaluate, "export": export}[name].main(flags)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):

@@ -325,7 +325,7 @@ def test_decoding_goes_on_while_a_helper_is_missing():
 
 @pytest.mark.parametrize("line", ["This says nothing at all.", "x = [", "def f(x):\n    '''", "    y = 1"])
 def test_long_text_without_code_is_read_in_no_time(line):
-    """An hour, if every run of lines were tried."""
+    """Trying every run of lines would take minutes."""
     began = time.perf_counter()
     extract(PROMPT, "total", f"{line}\n" * 400)
     assert time.perf_counter() - began < 20.0
