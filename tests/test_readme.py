@@ -85,7 +85,7 @@ def test_every_link_and_picture_leads_somewhere(page):
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_every_file_and_function_that_is_named_exists(page):
     named = set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", PAGES[page], flags=re.S)))
-    paths = [name for name in named if re.fullmatch(r"[\w/.-]+/[\w.-]*|\w+\.py", name)]
+    paths = [name for name in named if re.fullmatch(r"[A-Za-z_.][\w/.-]*/[\w.-]*|\w+\.py", name)]
     written_by_a_run = r"runs/.*|adapter/|checkpoint/.*|stage-d/|model/"
     paths = [path for path in paths if not re.fullmatch(written_by_a_run, path)]
     assert not [path for path in paths if not (ROOT / path).exists() and not ((ROOT / page).parent / path).exists()]

@@ -87,6 +87,21 @@ def test_a_cycle_of_imports_is_found():
     assert "hub.config" in imported_by("hub.checkpoint", ast.parse("from .config import X\nfrom . import peft"))
 
 
+def test_a_module_has_at_most_450_lines():
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_a_function_has_at_most_60_lines():
+    functions = [
+        (f"{name}.{node.name}", node.end_lineno - node.lineno + 1)
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert {name: length for name, length in functions if length > 60} == {}
+
+
 def test_pre_commit_runs_the_ruff_of_requirements_dev():
     pinned = set(re.findall(r"ruff==[\d.]+", (ROOT / "requirements-dev.txt").read_text()))
     assert len(pinned) == 1
