@@ -31,7 +31,7 @@ BESIDE = (  # what a checkpoint holds besides config.json, weights and code
 )
 CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "*.py", *BESIDE)  # its files on the hub
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:

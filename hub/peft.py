@@ -108,7 +108,11 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
         if not (r > 0 and 0 < alpha < float("inf")):
             raise ValueError(f"r {r}, lora_alpha {alpha}")
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is missing; want the folder of a PEFT adapter") from None
+        is_pickle = (folder / "adapter_model.bin").is_file()
+        pickle = "adapter_model.bin is a pickle, which is never opened; load it with PEFT and save it again"
+        advice = pickle if is_pickle else "want the folder of a PEFT adapter"
+        missing = error.filename or folder / "adapter_model.safetensors"  # safetensors names no file
+        raise InputError(f"{missing} is missing; {advice}") from None
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
     try:

@@ -169,7 +169,8 @@ def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
     named = ((path, re.fullmatch(r"category_(\d+)\.csv", path.name, re.IGNORECASE)) for path in folder.iterdir())
     files = {int(match[1]): path for path, match in named if match}
     if not files:
-        raise InputError(f"{folder}: a folder without category_N.csv, not a file")
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:3]) or "nothing"
+        raise InputError(f"{folder}: a folder without category_N.csv, not a file; it holds {inside}")
     if unknown := files.keys() - HEXPHI.keys():
         raise InputError(
             f"{folder}: category_{min(unknown)}.csv is not a file of HEx-PHI, which has categories 1 to 11"

@@ -50,6 +50,13 @@ def test_stacked_experts_in_shards_and_half_precision_are_those_of_the_file(olmo
         assert torch.equal(model.layers[i].mlp.experts.gate_up_proj, layer.mlp.experts.gate_up_proj.float())
 
 
+def test_weights_in_double_precision_are_rounded_to_those_of_single(olmoe, tmp_path):
+    def double(tensors):
+        tensors.update({name: tensor.double() for name, tensor in tensors.items()})
+
+    assert_logits(changed(olmoe.folder, tmp_path / "double", double), olmoe.hf)
+
+
 def test_rotary_tables_of_older_checkpoints_change_nothing(olmoe, tmp_path):
     def older(tensors):
         tensors.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)})

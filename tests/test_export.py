@@ -362,6 +362,15 @@ def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path
         read_any_adapter(out, read_config(olmoe.folder))
 
 
+def test_an_adapter_of_peft_that_is_a_pickle_is_named_and_not_opened(tmp_path, olmoe):
+    (tmp_path / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
+    with pytest.raises(InputError, match="adapter_model.safetensors is missing; want the folder of a PEFT adapter"):
+        read_any_adapter(tmp_path, read_config(olmoe.folder))
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(InputError, match="adapter_model.bin is a pickle, which is never opened"):
+        read_any_adapter(tmp_path, read_config(olmoe.folder))
+
+
 def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     model = load_peft(olmoe.folder, peft_folder(olmoe.folder, tmp_path, tmp_path / "out"))
