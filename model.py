@@ -208,7 +208,7 @@ class Attention(nn.Module):
 
 
 class Routing(NamedTuple):
-    """How the router weighs the experts, in float32."""
+    """How the router weighs the experts, in float32 or float64."""
 
     weights: Tensor  # [..., T, K] what the chosen experts' outputs are multiplied by
     probs: Tensor  # [..., T, E] softmax of the logits
@@ -217,14 +217,14 @@ class Routing(NamedTuple):
 
 def route(router_logits: Tensor, config: MoEConfig) -> tuple[Tensor, Routing]:
     """Softmax, then top-k.  router_logits [T, E] -> selected_experts [T, K], Routing"""
-    probs = router_logits.softmax(-1, dtype=torch.float32)  # bfloat16 probabilities would merge near-ties
-    scores = router_logits if config.topk_before_softmax else probs
-    weights, selected_experts = scores.topk(config.num_experts_per_tok, dim=-1)
+    exact = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))  # bfloat16 merges near-ties
+    probs = exact.softmax(-1)
+    weights, selected = (exact if config.topk_before_softmax else probs).topk(config.num_experts_per_tok, dim=-1)
     if config.topk_before_softmax:
-        weights = weights.softmax(-1, dtype=torch.float32)
+        weights = weights.softmax(-1)
     elif config.norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
-    return selected_experts, Routing(weights, probs, router_logits)
+    return selected, Routing(weights, probs, router_logits)
 
 
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
