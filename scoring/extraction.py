@@ -21,6 +21,8 @@ from typing import NamedTuple
 FENCE = re.compile(r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
 CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")  # belongs to the statement above it
 DEFINITION = re.compile(r"(?:async\s+def|def|class)\b|@")
+STATEMENT = re.compile(r"(?:async|def|class|for|while|if|with|try|match)\b|@")
+INVISIBLE = {0xA0: " ", 0x200B: None, 0xFEFF: None}  # spaces that are not code
 SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<eos>|<file_sep>|<end_of_turn>")  # tokens that other tools leave in a text
 
 
@@ -236,21 +238,30 @@ def extract(prompt: str, entry_point: str, text: str) -> str:
 
 
 def repaired(code: str, prompt: str) -> list[str]:
-    """The code with other indentation, since a tokenizer or a chat may have changed it: the most likely first."""
+    """The code as it was before tokenizers, chats or editors changed it; the most likely change first."""
     last = prompt.rstrip().rpartition("\n")[2]
     indent = last[: len(last) - len(last.lstrip())] or "    "  # of the function's body
     lines = [line for line in code.split("\n") if line.strip()]
     first_alone = len(lines) == 1 or (len(lines) > 1 and lines[1][0] in " \t")
-    prose, blank, rest = code.partition("\n\n ")
     return [
         SPECIAL.split(code)[0],
+        code.translate(INVISIBLE),
         code.removeprefix(" "),
         code.lstrip(),
         textwrap.dedent(code),
         indent + code.lstrip() if first_alone else "",
         textwrap.indent(textwrap.dedent(code), indent),
-        "" if re.search(rf"^[ \t]*(?:{DEFINITION.pattern})", prose, re.MULTILINE) else blank.lstrip("\n") + rest,
+        "\n".join(line[4:] for line in code.split("\n") if line.startswith((">>> ", "... "))),
+        without_prose(code),
     ]
+
+
+def without_prose(code: str) -> str:
+    """The text from its first indented line on, if nothing before that line is Python."""
+    lines = code.split("\n")
+    first = next((i for i, line in enumerate(lines) if line.strip() and line[0] in " \t"), len(lines))
+    is_code = any(compiles(line) or STATEMENT.match(line) for line in lines[:first] if line.strip())
+    return "" if is_code else "\n".join(lines[first:])
 
 
 def finished(prompt: str, entry_point: str, text: str) -> bool:
