@@ -7,7 +7,7 @@
 needs memory for one shard. It then compares the result with base and adapter: every weight, and the logits on a few
 examples of the task.
 
-`--to peft` writes a factor pair for every expert, with zeros for the cold ones (hub/peft.py says why). `--compact`
+`--to peft` writes a LoRA pair for every expert, with zeros for the cold ones (hub/peft.py says why). `--compact`
 leaves the cold experts out. The file is then many times smaller. It loads in PEFT under transformers 4, and in servers
 that look for each expert by name (SGLang). It does not load in vLLM, nor under transformers 5 (a size mismatch).
 

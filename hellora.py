@@ -5,7 +5,7 @@
     ...                                                 # train whatever still requires a gradient
     merge(model)                                        # the adapter becomes part of the weights
 
-`select_experts` turns routing counts (or gate mass) into a mask. `attach` puts the factor pairs of lora.py where the
+`select_experts` turns routing counts (or gate mass) into a mask. `attach` puts the LoRA pairs of lora.py where the
 mask says, and moves the hot experts to the front of the stacks. The rows that they compute are then one contiguous
 prefix, and cold experts cost nothing extra.
 
@@ -138,7 +138,7 @@ class Adapter:
 
 
 def largest_rank(config: MoEConfig) -> int:
-    """The largest rank of a factor pair: the smaller side of an expert's matrices."""
+    """The largest rank of a LoRA pair: the smaller side of an expert's matrices."""
     return min(config.hidden_size, config.intermediate_size)
 
 
@@ -159,7 +159,7 @@ def attach(
     seed: int = 0,
     r_max: int | None = None,
 ) -> None:
-    """Freeze the model, then put factor pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
+    """Freeze the model, then put LoRA pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
     The model's function does not change, since B starts at zero. r_max: the rank of the experts' pairs, if it is not r;
     their scale is still alpha / r. On the meta device the factors stay empty, and `init_factors` fills them once the
@@ -249,7 +249,7 @@ def move_to_front(experts: Experts, ids: list[int]) -> None:
     """Reorder the stacks: first the experts `ids`, then the others by rising id."""
     order = ids + [e for e in range(len(experts.expert_ids)) if e not in set(ids)]
     if order != experts.expert_ids:
-        rows = experts.rows[order]
+        rows = experts.position[order]
         for stack in (experts.gate_up_proj, experts.down_proj):
             stack.data = stack.data[rows]
         experts.set_order(order)
@@ -267,7 +267,7 @@ def detach(model: MoETransformer) -> None:
         elif isinstance(module, LoRAExperts):
             with torch.device("meta"):
                 base = Experts(model.config)
-            base.gate_up_proj, base.down_proj, base.rows = module.gate_up_proj, module.down_proj, module.rows
+            base.gate_up_proj, base.down_proj, base.position = module.gate_up_proj, module.down_proj, module.position
             base.expert_ids = module.expert_ids
             model.set_submodule(name, base)
     model.adapter = None

@@ -1,10 +1,12 @@
-"""Factor pairs beside frozen weights: LoRA on a linear layer, and on the hot experts of a stack.
+"""LoRA on a linear layer, and on the hot experts of a stack.
 
     y = W x + (alpha / r) B A x         W [out, in] frozen, A [r, in] and B [out, r] trained
 
-(LoRA, section 4.1; HELLoRA, eq. 3.) The paper writes x W + x A B with A [in, r]; as in every checkpoint, ours are the
-transposes. The factors of a layer's hot experts are stacked, [n, r, in] and [n, out, r]. W + B A is never formed in
-training. `lora_grouped_linear` here is the plain formula for experts; training calls its fast namesake in ops/.
+(LoRA, section 4.1; HELLoRA, eq. 3.) A and B of one matrix are a LoRA pair. The paper writes x W + x A B with A [in, r].
+As in every checkpoint, ours are the transposes. The pairs of a layer's hot experts are stacked, [n, r, in] and
+[n, out, r]. W + B A is never formed in training. `lora_grouped_linear` is the reference formula for experts; training
+calls the optimized version in ops/. A token at a cold expert passes W alone: the gradient still reaches its input and,
+through the routing weight, the router's pair.
 
 Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R routed rows (sorted,
 those of hot experts first), H of them that reach a hot expert, T tokens.
@@ -102,7 +104,7 @@ def lora_grouped_linear(
     """W_e x + B_e A_e x for rows sorted by expert; only the first n experts have factors.  x [R, in] -> [R, out]
 
     W [E, out, in], A [n, r, in], B [n, r, out] (transposed, times alpha / r), offsets [E] ends of the experts' rows,
-    num_rows of the hot experts together. recompute and sources are for the fast namesake: see ops.
+    num_rows of the hot experts together. recompute and sources are used by the optimized version in ops/ alone.
     """
     y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
     low = grouped_linear(x[:num_rows], A, hot)  # A_e x  [H, r]
@@ -157,7 +159,7 @@ class LoRAExperts(Experts):
     def __init__(self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj, self.expert_ids = base.gate_up_proj, base.down_proj, base.expert_ids
-        self.register_buffer("rows", base.rows, persistent=False)
+        self.register_buffer("position", base.position, persistent=False)
         self.num_hot = n
         self.lora = nn.ModuleDict({name: pair(W, r, alpha) for name, W in self.hot_weights().items()})
 

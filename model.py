@@ -5,8 +5,8 @@
 
 OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward pass; they differ in config values and key names.
 Attention knows the sequence of each token. The rest works on a flat list of real tokens: padding is never routed. The E
-experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls ops.NAME, the plain
-formula NAME is in this file. The fast one gives the same values and gradients.
+experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls ops.NAME, the
+reference formula NAME is in this file or in lora.py. The optimized version gives the same values and gradients.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,
@@ -242,7 +242,7 @@ def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLU MLPs as stacked tensors: down(silu(gate(x)) * up(x)).
 
-    `expert_ids[i]` is the expert in row i of the stacks, `rows` the inverse. `hellora.attach` moves hot experts first.
+    `expert_ids[i]` is the expert at position i of the stacks, `position` the inverse. `attach` moves hot experts first.
     """
 
     def __init__(self, config: MoEConfig) -> None:
@@ -251,18 +251,18 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * F_, D))  # gate's rows, then up's
         self.down_proj = nn.Parameter(torch.empty(E, D, F_))
         # Never on the meta device, on which models are built: it is known without the weights.
-        self.register_buffer("rows", torch.empty(E, dtype=torch.int64, device="cpu"), persistent=False)
+        self.register_buffer("position", torch.empty(E, dtype=torch.int64, device="cpu"), persistent=False)
         self.set_order(list(range(E)))
 
     def set_order(self, expert_ids: list[int]) -> None:
         """Say which expert each row of the stacks holds. The caller moves the weights."""
         self.expert_ids = expert_ids
-        self.rows.copy_(torch.tensor(expert_ids, device="cpu").argsort())
+        self.position.copy_(torch.tensor(expert_ids, device="cpu").argsort())
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         """x [T, D]; token [R] and weight [R, 1] of each row; offsets [E] ends of the experts' rows -> [R, D]"""
         gate_up = ops.grouped_linear(x.index_select(0, token), self.gate_up_proj, offsets)  # [R, 2F]
-        # down is linear, so the weight may scale its input: its output is then not kept for the backward pass.
+        # down is linear, so the routing weight can scale its input. Its output is then not kept for the backward pass.
         return ops.grouped_linear(ops.weighted_swiglu(gate_up, weight), self.down_proj, offsets)
 
 
@@ -293,9 +293,9 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """x [T, D] -> y [T, D], selected_experts [T, K], Routing"""
-        T, E, K = len(x), len(self.experts.rows), self.config.num_experts_per_tok
+        T, E, K = len(x), len(self.experts.position), self.config.num_experts_per_tok
         selected_experts, routing = route(self.gate(x), self.config)  # [T, K]
-        row = self.experts.rows[selected_experts].flatten()  # [R] where the chosen expert is stored
+        row = self.experts.position[selected_experts].flatten()  # [R] where the chosen expert is stored
         row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
         offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
         weight = routing.weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)  # [R, 1]

@@ -1,4 +1,4 @@
-"""The hot-expert catcher: count which experts of each layer a task uses, and how much.
+"""Count how many tokens of a task each expert receives, and with what routing weights.
 
     python profile.py --model tiny --task tiny-math --out profile.json --plot profile.png
     torchrun --nproc_per_node 2 profile.py --model mistralai/Mixtral-8x7B-v0.1 --task gsm8k --warmup lora --out p.json

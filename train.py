@@ -281,7 +281,7 @@ def place(run: Run) -> tuple[Run, dict]:
 
 
 def count(settings: Settings, folder: Path, items: list[data.Encoded], processes: Processes) -> profile.RoutingProfile:
-    """The hot-expert catcher: routing counts on a sample of the training data."""
+    """Routing counts on a sample of the training data."""
     s, sample = settings, data.sample(items, settings.sample, settings.seed)
     say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if s.warmup == 'lora' else 'base model'})")
     warmup = profile.Warmup(s.rank, s.alpha, s.lr, batch=16) if s.warmup == "lora" else None

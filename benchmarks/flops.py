@@ -28,7 +28,7 @@ def adapter_flops(model: MoETransformer, batch: Batch) -> int:
 
 
 def pair_flops(pair: torch.nn.Module, rows: int) -> int:
-    """The same for one factor pair and the rows that pass through it."""
+    """The same for one LoRA pair and the rows that pass through it."""
     *stack, r, fan_in = pair.lora_A.shape
     fan_out, n = pair.lora_B.shape[-2], stack[0] if stack else 1
     norms = 2 * n * r * fan_in * fan_out if isinstance(pair, DoRALinear | StackedDoRA) else 0

@@ -1,7 +1,7 @@
 """One mixture-of-experts layer with HELLoRA, forward and backward, in numpy: `python examples/numpy_moe.py`.
 
 A token's output is the weighted sum of its K experts' outputs; an expert is down(silu(gate x) * up x). The matrices of
-hot experts and the router have factor pairs, W x + s B A x with s = alpha / r. Only A [r, in] and B [out, r] train.
+hot experts and the router have LoRA pairs, W x + s B A x with s = alpha / r. Only A [r, in] and B [out, r] train.
 `one_by_one` is the definition. `sorted_rows` is how training computes it: one grouped product for all experts.
 
 Dimensions: T tokens, D hidden_size, F intermediate_size, E experts, n of them hot, K experts per token, R = T * K rows.

@@ -3,7 +3,7 @@
     write_peft(folder, adapter, shapes, target_modules, "allenai/OLMoE-1B-7B-0924")
     adapter = read_peft(folder, family, num_experts, shapes)
 
-A matrix has here the key of its weight in the hub's checkpoint, without ".weight"; PEFT names factor pairs after these
+A matrix has here the key of its weight in the hub's checkpoint, without ".weight"; PEFT names LoRA pairs after these
 keys. Under transformers 4 each expert has matrices of its own. Under transformers 5 the experts of a layer are stacked,
 and PEFT 0.20 or later stacks the pairs that it finds in the file. This needs a pair for every expert, and so does vLLM.
 A file therefore holds a pair for every expert, with zeros for the cold ones.

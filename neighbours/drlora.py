@@ -55,7 +55,7 @@ EPS = 1e-6  # an expert without tokens or without a gradient is still ranked by 
 
 
 def check_rank(r: int, largest: int) -> None:
-    """Raise InputError for a target rank r that leaves no room to grow. largest: the largest rank of a factor pair."""
+    """Raise InputError for a target rank r that leaves no room to grow. largest: the largest rank of a LoRA pair."""
     if not 2 <= r <= largest // RESERVED:
         starts = f"the ranks of dr-lora start at half of it and may grow to {RESERVED} times as much"
         raise InputError(f"--rank {r}: {starts}; want 2..{largest // RESERVED}")

@@ -1,4 +1,4 @@
-"""Experts of different ranks: which dimensions of a factor pair train, and adapter files without the others.
+"""Experts of different ranks: which dimensions of a LoRA pair train, and adapter files without the others.
 
 Dimensions: L layers with experts, E experts per layer, R rank of an expert, r_max reserved rank.
 """

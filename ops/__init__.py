@@ -1,6 +1,7 @@
-"""Fast versions of formulas that stand plainly in model.py and lora.py, under the same names.
+"""Optimized versions of the reference formulas in model.py and lora.py, under the same names.
 
-Each gives the values and gradients of its plain namesake (tests/test_ops.py) in less time or memory.
+Each gives the values and gradients of its reference (tests/test_ops.py) in less time or memory. The reference of
+`attend_by_sequence` is `model.attend` on the padded batch.
 """
 
 from ops.attention import attend_by_sequence

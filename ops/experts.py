@@ -1,4 +1,4 @@
-"""The products of a layer's experts, with and without factor pairs, and what each keeps for its backward pass.
+"""The products of a layer's experts, with and without LoRA pairs, and what each keeps for its backward pass.
 
 Autograd keeps every input of a product, also where it is cheap to compute again. The Functions here keep less.
 

@@ -299,7 +299,7 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
     before = model(ids, LENGTHS, output_routing=True)
     for i in model.config.moe_layers:
         experts = model.layers[i].mlp.experts
-        order = torch.randperm(len(experts.rows), generator=torch.Generator().manual_seed(i)).tolist()
+        order = torch.randperm(len(experts.position), generator=torch.Generator().manual_seed(i)).tolist()
         for parameter in experts.parameters():
             parameter.copy_(parameter[order])
         experts.set_order(order)

@@ -1,4 +1,4 @@
-"""The fast versions in ops/ against their plain namesakes, and adapted gradients against transformers and autograd."""
+"""The fast versions in ops/ against the reference formulas, and adapted gradients against transformers and autograd."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ LENGTHS = torch.tensor([7, 11, 1, 4, 9])
 # ------------------------------------------------------------------------------------ plain and fast, by name
 
 
-def test_every_fast_version_has_a_plain_namesake():
+def test_every_fast_version_has_a_reference():
     others = {"one_kernel", "attend_by_sequence"}  # a question; attention to the padded batch is its plain form
     assert PLAIN.keys() == set(ops.__all__) - others
     assert all(vars(module)[name] is not getattr(ops, name) for name, module in PLAIN.items())
@@ -66,7 +66,7 @@ def test_every_fast_version_has_a_plain_namesake():
 @every_device
 @pytest.mark.parametrize("kind", [*lora.KINDS, "all weights"])
 @every_family
-def test_fast_versions_give_the_values_and_gradients_of_their_plain_namesakes(
+def test_fast_versions_give_the_values_and_gradients_of_the_reference_formulas(
     make_checkpoint, monkeypatch, family, kind, devices
 ):
     folder, results = make_checkpoint(family).folder, []
