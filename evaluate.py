@@ -108,7 +108,7 @@ def default_decoding(task: str) -> Decoding:
 
 def read_settings(argv: list[str]) -> Settings:
     """The settings of a command line, checked against each other. Raises InputError."""
-    rules = " ".join(f"{each.HELP}" for each in (gsm8k, code, refusals))
+    rules = " ".join(each.HELP for each in (gsm8k, code, refusals))
     settings = cli.parse(
         Settings,
         argv,
