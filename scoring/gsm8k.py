@@ -13,8 +13,8 @@ from fractions import Fraction
 from scoring.statistics import lori_as_published, share
 
 HELP = """GSM8K: a completion ends where a line begins with another "Question:". The answer is the first number that
-directly follows "####", "The final answer is" or "The answer is", else the last number. Numbers are compared as
-numbers."""
+directly follows "####" or "The final answer is:", else the first that directly follows "The answer is", else the last
+number. Numbers are compared as numbers."""
 FIRST_MARKED = "first marked answer"
 
 # ----------------------------------------------------------------------------------------------- the headline rule
@@ -25,7 +25,10 @@ NUMBER = (
     r"(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(?P<over>\d+)(?![\d.]))?"
 )
 ANSWER = re.compile(NUMBER, re.ASCII)
-MARKED = re.compile(r"(?:####|\b[Tt]he (?:final )?answer is)[\s:*=]*" + NUMBER, re.ASCII)
+MARKED = [  # the forms of GSM8K's file and of our training targets come before a sentence of the reasoning
+    re.compile(rf"{marker}[\s:*=]*{NUMBER}", re.ASCII)
+    for marker in (r"(?:####|\b[Tt]he final answer is:)", r"\b[Tt]he (?:final )?answer is")
+]
 OPERATOR = re.compile(r"\s*[-+*/\u00d7\u00f7=]\s*\$?\d", re.ASCII)  # "The answer is 5 + 3 = 8" marks no number
 MARKER = re.compile(r"####|The final answer is:")  # of GSM8K's file; of our training targets, which are LoRI's
 NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")
@@ -53,7 +56,7 @@ def first_marked(completion: str) -> str | None:
     """The first number that follows a marker, else the last number, before the next question; as plain text."""
     text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), completion.translate(SPELLING))
     text = SPACED.sub("", NEXT_QUESTION.split(text)[0])
-    marked = (found for found in MARKED.finditer(text) if not OPERATOR.match(text, found.end()))
+    marked = (found for marker in MARKED for found in marker.finditer(text) if not OPERATOR.match(text, found.end()))
     if found := next(marked, None):
         return plain_number(found)
     found = list(ANSWER.finditer(text))

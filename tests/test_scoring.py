@@ -56,6 +56,7 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
     ("It is 18.\nQuestion: Ann has 7?\nAnswer: 7", "18", ("18", "7", None, "7"), (T, F, F, F)),
     ("#### 18\nLet me check: 9 + 8 is 17", "18", ("18", "17", "18", "17"), (T, F, T, F)),
     ("The answer is 9 + 9 = 18", "18", ("18", "18", None, "18"), (T, T, F, T)),  # a calculation behind the marker
+    ("So the final answer is 9 coins * 2 = 18\n#### 18", "18", ("18", "18", "18", "18"), (T, T, T, T)),
     ("The answer is 18 because 2 fit", "18", ("18", "2", None, "2"), (T, F, F, F)),
     # spellings of a number
     ("#### -$18", "-18", ("-18", "18", None, "-$18"), (T, F, F, T)),
