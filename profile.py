@@ -47,6 +47,7 @@ from command.cli import InputError, RunError, flag
 from command.files import writable, write_text
 from hub.checkpoint import resolve
 from hub.config import IGNORE_HELP, PRESETS, ignore_keys
+from hub.digests import weights_digest
 from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
@@ -67,6 +68,7 @@ class RoutingProfile:
     model: str | None = None  # where and on what they were counted, if read from a file
     task: str | None = None
     data: str | None = None  # data.digest of the training examples, of which a sample was counted
+    weights: str | None = None  # digest of the base model's weights
 
 
 # --------------------------------------------------------------------------------------------------------- counting
@@ -205,8 +207,7 @@ def progress(batches: list, processes: Processes) -> Iterable:
 def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: str) -> None:
     """Write profile.json atomically. Raises InputError if it cannot be written. Call it on one process."""
     about = vars(profile) | {"model": profile.model or model, "task": profile.task or task}
-    if profile.data is None:
-        del about["data"]
+    about = {key: value for key, value in about.items() if value is not None}
     write_text(writable(path), json.dumps(about, default=Tensor.tolist) + "\n")
 
 
@@ -249,10 +250,10 @@ def checked(about: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    digest = about.get("data")  # files of earlier versions have none
-    if not isinstance(digest, str | None):
-        raise InputError(f"data is {digest!r:.40}; want str")
-    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], digest)
+    digests = about.get("data"), about.get("weights")  # files of earlier versions have none
+    if not all(isinstance(digest, str | None) for digest in digests):
+        raise InputError(f"data and weights are {digests!r:.60}; want str")
+    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], *digests)
 
 
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:
@@ -264,12 +265,14 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
         raise InputError(f"{path} is of a model with {shape(*found)}; this one has {shape(*wanted)}: profile it again")
 
 
-def note_origin(profile: RoutingProfile, model: str, task: str, data: str) -> None:
-    """Say if a profile that was read is of another model, task or training data (`data.digest`) than a run has."""
+def note_origin(profile: RoutingProfile, model: str, task: str, data: str, weights: str) -> None:
+    """Say if a profile that was read is of another model, task, training data or weights than a run has (digests)."""
     if (profile.model, profile.task) != (model, task):
         cli.say(f"note: the profile is of {profile.task} on {profile.model}, and this run is {task} on {model}")
     elif profile.data not in (None, data):
         cli.say(f"note: the profile is of other training data of {task} than this run learns from")
+    elif profile.weights not in (None, weights):
+        cli.say(f"note: the profile is of other weights of {model} than this run starts from")
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -351,7 +354,8 @@ def count(argv: list[str]) -> RoutingProfile:
     warmup = Warmup(recipe.r, recipe.alpha, recipe.lr, settings.batch) if settings.warmup == "lora" else None
     options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed}
     counted = count_task(folder, items, settings.batch, processes, **options)
-    counted = replace(counted, data=data.digest(examples))
+    digests = processes.once(lambda: (data.digest(examples), weights_digest(folder)))
+    counted = replace(counted, data=digests[0], weights=digests[1])
     title = f"Routing of {settings.model} on {settings.task}: {counted.num_tokens:,} tokens, "
     title += f"{config.num_experts_per_tok} of {config.num_experts} experts per token"
     if dense := config.num_hidden_layers - len(config.moe_layers):

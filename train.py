@@ -269,15 +269,15 @@ def read_counts(settings: Settings, config: MoEConfig) -> profile.RoutingProfile
 def place(run: Run) -> tuple[Run, dict]:
     """Count the experts and choose those to adapt, unless this is given.  -> the run with both, for result.json"""
     began, settings, counted = time.perf_counter(), run.settings, run.counted
+    origin = {"data": run.content["data"], "weights": run.content["base"]["weights"]}
     if counted:
-        profile.note_origin(counted, settings.model, settings.task, run.content["data"])
+        profile.note_origin(counted, settings.model, settings.task, **origin)
     else:
-        counted = replace(count(settings, run.folder, run.items, run.processes), data=run.content["data"])
-    hot = choose_experts(settings, counted) if run.hot is None else run.hot
-    share = float((counted.counts * hot).sum() / counted.counts.sum())
+        counted = replace(count(settings, run.folder, run.items, run.processes), **origin)
+    run = replace(run, counted=counted, hot=choose_experts(settings, counted) if run.hot is None else run.hot)
+    share = float((counted.counts * run.hot).sum() / counted.counts.sum())
     say(f"adapted experts take {share:.1%} of the routed tokens")
-    about = {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
-    return replace(run, counted=counted, hot=hot), about
+    return run, {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
 
 
 def count(settings: Settings, folder: Path, items: list[data.Encoded], processes: Processes) -> profile.RoutingProfile:

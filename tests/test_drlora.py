@@ -311,10 +311,13 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
 
     monkeypatch.setattr(train, "global_step", sometimes)
     flags = ["--method", "dr-lora", "--rank", "4", "--steps", str(steps), "--batch", "1", "--sample", "0.005"]
+    flags += ["--save-every", str(steps)]
     result = train.main([*flags, "--on-nonfinite", "skip", "--out", str(tmp_path / "run")])
     assert result["skipped_steps"] == len(skipped)
     ranks = torch.tensor(json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"])
     assert ranks.sum(-1).tolist() == [64 * 4] * 4  # 64 experts in each of 4 layers
+    state = (tmp_path / f"run/checkpoint/step-{steps:08d}/state.json").read_text()
+    json.loads(state, parse_constant=pytest.fail)  # no NaN is left in the scores
 
 
 @pytest.mark.parametrize("rank", ["1", "25", "48"])

@@ -339,9 +339,9 @@ def copied(begun, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def reorder(folder: Path) -> None:
-    lines = (folder / "data.jsonl").read_text().splitlines(True)
-    (folder / "data.jsonl").write_text("".join(lines[1:] + lines[:1]))
+def reorder(folder: Path, back: bool = False) -> None:
+    lines, shift = (folder / "data.jsonl").read_text().splitlines(True), -1 if back else 1
+    (folder / "data.jsonl").write_text("".join(lines[shift:] + lines[:shift]))
 
 
 def edit_a_target(folder: Path) -> None:
@@ -421,6 +421,10 @@ def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, c
     reorder(copied)
     train.main([*flags, "--out", "other"])
     assert "note: the profile is of other training data of gsm8k" in capsys.readouterr().out
+    reorder(copied, back=True)
+    edit_a_weight(copied)
+    train.main([*flags, "--out", "weights"])
+    assert "note: the profile is of other weights of model" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ a run done again
