@@ -1,4 +1,4 @@
-"""cli.py: what every command accepts, refuses and answers."""
+"""command/cli.py: what every command accepts, refuses and answers."""
 
 import argparse
 import subprocess
@@ -154,8 +154,8 @@ def test_an_interrupted_command_ends_with_the_status_of_an_interrupt():
 
 
 def test_without_torchrun_there_is_one_process():
-    rank, world, device = start_processes()
-    assert (rank, world) == (0, 1)
+    index, count, device = start_processes()
+    assert (index, count) == (0, 1)
     assert device.type in ("cpu", "cuda")
 
 

@@ -58,18 +58,18 @@ def optimizer_of(model: MoETransformer) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
 
 
-def backward(model: MoETransformer, step: int, rank: int = 0, world: int = 1) -> torch.Tensor:
+def backward(model: MoETransformer, step: int, index: int = 0, count: int = 1) -> torch.Tensor:
     """Gradients of a batch of 5 sequences that depends on `step`, shared by the processes.  -> their counts [L, E]"""
-    ids = torch.randint(0, 53, (5, 11), generator=torch.Generator().manual_seed(step))[rank::world]
+    ids = torch.randint(0, 53, (5, 11), generator=torch.Generator().manual_seed(step))[index::count]
     loss, selected = model(ids, labels=ids)
-    (loss * world / 55).backward()
+    (loss * count / 55).backward()
     return torch.stack([torch.bincount(layer.flatten(), minlength=E) for layer in selected])
 
 
-def advance(model, growth, optimizer, step: int, rank: int = 0, world: int = 1) -> None:
+def advance(model, growth, optimizer, step: int, index: int = 0, count: int = 1) -> None:
     """One step as train.py does it."""
-    counts = backward(model, step, rank, world)
-    if world > 1:
+    counts = backward(model, step, index, count)
+    if count > 1:
         dist.all_reduce(counts)
     growth.observe(counts)
     torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.1)
@@ -335,13 +335,13 @@ def test_a_run_of_one_step_is_refused():
 # ------------------------------------------------------------------------------------------------- two processes
 
 
-def whole_run(rank: int = 0, world: int = 1) -> dict:
+def full_run(index: int = 0, count: int = 1) -> dict:
     model = adapted(targets="all")
-    if world > 1:
+    if count > 1:
         parallel.shard(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
-        advance(model, growth, optimizer, step, rank, world)
+        advance(model, growth, optimizer, step, index, count)
     return {"growth": growth.state_dict(), "adapter": adapters.adapter_state(model)}
 
 
@@ -350,10 +350,10 @@ def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    one = whole_run()
+    one = full_run()
     assert len(torch.tensor(one["growth"]["ranks"][-1]).unique()) > 2
-    for rank in range(2):
-        two = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for index in range(2):
+        two = torch.load(tmp_path / f"{index}.pt", weights_only=True)
         assert two["growth"]["ranks"] == one["growth"]["ranks"]
         assert two["growth"]["usage"] == one["growth"]["usage"]
         assert torch.allclose(*(torch.tensor(run["growth"]["score"]) for run in (two, one)), rtol=1e-3)
@@ -449,6 +449,6 @@ def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path
 
 
 if __name__ == "__main__":
-    rank, world, _ = start_processes()
-    torch.save(whole_run(rank, world), f"{sys.argv[1]}/{rank}.pt")
+    index, count, _ = start_processes()
+    torch.save(full_run(index, count), f"{sys.argv[1]}/{index}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Runs that survive: killed, stopped, out of disk, on other processes than before; and numbers that are none."""
+"""Runs that are killed, stopped, out of disk, resumed, repeated, or written by an earlier version; and NaN losses."""
 
 import json
 import math
@@ -82,8 +82,8 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
     flags = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | dict(zip(flags[::2], flags[1::2], strict=True))
     stage = flags.pop("killed in", ".")
     flags = [part for flag, value in flags.items() if value != "..." for part in (flag, value)] + ["--steps", "5"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train.main([*flags, "--out", str(whole)])
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train.main([*flags, "--out", str(uncut)])
     once = [*flags, "--save-every", "2", "--out", str(cut)]
     process = start(*once)
     while not states(cut / stage / "checkpoint"):
@@ -93,18 +93,18 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
     process.join()
     assert not (cut / "result.json").exists()
     train.main([*once, "--resume"])
-    assert losses(cut) == losses(whole)
+    assert losses(cut) == losses(uncut)
     if "fft" in flags:
-        assert same(*(load_file(out / "model/model.safetensors") for out in (whole, cut)))
+        assert same(*(load_file(out / "model/model.safetensors") for out in (uncut, cut)))
     else:
-        assert same(adapter(cut), adapter(whole))
-        assert (cut / "adapter/adapter.json").read_bytes() == (whole / "adapter/adapter.json").read_bytes()
+        assert same(adapter(cut), adapter(uncut))
+        assert (cut / "adapter/adapter.json").read_bytes() == (uncut / "adapter/adapter.json").read_bytes()
 
 
 def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
     flags = [*SMALL, "--steps", "100"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train.main([*flags, "--out", str(whole)])
+    uncut, cut = tmp_path / "uncut", tmp_path / "cut"
+    train.main([*flags, "--out", str(uncut)])
     rng, while_saving = random.Random(0), 0
     for kill in range(20):
         process = start(*flags, "--save-every", "1", "--out", str(cut), *["--resume"] * (cut / "config.json").exists())
@@ -122,12 +122,12 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
         while_saving += bool(list(cut.glob("checkpoint/.step-*.part")))
         process.kill()
         process.join()
-        for state in states(cut / "checkpoint"):  # whatever has its name is whole
+        for state in states(cut / "checkpoint"):  # whatever has its final name is complete
             about = json.loads((state / "state.json").read_text())
             assert all(sha256(state / name) == digest for name, digest in about["sha256"].items())
     assert while_saving >= 3
     train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
-    assert same(adapter(cut), adapter(whole)) and losses(cut) == losses(whole)
+    assert same(adapter(cut), adapter(uncut)) and losses(cut) == losses(uncut)
     assert [state.name for state in states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
 
 
@@ -149,7 +149,7 @@ def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path, number):
 def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
     flags = ["--batch", "5", "--micro-batch", "2", "--sample", "0.005", "--k", "3"]
     flags += ["--lr", "1e-4"]  # AdamW turns rounding into steps
-    train.main([*flags, "--steps", "6", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--steps", "6", "--out", str(tmp_path / "uncut")])
     out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
 
     def on_two(*more: str) -> None:
@@ -160,8 +160,8 @@ def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
     on_two("--steps", "2", "--shard", "full")
     train.main([*flags, "--out", str(out), "--save-every", "2", "--steps", "4", "--resume"])
     on_two("--steps", "6", "--shard", "none", "--resume")
-    assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
-    ours, want = adapter(out), adapter(tmp_path / "whole")
+    assert losses(out) == pytest.approx(losses(tmp_path / "uncut"), abs=1e-5)
+    ours, want = adapter(out), adapter(tmp_path / "uncut")
     assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
 
 
@@ -239,7 +239,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
         train.main([*flags[:-1], "3", "--resume"])
 
 
-def test_a_number_that_is_none_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
     real, calls = train.global_step, []
 
     def sometimes(*args, **kwargs):
@@ -272,8 +272,8 @@ def test_a_number_that_is_none_stops_the_run_or_is_skipped_and_counted(tmp_path,
             train.main([*cut, "--steps", str(first)])  # the last --steps counts
         train.main([*cut, "--resume"])
         calls[:] = [1] * (2 - first)
-        train.main([*flags, "--out", str(tmp_path / f"whole{first}"), "--on-nonfinite", "skip"])
-        assert same(adapter(tmp_path / f"cut{first}"), adapter(tmp_path / f"whole{first}"))
+        train.main([*flags, "--out", str(tmp_path / f"uncut{first}"), "--on-nonfinite", "skip"])
+        assert same(adapter(tmp_path / f"cut{first}"), adapter(tmp_path / f"uncut{first}"))
 
 
 def test_an_adapted_expert_that_no_token_reached_is_reported(tmp_path, capsys):
@@ -291,12 +291,12 @@ def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL, "--save-every", "1", "--out", str(out)]
     train.main([*flags, "--steps", "2"])
-    whole = (out / "log.jsonl").read_text()
-    for left in (whole.splitlines()[0] + "\n", whole[:-20], ""):
+    uncut = (out / "log.jsonl").read_text()
+    for left in (uncut.splitlines()[0] + "\n", uncut[:-20], ""):
         (out / "log.jsonl").write_text(left)
         with pytest.raises(InputError, match="not the log of the first 2 steps"):
             train.main([*flags, "--steps", "3", "--resume"])
-    (out / "log.jsonl").write_text(whole)
+    (out / "log.jsonl").write_text(uncut)
     assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
 
 
@@ -447,7 +447,7 @@ def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, cap
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
 
 
-def test_an_unfinished_run_is_started_over_as_a_whole(tmp_path, monkeypatch):
+def test_an_unfinished_run_is_started_over_completely(tmp_path, monkeypatch):
     out, real = tmp_path / "run", train.global_step
     flags = [*SMALL, "--out", str(out)]
     train.main([*flags, "--steps", "4"])
@@ -480,8 +480,8 @@ def test_a_longer_run_does_not_leave_the_results_of_the_shorter_one_beside_its_l
     assert not any((out / name).exists() for name in ("result.json", "loss.png", "adapter"))
     monkeypatch.setattr(train, "global_step", real)
     train.main([*flags, "--steps", "4", "--resume"])
-    train.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "whole")])
-    assert same(adapter(out), adapter(tmp_path / "whole")) and losses(out) == losses(tmp_path / "whole")
+    train.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "uncut")])
+    assert same(adapter(out), adapter(tmp_path / "uncut")) and losses(out) == losses(tmp_path / "uncut")
 
 
 @pytest.mark.parametrize("name, value", [("lora_B", math.nan), ("lora_A exp_avg", math.inf), ("exp_avg_sq", -math.inf)])

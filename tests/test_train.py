@@ -76,7 +76,7 @@ def test_same_seed_same_bits_and_another_seed_another_run(tmp_path):
     assert not any(torch.equal(a[name], c[name]) for name in a if name.endswith("lora_A"))
 
 
-def test_a_run_learns_and_its_folder_holds_what_the_design_of_a_run_says(tmp_path):
+def test_a_run_learns_and_its_folder_holds_what_is_documented(tmp_path):
     result = train.main(["--steps", "12", "--batch", "16", "--k", "4", "--out", str(tmp_path / "run")])
     assert result["last_loss"] < 0.8 * result["first_loss"]
     files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
