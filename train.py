@@ -1,13 +1,12 @@
-"""Fine-tune a mixture of experts: profile, place, train, save. One process or many, the same run.
+"""Fine-tune a mixture of experts: count, choose, attach, train, save. The number of processes changes no result.
 
     torchrun --nproc_per_node 2 train.py --method hellora --k 8          # the embedded model, no GPU needed
     torchrun --nproc_per_node 2 train.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --method hellora --k 8
     python train.py --save-every 50; python train.py --save-every 50 --resume       # killed at any moment in between
 
-`main` reads top to bottom: the settings; the counts, which say what experts the task uses; the hot ones among them;
-then the training that the method asks for. `load` builds the model without weights, attaches the adapters, which
-freezes everything else, shards it, and only then reads the weights, each process its own. `fit` is the loop. What a
-run folder holds is in run/folder.py. Dimensions: L layers with experts, E experts per layer.
+`main` reads top to bottom. It resolves the settings, counts which experts the task uses, chooses the hot ones, and
+trains what the method asks for. `load` builds the model without weights, attaches the adapters, which freezes the rest,
+shards, and only then reads the weights, each process its own. `fit` is the loop. L layers with experts, E per layer.
 """
 
 import time
@@ -276,14 +275,15 @@ def place(run: Run) -> tuple[Run, dict]:
         counted = replace(count(settings, run.folder, run.items, run.processes), **origin)
     run = replace(run, counted=counted, hot=choose_experts(settings, counted) if run.hot is None else run.hot)
     share = float((counted.counts * run.hot).sum() / counted.counts.sum())
-    say(f"adapted experts take {share:.1%} of the routed tokens")
+    say(f"adapted experts receive {share:.1%} of the routed tokens")
     return run, {"adapted_share": share, "seconds_profile": time.perf_counter() - began}
 
 
 def count(settings: Settings, folder: Path, items: list[data.Encoded], processes: Processes) -> profile.RoutingProfile:
     """Routing counts on a sample of the training data."""
     s, sample = settings, data.sample(items, settings.sample, settings.seed)
-    say(f"counting experts on {len(sample):,} examples ({'LoRA warm-up' if s.warmup == 'lora' else 'base model'})")
+    way = {"lora": "LoRA warm-up", "none": "base model"}[s.warmup]
+    say(f"counting tokens per expert on {len(sample):,} examples ({way})")
     warmup = profile.Warmup(s.rank, s.alpha, s.lr, batch=16) if s.warmup == "lora" else None
     return profile.count_task(folder, sample, s.micro_batch, processes, shard=s.shard, warmup=warmup, seed=s.seed)
 

@@ -179,7 +179,7 @@ def show(rows: list[dict]) -> None:
         elif row["name"] == "profile":
             say(
                 f"{line}{row['samples_per_s']:11.2f}   counting a tenth of the data takes {row['share']:.1%} of the"
-                f" time of 3 epochs; the hot experts take {row['hot_share']:.0%} of the routed tokens"
+                f" time of 3 epochs; the hot experts receive {row['hot_share']:.0%} of the routed tokens"
             )
         else:
             ratio = "" if row["over_floor"] is None else f"{row['over_floor']:.2f}"

@@ -73,8 +73,8 @@ def load_balancing_loss(probs: Tensor, selected: Tensor, lengths: Tensor, form: 
 
     probs [L, T, E], selected [L, T, K], lengths [B] -> []. Within a sequence, f_le is the number of selections of
     expert e in layer l per token, and P_le its mean probability.
-    "layer": balance = mean_l E sum_e (f_le / K) P_le, which is 1 if use is even (Switch; HELLoRA, eq. 1).
-    "concat": balance = E sum_e f_e P_e with f and P averaged over the layers, which is K if use is even (the
+    "layer": balance = mean_l E sum_e (f_le / K) P_le, which is 1 under uniform routing (Switch; HELLoRA, eq. 1).
+    "concat": balance = E sum_e f_e P_e with f and P averaged over the layers, which is K under uniform routing (the
     form of the hub and of OLMoE's pre-training, in which layers may cancel each other).
     A sum over sequences does not depend on how a batch is cut into micro-batches.
     """

@@ -580,7 +580,7 @@ def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
     assert len({item["completion"] for item in read_lines(tmp_path / "one" / "items.jsonl")}) > 5
 
 
-def test_tiny_tasks_are_decoded_as_their_big_brothers_but_shorter():
+def test_tiny_tasks_are_decoded_as_the_full_tasks_with_fewer_tokens():
     for tiny, task in (("tiny-math", "gsm8k"), ("tiny-code", "codealpaca"), ("tiny-safety", "saferpaca")):
         short, long = evaluate.default_decoding(tiny), evaluate.default_decoding(task)
         assert short.max_new_tokens < long.max_new_tokens == 512
