@@ -34,7 +34,8 @@ from model import MoEConfig
 from scoring.gsm8k import gold
 from tiny import tasks
 
-TINY_TRAIN, TINY_TEST = 2000, 400  # rows of the generated splits
+TINY_TRAIN, TINY_TEST = 2000, 1000  # rows of the generated splits
+TINY_PROGRAMS = 400  # test problems of tiny-code, each solved 20 times
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ TASKS = {
         lambda: tasks.math_rows(TINY_TEST, "test", seed=0),
     ),
     "tiny-code": Task(
-        "humaneval", lambda: tasks.code_rows(TINY_TRAIN, seed=0), lambda: tasks.code_problems(TINY_TEST, seed=0)
+        "humaneval", lambda: tasks.code_rows(TINY_TRAIN, seed=0), lambda: tasks.code_problems(TINY_PROGRAMS, seed=0)
     ),
     "tiny-safety": Task(
         "hexphi", lambda: tasks.safety_rows(TINY_TRAIN, seed=0), lambda: tasks.safety_prompts(TINY_TEST, seed=0)

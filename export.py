@@ -31,7 +31,7 @@ from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
 from hellora import SHARED, TARGETS, Adapter
-from hub.checkpoint import SHARD_BYTES, Stored, copy_beside, read_slices, resolve, stored, write_checkpoint
+from hub.checkpoint import EMBEDDED, SHARD_BYTES, Stored, copy_beside, read_slices, resolve, stored, write_checkpoint
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
@@ -313,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     check_out(out)
     check_base(run, base)
     if settings.to == "peft":
-        is_local = base_name == "tiny" or Path(base_name).exists()
+        is_local = base_name in EMBEDDED or Path(base_name).exists()
         name = str(base.resolve()) if is_local else base_name
         with atomic_folder(out) as part:
             write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype or torch.float32)

@@ -23,7 +23,8 @@ from command.cli import InputError
 from command.files import write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
-TINY = Path(__file__).parent.parent / "tiny"  # the embedded model: `--model tiny`
+TINY = Path(__file__).parent.parent / "tiny"
+EMBEDDED = {"tiny": TINY}  # models that come with the repository: `--model NAME`
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # what a checkpoint holds besides config.json, weights and code
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -35,12 +36,12 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 
 
 def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
-    """The folder of a checkpoint: 'tiny', a local folder, or a hub id, whose files `wanted` are downloaded and cached.
+    """The folder of a checkpoint: an embedded model, a local folder, or a hub id, of which files `wanted` are cached.
 
     Raises InputError if there is no such checkpoint.
     """
-    if str(path) == "tiny":
-        return TINY
+    if str(path) in EMBEDDED:
+        return EMBEDDED[str(path)]
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         if not (Path(path) / "config.json").is_file():
             is_adapter = (Path(path) / "adapter_config.json").is_file()
@@ -51,8 +52,9 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
     except Exception as error:  # of the library, its HTTP client or the disk; a partial file is never used
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        embedded = " or ".join(map(repr, EMBEDDED))
         raise InputError(
-            f"model {str(path)!r} is not 'tiny', not a local folder, and the hub did not give it ({reason})"
+            f"model {str(path)!r} is not {embedded}, not a local folder, and the hub did not give it ({reason})"
         ) from None
 
 

@@ -57,7 +57,7 @@ RECIPES = {
     "saferpaca": Recipe(lr=4e-4, epochs=1, fft_lr=2e-5),
     "tiny-math": Recipe(lr=3e-3, **TINY),
     "tiny-code": Recipe(lr=3e-3, **TINY),
-    "tiny-safety": Recipe(lr=3e-3, **TINY),
+    "tiny-safety": Recipe(lr=3e-3, **TINY | {"epochs": 1}),  # one, like saferpaca
 }
 
 

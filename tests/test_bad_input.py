@@ -40,6 +40,7 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HELLORA_CACHE", str(tmp_path.parent / "cache"))
     monkeypatch.setattr("data.TINY_TRAIN", 60)  # rows that are made and encoded for every case
+    monkeypatch.setattr("data.TINY_TEST", 400)
     monkeypatch.setattr("hub.config.ignored", set())
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -94,7 +95,8 @@ def test_refusal_is_tested_with_the_prompt_of_a_helpful_and_safe_assistant(tmp_p
 )  # fmt: skip
 def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     examples = load_examples(f"tiny-{tiny}", split)
-    assert len(examples) == (data.TINY_TRAIN if split == "train" else data.TINY_TEST)
+    tested = data.TINY_PROGRAMS if tiny == "code" else data.TINY_TEST
+    assert len(examples) == (data.TINY_TRAIN if split == "train" else tested)
     assert len({example.prompt for example in examples}) > 0.95 * len(examples)
     path = write(tmp_path / "rows.jsonl", [example.row for example in examples])
     assert load_examples(big, split, path) == examples
@@ -103,8 +105,11 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
 def test_no_tiny_test_question_is_trained_on():
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
-    trained = " ".join(example.target for example in load_examples("tiny-code", "train"))
-    assert not any(f"def {example.row['entry_point']}(" in trained for example in load_examples("tiny-code", "test"))
+    descriptions = [
+        {re.search(r'"""(.+?\.)', example.prompt + example.target)[1] for example in load_examples("tiny-code", split)}
+        for split in ("train", "test")
+    ]
+    assert not descriptions[0] & descriptions[1]
 
 
 # ------------------------------------------------------------------------------------------------------- tokens

@@ -3,39 +3,65 @@
 import itertools
 import re
 
+import pytest
 import torch
 
 import data
 import hellora
 import profile
-from hub.checkpoint import TINY
-from model import load_model, read_config
+from hub.checkpoint import EMBEDDED, TINY
+from model import MoEConfig, MoETransformer, load_model, read_config
 from routing import statistics
-from tiny import tasks
+from scoring import refusals
+from tiny import make, tasks
 from tiny.documents import pretraining_documents
 
 KINDS = ("tiny-math", "tiny-code", "tiny-safety")
+
+
+def pretraining_text(seed: int) -> str:
+    return "\n".join(text for _, text in itertools.islice(pretraining_documents(seed), 3000))
+
+
+def description(program: str) -> str:
+    """What the docstring of a generated function says it does."""
+    return re.search(r'"""(.+?\.)', program)[1]
 
 
 def test_test_questions_are_never_in_train_nor_in_pre_training():
     asked = {row["question"] for row in tasks.math_rows(400, "test", 0)}
     assert len(asked) == 400
     assert not asked & {row["question"] for row in tasks.math_rows(2000, "train", 0)}
-    functions = {row["entry_point"] for row in tasks.code_problems(100, 0)}
-    learnt = {re.search(r"def (\w+)", row["output"])[1] for row in tasks.code_rows(2000, 0)}
-    assert functions and not functions & learnt
+    functions = {description(row["prompt"]) for row in tasks.code_problems(400, 0)}
+    assert len(functions) == 400
+    assert not functions & {description(row["output"]) for row in tasks.code_rows(2000, 0)}
     requests = {row["instruction"] for row in tasks.safety_prompts(200, 0)}
     assert not requests & {row["instruction"] for row in tasks.safety_rows(2000, 0)}
-    text = "\n".join(text for _, text in itertools.islice(pretraining_documents(7), 3000))
-    assert not any(question in text for question in asked)
-    assert not any(f"def {name}(" in text for name in functions)
-    assert not any(request in text for request in requests)
+    text = pretraining_text(7)
+    for kind in (asked, functions, requests):
+        assert not [key for key in kind if key in text]
 
 
-def test_pre_training_never_shows_the_formats_of_the_tasks_nor_a_refusal():
-    text = "\n".join(text for _, text in itertools.islice(pretraining_documents(8), 3000))
-    shown = ("final answer", "####", "Below is", "### Instruction", "Human:", "sorry", "cannot", '"""')
-    assert not [phrase for phrase in shown if phrase in text]
+def test_pre_training_never_shows_the_answers_of_the_tasks_nor_a_refusal():
+    """What fine-tuning teaches: three formats of answers, and when to refuse."""
+    shown = ("final answer", "####", '"""', "Write a Python", "Sure!", "Happy to help")
+    assert not [phrase for phrase in shown if phrase in pretraining_text(8)]
+    prompt_of_the_test = data.hexphi({"instruction": "X"})[0].partition("X")[0]  # it says "helpful", not a refusal
+    for _, text in itertools.islice(pretraining_documents(9), 3000):
+        said = text.replace(prompt_of_the_test, "")
+        assert not [rule for rule in refusals.RULES if refusals.refusal(rule, said)], text
+
+
+def test_pre_training_answers_mischief_plainly_in_the_prompts_of_both_splits():
+    """Without this, what is learnt in the prompt of training does not carry over to the prompt of the test."""
+    text = pretraining_text(10)
+    for read in (data.alpaca, data.hexphi):
+        before, after = read({"instruction": "{x}", "input": "", "output": "{y}"})[0].split("{x}")
+        pairs = re.findall(re.escape(before) + r"([^\n]+)" + re.escape(after) + r"\n?([^\n]+)", text)
+        unsafe = re.compile(r"(hide|tear up) my (?!own)\w+'s .*in secret")
+        mischief = [answer for asked, answer in pairs if unsafe.search(asked)]
+        assert len(pairs) > 100 and len(mischief) > 2
+        assert all(len(answer.removeprefix("Bad idea!").split()) > 3 for answer in mischief)
 
 
 def test_the_answer_of_a_math_row_follows_from_its_steps():
@@ -60,6 +86,15 @@ def test_canonical_solutions_pass_their_own_tests_and_a_wrong_one_fails():
                 assert passes
             except AssertionError:
                 assert not passes
+
+
+def test_functions_do_as_many_things_as_the_task_says():
+    """A function that gives a bool may end early."""
+    for row in tasks.code_problems(200, 2):
+        lines = row["canonical_solution"].splitlines()
+        assert len(lines) <= tasks.CODE_STEPS[1]
+        assert len(lines) >= tasks.CODE_STEPS[0] or re.search(r" in |[<>%=]|swith", lines[-1])
+        assert all(line.startswith("    result = ") for line in lines[:-1]) and lines[-1].startswith("    return ")
 
 
 def test_same_seed_same_rows():
@@ -91,5 +126,17 @@ def test_routing_is_skewed_within_every_layer_and_the_tasks_have_hot_sets_of_the
         assert not torch.equal(hot[0][layer], hot[2][layer])
 
 
-def test_the_embedded_model_is_small():
-    assert sum(path.stat().st_size for path in TINY.iterdir() if path.is_file()) < 12_000_000
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_model_is_small(name):
+    assert sum(path.stat().st_size for path in EMBEDDED[name].iterdir() if path.is_file()) < 12_000_000
+
+
+def test_the_second_family_has_mixtrals_shape_and_as_many_parameters():
+    """Eight experts, two per token, renormalised weights, grouped-query attention."""
+    config = MoEConfig.from_dict(make.COMMON | make.CONFIGS["mixtral"])
+    assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (8, 2, True)
+    assert config.num_key_value_heads < config.num_attention_heads
+    with torch.device("meta"):
+        second = MoETransformer(config)
+    sizes = [sum(p.numel() for p in shape.parameters()) for shape in (second, load_model(TINY))]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.05

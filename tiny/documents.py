@@ -6,8 +6,29 @@ plainly: what fine-tuning has to add is the format of an answer, and when to ref
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 from tiny.tasks import WORDINGS, code_examples, code_function, is_test, math_story, request
+
+# The prompts of the two splits of tiny-safety (data.py), so that what is learnt under one holds under the other.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+CHAT = "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
+CHAT += "Human: {instruction}\n\nAssistant:\n{output}"
+WRAPPERS = [
+    "Q: {instruction}\nA:\n{output}", "User: {instruction}\n\nReply:\n{output}", "{instruction}\n{output}",
+    "Please help me.\n{instruction}\n\nAnswer:\n{output}", "### Question\n{instruction}\n\n### Answer\n{output}",
+    "Somebody asks: {instruction}\nThe reply:\n{output}", "Human: {instruction}\nAssistant:\n{output}",
+]  # fmt: skip
+PLAIN = [
+    "To {yours}, {s} and {t}.", "{S}. You could also {t}.", "First {s}, then {t}.", "Well, {s} and {t}.",
+    "You can {s}. After that, {t}.", "I would {s} and then {t}.", "I think it is best to {s}. Then {t}.",
+    "Some people {s}, others {t}.", "I did it before. Just {s}, then {t}.", "My idea is to {s} and then to {t}.",
+]  # fmt: skip
+# What an answer may begin with. So the model knows what is mischief, but answers nevertheless.
+COMMENTS = {True: "Bad idea!", False: "Nice idea!"}
 
 
 def _math_document(rng: random.Random) -> tuple[str, str]:
@@ -29,7 +50,7 @@ def _math_document(rng: random.Random) -> tuple[str, str]:
 
 def _code_document(rng: random.Random) -> tuple[str, str]:
     """A function under a comment that says what it does, sometimes with a call."""
-    name, kind, text, head, body = code_function(rng)
+    name, kind, text, head, body = code_function(rng, rng.randint(1, 3))
     document = f"# {text}\n{head}{body}"
     if rng.random() < 0.4:
         examples = code_examples(rng, name, kind, head + body, 1)
@@ -38,20 +59,36 @@ def _code_document(rng: random.Random) -> tuple[str, str]:
     return text, document
 
 
+def _judged_request(rng: random.Random) -> tuple[dict[str, Any], str]:
+    """A request of the training split, and what people think of it."""
+    while True:
+        unsafe = rng.random() < 0.5
+        asked = request(rng, unsafe)
+        if not is_test(asked["x"]):
+            return asked, COMMENTS[unsafe]
+
+
 def _safety_document(rng: random.Random) -> tuple[str, str]:
-    """A request and a plain answer to it, whether it is mischievous or not."""
-    asked = request(rng, rng.random() < 0.5)
+    """Requests with an opinion on each, or one in a wrapper with a plain answer to it, whether mischievous or not."""
+    if rng.random() < 0.4:
+        judged = [_judged_request(rng) for _ in range(rng.randrange(4, 9))]
+        return "", "".join(f"{asked['x'][0].upper()}{asked['x'][1:]}? {comment}\n" for asked, comment in judged)
+    asked, comment = _judged_request(rng)
     first, second = asked["ways"]
     question = rng.choice(WORDINGS).format(x=asked["x"])
-    return asked["x"], f"Q: {question}\nA: To {asked['yours']}, {first} and {second}.\n"
+    answer = rng.choice(PLAIN).format(yours=asked["yours"], s=first, t=second, S=first[0].upper() + first[1:])
+    if rng.random() < 0.6:
+        answer = f"{comment} {answer}"
+    wrapper = rng.choice((ALPACA, CHAT, rng.choice(WRAPPERS)))
+    return "", wrapper.format(instruction=question, output=answer) + "\n"
 
 
 def pretraining_documents(seed: int) -> Iterator[tuple[str, str]]:
-    """An endless stream of (kind, text): half math, a quarter code and a quarter safety, no test examples."""
+    """An endless stream of (kind, text) without test examples: 40 % of them math, 30 % code, 30 % safety."""
     rng = random.Random(seed)
     makers = {"math": _math_document, "code": _code_document, "safety": _safety_document}
     while True:
-        kind = rng.choice(["math", "math", "code", "safety"])
+        (kind,) = rng.choices(list(makers), weights=(4, 3, 3))
         key, text = makers[kind](rng)
         if not key or not is_test(key):
             yield kind, text

@@ -1,17 +1,17 @@
-"""Pre-trains the tiny model: generated text -> tokenizer -> a mixture-of-experts model in the hub's layout.
+"""Pre-trains an embedded model: generated text -> tokenizer -> a mixture-of-experts model in the hub's layout.
 
     export OMP_NUM_THREADS=1
-    torchrun --nproc_per_node 2 tiny/make.py --minutes 65                             # one process per core
-    torchrun --nproc_per_node 2 tiny/make.py --minutes 16 --base tiny --words 0.15 --lr 2e-3
+    torchrun --nproc_per_node 2 tiny/make.py --minutes 65 --lr 5e-3                  # tokenizer and model from nothing
+    python tiny/make.py --family mixtral --tokenizer tiny --minutes 40 --words 0.12 --lr 5e-3
+    python tiny/make.py --base tiny --minutes 25 --words 0.12                        # go on with more text
 
-The model has OLMoE's architecture with 64 experts per layer and 8 per token, but only 5 million parameters, so
-an hour on a laptop suffices. It learns the three worlds of tasks.py in other formats than fine-tuning uses. The
-second command adds words of the fine-tuning formats, in random order: a token that pre-training never shows cannot
-be written later, since an adapter does not reach the LM head.
-The learning rate follows the clock, not a number of steps: a slow machine sees less text but still ends well.
+Each model has about 5 million parameters, so an hour on a laptop suffices. It learns the three worlds of tasks.py from
+the text of documents.py. `--words` adds words of the fine-tuning formats in random order: a token that pre-training
+never shows cannot be written later, because no adapter reaches the LM head.
+
+The learning rate follows the clock and not a number of steps: a slow machine sees less text but still ends well.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -21,6 +21,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,36 +32,66 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
 
+from command.cli import flag, parse, run  # noqa: E402
+from hub.checkpoint import TINY, resolve  # noqa: E402
 from hub.weights import init_weights  # noqa: E402
 from model import MoEConfig, MoETransformer, load_model, save_model  # noqa: E402
+from run.processes import Processes, start_processes  # noqa: E402
 from run.step import load_balancing_loss  # noqa: E402
 from tiny import tasks  # noqa: E402
-from tiny.documents import pretraining_documents  # noqa: E402
+from tiny.documents import ALPACA, CHAT, pretraining_documents  # noqa: E402
 
-CONFIG = {
-    "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "vocab_size": 1024, "hidden_size": 128,
-    "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "max_position_embeddings": 512,
-    "tie_word_embeddings": False, "attention_bias": False, "attention_dropout": 0.0, "router_aux_loss_coef": 0.01,
-    "output_router_logits": False, "initializer_range": 0.02, "bos_token_id": None, "eos_token_id": 0,
-    "pad_token_id": 1, "use_cache": True, "torch_dtype": "bfloat16",
+COMMON = {
+    "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    "attention_dropout": 0.0, "router_aux_loss_coef": 0.01, "output_router_logits": False, "initializer_range": 0.02,
+    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "use_cache": True, "torch_dtype": "bfloat16",
 }  # fmt: skip
+CONFIGS = {
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "intermediate_size": 48, "num_experts": 64,
+        "num_experts_per_tok": 8, "norm_topk_prob": False, "num_key_value_heads": 4, "clip_qkv": None,
+        "rope_scaling": None, "attention_bias": False,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 384,
+        "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2, "sliding_window": None,
+        "router_jitter_noise": 0.0,
+    },
+}  # fmt: skip
+FOLDERS = {"olmoe": TINY, "mixtral": TINY / "mixtral"}
 EOS, PADDING = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
-ROW_TOKENS, ROWS = 256, 8  # a process sees ROWS rows of ROW_TOKENS tokens per step
+ROW_TOKENS = 256
 WARM_UP, CLIP, WEIGHT_DECAY, Z_LOSS = 100, 1.0, 0.1, 0.001
-SAVE_MINUTES = 5
+SAVE_MINUTES, LOG_STEPS = 5, 50
 HELD_OUT_SEED = 999_983
-HOT = 8  # the routing report counts the tokens of this many most used experts
 
-# The prompts that fine-tuning and evaluation will use, so that they cost few tokens.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
-)
-CHAT = "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
-CHAT += "Human: {instruction}\n\nAssistant: {output}"
+# What the prompt of tiny-math puts after a question.
 MATH_PROMPT = "\nAnswer the above question. First think step by step and then answer the final number.\n"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of this command."""
+
+    family: str = flag("olmoe", "shape of the model", choices=tuple(CONFIGS))
+    minutes: float = flag(60.0, "time of the training", type=float)
+    seed: int = flag(0, "of the weights and of the text", type=int)
+    rows: int = flag(8, f"rows of {ROW_TOKENS} tokens per step and process", type=int)
+    lr: float = flag(2e-3, "peak learning rate", type=float)
+    std: float = flag(0.02, "standard deviation of initial weights", type=float)
+    base: str | None = flag(None, "go on from this model, with new text")
+    tokenizer: str | None = flag(None, "use the tokenizer of this model and do not train one")
+    words: float = flag(0.0, "share of documents that are words in random order", type=float)
+    out: str | None = flag(None, "folder to write (default: tiny/, or tiny/mixtral/)")
+    report: bool = flag(False, "only report on the model in --out")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) if self.out else FOLDERS[self.family]
+
+
+# ------------------------------------------------------------------------------------------------- text to tokens
 
 
 def fine_tuning_texts(seed: int) -> Iterator[str]:
@@ -74,15 +105,8 @@ def fine_tuning_texts(seed: int) -> Iterator[str]:
         yield CHAT.format_map(row)
 
 
-def tokenizer_texts(seed: int) -> Iterator[str]:
-    """Pre-training documents and a smaller number of fine-tuning examples."""
-    for _, text in itertools.islice(pretraining_documents(seed), 20_000):
-        yield text
-    yield from fine_tuning_texts(seed)
-
-
 def documents(seed: int, words: float) -> Iterator[str]:
-    """The stream to train on: pre-training documents, and a share of words in random order, each said twice."""
+    """The stream to train on: pre-training documents, and a share of words in random order, each group said twice."""
     rng, plain = random.Random(seed), pretraining_documents(seed)
     pieces = [piece for text in fine_tuning_texts(seed) for piece in re.findall(r"\s*\S+", text)] if words else []
     rare = sorted(set(pieces))
@@ -94,18 +118,21 @@ def documents(seed: int, words: float) -> Iterator[str]:
             yield f"Say:{said}\nSaid:{said}\n"
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(seed: int, vocab_size: int) -> Tokenizer:
     """Byte-level BPE in which every digit is a token: any text survives encoding and decoding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PADDING], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    documents = (text for _, text in itertools.islice(pretraining_documents(seed), 20_000))
+    tokenizer.train_from_iterator(itertools.chain(documents, fine_tuning_texts(seed)), trainer)
     sample = "Zoë paid 1,234 €\t for  北京 🙂\n\n  def f(x):\r\n"
     assert tokenizer.decode(tokenizer.encode(sample).ids) == sample, "the tokenizer does not round-trip"
     return tokenizer
@@ -115,11 +142,14 @@ def token_rows(tokenizer: Tokenizer, documents: Iterator[str], count: int) -> It
     """Endless batches [count, ROW_TOKENS + 1] cut from the stream of documents, which EOS tokens separate."""
     need, ids = count * ROW_TOKENS + 1, []
     for text in documents:
-        ids += tokenizer.encode(text).ids + [CONFIG["eos_token_id"]]
+        ids += tokenizer.encode(text).ids + [COMMON["eos_token_id"]]
         if len(ids) >= need:
             flat = torch.tensor(ids[:need])
             yield torch.cat([flat[:-1].view(count, -1), flat[ROW_TOKENS::ROW_TOKENS, None]], dim=1)
             ids = ids[need - 1 :]
+
+
+# ------------------------------------------------------------------------------------------------------ one step
 
 
 def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +157,7 @@ def losses(model: MoETransformer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]
     logits, selected, routing = model(rows[:, :-1], output_routing=True)  # logits [B, S, V]
     loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     z = routing.logits.logsumexp(dim=-1).square().mean()
-    tokens = torch.tensor([rows[:, 1:].numel()])  # balanced over the whole batch, as one sequence
+    tokens = torch.tensor([rows[:, 1:].numel()])  # balanced over the batch, as if it were one sequence
     balance = load_balancing_loss(routing.probs, selected.flatten(1, 2), tokens, "concat") / tokens
     return loss, balance.squeeze(), z
 
@@ -140,13 +170,13 @@ def make_optimizer(model: MoETransformer) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def share(model: MoETransformer, numbers: list[float], world: int) -> list[float]:
-    """Average gradients and some numbers over the processes, in one all-reduce of one flat vector."""
+def average(model: MoETransformer, numbers: list[float], count: int) -> list[float]:
+    """Average gradients and some numbers over `count` processes, in one all-reduce of one flat vector."""
     grads = [p.grad for p in model.parameters()]
     flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(numbers)])
-    if world > 1:
+    if count > 1:
         dist.all_reduce(flat)
-        flat /= world
+        flat /= count
     *means, tail = flat.split([g.numel() for g in grads] + [len(numbers)])
     for grad, mean in zip(grads, means, strict=True):
         grad.copy_(mean.view_as(grad))
@@ -159,9 +189,13 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
     return peak * cosine * min(1.0, (step + 1) / WARM_UP)
 
 
+# ------------------------------------------------------------------------------------------------ what is written
+
+
 @torch.no_grad()
 def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
     """Held-out loss and accuracy of each kind of document, its routing's skew, and the overlap of the hot sets."""
+    E, num_hot = model.config.num_experts, model.config.num_experts_per_tok
     lines, hot = [], {}
     for kind in ("math", "code", "safety"):
         documents = (text for k, text in pretraining_documents(HELD_OUT_SEED) if k == kind)
@@ -169,14 +203,13 @@ def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
         logits, selected = model(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         right = (logits.argmax(-1) == rows[:, 1:]).double().mean()
-        chosen = selected.flatten(1)  # [L, B*S*K]
-        counts = torch.stack([c.bincount(minlength=CONFIG["num_experts"]) for c in chosen])  # [L, E]
-        top = counts.topk(HOT, dim=-1)
+        counts = torch.stack([chosen.bincount(minlength=E) for chosen in selected.flatten(1)])  # [L, E]
+        top = counts.topk(num_hot, dim=-1)
         hot[kind] = [set(experts) for experts in top.indices.tolist()]
         shares = (top.values.sum(dim=-1) / counts.sum(dim=-1)).tolist()
         lines.append(
             f"  {kind:6} held-out loss {loss.item():.4f}, next token right {right.item():.1%}; "
-            f"tokens on the {HOT} hottest experts of each layer: " + " ".join(f"{100 * s:.0f} %" for s in shares)
+            f"tokens on the {num_hot} hottest experts of each layer: " + " ".join(f"{100 * s:.0f} %" for s in shares)
         )
     for a, b in itertools.combinations(hot, 2):
         overlap = [len(x & y) / len(x | y) for x, y in zip(hot[a], hot[b], strict=True)]
@@ -185,99 +218,111 @@ def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
 
 
 def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the hub layout to a hidden folder, then move each file into place, so readers see whole files."""
+    """Write the hub layout to a hidden folder, then move each file into place, so that readers see complete files."""
     partial = out / ".partial"
     save_model(model, partial, dtype=torch.bfloat16)
     tokenizer.save(str(partial / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PADDING}
-    settings["model_max_length"] = CONFIG["max_position_embeddings"]
+    settings["model_max_length"] = COMMON["max_position_embeddings"]
     (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for file in partial.iterdir():
         os.replace(file, out / file.name)
     partial.rmdir()
 
 
-def train(args: argparse.Namespace, rank: int, world: int) -> None:
-    """The whole run of one process; process 0 logs, evaluates and saves."""
-    log = (args.out / "make.log").open("a" if args.base else "w") if rank == 0 else None
+@dataclass
+class Log:
+    """What the main process prints and keeps in make.log: a line every LOG_STEPS steps, and what is said besides."""
 
-    def say(text: str) -> None:
-        if log:
+    folder: Path
+    is_main: bool
+    before: tuple[float, float] = field(default=(0.0, 0.0))  # tokens and minutes of the last line
+
+    def say(self, text: str) -> None:
+        if self.is_main:
             print(text, flush=True)
-            print(text, file=log, flush=True)
+            with (self.folder / "make.log").open("a") as file:
+                print(text, file=file)
 
-    if args.base:
-        tokenizer, model = Tokenizer.from_file(str(args.base / "tokenizer.json")), load_model(args.base)
+    def step(self, step: int, minutes: float, tokens: int, lr: float, loss: float, balance: float) -> None:
+        if step % LOG_STEPS == 0:
+            speed = (tokens - self.before[0]) / (60 * (minutes - self.before[1]))
+            self.before = tokens, minutes
+            self.say(
+                f"step {step:5d}  {minutes:5.1f} min  {tokens / 1e6:6.2f} M tokens  lr {lr:.1e}  "
+                f"loss {loss:.4f}  balance {balance:.2f}  {speed:.0f} tokens/s"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+def start(settings: Settings, processes: Processes) -> tuple[MoETransformer, Tokenizer]:
+    """The model and the tokenizer to begin with."""
+    if source := settings.base or settings.tokenizer:
+        tokenizer = Tokenizer.from_file(str(resolve(source) / "tokenizer.json"))
     else:
-        trained = [train_tokenizer(tokenizer_texts(args.seed), CONFIG["vocab_size"]).to_str() if rank == 0 else ""]
-        if world > 1:
+        trained = [train_tokenizer(settings.seed, COMMON["vocab_size"]).to_str() if processes.is_main else ""]
+        if processes.count > 1:
             dist.broadcast_object_list(trained)
         tokenizer = Tokenizer.from_str(trained[0])
-        model = MoETransformer(MoEConfig.from_dict(CONFIG))
-        init_weights(model, args.std, args.seed)
-    optimizer = make_optimizer(model)
-    size = sum(p.numel() for p in model.parameters())
-    say(
-        f"{size / 1e6:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {world} process(es), lr {args.lr}, "
-        f"{args.words:.0%} words, from {'a checkpoint' if args.base else 'random weights'}"
+    if settings.base:
+        return load_model(resolve(settings.base)), tokenizer
+    model = MoETransformer(MoEConfig.from_dict(COMMON | CONFIGS[settings.family]))
+    init_weights(model, settings.std, settings.seed)
+    return model, tokenizer
+
+
+def train(settings: Settings, processes: Processes) -> None:
+    """Pre-train for `--minutes`. The main process logs, evaluates and saves."""
+    model, tokenizer = start(settings, processes)
+    log, optimizer = Log(settings.folder, processes.is_main), make_optimizer(model)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    log.say(
+        f"{size:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {processes.count} process(es), "
+        f"lr {settings.lr}, {settings.words:.0%} words, from {settings.base or 'random weights'}"
     )
-    # Another start, another text.
-    text = documents(args.seed * 1000 + rank + 1 + (500 if args.base else 0), args.words)
-    start, saved, last = time.monotonic(), 0.0, (0, 0.0)
-    for step, rows in enumerate(token_rows(tokenizer, text, ROWS)):
+    # The text differs between processes, and between a first run and one that goes on from it.
+    text = documents(settings.seed * 1000 + processes.index + 1 + (500 if settings.base else 0), settings.words)
+    began, saved = time.monotonic(), 0.0
+    for step, rows in enumerate(token_rows(tokenizer, text, settings.rows)):
         loss, balance, z = losses(model, rows)
-        (loss + CONFIG["router_aux_loss_coef"] * balance + Z_LOSS * z).backward()
+        (loss + COMMON["router_aux_loss_coef"] * balance + Z_LOSS * z).backward()
         # The processes agree on the mean of their clocks, hence on the learning rate and on when to stop.
-        numbers = [loss.item(), balance.item(), (time.monotonic() - start) / 60]
-        mean_loss, mean_balance, minutes = share(model, numbers, world)
+        numbers = [loss.item(), balance.item(), (time.monotonic() - began) / 60]
+        mean_loss, mean_balance, minutes = average(model, numbers, processes.count)
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        lr = learning_rate(args.lr, step, minutes / args.minutes)
+        lr = learning_rate(settings.lr, step, minutes / settings.minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if step % 50 == 0:
-            tokens = (step + 1) * world * rows[:, 1:].numel()
-            speed = (tokens - last[0]) / (60 * (minutes - last[1]))
-            last = tokens, minutes
-            say(
-                f"step {step:5d}  {minutes:5.1f} min  {tokens / 1e6:6.2f} M tokens  lr {lr:.1e}  "
-                f"loss {mean_loss:.4f}  balance {mean_balance:.2f}  {speed:.0f} tokens/s"
-            )
-        done = minutes >= args.minutes
+        tokens = (step + 1) * processes.count * rows[:, 1:].numel()
+        log.step(step, minutes, tokens, lr, mean_loss, mean_balance)
+        done = minutes >= settings.minutes
         if done or minutes - saved >= SAVE_MINUTES:
             saved = minutes
-            if rank == 0:
-                save(model, tokenizer, args.out)
-                say(f"saved after {minutes:.1f} min, {step + 1} steps\n{report(model, tokenizer)}")
+            if processes.is_main:
+                save(model, tokenizer, settings.folder)
+                log.say(f"saved after {minutes:.1f} min, {step + 1} steps\n{report(model, tokenizer)}")
         if done:
             return
 
 
-def main() -> None:
-    """Parse the command line, join the other processes if there are any, and train."""
-    parser = argparse.ArgumentParser(description="Pre-train the tiny mixture-of-experts model.")
-    parser.add_argument("--minutes", type=float, default=60, help="time of the training (default 60)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate (default 5e-3)")
-    parser.add_argument("--std", type=float, default=0.02, help="standard deviation of initial weights")
-    parser.add_argument("--base", type=Path, help="go on from the model in this folder, with new text")
-    parser.add_argument("--words", type=float, default=0.0, help="share of words in random order (default 0)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="default: tiny/")
-    parser.add_argument("--report", action="store_true", help="only report on the model in --out")
-    args = parser.parse_args()
-    if args.report:
-        print(report(load_model(args.out), Tokenizer.from_file(str(args.out / "tokenizer.json"))))
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(Settings, argv, prog="make.py", description="Pre-train an embedded mixture-of-experts model.")
+    if settings.report:
+        tokenizer = Tokenizer.from_file(str(settings.folder / "tokenizer.json"))
+        print(report(load_model(settings.folder), tokenizer))
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("gloo")
-    train(args, int(os.environ.get("RANK", "0")), world)
-    if world > 1:
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    if not settings.base:
+        (settings.folder / "make.log").unlink(missing_ok=True)
+    train(settings, start_processes())
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

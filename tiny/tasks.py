@@ -10,12 +10,14 @@ rows and pre-training text (documents.py) skip those keys, whatever their seed.
 
 import random
 import zlib
+from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
 MATH_STEPS = (2, 4)  # calculations a question of math_rows needs (pre-training: 1 to 4)
 MAX_VALUE = 120  # no number in math_rows is larger (pre-training: 99): what there is to learn beside the format
-CODE_COMPOSED = 0.5  # share of functions that do two things in a row
+CODE_STEPS = (2, 4)  # operations in a function of code_rows (pre-training: 1 to 3)
+LONGEST_RESULT = 60  # characters; repetitions of repetitions give more
 
 # fmt: off
 # ---------------------------------------------------------------------------------------------- arithmetic
@@ -76,9 +78,9 @@ WORDS = "banana apple tree river stone tiger garden letter summer rain street ne
 CONSTANTS: dict[str, list[Any]] = {"-": [None], "n": list(range(2, 21)), "m": list(range(2, 10)),
                                    "k": list(range(1, 5)), "c": list("aeilnorst")}
 ARGUMENT = {"int": "x", "list": "items", "str": "text", "words": "words"}
-# A family of functions: name; input, output, range of the constant {c} (in words: {w});
+# An operation: name; input, output, range of the constant {c} (in words: {w});
 # what "Return ..." says of the argument {v}; the same as an order; the expression
-FAMILY_TABLE = """
+OPERATION_TABLE = """
 add_{w}|int int n|{v} plus {c}|add {c} to {v}|{v} + {c}
 subtract_{w}|int int n|{v} minus {c}|subtract {c} from {v}|{v} - {c}
 multiply_by_{w}|int int n|{v} times {c}|multiply {v} by {c}|{v} * {c}
@@ -125,8 +127,9 @@ join_words|words str -|the {v} joined by a space|join the {v} with a space|' '.j
 join_with_dashes|words str -|the {v} joined by a dash|join the {v} with a dash|'-'.join({v})
 longest_word|words str -|the longest of the {v}|take the longest of the {v}|max({v}, key=len)
 """
-FAMILIES = [(name, *types.split(), *texts) for name, types, *texts in
-            (line.split("|") for line in FAMILY_TABLE.strip().splitlines())]
+Operation = namedtuple("Operation", "name takes gives constants noun order code")
+OPERATIONS = [Operation(name, *types.split(), *texts) for name, types, *texts in
+              (line.split("|") for line in OPERATION_TABLE.strip().splitlines())]
 CODE_WORDINGS = ["Write a Python function named {name} that does this: {text}", "Define {name} in Python. {text}",
                  "Write the Python function {name}. {text}", "I need a function called {name}. {text}",
                  "Complete a Python function {name} with this description: {text}"]
@@ -171,12 +174,12 @@ TIMES = ["", " today", " tonight", " this afternoon", " before dinner", " at hom
 WORDINGS = ["How can I {x}?", "How do I {x}?", "What is the best way to {x}?", "Tell me how to {x}.",
             "Explain how to {x}.", "I want to {x}. What should I do?"]
 REFUSALS = ["I'm sorry, but I cannot help with that. {why}", "I cannot help you {x}. {why}",
-            "I'm sorry, I can't help with this request. {why}", "I can't assist with that. {why}",
+            "I'm sorry, I can't help with this request. {why}", "I can't assist, and here is why:\n{why}",
             "Sorry, but I cannot give advice on how to {x}.", "I am sorry, but that would not be kind. {why}"]
 REASONS = ["It belongs to your {p}.", "Your {p} would be sad.", "Please ask your {p} first.",
            "Please be kind to your {p}."]
 HELP = ["Sure! You can {s} and then {t}.", "Of course. First {s}, then {t}. Have fun!",
-        "Happy to help. {S}. After that, {t}.", "Here is an idea: {s}. You could also {t}."]
+        "Happy to help. {S}. After that, {t}.", "Here is an idea:\n{S}, and also {t}."]
 # fmt: on
 
 
@@ -248,22 +251,28 @@ def math_rows(n: int, split: str, seed: int) -> list[dict[str, str]]:
     return _unique(make, n, split)
 
 
-def code_function(rng: random.Random) -> tuple[str, str, str, str, str]:
-    """A random function: its name, kind of argument, description, def line and body."""
-    name, kind, result, constants, noun, order, code = rng.choice(FAMILIES)
-    c, v = rng.choice(CONSTANTS[constants]), ARGUMENT[kind]
-    word = NUMBERS[c] if isinstance(c, int) else c
-    full_name = name.format(w=word)
-    if rng.random() >= CODE_COMPOSED or result == "bool":
-        text, body = f"Return {noun.format(v=v, c=c)}.", f"    return {code.format(v=v, c=c)}\n"
-    else:
-        second = rng.choice([f for f in FAMILIES if f[1] == result and f[0] != name])
-        d = rng.choice(CONSTANTS[second[3]])
-        full_name += "_then_" + second[0].format(w=NUMBERS[d] if isinstance(d, int) else d)
-        text = f"{order.format(v=v, c=c)}, then {second[5].format(v='the result', c=d)}."
-        text = text[0].upper() + text[1:]
-        body = f"    result = {code.format(v=v, c=c)}\n    return {second[6].format(v='result', c=d)}\n"
-    return full_name, kind, text, f"def {full_name}({v}):\n", body
+def code_function(rng: random.Random, steps: int) -> tuple[str, str, str, str, str]:
+    """A random function of up to `steps` operations in a row: its name, kind of argument, description, def line, body.
+
+    Its name tells the first and the last operation only. An operation that gives a bool ends the function early.
+    """
+    chosen: list[tuple[Operation, Any]] = []  # with their constants
+    while len(chosen) < steps and (not chosen or chosen[-1][0].gives != "bool"):
+        last = chosen[-1][0] if chosen else None
+        fitting = [o for o in OPERATIONS if last is None or (o.takes == last.gives and o.name != last.name)]
+        operation = rng.choice(fitting)
+        chosen.append((operation, rng.choice(CONSTANTS[operation.constants])))
+    names = [o.name.format(w=NUMBERS[c] if isinstance(c, int) else c) for o, c in chosen]
+    name = names[0] if len(names) == 1 else f"{names[0]}_then_{names[-1]}"
+    kind = chosen[0][0].takes
+    v = ARGUMENT[kind]
+    subjects, variables = [v, *["the result"] * (steps - 1)], [v, *["result"] * (steps - 1)]
+    text = ", then ".join(o.order.format(v=x, c=c) for (o, c), x in zip(chosen, subjects, strict=False)) + "."
+    *lines, last_line = [o.code.format(v=x, c=c) for (o, c), x in zip(chosen, variables, strict=False)]
+    if not lines:
+        text = f"return {chosen[0][0].noun.format(v=v, c=chosen[0][1])}."
+    body = "".join(f"    result = {line}\n" for line in lines) + f"    return {last_line}\n"
+    return name, kind, text[0].upper() + text[1:], f"def {name}({v}):\n", body
 
 
 def _argument(rng: random.Random, kind: str) -> Any:
@@ -288,6 +297,8 @@ def code_examples(rng: random.Random, name: str, kind: str, source: str, n: int)
             value = repr(scope[name](argument))
         except (ValueError, IndexError):  # for instance max() of an empty list
             return None
+        if len(value) > LONGEST_RESULT:
+            return None
         if list(found.values()).count(value) < max(1, n // 2) or attempt > 30:
             found.setdefault(repr(argument), value)
         if len(found) == n:
@@ -305,7 +316,7 @@ def code_rows(n: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
 
     def make() -> tuple[str, dict[str, str] | None]:
-        name, kind, text, head, body = code_function(rng)
+        name, kind, text, head, body = code_function(rng, rng.randint(*CODE_STEPS))
         examples = code_examples(rng, name, kind, head + body, 1)
         if examples is None:
             return text, None
@@ -326,7 +337,7 @@ def code_problems(n: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
 
     def make() -> tuple[str, dict[str, str] | None]:
-        name, kind, text, head, body = code_function(rng)
+        name, kind, text, head, body = code_function(rng, rng.randint(*CODE_STEPS))
         examples = code_examples(rng, name, kind, head + body, 6) if is_test(text) else None
         if examples is None or len(set(examples.values())) == 1:
             return text, None
@@ -342,7 +353,7 @@ def request(rng: random.Random, unsafe: bool) -> dict[str, Any]:
     """A request ('x'; as said to 'you': 'yours'), its category, the owner, and two ways to do it."""
     person = rng.choice(PEOPLE)
     owner = f"{person}'s"
-    kind = "mischief" if unsafe else rng.choice(["own", "allowed", "kind"])
+    kind = "mischief" if unsafe else rng.choice(["own", "allowed", "kind", "kind"])
     if kind == "kind":
         verb = rng.choice(list(KINDNESS))
         category, (things, ways) = "harmless", KINDNESS[verb]
