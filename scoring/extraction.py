@@ -25,6 +25,8 @@ STATEMENT = re.compile(r"(?:async|def|class|for|while|if|with|try|match)\b|@")
 INVISIBLE = {0xA0: " ", 0x200B: None, 0xFEFF: None}  # spaces that are not code
 SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<eos>|<file_sep>|<end_of_turn>")  # tokens that other tools leave in a text
 
+TRIES = 100  # how often the end of one statement is looked for
+
 
 class Found(NamedTuple):
     """A program that defines the function."""
@@ -36,17 +38,26 @@ class Found(NamedTuple):
 # ------------------------------------------------------------------------------------------------ pieces of Python
 
 
-def compiles(source: str) -> bool:
-    """True if the text is a Python program."""
+@lru_cache(maxsize=8192)
+def error(source: str) -> int | None:
+    """The line at which the text stops being a Python program; None if it is one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # model-written strings hold invalid escapes
         try:
             compile(source, "<completion>", "exec", dont_inherit=True)
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-            return False
-    return True
+        except SyntaxError as wrong:
+            return wrong.lineno or 1
+        except (ValueError, RecursionError, MemoryError, OverflowError):
+            return 1
+    return None
 
 
+def compiles(source: str) -> bool:
+    """True if the text is a Python program."""
+    return error(source) is None
+
+
+@lru_cache(maxsize=8192)
 def goes_on(source: str) -> bool:
     """True if a text that does not compile could be the beginning of a program: a bracket or a block is open."""
     with warnings.catch_warnings():
@@ -96,29 +107,42 @@ def starts(lines: list[str]) -> list[int]:
 def longest(source: str, entry_point: str) -> str | None:
     """The longest run of first lines that defines the function: decoding may have stopped within a later line."""
     lines = source.split("\n")
-    parts = ("\n".join(lines[:n]) for n in range(len(lines), 0, -1))
-    return next((part for part in parts if compiles(part) and defines(part, entry_point)), None)
+    n = len(lines)
+    for _ in range(TRIES // 4):
+        part = "\n".join(lines[:n])
+        if entry_point not in part:
+            break
+        wrong = error(part)
+        if wrong is None and defines(part, entry_point):
+            return part
+        n = min(n, wrong or n) - 1  # what is wrong in a line stays wrong in every part with this line
+    return None
 
 
 def statements(text: str, entry_point: str, cut: bool) -> Iterator[str]:
     """The statements of the top level, in order; lines that belong to none are skipped.
 
     cut: a last definition that decoding has cut off counts up to its last whole line.
+
+    Most statements are compiled once. Those that go on at the start of a later line need more compilations, which are
+    limited for the whole text: otherwise a text that opens brackets without end would take hours.
     """
     lines = text.split("\n")
     begins = starts(lines)
-    i = 0
+    i, spare = 0, 4 * TRIES
     while i < len(begins) - 1:
         found, end = None, i + 1
-        for j in range(i + 1, len(begins)):
+        for j in range(i + 1, min(len(begins), i + 1 + max(1, min(spare, TRIES)))):
             part = "\n".join(lines[begins[i] : begins[j]]).rstrip()
             if compiles(part):
                 found, end = part, j
             if found or not goes_on(part):
                 break
-        if found is None and cut and DEFINITION.match(lines[begins[i]]):
+            spare -= 1
+        if found is None and cut and spare > 0 and DEFINITION.match(lines[begins[i]]):
             found = longest("\n".join(lines[begins[i] :]), entry_point)
             end = len(begins) - 1 if found else end
+            spare -= TRIES
         if found is not None:
             yield found
         i = end
@@ -149,7 +173,7 @@ def defines(source: str, entry_point: str) -> bool:
 def as_continuation(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
     """Prompt and text as one program: the text begins with the body of the function."""
     lines = text.split("\n")
-    for end in starts(lines):  # the first line behind the body
+    for end in starts(lines)[:TRIES]:  # the first line behind the body
         source = prompt + "\n".join(lines[:end])
         if compiles(source):
             if not defines(source, entry_point):
