@@ -18,13 +18,17 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-FENCE = re.compile(r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(  # indentation, fence, content, and the closing fence, which may stand behind the last line of code
+    r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(^[ \t]*\2|\2[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
+)
 CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")  # belongs to the statement above it
 DEFINITION = re.compile(r"(?:async\s+def|def|class)\b|@")
 STATEMENT = re.compile(r"(?:async|def|class|for|while|if|with|try|match)\b|@")
 INVISIBLE = {0xA0: " ", 0x200B: None, 0xFEFF: None}  # spaces that are not code
-SPECIAL = re.compile(r"<\|\w+\|>|</?s>|<eos>|<file_sep>|<end_of_turn>")  # tokens that other tools leave in a text
-
+SPECIAL = re.compile(  # tokens that other tools leave in a text; DeepSeek's have wide bars
+    r"<\|\w+\|>|<\uff5c[^\uff5c\n]+\uff5c>|</?s>|<(?:eos|pad|unk|file_sep|end_of_turn)>"
+)
+THOUGHT = "</think>"  # ends what a reasoning model writes before its answer
 TRIES = 100  # how often the end of one statement is looked for
 
 
@@ -148,23 +152,48 @@ def statements(text: str, entry_point: str, cut: bool) -> Iterator[str]:
         i = end
 
 
-def defines(source: str, entry_point: str) -> bool:
-    """True if the program defines the function, and not only by a docstring, `pass` or functions within it."""
+def idle(part: ast.stmt) -> bool:
+    """True for a statement that a function which is not written yet may hold: `pass`, a docstring, another function."""
+    if isinstance(part, ast.Raise):
+        return isinstance(part.exc, ast.expr) and ast.unparse(part.exc).startswith("NotImplementedError")
+    empty = isinstance(part, (ast.Pass, ast.FunctionDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom))
+    return empty or (isinstance(part, ast.Expr) and isinstance(part.value, (ast.Constant, ast.Name)))
 
-    def idle(part: ast.stmt) -> bool:
-        empty = isinstance(part, (ast.Pass, ast.FunctionDef, ast.AsyncFunctionDef, ast.Import, ast.ImportFrom))
-        return empty or (isinstance(part, ast.Expr) and isinstance(part.value, (ast.Constant, ast.Name)))
 
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name == entry_point:
-            if not all(map(idle, node.body)):
-                return True
+def definitions(nodes: list[ast.stmt], entry_point: str) -> Iterator[ast.stmt]:
+    """The statements that define the function, at the top level or within `if` and `try` there, and are no stub.
+
+    A function that ends with a function of its own name is a program that was indented as a whole.
+    """
+    for node in nodes:
+        if isinstance(node, (ast.If, ast.Try)):
+            yield from definitions(node.body + node.orelse, entry_point)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            again = getattr(node.body[-1], "name", None) == node.name
+            if node.name == entry_point and not again and not all(map(idle, node.body)):
+                yield node
         elif isinstance(node, ast.ClassDef) and node.name == entry_point:
-            return True
+            yield node
         elif isinstance(node, ast.Assign):
             if any(isinstance(target, ast.Name) and target.id == entry_point for target in node.targets):
-                return True
-    return False
+                yield node
+
+
+def defines(source: str, entry_point: str) -> bool:
+    """True if the program defines the function."""
+    return next(definitions(ast.parse(source).body, entry_point), None) is not None
+
+
+def last_definition(source: str, entry_point: str) -> str:
+    """The program with the last of several definitions of the function alone: the one that Python would call."""
+    if not compiles(source):
+        return source
+    body, lines = ast.parse(source).body, source.split("\n")
+    found = [node for node in body if isinstance(node, ast.FunctionDef) and any(definitions([node], entry_point))]
+    for node in reversed(found[:-1]):
+        first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+        del lines[first - 1 : node.end_lineno]
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------- the two ways to read
@@ -231,17 +260,17 @@ def join(kept: list[str], rest: Iterator[str], entry_point: str) -> Found:
     return Found(program, complete or not missing)
 
 
-def blocks(text: str) -> str:
+def blocks(text: str, entry_point: str) -> str:
     """The contents of the fenced blocks of a Markdown text, one behind the other, without the fences' indentation."""
-    found = FENCE.finditer(text)
-    return "\n".join(re.sub(rf"^{block[1]}", "", block[3], flags=re.MULTILINE) for block in found)
+    contents = (re.sub(rf"^{block[1]}", "", block[3], flags=re.MULTILINE) for block in FENCE.finditer(text))
+    return "\n".join(last_definition(each, entry_point) for each in contents)
 
 
 @lru_cache(maxsize=256)
 def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
     """The first reading that finds the function: before the first fence, in the fenced blocks, in the whole text."""
     fence = FENCE.search(text)
-    parts = [text[: fence.start()], blocks(text), text] if fence else [text]
+    parts = [text[: fence.start()], blocks(text, entry_point), text] if fence else [text]
     readings = (way(prompt, entry_point, part, cut) for part in parts for way in (as_continuation, as_program))
     return next(filter(None, readings), None)
 
@@ -251,24 +280,33 @@ def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
 
 def extract(prompt: str, entry_point: str, text: str) -> str:
     """The program that a completion means; prompt and text as they are if no function is found in it."""
-    text, given = text.replace("\r\n", "\n"), text
+    plain = text.replace("\r\n", "\n")
+    parts = dict.fromkeys([plain.rpartition(THOUGHT)[2], plain])  # the answer counts before what was thought
+    found = next(filter(None, (find(prompt, entry_point, part) for part in parts)), None)
+    return found.program if found else prompt + text
+
+
+def find(prompt: str, entry_point: str, text: str) -> Found | None:
+    """The first reading that finds the function, first in the text as it is, then in repaired text."""
     found = read(prompt, entry_point, text, False)
     if not found:
-        code = blocks(text) or text
+        code = blocks(text, entry_point) or text
         parts = [code, *repaired(code, prompt)]
         readings = (read(prompt, entry_point, part, cut) for cut in (False, True) for part in parts)
         found = next(filter(None, readings), None)
-    return found.program if found else prompt + given
+    return found
 
 
 def repaired(code: str, prompt: str) -> list[str]:
     """The code as it was before tokenizers, chats or editors changed it; the most likely change first."""
-    last = prompt.rstrip().rpartition("\n")[2]
-    indent = last[: len(last) - len(last.lstrip())] or "    "  # of the function's body
+    ends = prompt.rstrip().split("\n")
+    indent = ends[-1][: len(ends[-1]) - len(ends[-1].lstrip())] or "    "  # of the function's body
+    repeated = ("\n".join(ends[i:]) + "\n" for i in range(len(ends)))
     lines = [line for line in code.split("\n") if line.strip()]
     first_alone = len(lines) == 1 or (len(lines) > 1 and lines[1][0] in " \t")
     return [
-        SPECIAL.split(code)[0],
+        next(filter(str.strip, SPECIAL.split(code)), ""),
+        code.lstrip("\n").removeprefix(next(filter(code.lstrip("\n").startswith, repeated), "")),
         code.translate(INVISIBLE),
         code.removeprefix(" "),
         code.lstrip(),
@@ -291,11 +329,16 @@ def without_prose(code: str) -> str:
 def finished(prompt: str, entry_point: str, text: str) -> bool:
     """True if whatever follows the text cannot change the program that `extract` finds: decoding may stop.
 
-    The text must have gone on behind the function, with a line that does not belong to it.
+    The text must have gone on behind the function, with a line that does not belong to it. In an open fenced block the
+    function may be defined again, and what is thought is not yet the answer.
     """
+    text = text.rpartition(THOUGHT)[2]
     lines = text.split("\n")
     last = next(reversed(starts(lines)[:-1]), 0)
     if last == 0 or entry_point.startswith(lines[last]) or lines[last].startswith(entry_point):
         return False
-    found = read(prompt, entry_point, "\n".join(lines[:last]), False)
+    text = "\n".join(lines[:last])
+    if "<think>" in text or any(not block[4] for block in FENCE.finditer(text)):
+        return False
+    found = read(prompt, entry_point, text, False)
     return found is not None and found.complete
