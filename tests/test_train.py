@@ -220,10 +220,14 @@ def test_the_balancing_loss_and_its_gradients_are_those_of_one_process_on_three(
 
 
 def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):
-    flags = ["--steps", "4", "--batch", "8", "--sample", "0.01", "--router-aux-loss", "1.0"]
-    train.main([*flags, "--out", str(tmp_path / "run")])
-    values = [json.loads(line)["aux_loss"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert values[-1] < values[0] and min(values) > 1.0  # 1 is perfect balance of every layer
+    values = {}
+    for weight in ("1.0", "1e-9"):
+        flags = ["--steps", "8", "--batch", "8", "--sample", "0.01", "--router-aux-loss", weight]
+        train.main([*flags, "--out", str(tmp_path / weight)])
+        log = (tmp_path / weight / "log.jsonl").read_text().splitlines()
+        values[weight] = [json.loads(line)["aux_loss"] for line in log]
+    assert values["1.0"][0] == values["1e-9"][0]  # before the first step
+    assert 1.0 < values["1.0"][-1] < 0.99 * values["1e-9"][-1]  # 1 is perfect balance of every layer
 
 
 def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint_with_all_that_the_base_had(tmp_path, capsys):
