@@ -23,6 +23,7 @@ FENCE = re.compile(  # indentation, fence, content, and the closing fence, which
 )
 CLAUSE = re.compile(r"(?:else|elif|except|finally)\b")  # belongs to the statement above it
 DEFINITION = re.compile(r"(?:async\s+def|def|class)\b|@")
+ASIDE = re.compile(r"(?:import|from|assert|print)\b")  # changes no value
 STATEMENT = re.compile(r"(?:async|def|class|for|while|if|with|try|match)\b|@")
 INVISIBLE = {0xA0: " ", 0x200B: None, 0xFEFF: None}  # spaces that are not code
 SPECIAL = re.compile(  # tokens that other tools leave in a text; DeepSeek's have wide bars
@@ -244,20 +245,23 @@ def join(kept: list[str], rest: Iterator[str], entry_point: str) -> Found:
     bound = {name for part in kept for name in names(part).binds}
     missing = undefined({name for part in kept for name in names(part).uses}, bound)
     own = re.compile(rf"{re.escape(entry_point)}(?:\.\w+)?\s*=[^=]")  # total = cache(total), total.calls = 0
-    complete = False
+    complete, values = False, set()  # values: what the rest has assigned for the function, and may go on to fill
     for statement in rest:
         found = names(statement)
-        useful = own.match(statement) or found.binds & missing
+        aside = DEFINITION.match(statement) or ASIDE.match(statement) or entry_point in found.reads
+        fills = (found.binds | found.reads) & values and not aside
+        useful = own.match(statement) or found.binds & missing or fills
         if useful and not undefined(found.reads, bound | found.binds):
             kept.append(statement)
             bound |= found.binds
             missing = undefined(missing | found.uses, bound)
+            values |= set() if aside else found.binds
         elif not missing:
             complete = True
             break
     future = [part for part in kept if part.startswith("from __future__")]  # allowed at the start only
     program = "\n\n\n".join([*future, *(part for part in kept if part not in future)])
-    return Found(program, complete or not missing)
+    return Found(program, complete or not missing | values)
 
 
 def blocks(text: str, entry_point: str) -> str:
@@ -303,6 +307,7 @@ def repaired(code: str, prompt: str) -> list[str]:
     indent = ends[-1][: len(ends[-1]) - len(ends[-1].lstrip())] or "    "  # of the function's body
     repeated = ("\n".join(ends[i:]) + "\n" for i in range(len(ends)))
     lines = [line for line in code.split("\n") if line.strip()]
+    behind = without_prose(code)
     first_alone = len(lines) == 1 or (len(lines) > 1 and lines[1][0] in " \t")
     return [
         next(filter(str.strip, SPECIAL.split(code)), ""),
@@ -314,7 +319,8 @@ def repaired(code: str, prompt: str) -> list[str]:
         indent + code.lstrip() if first_alone else "",
         textwrap.indent(textwrap.dedent(code), indent),
         "\n".join(line[4:] for line in code.split("\n") if line.startswith((">>> ", "... "))),
-        without_prose(code),
+        behind,
+        textwrap.dedent("\n".join(line for line in behind.split("\n") if line[:1] in " \t")),  # Markdown's other block
     ]
 
 
