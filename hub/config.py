@@ -101,7 +101,6 @@ ONLY = {
     "add_cross_attention": False,
     "attention_bias": False,
     "mlp_bias": False,
-    "rope_scaling": None,
     "partial_rotary_factor": 1.0,
     "use_sliding_window": False,
     "layer_types": None,
@@ -124,8 +123,8 @@ ONLY = {
 }
 READ = {  # keys that `read_numbers` reads in every family
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "num_experts_per_tok", "rope_theta", "rope_parameters", "rms_norm_eps", "tie_word_embeddings", "eos_token_id",
-    "pad_token_id",
+    "num_experts_per_tok", "rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
+    "eos_token_id", "pad_token_id",
 }  # fmt: skip
 HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, defaults of generation
     "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
@@ -153,7 +152,7 @@ def ignore_keys(keys: str | None) -> None:
     ignored.update(key.strip() for key in (keys or "").split(","))
 
 
-NUMBERS = ("rope_theta", "rms_norm_eps", "clip_qkv", "max_position_embeddings")  # positive, if they are there
+NUMBERS = ("rms_norm_eps", "clip_qkv", "max_position_embeddings")  # positive, if they are there
 # Far beyond any model, and small enough to refuse quickly: the names of all weights are made before a file is read.
 LARGEST, MOST_EXPERTS = 10**6, 10**5
 
@@ -164,8 +163,8 @@ def read_numbers(hub: dict) -> dict:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(f"config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
-    rope = hub.get("rope_parameters") or {}  # transformers 5 nests what transformers 4 keeps at the top level
-    check_values(hub, rope, family)
+    rope = rope_values(hub)
+    check_values(hub, family)
     hidden, heads = integer(hub, "hidden_size"), integer(hub, "num_attention_heads")
     layers, K = integer(hub, "num_hidden_layers", most=1000), integer(hub, "num_experts_per_tok")
     vocab_size, expert_size = integer(hub, "vocab_size"), integer(hub, family.expert_size)
@@ -198,7 +197,7 @@ def read_numbers(hub: dict) -> dict:
         num_experts=E,
         num_experts_per_tok=K,
         norm_topk_prob=family.always_norm_topk_prob or bool(hub.get("norm_topk_prob")),
-        rope_theta=rope.get("rope_theta") or hub.get("rope_theta") or family.rope_theta,
+        rope_theta=rope.get("rope_theta") or family.rope_theta,
         rms_norm_eps=hub.get("rms_norm_eps") or family.rms_norm_eps,
         num_dense_layers=num_dense,
         dense_intermediate_size=integer(hub, "intermediate_size") if num_dense else 0,
@@ -261,7 +260,42 @@ def read_by(family: Family) -> set[str]:
     return keys | ({*MULTIPLIERS} if family.multipliers else set())
 
 
-def check_values(hub: dict, rope: dict, family: Family) -> None:
+ROPE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+NESTED = ("rope_parameters", "rope_scaling")  # what transformers 4 keeps at the top level, transformers 5 nests
+
+
+def rope_values(hub: dict) -> dict:
+    """What config.json says about rotary embeddings, at its top level and nested.
+
+    Raises InputError for a value that is not implemented or not valid, and for two values that contradict each other.
+    """
+    found, source = {}, {}
+    for place in ("", *NESTED):
+        values = hub.get(place) if place else {key: hub.get(key) for key in ROPE if key != "type"}
+        values = {} if values is None else values
+        if not isinstance(values, dict) or values.keys() - {*ROPE}:
+            raise InputError(f"config.json: {place} {values!r:.80} cannot be read, only {', '.join(ROPE)}")
+        for key in ROPE:
+            value, name = values.get(key), f"{place}.{key}".lstrip(".")
+            if value is None:
+                continue
+            if key == "rope_theta":
+                check_positive(name, value)
+            elif value != (only := ONLY.get(key, "default")) or isinstance(value, bool):
+                raise InputError(f"config.json: {name} {value!r:.40} is not implemented, only {only!r}")
+            if found.setdefault(key, value) != value:
+                raise InputError(f"config.json: {source[key]} is {found[key]!r}, {name} is {value!r}; want one value")
+            source.setdefault(key, name)
+    return found
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise InputError for a value of config.json that is not a positive number of a sensible size."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
+        raise InputError(f"config.json: {name} is {value!r:.40}; want a positive number up to 1e12")
+
+
+def check_values(hub: dict, family: Family) -> None:
     """Raise InputError for an unknown key, a value that is not implemented, or one that is not a valid number."""
     allowed = {key: only for key, only in ONLY.items() if not (family.multipliers and key in MULTIPLIERS)}
     allowed |= {"qkv_bias": family.qkv_bias}
@@ -271,25 +305,18 @@ def check_values(hub: dict, rope: dict, family: Family) -> None:
         commands = "train, profile, evaluate and export"
         advice = f"if that changes nothing, {commands} go on with --ignore-config-keys {','.join(unknown)}"
         raise InputError(f"config.json: {given}: unknown in a model of type {hub['model_type']}; {advice}")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-    if not isinstance(rope, dict) or rope.keys() - known:
-        raise InputError(f"config.json: rope_parameters {rope!r:.80} cannot be read, only rope_theta and rope_type")
     for key, only in allowed.items():
-        value = (rope | hub).get(key)
+        value = hub.get(key)
         if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         if value not in (None, only):
             raise InputError(f"config.json: {key} {value!r} is not implemented, only {only!r}")
-    for key in rope.keys() & {"rope_type", "type"}:
-        if rope[key] not in (None, "default"):
-            raise InputError(f"config.json: rope_type {rope[key]!r} is not implemented, only 'default'")
     for key in ("norm_topk_prob", "tie_word_embeddings"):
         if hub.get(key) not in (None, True, False):
             raise InputError(f"config.json: {key} is {hub[key]!r:.40}; want true or false")
-    for key, value in (rope | hub).items():
-        if key in (*NUMBERS, *MULTIPLIERS) and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
-                raise InputError(f"config.json: {key} is {value!r:.40}; want a positive number up to 1e12")
+    for key in (*NUMBERS, *MULTIPLIERS):
+        if hub.get(key) is not None:
+            check_positive(key, hub[key])
 
 
 # config.json of the paper's backbones, for counting without weights (`reproduce.py params`).

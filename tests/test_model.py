@@ -605,7 +605,10 @@ def test_an_index_that_is_none_is_refused(copied, text):
         {"hidden_act": "gelu"},
         {"attention_bias": True},
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": "linear"},
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}},
+        {"rope_parameters": "default"},
+        {"rope_parameters": False},
         {"hidden_size": ...},
         {"num_experts": ...},
         {"num_experts_per_tok": 8},
@@ -635,6 +638,31 @@ def test_a_config_that_this_forward_does_not_compute_is_refused_by_naming_the_ke
     assert key in message or "rope_type" in message
     if not isinstance(value, dict) and value is not ...:
         assert str(value) in message
+
+
+@pytest.mark.parametrize("nested", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("top", "inner"),
+    [
+        ({"rope_theta": 1e4}, {"rope_theta": -5.0}),
+        ({"rope_theta": 1e4}, {"rope_theta": "abc"}),
+        ({"rope_theta": 1e4}, {"rope_theta": float("nan")}),
+        ({"rope_theta": 1e4}, {"rope_theta": 0}),
+        ({"rope_theta": 1e4}, {"rope_theta": 5e5}),
+        ({"rope_theta": -5.0}, {"rope_theta": 1e4}),
+        ({"partial_rotary_factor": 1.0}, {"partial_rotary_factor": 0.5}),
+        ({"partial_rotary_factor": 0.5}, {"partial_rotary_factor": 1.0}),
+        ({}, {"partial_rotary_factor": True}),
+        ({}, {"type": "linear"}),
+    ],
+    ids=str,
+)
+def test_nested_values_of_the_rotary_embedding_are_checked_beside_those_at_the_top_level(copied, nested, top, inner):
+    alone = {"rope_parameters": ..., "rope_scaling": ...}
+    rewrite_config(copied, **(alone | {nested: {"rope_theta": 1e4, "rope_type": "default"}, "rope_theta": 1e4}))
+    assert read_config(copied).rope_theta == 1e4
+    rewrite_config(copied, **(alone | {"rope_theta": ..., nested: inner} | top))
+    assert list(inner)[0] in error_of(read_config, copied)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "\xff"], ids=repr)
