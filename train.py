@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     if method.grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     content = processes.once(lambda: content_of(folder, examples, settings.mask or settings.init_adapter))
-    if earlier := processes.once(lambda: earlier_result(out, content, steps)):
+    if earlier := processes.once(lambda: earlier_result(out, content, steps, settings.resume)):
         say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
         end_processes()
         return earlier

@@ -44,17 +44,16 @@ def check_out(out: Path, settings: dict) -> None:
     if changed:
         was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
-    if not settings["resume"] and any(out.glob("**/checkpoint/step-*")):
-        raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
     if settings["resume"] and not out.exists():
         say(f"--resume: there is nothing in {out} yet; the run starts with its first step")
 
 
-def earlier_result(out: Path, content: dict, steps: int) -> dict | None:
+def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict | None:
     """result.json of the run in `out` if that has done all `steps` already, else None.
 
     content: digests of the base model and the training data, as for `write_config`. Raises InputError if the run in
-    `out` had others, or if it has ended after another number of steps without a checkpoint.
+    `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a checkpoint and
+    is not to `resume`.
     """
     before = read_json(out / "config.json")
     if not before.keys() >= content.keys():  # of an earlier version, or not there
@@ -65,12 +64,15 @@ def earlier_result(out: Path, content: dict, steps: int) -> dict | None:
         names = " and ".join(changed)
         raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
     result = read_json(out / "result.json")
-    if "steps" not in result or not any((out / name).is_dir() for name in ("adapter", "model")):
-        return None
-    if result["steps"] != steps and not any(out.glob("checkpoint/step-*")):
+    finished = "steps" in result and any((out / name).is_dir() for name in ("adapter", "model"))
+    if finished and result["steps"] == steps:
+        return result
+    if not resume and any(out.glob("**/checkpoint/step-*")):
+        raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
+    if finished and not any(out.glob("checkpoint/step-*")):
         ended = f"a run that ended after {result['steps']} steps, and no checkpoint to continue from"
         raise InputError(f"--out {out} holds {ended}; name another folder or remove it")
-    return result if result["steps"] == steps else None
+    return None
 
 
 def read_json(path: Path) -> dict:

@@ -211,8 +211,10 @@ def test_what_may_not_change_on_resuming_is_named_and_more_steps_are_welcome(tmp
     out = tmp_path / "run"
     flags = [*SMALL, "--save-every", "1", "--out", str(out)]
     train.main([*flags, "--steps", "2"])
+    (out / "result.json").rename(tmp_path / "result.json")  # as if it had been killed just before its end
     with pytest.raises(InputError, match="add --resume to go on"):
         train.main([*flags, "--steps", "2"])
+    (tmp_path / "result.json").rename(out / "result.json")
     for change, said in (
         (["--seed", "5"], "seed 0 then, 5 now"),
         (["--lr", "0.1"], "lr 0.003 then, 0.1 now"),
@@ -430,17 +432,21 @@ def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, c
 # ------------------------------------------------------------------------------------------------ a run done again
 
 
-def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, capsys):
+@pytest.mark.parametrize("saving", [[], ["--save-every", "1"]], ids=["no checkpoint", "checkpoints"])
+def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, capsys, saving):
     out = tmp_path / "run"
     flags = [*SMALL, "--steps", "2", "--out", str(out)]
-    result = train.main(flags)
+    result = train.main([*flags, *saving])
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
-    for more in ([], ["--resume"], ["--micro-batch", "2"]):
+    others = ["--save-every", "2", "--keep", "1", "--shard", "none", "--activation-checkpointing"]
+    for more in (saving, ["--resume"], ["--micro-batch", "2"], [*others, "--on-nonfinite", "skip"]):
         capsys.readouterr()
         again = train.main([*flags, *more])
         assert again == result == json.loads((out / "result.json").read_text())
         assert "holds this run already, with all its 2 steps: nothing to do" in capsys.readouterr().out
         assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in out.rglob("*") if p.is_file()} == before
+    if saving:
+        return
     for steps in ("1", "3"):  # there is no checkpoint to continue from, and the results are not thrown away
         with pytest.raises(InputError, match="a run that ended after 2 steps, and no checkpoint to continue from"):
             train.main([*flags, "--resume", "--steps", steps])
