@@ -232,8 +232,16 @@ def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     """tokenizer.json of a checkpoint folder. Raises InputError if it is missing, damaged or does not fit the config."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
+        if (Path(folder) / "tokenizer.model").is_file():
+            convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            raise InputError(
+                f"{folder} has tokenizer.model but no tokenizer.json; make it with transformers: {convert}"
+            )
         raise InputError(f"{folder} has no tokenizer.json; want the fast tokenizer of the model, as the hub stores it")
     try:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                raise ValueError("a Git LFS pointer; fetch the file with `git lfs pull`")
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"{path}: not a tokenizer.json ({error})") from None

@@ -31,7 +31,17 @@ from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
 from hellora import SHARED, TARGETS, Adapter
-from hub.checkpoint import EMBEDDED, SHARD_BYTES, Stored, copy_beside, read_slices, resolve, stored, write_checkpoint
+from hub.checkpoint import (
+    EMBEDDED,
+    SHARD_BYTES,
+    Stored,
+    converted,
+    copy_beside,
+    read_slices,
+    resolve,
+    stored,
+    write_checkpoint,
+)
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
@@ -155,7 +165,7 @@ def write_merged(
     say(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change")
     check_space(out, total)
     merged = (
-        (key, (fold(W, adapted[key], adapter) if key in adapted else W).to(dtype or W.dtype))
+        (key, converted(fold(W, adapted[key], adapter) if key in adapted else W, dtype or W.dtype, key))
         for key, W in all_rows(weights)
     )
     hub = config.hub

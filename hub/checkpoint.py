@@ -174,11 +174,15 @@ def in_hub_layout(key: str, weight: Stored, family: Family) -> dict[str, Stored]
 
 
 def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
-    """Whether a tensor that config.json does not imply changes nothing: rotary tables, or an equal copy of a tied head.
+    """Whether a tensor that config.json does not imply changes nothing: rotary tables, masks, a copy of a tied head.
 
     Raises InputError if the embedding is tied and the head differs from it.
     """
-    if re.fullmatch(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", key):
+    attention = r"(model\.)?layers\.\d+\.self_attn\."
+    tables = r"rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    if re.fullmatch(rf"({attention}|model\.)?{tables}|{attention}masked_bias", key):
+        return True
+    if re.fullmatch(rf"{attention}bias", key) and len(weight.shape) == 4:  # the causal mask [1, 1, S, S]
         return True
     embedding = found.get("model.embed_tokens.weight")
     if key != "lm_head.weight" or embedding is None:
@@ -219,6 +223,8 @@ def instead_of_weights(folder: Path) -> str:
     others = {path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)}
     shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
     below = sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
+    here = sorted(path.name for path in folder.glob("*.safetensors"))
+    unfinished = sorted(path.name for path in folder.glob("*.safetensors.*") if path.suffix != ".json")
     foreign = sorted(path.name for kind in ("gguf", "h5", "msgpack", "onnx") for path in folder.glob(f"*.{kind}"))
     if shards and not (folder / INDEX).is_file():
         return f"there are shards ({shards[0]}, ...) without {INDEX}; download that too"
@@ -229,6 +235,11 @@ def instead_of_weights(folder: Path) -> str:
     if others:
         convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
         return f"{min(others)} is a pickle, which is never opened; convert it with transformers: {convert}"
+    if unfinished:
+        return f"{unfinished[0]} is an unfinished download; download it again"
+    if here:
+        layout = "model.safetensors, or shards with an index, as transformers saves them"
+        return f"{here[0]} has another name, and perhaps another layout; want {layout}"
     if foreign:
         return f"{foreign[0]} is not a safetensors file; want the original checkpoint in safetensors"
     return "the checkpoint is incomplete, or the hub has no safetensors of it; download it again, or convert it"
@@ -239,6 +250,16 @@ def check_finite(tensor: Tensor, name: str) -> None:
     # A sum is as fast as a copy. It may overflow, so what it suspects is looked at number by number.
     if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
         raise InputError(f"{name} holds NaN or infinity; the file is damaged, or the training that made it diverged")
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another dtype. Raises InputError, with its name, for a value beyond its range, NaN or infinity."""
+    new = tensor.to(dtype)
+    if not new.sum().isfinite() and not new.isfinite().all():
+        check_finite(tensor, name)
+        short, largest = str(dtype).removeprefix("torch."), tensor.abs().max()
+        raise InputError(f"{name} goes up to {largest:.3g}, beyond the range of {short}; choose --dtype float32")
+    return new
 
 
 def read_slices(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:

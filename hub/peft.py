@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError
-from hub.checkpoint import check_finite
+from hub.checkpoint import check_finite, converted
 from hub.config import Family
 
 Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; for DoRA also lora_m [out]
@@ -59,7 +59,8 @@ def write_peft(
     for matrix, (fan_out, fan_in) in shapes.items():
         for factor, shape in (("lora_A", (r, fan_in)), ("lora_B", (fan_out, r))):
             value = adapter.pairs[matrix][factor] if matrix in adapter.pairs else torch.zeros(shape)
-            tensors[f"base_model.model.{matrix}.{factor}.weight"] = value.to(dtype, copy=True)
+            key = f"base_model.model.{matrix}.{factor}.weight"
+            tensors[key] = converted(value, dtype, key).clone()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
         "peft_type": "LORA",
@@ -90,6 +91,13 @@ ONLY = {  # settings of PEFT that change what the factors mean, with the only va
     "layer_replication": None,
     "alora_invocation_tokens": None,
 }
+KNOWN = {  # keys of adapter_config.json that are read, or that change nothing once the factors are trained
+    *ONLY, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules",
+    "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
+    "revision", "task_type", "auto_mapping", "inference_mode", "lora_dropout", "peft_version", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying", "trainable_token_indices",
+}  # fmt: skip
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base model's weights
 
 
@@ -135,6 +143,9 @@ def check_settings(about: dict, r: int, alpha: float) -> None:
     for name, only in ONLY.items():
         if (about.get(name) or only) != only:
             raise InputError(f"{name} is {about[name]!r}, only {only!r} can be read")
+    if unknown := sorted(key for key, value in about.items() if value and key not in KNOWN):
+        given = ", ".join(f"{key} {about[key]!r:.40}" for key in unknown)
+        raise InputError(f"{given}: unknown in adapter_config.json; take it out if it changes nothing")
     init = about.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
         raise InputError(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")

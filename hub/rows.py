@@ -72,11 +72,17 @@ FOREIGN = {  # how a file of another kind begins -> what it is, and what to do
     b"(\xb5/\xfd": "compressed with zstd; decompress it, or compress it with gzip",
     b"BZh": "compressed with bzip2; decompress it, or compress it with gzip",
     b"\xfd7zXZ": "compressed with xz; decompress it, or compress it with gzip",
+    b"7z\xbc\xaf'\x1c": "a 7z archive; unpack it",
+    b"Rar!": "a rar archive; unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save the sheet as csv",
+    b"%PDF": "a PDF document; want the data set that it describes",
+    b"\x93NUMPY": "a NumPy array; write its rows as JSON lines",
+    b"\x89HDF": "an HDF5 file; write its rows as JSON lines",
     b"SQLite format 3": "a SQLite database; export the table as csv",
     b"\x80": "a Python pickle, which is never opened; write its rows as JSON lines",
     b"\xff\xfe": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
     b"\xfe\xff": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
-    b"<!DOCTYPE": "a web page; download the file itself",
+    b"<!doctype": "a web page; download the file itself",
     b"<html": "a web page; download the file itself",
 }
 
@@ -88,7 +94,11 @@ def read_text(path: Path) -> str:
         content = path.read_bytes()
         if path.suffix.lower() == ".gz" or content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        if kind := next((FOREIGN[start] for start in FOREIGN if content.startswith(start)), None):
+        begins = (content[:20], content[:1000].lstrip().lower())  # a web page may have space first, and capitals
+        kind = next((kind for start, kind in FOREIGN.items() if any(text.startswith(start) for text in begins)), None)
+        if content[257:262] == b"ustar":
+            kind = "a tar archive; unpack it"
+        if kind:
             raise InputError(f"{path}{', ' if kind.startswith('line') else ': '}{kind}")
         return content.decode("utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
@@ -140,6 +150,8 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
     values = json_values(path)
     whole = values[0][1] if len(values) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+        if len(whole) == 1 and all(isinstance(row, dict) for column in whole.values() for row in column):
+            raise InputError(f"{path}: its rows are inside {next(iter(whole))!r}; save this list alone")
         columns = {name: column for name, column in whole.items() if column}
         if len({len(column) for column in columns.values()}) > 1:
             raise InputError(f"{path}: its lists differ in length")

@@ -57,15 +57,20 @@ def test_weights_in_double_precision_are_rounded_to_those_of_single(olmoe, tmp_p
     assert_logits(changed(olmoe.folder, tmp_path / "double", double), olmoe.hf)
 
 
-def test_rotary_tables_of_older_checkpoints_change_nothing(olmoe, tmp_path):
+def test_rotary_tables_and_masks_of_older_checkpoints_change_nothing(olmoe, tmp_path):
     def older(tensors):
         tensors.update({f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(4)})
-        tensors.update({"model.rotary_emb.inv_freq": torch.ones(4)})
+        tensors.update(
+            {"model.rotary_emb.inv_freq": torch.ones(4), "model.rotary_emb.original_inv_freq": torch.ones(4)}
+        )
+        tensors.update({"model.layers.0.self_attn.masked_bias": torch.tensor(-1e4)})
+        tensors.update({"model.layers.0.self_attn.bias": torch.ones(1, 1, 6, 6, dtype=torch.bool)})
 
     assert_logits(changed(olmoe.folder, tmp_path / "older", older), olmoe.hf)
-    stray = changed(olmoe.folder, tmp_path / "stray", lambda t: t.update({"model.layers.0.inv_freq": torch.ones(4)}))
-    with pytest.raises(InputError, match="unexpected keys .'model.layers.0.inv_freq'"):
-        load_model(stray)
+    for name in ("model.layers.0.inv_freq", "model.layers.0.self_attn.bias"):
+        stray = changed(olmoe.folder, tmp_path / name, lambda t, name=name: t.update({name: torch.ones(4)}))
+        with pytest.raises(InputError, match=f"unexpected keys .'{name}'"):
+            load_model(stray)
 
 
 def test_a_tied_head_may_be_stored_if_it_equals_the_embeddings(make_checkpoint, tmp_path):
@@ -127,6 +132,8 @@ ELSEWHERE = {
     "a subfolder of the index": (weights("weights/a.safetensors", INDEX), "subfolder .weights/a.safetensors.*move"),
     "shards without an index": (weights("model-00001-of-00002.safetensors"), f"without {INDEX}; download that too"),
     "a pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "pointer.*git lfs pull"),
+    "Mistral's own layout": (weights("consolidated.safetensors"), "consolidated.safetensors has another name.*want"),
+    "an unfinished download": (weights("model.safetensors.part"), "model.safetensors.part is an unfinished download"),
     "nowhere": (lambda folder: (folder / "model.safetensors").unlink(), "incomplete"),
 }
 

@@ -256,6 +256,12 @@ def test_an_example_with_an_empty_target_cannot_be_encoded():
 def test_a_tokenizer_that_is_missing_broken_or_of_another_model_is_a_wrong_input(words, tmp_path):
     with pytest.raises(InputError, match="no tokenizer.json"):
         data.load_tokenizer(tmp_path, config())
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(InputError, match="tokenizer.model but no tokenizer.json; make it with transformers"):
+        data.load_tokenizer(tmp_path, config())
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1", encoding="utf-8")
+    with pytest.raises(InputError, match="Git LFS pointer.*git lfs pull"):
+        data.load_tokenizer(tmp_path, config())
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"', encoding="utf-8")
     with pytest.raises(InputError, match="not a tokenizer.json"):
         data.load_tokenizer(tmp_path, config())

@@ -159,6 +159,18 @@ def test_shards_hold_every_weight_once_below_the_limit_and_load_by_their_index(o
     assert_close(logits(AutoModelForCausalLM.from_pretrained(out).eval()), want)
 
 
+def test_values_beyond_the_range_of_float16_are_named_with_the_dtype_to_choose(olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path)
+    base = shutil.copytree(olmoe.folder, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    said = "^model.norm.weight goes up to 7e.04, beyond the range of float16; choose --dtype float32"
+    with pytest.raises(InputError, match=said):
+        merged(base, tmp_path, tmp_path / "out", dtype=torch.float16)
+    merged(base, tmp_path, tmp_path / "bfloat16", dtype=torch.bfloat16)
+
+
 def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_config(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     exact = load_file(merged(olmoe.folder, tmp_path, tmp_path / "exact") / "model.safetensors")
@@ -333,6 +345,8 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
     [
         (lambda about, state: about.update(use_dora=True), "use_dora is True"),
         (lambda about, state: about.update(use_rslora=True), "use_rslora is True"),
+        (lambda about, state: about.update(use_qalora=True), "use_qalora True: unknown"),
+        (lambda about, state: about.update(arrow_config={"top_k": 2}, other=0), "arrow_config {'top_k': 2}: unknown"),
         (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "only one rank"),
         (lambda about, state: about.update(alpha_pattern={"q_proj": 3}), "only one rank and one alpha"),
