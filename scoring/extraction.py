@@ -316,8 +316,8 @@ def repaired(code: str, prompt: str) -> list[str]:
         code.removeprefix(" "),
         code.lstrip(),
         textwrap.dedent(code),
-        indent + code.lstrip() if first_alone else "",
         textwrap.indent(textwrap.dedent(code), indent),
+        indent + code.lstrip() if first_alone else "",
         "\n".join(line[4:] for line in code.split("\n") if line.startswith((">>> ", "... "))),
         behind,
         textwrap.dedent("\n".join(line for line in behind.split("\n") if line[:1] in " \t")),  # Markdown's other block

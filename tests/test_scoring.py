@@ -193,6 +193,7 @@ RIGHT = {  # what is right about a completion -> the completion; each sums
     "a space before, several lines": "     t = 0\n    for x in xs:\n        t += x\n    return t\n",
     "first line stripped": "t = 0\n    for x in xs:\n        t += x\n    return t\n",
     "no indentation": "t = 0\nfor x in xs:\n    t += x\nreturn t",
+    "no indentation, list of two lines": "starts = [0,\n  0]\nt = starts[0]\nfor x in xs:\n    t += x\nreturn t",
     "no indentation, prose behind": "t = 0\nfor x in xs:\n    t += x\nreturn t\n\nThis adds them up.",
     "lines end as on Windows": f"Sure:\n\n{FULL}".replace("\n", "\r\n"),
     "special token behind": "    t = sum(xs)\n    return t<|endoftext|>\n<|endoftext|>def x",
