@@ -20,7 +20,7 @@ demo: $(VENV)/run
 	$(VENV)/bin/python evaluate.py $(RUN)/hellora --task tiny-math --out $(RUN)/after
 
 test: $(VENV)/dev
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n 2
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
