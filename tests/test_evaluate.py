@@ -429,7 +429,7 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
         os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     elif changed == "config":
-        edit("config.json", rope_theta=77.0)
+        edit("config.json", rms_norm_eps=0.25)
     elif changed == "generation config":
         edit("generation_config.json", eos_token_id=[0, 9])
     elif changed == "tokenizer":
@@ -547,7 +547,7 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
     run_all()
     assert "changed since" not in capsys.readouterr().err
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"rope_theta": 77.0}))
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
     run_all()
     assert capsys.readouterr().err.count("config.json changed since the adapter was trained on this base") == 2
     weights = load_file(base / "model.safetensors")
