@@ -235,7 +235,7 @@ def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
     if adapter.kind == "dora":
         raise InputError("PEFT has no DoRA on the stacked experts of transformers 5; use --to merged")
     if config.family.peft is None:
-        raise InputError(f"PEFT has no names for the stacked experts of {config.model_type}; use --to merged")
+        raise InputError(f"PEFT is not known to load adapters of {config.model_type}; use --to merged")
     every = replace(adapter, hot=[list(range(config.num_experts))] * len(adapter.hot))
     shown = adapted_matrices(adapter if compact else every, config)
     matrices = [matrix for group in shown.values() for matrix in group]

@@ -25,7 +25,7 @@ class Family:
     shared_expert: str = "shared_expert"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # {moe}.experts.{e}.{projection}.weight
     stacks: tuple[str, str] | None = None  # or {moe}.{stack}.weight: [E, 2F, D], gate's rows first, and [E, D, F]
-    peft: str | None = "5"  # newest transformers under which PEFT 0.21 loads our files; None: it has no names for them
+    peft: str | None = None  # newest transformers under which PEFT 0.21 is known to load our files, if any
     always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: only if norm_topk_prob says so
     topk_before_softmax: bool = False  # softmax over the K largest logits
     qk_norm: str | None = None  # RMSNorm of q and k over the whole "projection", or over each "head"
@@ -46,6 +46,7 @@ FAMILIES = {
         expert_size="intermediate_size",
         qk_norm="projection",
         clip_qkv=True,
+        peft="5",
         rms_norm_eps=1e-5,
         harmless=("head_dim",),
     ),
@@ -56,6 +57,7 @@ FAMILIES = {
         projections=("w1", "w3", "w2"),
         always_norm_topk_prob=True,
         sliding_window=True,
+        peft="5",
         rope_theta=1e6,
         rms_norm_eps=1e-5,
         harmless=("head_dim", "router_jitter_noise"),
@@ -79,6 +81,7 @@ FAMILIES = {
     "qwen3_moe": Family(
         num_experts=("num_experts", "num_local_experts"),  # transformers 5 writes the second
         qk_norm="head",
+        peft="5",
         harmless=("head_dim", "intermediate_size", *SLIDING),
     ),
     "granitemoe": Family(
@@ -87,7 +90,6 @@ FAMILIES = {
         moe="block_sparse_moe",
         router="router.layer",
         stacks=("input_linear", "output_linear"),
-        peft=None,
         topk_before_softmax=True,
         multipliers=True,
     ),

@@ -188,7 +188,7 @@ def test_another_dtype_is_rounded_once_from_the_float32_sum_and_said_in_the_conf
 def test_a_family_whose_experts_peft_cannot_name_is_refused_by_name(family, make_checkpoint, tmp_path):
     base = make_checkpoint(family).folder
     make_run(base, tmp_path)
-    with pytest.raises(InputError, match=f"PEFT has no names for the stacked experts of {family}; use --to merged"):
+    with pytest.raises(InputError, match=f"PEFT is not known to load adapters of {family}; use --to merged"):
         peft_folder(base, tmp_path, tmp_path / "out")
 
 
