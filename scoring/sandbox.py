@@ -15,9 +15,10 @@ Protection, tried for real before it is claimed:
   afterwards; nothing to read from; output is thrown away;
 - "namespaces": no network; of the disk only the interpreter's folders, read-only, and a small /tmp in memory; a program
   sees and signals only its own processes, and the kernel ends them all with the supervisor;
-- "limits only" (Linux without namespaces; macOS, untested): os.remove, os.kill and the like are None, as in the
-  reference, against accidents. A program has the user's files and network; under root, those of a user without rights.
-  Without root it can also signal and debug other processes of that user, this one included.
+- "limits only" (Linux without namespaces; macOS, untested): os.remove, os.kill and the like are taken away against
+  accidents, as in the reference; a program that calls one is "not supported". A program has the user's files and
+  network; under root, those of a user without rights. Without root it can also signal and debug other processes of that
+  user, this one included.
 
 No protection from bugs in the kernel (system calls are not filtered), from side channels, or from many processes that
 fill the memory together. Code that is hostile, and not just wrong, belongs in a virtual machine.
@@ -54,7 +55,7 @@ class Program(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """`outcome`: "passed", "failed: <reason>", "timed out" or "crashed: <signal>"."""
+    """`outcome`: "passed", "failed: <reason>", "not supported: <what>", "timed out" or "crashed: <signal>"."""
 
     passed: bool
     outcome: str

@@ -6,12 +6,15 @@ Every program starts this file in a new process, so it imports little; what one 
 """
 
 import json
+import linecache
 import math
 import os
 import select
 import signal
 import sys
 import time
+import types
+from collections.abc import Callable
 from contextlib import suppress
 
 MEMORY = 1 << 30  # bytes of address space of one process
@@ -149,6 +152,8 @@ def _enter_private_root(root: str, visible: tuple[str, ...]) -> None:
             flags = MS_NOSUID | sum(kept.get(option, 0) for option in options.split(","))
             mount("", target, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
     os.makedirs(f"{root}/tmp", exist_ok=True)
+    os.makedirs(f"{root}/dev/shm")  # semaphores of multiprocessing
+    os.chmod(f"{root}/dev/shm", 0o1777)
     os.chroot(root)  # no way back without privileges, an open folder or /proc, and no nested user namespace
     os.chdir("/")
 
@@ -194,21 +199,39 @@ DANGEROUS = """kill killpg system fork forkpty posix_spawn posix_spawnp execv ex
 rename renames replace truncate ftruncate chmod fchmod lchmod chown fchown lchown chroot link symlink"""  # names in os
 
 
+class NotSupported(BaseException):
+    """A program asks for what is taken away; not an Exception, so that no ordinary handler hides it."""
+
+
 def _take_away() -> None:
     """Where files and processes of others are in reach: remove what an accident needs, as the reference does."""
     import subprocess
 
+    def taken(name: str) -> Callable:
+        def refuse(*args, **kwargs):
+            raise NotSupported(f"{name} where the system offers no namespaces")
+
+        return refuse
+
     for name in DANGEROUS.split():
-        setattr(os, name, None)
-    subprocess.Popen = None
+        setattr(os, name, taken(f"os.{name}"))
+    subprocess.Popen = taken("subprocess.Popen")
 
 
 def _judge(code: str, test: str, entry_point: str) -> str:
-    """Run program and test as one file, as the reference does.  -> "passed", or "failed: <reason>" """
+    """Run program and test as one file, as the reference does.  -> the outcome
+
+    The file is a module that Python knows, so that pickle, inspect and annotations find what it defines. As in the
+    reference, `__name__` is not "__main__".
+    """
     source = f"{code}\n{test}\ncheck({entry_point})"
+    module = sys.modules["program"] = types.ModuleType("program")
+    module.__file__ = "<program>"
+    linecache.cache["<program>"] = (len(source), None, source.splitlines(keepends=True), "<program>")
     try:
-        # An empty namespace, as in the reference: `__name__` is not "__main__".
-        exec(compile(source, "<program>", "exec", dont_inherit=True), {})
+        exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
+    except NotSupported as error:
+        return f"not supported: {error}"
     except BaseException as error:
         return f"failed: {_reason(error, source)}"
     return "passed"

@@ -321,6 +321,9 @@ def check(f):
 def f(g): return g(1)
 #
 def check(f): assert f(lambda x: x + 1) == 2
+## is not the main program
+if __name__ == '__main__': raise SystemExit
+def f(x): return x * x + 1
 ## dataclass
 from dataclasses import dataclass
 @dataclass(order=True)
@@ -353,6 +356,89 @@ def test_verdicts_are_those_of_exec_in_one_interpreter(level):
     verdicts = sandbox.run_programs([Program(*pair, "f") for pair in HONEST.values()], 10.0, progress=False)
     got = {name: verdict for name, verdict in zip(HONEST, verdicts, strict=True)}
     assert {name: verdict.passed for name, verdict in got.items()} == expected, got
+
+
+MODULES = parse(r"""
+## pickles its own class
+import pickle
+class C:
+    def __init__(self, x): self.x = x
+def f(x): return pickle.loads(pickle.dumps(C(x))).x ** 2 + 1
+## pickles its own function and an enum
+import enum, pickle
+class E(enum.Enum): A = 1
+def f(x): return pickle.loads(pickle.dumps(f)) is f and x * x + pickle.loads(pickle.dumps(E.A)).value
+## reads its own source
+import inspect
+class C: one = 1
+def f(x): return x * x + inspect.getsource(f).count('1 +') * 0 + len(inspect.getsource(C).splitlines())
+## finds itself among the modules
+import sys
+LIMIT = 1
+def f(x): return x * x + sys.modules[__name__].LIMIT
+## resolves annotations
+from __future__ import annotations
+import typing
+from dataclasses import dataclass
+@dataclass
+class P:
+    x: Q
+class Q: one = 1
+def f(x): return x * x + typing.get_type_hints(P)['x'].one
+## tests its own examples
+import doctest
+def f(x):
+    '''
+    >>> f(2)
+    5
+    '''
+    return x * x + 1
+#
+import sys
+def check(f): assert doctest.testmod(sys.modules[f.__module__]).attempted == 1
+""")  # fmt: skip
+POOLS = parse(r"""
+## a pool
+import multiprocessing
+def square(x): return x * x
+def f(x):
+    with multiprocessing.Pool(2) as pool: return pool.map(square, [x])[0] + 1
+## an executor
+from concurrent.futures import ProcessPoolExecutor
+def square(x): return x * x
+def f(x):
+    with ProcessPoolExecutor(2) as pool: return list(pool.map(square, [x]))[0] + 1
+## a process and a queue
+import multiprocessing
+def put(queue, x): queue.put(x * x + 1)
+def f(x):
+    queue = multiprocessing.Queue()
+    process = multiprocessing.Process(target=put, args=(queue, x))
+    process.start()
+    got = queue.get()
+    process.join()
+    return got
+""")
+
+
+@pytest.mark.parametrize("name", [*MODULES, *POOLS])
+def test_programs_of_many_parts_pass_as_they_do_when_python_runs_the_file(level, name, tmp_path):
+    code, test = (MODULES | POOLS)[name]
+    (tmp_path / "program.py").write_text(f"{code}\n{test}\ncheck(f)")
+    subprocess.run([sys.executable, "program.py"], cwd=tmp_path, stdin=subprocess.DEVNULL, check=True, timeout=60)
+    outcome = outcomes({name: (code, test)})[name]
+    if name in POOLS and not level.tool:
+        assert outcome == "not supported: os.fork where the system offers no namespaces"
+    else:
+        assert outcome == "passed"
+
+
+@pytest.mark.parametrize("call", ["os.remove('f')", "os.kill(1, 9)", "os.system('')", "subprocess.run('true')"])
+def test_what_is_taken_away_is_not_supported_rather_than_failed(call):
+    code = f"import os, subprocess\ndef f(x):\n    try: {call}\n    except Exception: pass\n    return x * x + 1"
+    judge = "import sys; from scoring import sandbox_inside as s; s._take_away(); print(s._judge(*sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", judge, code, CHECK, "f"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("not supported: ")
 
 
 def test_outcomes_say_why(level):
