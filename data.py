@@ -251,13 +251,32 @@ def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     tokenizer.no_truncation()  # the file may ask for either; lengths are decided here
     tokenizer.no_padding()
     # Text that spells a special token, such as <s> in HTML, is text: special ids come from us alone. Some files do not
-    # mark the special tokens that config.json names.
+    # mark the special tokens that the files beside them name.
     added = tokenizer.get_added_tokens_decoder()
-    named = (*config.eos_token_ids, config.pad_token_id, config.hub.get("bos_token_id"))
-    unmarked = [added[i].content for i in named if isinstance(i, int) and i in added and not added[i].special]
+    named = {*config.eos_token_ids, config.pad_token_id, config.hub.get("bos_token_id")}
+    also = special_tokens(Path(folder) / "tokenizer_config.json")
+    unmarked = [
+        token.content for i, token in added.items() if not token.special and (i in named or token.content in also)
+    ]
     tokenizer.add_special_tokens(unmarked)
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def special_tokens(path: Path) -> set[str]:
+    """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        several = [
+            token for key in ("additional_special_tokens", "extra_special_tokens") for token in about.get(key) or ()
+        ]
+        several += [token for token in about.get("added_tokens_decoder", {}).values() if token["special"]]
+        named = [about.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+        return {token["content"] if isinstance(token, dict) else token for token in (*several, *named) if token}
+    except FileNotFoundError:
+        return set()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a tokenizer_config.json ({error!r})") from None
 
 
 def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:

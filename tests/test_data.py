@@ -179,6 +179,34 @@ def sentencepiece_like(special: bool = True) -> Tokenizer:
     return tokenizer
 
 
+MARKED = {  # the ways in which a tokenizer_config.json says that <s> is special
+    "as bos": {"bos_token": "<s>"},
+    "as an object": {"bos_token": {"content": "<s>", "special": True}},
+    "as one of several": {"eos_token": "</s>", "additional_special_tokens": ["<s>"]},
+    "by id": {
+        "added_tokens_decoder": {"1": {"content": "<s>", "special": True}, "7": {"content": "a", "special": False}}
+    },
+}
+
+
+@pytest.mark.parametrize("how", MARKED)
+def test_a_special_token_that_tokenizer_config_alone_names_is_text_too(how, tmp_path):
+    sentencepiece_like(special=False).save(str(tmp_path / "tokenizer.json"))
+    about = config(vocab_size=400, eos_token_id=2)
+    assert 1 in data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(MARKED[how]))
+    ids = data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
+    assert 1 not in ids and len(ids) > 4  # "<", "s" and ">" apart
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"added_tokens_decoder": {"1": {}}}'])
+def test_a_damaged_tokenizer_config_is_an_error(text, tmp_path):
+    sentencepiece_like().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(InputError, match="tokenizer_config.json: not a tokenizer_config.json"):
+        data.load_tokenizer(tmp_path, config(vocab_size=400, eos_token_id=2))
+
+
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "not marked as special"])
 def test_text_that_spells_a_special_token_is_text_in_prompt_and_target_as_in_transformers(kind, words, tmp_path):
     folder, eos = (words, 1) if kind == "byte-level" else (tmp_path, 2)
