@@ -243,9 +243,12 @@ def join(kept: list[str], rest: Iterator[str], entry_point: str) -> Found:
     Tests, examples and further functions of the rest are left out: they can fail although the function is right.
     """
     bound = {name for part in kept for name in names(part).binds}
-    missing = undefined({name for part in kept for name in names(part).uses}, bound)
+    uses = {name for part in kept for name in names(part).uses}
+    missing = undefined(uses, bound)
     own = re.compile(rf"{re.escape(entry_point)}(?:\.\w+)?\s*=[^=]")  # total = cache(total), total.calls = 0
-    complete, values = False, set()  # values: what the rest has assigned for the function, and may go on to fill
+    assigned = [node for part in kept for node in ast.parse(part).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    values = {name for node in assigned for name in names(ast.unparse(node)).binds} & uses  # the rest may fill them
+    complete = False
     for statement in rest:
         found = names(statement)
         aside = DEFINITION.match(statement) or ASIDE.match(statement) or entry_point in found.reads

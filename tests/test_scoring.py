@@ -230,6 +230,8 @@ RIGHT = {  # what is right about a completion -> the completion; each sums
     "decorator": f"from functools import wraps\n\ndef cache_(f):\n    return f\n\n@wraps(sum)\n@cache_\n{FULL}",
     "constant": f"START: int = 0\n{USES.replace('t = 0', 't = START').replace('add(t, x)', 't + x')}",
     "table": "T = []\nfor i in range(3):\n    T.append(i)\ndef total(xs):\n    return sum(xs) + T[0]\n",
+    "table, filled behind": "T = {}\ndef total(xs):\n    return sum(xs) + T[0]\n\nfor i in range(3):\n    T[i] = i\n",
+    "list, extended behind": "T: list = []\ndef total(xs):\n    return sum(xs) + T[0]\n\nT.extend([0, 1])\n",
     "docstring": f'"""Adds up."""\n{FULL}',
     "import of several lines": f"from math import (\n    floor,\n    ceil,\n)\n{FULL}",
     "future": f"from __future__ import annotations\n\nimport math\n\n{FULL}",
