@@ -1,0 +1,126 @@
+"""The settings of a training run: a line per flag of train.py, and the rules by which flags go together.
+
+    settings = parse_settings(["--method", "hellora", "--k", "8"])      # a Settings, defaults filled in
+
+A setting that is not given is decided by the recipe of the task and by the method (`resolved`).
+"""
+
+from dataclasses import dataclass, replace
+
+import hellora
+from command import cli
+from command.cli import InputError, flag, number
+from hub.config import IGNORE_HELP
+from run.methods import METHODS, RECIPES, experts_flag, k_flag
+
+POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
+STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. None: the task and the method decide (`resolved`), or the setting is off."""
+
+    model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
+    task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
+    train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
+    method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
+    k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=k_flag, **CHOICE)
+    experts: str | None = flag(None, "a selection policy, or a file of expert lists", type=experts_flag, **CHOICE)
+    coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
+    scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
+    profile: str | None = flag(None, "counts to choose from (default: count now)", metavar="FILE", **CHOICE)
+    sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
+    warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"), **CHOICE)
+    targets: str | None = flag(None, "other modules (default: by method)", choices=list(hellora.TARGETS), **ADAPTER)
+    rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
+    alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
+    mask: str | None = flag(None, "a finished lori-d or hellori-d run, for stage D", metavar="RUN", **ADAPTER)
+    init_adapter: str | None = flag(None, "start from this adapter (a run's, or PEFT's)", metavar="DIR", **ADAPTER)
+    lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
+    epochs: int | None = flag(None, "passes over the data (default: by task)", type=POSITIVE, **STEP)
+    steps: int | None = flag(None, "optimizer steps, instead of --epochs", type=POSITIVE, **STEP)
+    batch: int | None = flag(None, "examples per step, over all processes (default: by task)", type=POSITIVE, **STEP)
+    clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
+    router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
+    router_aux_form: str | None = flag(None, "its form (default: layer)", choices=("concat", "layer"), **STEP)
+    on_nonfinite: str = flag("stop", "at a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP)
+    seed: int = flag(0, "of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
+    out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
+    save_every: int | None = flag(None, "steps between checkpoints (default: none)", type=POSITIVE, **FOLDER)
+    keep: int = flag(2, "checkpoints to keep", type=POSITIVE, **FOLDER)
+    resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
+    micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
+    shard: str | None = flag(None, "shard the base model (default: if needed)", choices=("full", "none"), **MACHINE)
+    activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
+
+
+def parse_settings(argv: list[str] | None = None) -> Settings:
+    """The settings of a command line, defaults filled in. Raises InputError for wrong or contradictory flags."""
+    about = "Fine-tune a mixture of experts on the experts that the task uses."
+    settings = cli.parse(Settings, argv, prog="train.py", description=about)
+    check(settings)
+    return resolved(settings)
+
+
+CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "alpha", "profile")
+CHOSEN_BY_A_MASK = ("k", "experts", "coverage", "scores", "profile")
+
+
+def check(settings: Settings) -> None:
+    """Raise InputError for flags that contradict each other or have no meaning together."""
+    s, method = settings, METHODS[settings.method]
+    experts = s.experts or method.experts
+
+    def refuse(names: tuple[str, ...], reason: str) -> None:
+        for name in names:
+            if getattr(s, name) is not None:
+                raise InputError(f"--{name.replace('_', '-')}{reason}")
+
+    if method.experts is None:
+        reason = f": --method {s.method} trains every weight, without adapters; leave it out"
+        refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
+    if s.steps and s.epochs:
+        raise InputError("--steps and --epochs contradict each other; give one of them")
+    for name, allowed in (("k", (*hellora.SCORED, "random")), ("scores", (*hellora.SCORED, "coverage"))):
+        if experts not in allowed:
+            chosen = f"--method {s.method} and experts {experts}"
+            refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
+    if (s.coverage is not None) != (experts == "coverage"):
+        raise InputError("--coverage and --experts coverage go together; give both or neither")
+    if method.grows and experts != "all":
+        raise InputError(f"--experts {experts}: --method {s.method} grows the ranks of all experts; leave it out")
+    if s.router_aux_form and not s.router_aux_loss:
+        raise InputError("--router-aux-form has no meaning without --router-aux-loss; give both or neither")
+    if s.init_adapter:
+        if method.sparse or method.grows:
+            raise InputError(f"--init-adapter: --method {s.method} starts from zero; choose another method")
+        refuse(CHOSEN_WITH_AN_ADAPTER, " contradicts --init-adapter, which brings its own; leave one out")
+    if s.profile and s.warmup == "lora":
+        raise InputError("--warmup lora is a way to count, and --profile has the counts already; leave one out")
+    if s.mask:
+        if not method.sparse:
+            raise InputError(f"--mask is for lori-s and hellori-s, not for --method {s.method}; leave it out")
+        refuse(CHOSEN_BY_A_MASK, " contradicts --mask, whose run has chosen its experts; leave one out")
+
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with what the task's recipe and the method decide."""
+    s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
+    k = "" if s.k is None else f"-k{s.k}"
+    full = method.experts is None
+    s = replace(
+        s,
+        experts=s.experts or method.experts,
+        lr=s.lr or (recipe.fft_lr if full else recipe.lr),
+        epochs=s.epochs or (None if s.steps else recipe.epochs),
+        batch=s.batch or (recipe.fft_batch if full else recipe.batch),
+        router_aux_form=s.router_aux_form or ("layer" if s.router_aux_loss else None),
+        out=s.out or f"runs/{s.task}-{s.method}{k}-seed{s.seed}",
+    )
+    if full:
+        return s
+    return replace(s, rank=s.rank or recipe.r, alpha=s.alpha or recipe.alpha, targets=s.targets or method.targets)
