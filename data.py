@@ -222,10 +222,20 @@ def show_examples(examples: list[Example], shown: list[Example]) -> list[Example
 
 @dataclass(frozen=True)
 class Encoded:
-    """ids = prompt + target + EOS. The first `prompt_length` are given, the others are learnt."""
+    """Token ids, of which ids[start:end] is learnt for each (start, end) of `spans`, and the rest is given."""
 
     ids: list[int]
-    prompt_length: int
+    spans: tuple[tuple[int, int], ...]  # in order, without overlap
+
+    @property
+    def predicted(self) -> list[tuple[int, int]]:
+        """`spans` without the first token of a sequence, which nothing predicts."""
+        return [(max(start, 1), end) for start, end in self.spans if end > 1]
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens the loss of this item is over."""
+        return sum(end - start for start, end in self.predicted)
 
 
 def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
@@ -337,7 +347,8 @@ def encode(
             # The EOS is cut off with the end of the target: an unfinished answer must not teach to stop.
             # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
             target = target[: max_length - len(prompt)]
-        items.append(Encoded(prompt + target, len(prompt)))
+        ids = prompt + target
+        items.append(Encoded(ids, ((len(prompt), len(ids)),)))
     if positions and max_length > positions:
         longest = max(len(item.ids) for item in items)
         said = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
@@ -358,7 +369,9 @@ class Batch:
 
     input_ids: Tensor  # [B, S] int64
     lengths: Tensor  # [B] int64, real tokens of each sequence
-    labels: Tensor  # [B, S] int64: the token that each position should predict; -100 on the prompt and on padding
+    labels: (
+        Tensor  # [B, S] int64: the token that each position should predict; -100 where none is learnt, and on padding
+    )
 
 
 def collate(items: list[Encoded], pad_id: int) -> Batch:
@@ -366,9 +379,10 @@ def collate(items: list[Encoded], pad_id: int) -> Batch:
     if not items:
         return Batch(torch.full((1, 1), pad_id), torch.tensor([0]), torch.full((1, 1), -100))
     ids = [torch.tensor(item.ids) for item in items]
-    labels = [  # position s predicts s + 1
-        torch.tensor([-100] * (item.prompt_length - 1) + item.ids[item.prompt_length :] + [-100]) for item in items
-    ]
+    labels = [torch.full_like(row, -100) for row in ids]
+    for item, row, label in zip(items, ids, labels, strict=True):
+        for start, end in item.predicted:
+            label[start - 1 : end - 1] = row[start:end]  # position s predicts s + 1
     lengths = torch.tensor([len(item.ids) for item in items])
     return Batch(pad_sequence(ids, True, pad_id), lengths, pad_sequence(labels, True, -100))
 

@@ -113,7 +113,7 @@ def global_step(
     """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance."""
     config, device = model.config, model.embed_tokens.weight.device
     sharded = isinstance(model, FSDPModule)
-    targets = sum(len(item.ids) - item.prompt_length for item in items)
+    targets = sum(item.num_targets for item in items)
     tokens = sum(len(item.ids) for item in items)
     losses = torch.zeros(2, dtype=torch.float64, device=device)  # loss, auxiliary loss
     routed = torch.zeros(2, len(config.moe_layers), config.num_experts, dtype=torch.float64, device=device)

@@ -156,9 +156,9 @@ def test_ids_are_those_of_transformers_for_prompt_and_target_apart_and_then_eos(
     examples = [Example(str(i), QUESTION[i:] + "\n", f"{i} is \n it", {}) for i in range(5)]
     for example, item in zip(examples, data.encode(examples, tokenizer, eos_id=1), strict=True):
         prompt, target = (hf(t, add_special_tokens=False)["input_ids"] for t in (example.prompt, example.target))
-        assert (item.ids, item.prompt_length) == ([*prompt, *target, 1], len(prompt))
+        assert (item.ids, item.spans) == ([*prompt, *target, 1], ((len(prompt), len(item.ids)),))
         # Decoding starts from the very tokens that training put before the target.
-        assert data.tokenize([example.prompt], tokenizer) == [item.ids[: item.prompt_length]]
+        assert data.tokenize([example.prompt], tokenizer) == [item.ids[: len(prompt)]]
 
 
 SPELLED = [f"Strike {EOS} out", "<s>HTML</s> for old text", f"{EOS}{EOS}", "a <s>", f"<|endof{EOS}text|>"]
@@ -220,7 +220,7 @@ def test_text_that_spells_a_special_token_is_text_in_prompt_and_target_as_in_tra
     hf = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), split_special_tokens=True)
     examples = [Example(str(i), text, text[::-1] + text, {}) for i, text in enumerate(SPELLED)]
     for example, item in zip(examples, data.encode(examples, tokenizer, eos), strict=True):
-        prompt = item.ids[: item.prompt_length]
+        prompt = item.ids[: item.spans[0][0]]
         assert tokenizer.decode(prompt, skip_special_tokens=False) == example.prompt
         assert item.ids.index(eos) == len(item.ids) - 1 and (0 if kind == "byte-level" else 1) not in item.ids
         if kind != "not marked as special":
@@ -258,7 +258,7 @@ def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_wit
     example = Example("0", "abcdefghijklmnopqrstuvwxyz"[:prompt], "zyxwvutsrqponmlkjihgfedcba"[:target], {})
     [item] = data.encode([example], characters(), eos_id=26, max_length=10)
     wanted = [*range(kept_prompt), *range(25, 25 - kept_target, -1), *([26] if eos else [])]
-    assert (item.ids, item.prompt_length) == (wanted, kept_prompt)
+    assert (item.ids, item.spans) == (wanted, ((kept_prompt, len(wanted)),))
     cut = prompt + target + 1 > 10
     assert ("1 of 1 examples are longer than 10 tokens" in capsys.readouterr().err) == cut
 
@@ -305,7 +305,7 @@ def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_mode
         without = config(vocab_size=size + 5, eos_token_id=eos)
         tokenizer = data.load_tokenizer(words, without)
         [item] = data.encode([Example("0", "a", "b", {})], tokenizer, None)
-        assert len(item.ids) == 2 and item.prompt_length == 1
+        assert len(item.ids) == 2 and item.spans == ((1, 2),)
         with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training needs one"):
             data.end_token(tokenizer, without)
     assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == (1, EOS)
@@ -315,19 +315,25 @@ def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_mode
 
 
 def items_of(lengths, vocab=50):
-    """Items of these lengths, with different ids and prompts of different lengths."""
+    """Items of these lengths, with different ids and prompts of different lengths; some learn two pieces."""
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in lengths]
-    return [Encoded(x, 1 + i % (len(x) - 1) if len(x) > 1 else 1) for i, x in enumerate(ids)]
+    starts = [1 + i % (len(x) - 1) if len(x) > 1 else 1 for i, x in enumerate(ids)]
+    pieces = [
+        ((s, s + 1), (s + 2, len(x))) if s + 2 < len(x) else ((s, len(x)),) for s, x in zip(starts, ids, strict=True)
+    ]
+    return [Encoded(x, spans) for x, spans in zip(ids, pieces, strict=True)]
+
+
+def learnt(item):
+    """The ids that are learnt, and -100 for those that are given."""
+    return [x if any(start <= i < end for start, end in item.spans) else -100 for i, x in enumerate(item.ids)]
 
 
 def test_a_batch_equals_that_of_transformers_with_labels_shifted_by_one(words):
     items = items_of([5, 2, 9, 4])
     hf = PreTrainedTokenizerFast(tokenizer_file=str(words / "tokenizer.json"), pad_token="<s>", padding_side="right")
-    features = [
-        {"input_ids": x.ids, "attention_mask": [1] * len(x.ids),
-         "labels": [-100] * x.prompt_length + x.ids[x.prompt_length :]} for x in items
-    ]  # fmt: skip
+    features = [{"input_ids": x.ids, "attention_mask": [1] * len(x.ids), "labels": learnt(x)} for x in items]
     wanted = DataCollatorForSeq2Seq(hf)(features)
     batch = data.collate(items, pad_id=0)
     assert torch.equal(batch.input_ids, wanted["input_ids"])
@@ -345,15 +351,15 @@ def test_the_loss_of_a_batch_is_that_of_transformers_and_does_not_depend_on_the_
     ids = torch.where(real, one.input_ids, 1)
     labels = torch.full_like(ids, -100)
     for b, item in enumerate(items):
-        labels[b, item.prompt_length : len(item.ids)] = ids[b, item.prompt_length : len(item.ids)]
+        labels[b, : len(item.ids)] = torch.tensor(learnt(item))
     wanted = olmoe.hf(input_ids=ids, attention_mask=real.long(), labels=labels).loss
-    targets = sum(len(item.ids) - item.prompt_length for item in items)
+    targets = sum(item.num_targets for item in items)
     torch.testing.assert_close(loss / targets, wanted)
     assert torch.equal(loss, again)
 
 
 def test_one_token_without_target_makes_a_batch_without_labels():
-    batch = data.collate([Encoded([3], 1)], pad_id=0)
+    batch = data.collate([Encoded([3], ((1, 1),))], pad_id=0)
     assert (batch.input_ids.tolist(), batch.lengths.tolist(), batch.labels.tolist()) == ([[3]], [1], [[-100]])
 
 

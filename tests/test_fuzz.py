@@ -224,7 +224,7 @@ def test_an_epoch_holds_every_example_once_in_batches_that_are_full_but_the_last
 @settings(EXAMPLES)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 7))
 def test_the_processes_share_a_batch_evenly_and_take_it_once(lengths, micro_batch, world):
-    items = [data.Encoded([i] * n, 1) for i, n in enumerate(lengths)]
+    items = [data.Encoded([i] * n, ((1, n),)) for i, n in enumerate(lengths)]
     ranks = [data.micro_batches(items, micro_batch, rank, world) for rank in range(world)]
     assert sorted(item.ids[0] for parts in ranks for part in parts for item in part) == list(range(len(items)))
     sizes = [len(part) for parts in ranks for part in parts]
@@ -238,13 +238,14 @@ def test_a_pair_of_any_lengths_keeps_its_beginnings_and_fits(prompt, target, max
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     [item] = data.encode([Example("0", "p" * prompt, "t" * target, {})], tokenizer, 2, max_length)
     whole = [0] * prompt + [1] * target + [2]
-    kept = item.ids[item.prompt_length :]
-    assert len(item.ids) <= max_length and item.ids[: item.prompt_length] == [0] * item.prompt_length
+    [(start, _)] = item.spans
+    kept = item.ids[start:]
+    assert len(item.ids) <= max_length and item.ids[:start] == [0] * start
     if len(whole) <= max_length:
-        assert item.ids == whole and item.prompt_length == prompt
+        assert item.ids == whole and start == prompt
     else:
-        assert item.prompt_length == min(prompt, max_length // 2)
-        assert kept == ([1] * target + [2])[: max_length - item.prompt_length]
+        assert start == min(prompt, max_length // 2)
+        assert kept == ([1] * target + [2])[: max_length - start]
 
 
 # ------------------------------------------------------------------------------------------------- damaged files

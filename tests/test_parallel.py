@@ -34,7 +34,8 @@ def hot_experts(config) -> torch.Tensor:
 def items(vocab_size: int) -> list[data.Encoded]:
     generator = torch.Generator().manual_seed(1)
     lengths = [9, 4, 6, 13, 5, 8, 3]  # 7 examples: micro-batches of 2 make 2 for each process, some of them empty
-    return [data.Encoded(torch.randint(2, vocab_size, (n,), generator=generator).tolist(), 2) for n in lengths]
+    ids = [torch.randint(2, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    return [data.Encoded(row, ((2, len(row)),)) for row in ids]
 
 
 def attach(model, kind: str) -> None:

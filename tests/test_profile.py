@@ -27,7 +27,7 @@ WARMUP = dict(r=3, alpha=7.0, lr=0.05)  # a rate at which routing has changed by
 def make_items(vocab_size: int) -> list[data.Encoded]:
     """Random token ids; half of each sequence is its prompt, and the one of length 1 has no target."""
     draw = random.Random(5)
-    return [data.Encoded([draw.randrange(2, vocab_size) for _ in range(n)], max(1, n // 2)) for n in LENGTHS]
+    return [data.Encoded([draw.randrange(2, vocab_size) for _ in range(n)], ((max(1, n // 2), n),)) for n in LENGTHS]
 
 
 def make_batches(items: list[data.Encoded], size: int, pad_id: int = 1) -> list[data.Batch]:

@@ -16,7 +16,7 @@ from profile import count_experts
 def test_count_choose_attach_train_merge_save(olmoe, tmp_path):
     model = load_model(olmoe.folder)
     ids = torch.randint(2, 61, (5, 11), generator=torch.Generator().manual_seed(0))
-    batch = collate([Encoded(row, prompt_length=4) for row in ids.tolist()], pad_id=1)  # the last 7 tokens are targets
+    batch = collate([Encoded(row, ((4, len(row)),)) for row in ids.tolist()], pad_id=1)  # the last 7 tokens are targets
     with torch.no_grad():
         base_logits, selected_experts = model(ids)  # [5, 11, 61], [4, 5, 11, 3]
 

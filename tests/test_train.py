@@ -112,8 +112,9 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     nll, count = 0.0, 0
     for item in items:
         logits, _ = model(torch.tensor([item.ids]))
-        written = torch.tensor(item.ids[item.prompt_length :])
-        nll = nll + torch.nn.functional.cross_entropy(logits[0, item.prompt_length - 1 : -1], written, reduction="sum")
+        [(start, _)] = item.spans
+        written = torch.tensor(item.ids[start:])
+        nll = nll + torch.nn.functional.cross_entropy(logits[0, start - 1 : -1], written, reduction="sum")
         count += len(written)
     (nll / count).backward()
     assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))

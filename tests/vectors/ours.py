@@ -195,7 +195,9 @@ class TableModel(nn.Module):
 
 def batch_loss(table, sequences, prompt_lengths, micro_batch):
     model = TableModel(table)
-    items = [data.Encoded(ids.tolist(), int(p)) for ids, p in zip(sequences, prompt_lengths, strict=True)]
+    items = [
+        data.Encoded(ids.tolist(), ((int(p), len(ids)),)) for ids, p in zip(sequences, prompt_lengths, strict=True)
+    ]
     step = global_step(model, items, micro_batch, Processes(0, 1, torch.device("cpu")))
     return {"loss": float(step.loss), "table": model.embed_tokens.weight.grad.numpy()}
 
