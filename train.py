@@ -37,6 +37,7 @@ from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, num_hot_experts
 from run.processes import Processes, end_processes, start_processes
+from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
 from run.source import content_of
 from run.state import Checkpoints, moment_bytes, pinned
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> dict:
     steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
     if method.grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
+    warmup_steps(settings.lr_warmup, steps)  # the same
     content = processes.once(lambda: content_of(folder, examples, settings.mask or settings.init_adapter))
     if earlier := processes.once(lambda: earlier_result(out, content, steps, settings.resume)):
         say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
@@ -136,6 +138,8 @@ def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list
     eos_id, eos = data.end_token(tokenizer, config)
     items = data.encode(examples, tokenizer, eos_id, settings.max_length, positions)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
+    if settings.loss_on == "all":  # every token but the first, which nothing predicts
+        items = [replace(item, prompt_length=1) for item in items]
     say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id})")
     return examples, items
 
@@ -290,15 +294,17 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     """Train whatever requires a gradient. The log, its picture and checkpoints go to `out`.  -> for result.json"""
     settings, items, processes, steps = run.settings, run.items, run.processes, run.steps
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Constant rate, no weight decay, as in LoRI's code, on which the paper's numbers rest. The paper does not say.
-    optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=0.0, fused=True)
+    # By default the rate is constant and nothing decays, as in LoRI's code, on which the paper's numbers rest.
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    scheduled = settings.schedule, warmup_steps(settings.lr_warmup, steps)
     growth = drlora.RankGrowth(model, settings.rank, steps) if METHODS[settings.method].grows else None
     recorder = Recorder(
-        out, model, processes, title=f"{settings.method} on {settings.task}", lr=settings.lr, steps=steps,
+        out, model, processes, title=f"{settings.method} on {settings.task}", steps=steps,
         steps_per_epoch=-(-len(items) // settings.batch), skips_nonfinite=settings.on_nonfinite == "skip",
     )  # fmt: skip
     parts = {"numbers": recorder, "reach": recorder.idle_experts} | ({"growth": growth} if growth else {})
-    kept_same = pinned(items, model, settings.router_aux_loss, steps if growth else None)
+    plans = growth or scheduled != ("constant", 0)
+    kept_same = pinned(items, model, settings.router_aux_loss, steps if plans else None)
     options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}
     checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
@@ -310,6 +316,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
             done = global_step(model, [items[i] for i in batch], settings.micro_batch, processes, **balance)
             if growth:
                 growth.observe(done.routing[0].float())
+            optimizer.param_groups[0]["lr"] = lr = rate(settings.lr, scheduled[0], step, steps, scheduled[1])
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)).item()
             if recorder.is_finite(step, done.loss.item(), norm, [run.ids[i] for i in batch]):
                 optimizer.step()
@@ -319,7 +326,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
             if growth:
                 growth.grow(step)
             extra = {"aux_loss": done.aux_loss.item()} if settings.router_aux_loss else {}
-            recorder.record(step, done, norm, len(batch), extra | (growth.spent() if growth else {}))
+            recorder.record(step, done, norm, lr, len(batch), extra | (growth.spent() if growth else {}))
             number = signalled()
             if number or (settings.save_every and (step % settings.save_every == 0 or step == steps)):
                 recorder.sync()

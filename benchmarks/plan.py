@@ -14,14 +14,14 @@ import torch
 
 import hellora
 from command import cli
-from command.cli import InputError, flag
+from command.cli import InputError, count_or_share, flag
 from command.files import writable, write_json
 from hub.config import PRESETS
 from model import MoEConfig, MoETransformer
 from neighbours import drlora
 from run import memory
 from run.memory import config_of
-from run.methods import METHODS, Recipe, k_flag, num_hot_experts
+from run.methods import METHODS, Recipe, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
 
@@ -32,7 +32,7 @@ class Settings:
 
     model: str = flag("olmoe-1b-7b", f"{', '.join(PRESETS)}, a checkpoint folder or a hub id")
     method: str = flag("hellora", "what trains", choices=list(METHODS))
-    k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=k_flag)
+    k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=count_or_share)
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
     targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
     gpus: int = flag(2, "number of GPUs, one process each", type=POSITIVE)

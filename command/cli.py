@@ -153,6 +153,17 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+def count_or_share(text: str) -> int | float:
+    """An argparse type: 8 is a number of things, 0.25 a share of them."""
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        value = 0
+    if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}; want a whole number at least 1, or a share between 0 and 1")
+    return value
+
+
 PICTURE_FORMATS = (".png", ".pdf", ".svg")
 
 

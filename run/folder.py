@@ -17,6 +17,7 @@ import torch
 
 from command.cli import InputError, say
 from command.files import remove_folder, write_json
+from run.settings import Settings
 
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
@@ -26,7 +27,8 @@ MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: th
 def check_out(out: Path, settings: dict) -> None:
     """Raise InputError if `out` cannot be written, or belongs to something else than this run.
 
-    Settings in MAY_CHANGE may differ from those of the run in the folder, and with --resume the number of steps.
+    Settings in MAY_CHANGE may differ from those of the run in the folder, and with --resume the number of steps. What a
+    run of an earlier version does not name was as it is by default.
     """
     place = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
@@ -40,9 +42,9 @@ def check_out(out: Path, settings: dict) -> None:
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
     free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
-    changed = [key for key in settings if key not in free and before.get(key, settings[key]) != settings[key]]
+    changed = [key for key in settings if key not in free and before.get(key, getattr(Settings, key)) != settings[key]]
     if changed:
-        was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
+        was = ", ".join(f"{key} {before.get(key, getattr(Settings, key))} then, {settings[key]} now" for key in changed)
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
     if settings["resume"] and not out.exists():
         say(f"--resume: there is nothing in {out} yet; the run starts with its first step")

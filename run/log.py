@@ -37,10 +37,10 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, model: MoETransformer, processes: Processes, *, title: str, lr: float, steps: int,
+        self, folder: Path, model: MoETransformer, processes: Processes, *, title: str, steps: int,
         steps_per_epoch: int, skips_nonfinite: bool,
     ) -> None:  # fmt: skip
-        self.folder, self.processes, self.title, self.lr = folder, processes, title, lr
+        self.folder, self.processes, self.title = folder, processes, title
         self.steps, self.steps_per_epoch, self.skips_nonfinite = steps, steps_per_epoch, skips_nonfinite
         self.idle_experts = IdleExperts(model)
         self.totals = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
@@ -84,8 +84,11 @@ class Recorder:
             "the examples, or give --on-nonfinite skip"
         )
 
-    def record(self, step: int, done: Step, norm: float, batch: int, extra: dict[str, float]) -> None:
-        """Add a step of `batch` examples to the log and to the totals. extra: further keys of its record."""
+    def record(self, step: int, done: Step, norm: float, lr: float, batch: int, extra: dict[str, float]) -> None:
+        """Add a step of `batch` examples to the log and to the totals.
+
+        norm: of the gradient, before clipping. lr: the rate of this step. extra: further keys of its record.
+        """
         self.idle_experts.observe(done.routing[0], end_of_epoch=step % self.steps_per_epoch == 0)
         loss, totals = done.loss.item(), self.totals
         is_finite = math.isfinite(loss) and math.isfinite(norm)
@@ -97,7 +100,7 @@ class Recorder:
             "step": step,
             "loss": self.losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
             "grad_norm": norm if is_finite else None,  # before clipping
-            "lr": self.lr,
+            "lr": lr,
             "target_tokens": done.target_tokens,
             "samples_per_s": totals["examples"] / seconds,
             "tokens_per_s": totals["tokens"] / seconds,

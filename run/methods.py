@@ -75,17 +75,6 @@ def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok
     return k
 
 
-def k_flag(text: str) -> int | float:
-    """An argparse type: 8 is a number of experts per layer, 0.25 a share of them."""
-    try:
-        value = int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        value = 0
-    if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}; want a whole number at least 1, or a share between 0 and 1")
-    return value
-
-
 def experts_flag(text: str) -> str:
     """An argparse type: a selection policy, or a file that lists the experts of every layer."""
     if text not in hellora.POLICIES and not os.path.isfile(text):

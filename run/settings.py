@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 
 import hellora
 from command import cli
-from command.cli import InputError, flag, number
+from command.cli import InputError, count_or_share, flag, number
 from hub.config import IGNORE_HELP
-from run.methods import METHODS, RECIPES, experts_flag, k_flag
+from run.methods import METHODS, RECIPES, experts_flag
+from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
@@ -28,7 +29,7 @@ class Settings:
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
-    k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=k_flag, **CHOICE)
+    k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=count_or_share, **CHOICE)
     experts: str | None = flag(None, "a selection policy, or a file of expert lists", type=experts_flag, **CHOICE)
     coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
     scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
@@ -41,9 +42,15 @@ class Settings:
     mask: str | None = flag(None, "a finished lori-d or hellori-d run, for stage D", metavar="RUN", **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter (a run's, or PEFT's)", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
+    schedule: str = flag("constant", "how the rate goes on after the warm-up", choices=list(SCHEDULES), **STEP)
+    lr_warmup: int | float | None = flag(
+        None, "steps in which the rate rises from 0, or their share (default: none)", type=count_or_share, **STEP
+    )
+    weight_decay: float = flag(0.0, "AdamW's, of everything that trains", type=number(float, 0), **STEP)
     epochs: int | None = flag(None, "passes over the data (default: by task)", type=POSITIVE, **STEP)
     steps: int | None = flag(None, "optimizer steps, instead of --epochs", type=POSITIVE, **STEP)
     batch: int | None = flag(None, "examples per step, over all processes (default: by task)", type=POSITIVE, **STEP)
+    loss_on: str = flag("answer", "which tokens are learnt", choices=("answer", "all"), **STEP)
     clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
     router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
     router_aux_form: str | None = flag(None, "its form (default: layer)", choices=("concat", "layer"), **STEP)
@@ -93,6 +100,9 @@ def check(settings: Settings) -> None:
         raise InputError("--coverage and --experts coverage go together; give both or neither")
     if method.grows and experts != "all":
         raise InputError(f"--experts {experts}: --method {s.method} grows the ranks of all experts; leave it out")
+    if s.weight_decay and method.grows:
+        reason = "keeps dimensions that do not train yet as they were drawn, and decay would shrink them"
+        raise InputError(f"--weight-decay {s.weight_decay:g}: --method {s.method} {reason}; leave it out")
     if s.router_aux_form and not s.router_aux_loss:
         raise InputError("--router-aux-form has no meaning without --router-aux-loss; give both or neither")
     if s.init_adapter:

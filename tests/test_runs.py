@@ -71,6 +71,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     "flags",
     [
         ["--method", "hellora"],
+        ["--method", "dora", "--k", "...", "--schedule", "cosine", "--lr-warmup", "0.4", "--weight-decay", "0.1"],
         ["--method", "hellori-s", "killed in", "stage-d"],
         ["--method", "hellori-s", "killed in", "."],
         ["--method", "dr-lora", "--k", "..."],

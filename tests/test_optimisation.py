@@ -1,0 +1,126 @@
+"""The settings of training that are off by default: schedules, weight decay, what is learnt, and dropout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import with_tokenizer
+from safetensors.torch import load_file
+
+import data
+import hellora
+import train
+from command.cli import InputError
+from model import load_model, read_config
+from run import adapters
+from run.processes import ALONE
+from run.schedule import SCHEDULES, rate, warmup_steps
+from run.step import global_step
+
+STEPS, BATCH = 6, 3
+
+
+@pytest.fixture(scope="module")
+def base(make_checkpoint, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    return with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True))
+
+
+def flags(base: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["--rank", "4", "--steps", str(STEPS), "--batch", str(BATCH), "--sample", "0.005", "--lr", "0.01"]
+    return ["--model", str(base), "--method", "lora", *sizes, "--out", str(out), *more]
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------- rate and decay
+
+
+def scheduler(schedule: str, optimizer: torch.optim.Optimizer, warmup: int, steps: int):
+    """transformers' own."""
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    return transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+@pytest.mark.parametrize("warmup", [None, 5, 0.3])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_of_every_step_is_that_of_transformers_scheduler(schedule, warmup):
+    steps, optimizer = 17, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    arguments = transformers.TrainingArguments(warmup_steps=warmup or 0, use_cpu=True)  # below 1 it is a share
+    theirs = scheduler(schedule, optimizer, arguments.get_warmup_steps(steps), steps)
+    for step in range(1, steps + 1):
+        got = rate(0.3, schedule, step, steps, warmup_steps(warmup, steps))
+        assert got == pytest.approx(theirs.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        optimizer.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_logs_the_rate(schedule, base, tmp_path):
+    chosen = ["--schedule", schedule, "--lr-warmup", "2", "--weight-decay", "0.3", "--loss-on", "all"]
+    train.main(flags(base, tmp_path / "run", *chosen))
+    got = load_file(tmp_path / "run/adapter/adapter.safetensors")
+
+    config, model = read_config(base), load_model(base)
+    hellora.attach(model, torch.ones(4, 7, dtype=torch.bool), 4, 16.0)
+    tokenizer, examples = data.load_tokenizer(base, config), data.load_examples("tiny-math", "train")
+    whole = [data.Encoded(item.ids, 1) for item in data.encode(examples, tokenizer, config.eos_token_id)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.3)
+    theirs, logged = scheduler(schedule, optimizer, 2, STEPS), []
+    for _, batch in data.numbered_batches(len(whole), BATCH, 0, 1, STEPS):
+        done = global_step(model.train(), [whole[i] for i in batch], 16, ALONE)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        logged.append((theirs.get_last_lr()[0], done.loss.item(), done.tokens - BATCH))
+        optimizer.step()
+        theirs.step()
+        optimizer.zero_grad()
+    for name, tensor in adapters.adapter_state(model).items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+    found = [(record["lr"], record["loss"], record["target_tokens"]) for record in records(tmp_path / "run")]
+    assert found == [pytest.approx(record, rel=1e-5) for record in logged]
+
+
+def test_loss_on_all_is_transformers_loss_with_the_ids_as_labels(base):
+    hf = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    ids = torch.randint(2, 50, (13,), generator=torch.Generator().manual_seed(0))
+    item = data.Encoded(ids.tolist(), 1)
+    done = global_step(load_model(base).requires_grad_(True), [item], 1, ALONE)
+    assert done.loss.item() == pytest.approx(hf(ids[None], labels=ids[None]).loss.item(), rel=1e-5)
+    assert done.target_tokens == 12
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--schedule", "step"], "invalid choice: 'step'"),
+        (["--lr-warmup", "1.5"], "want a whole number at least 1, or a share between 0 and 1"),
+        (["--lr-warmup", "6"], "--lr-warmup 6: 6 steps of warm-up in a run of 6; want fewer"),
+        (["--weight-decay", "-0.1"], "want a number at least 0"),
+        (["--weight-decay", "0.1", "--method", "dr-lora"], "--weight-decay 0.1: --method dr-lora keeps dimensions"),
+        (["--loss-on", "prompt"], "invalid choice: 'prompt'"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(given, says, base, tmp_path):
+    with pytest.raises(InputError, match=says):
+        train.main(flags(base, tmp_path / "run", *given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_on_only_under_the_schedule_and_for_the_steps_it_began_with(base, tmp_path):
+    given = flags(base, tmp_path / "run", "--schedule", "linear", "--save-every", "2")
+    train.main(given)
+    with pytest.raises(InputError, match="schedule linear then, cosine now"):
+        train.main([*given, "--schedule", "cosine", "--resume"])
+    with pytest.raises(InputError, match="saved with steps 6, now it is 8"):
+        train.main([*given, "--steps", "8", "--resume"])
+    about = json.loads((tmp_path / "run/config.json").read_text())
+    about["settings"] = {key: value for key, value in about["settings"].items() if key != "schedule"}
+    (tmp_path / "run/config.json").write_text(json.dumps(about))  # of a version without schedules
+    with pytest.raises(InputError, match="schedule constant then, linear now"):
+        train.main([*given, "--resume"])
