@@ -138,8 +138,8 @@ def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list
     eos_id, eos = data.end_token(tokenizer, config)
     items = data.encode(examples, tokenizer, eos_id, settings.max_length, positions)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
-    if settings.loss_on == "all":  # every token but the first, which nothing predicts
-        items = [replace(item, prompt_length=1) for item in items]
+    if settings.loss_on == "all":
+        items = [replace(item, spans=((0, len(item.ids)),)) for item in items]
     say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id})")
     return examples, items
 

@@ -69,7 +69,7 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
     config, model = read_config(base), load_model(base)
     hellora.attach(model, torch.ones(4, 7, dtype=torch.bool), 4, 16.0)
     tokenizer, examples = data.load_tokenizer(base, config), data.load_examples("tiny-math", "train")
-    whole = [data.Encoded(item.ids, 1) for item in data.encode(examples, tokenizer, config.eos_token_id)]
+    whole = [data.Encoded(i.ids, ((1, len(i.ids)),)) for i in data.encode(examples, tokenizer, config.eos_token_id)]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.3)
     theirs, logged = scheduler(schedule, optimizer, 2, STEPS), []
@@ -89,7 +89,7 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
 def test_loss_on_all_is_transformers_loss_with_the_ids_as_labels(base):
     hf = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
     ids = torch.randint(2, 50, (13,), generator=torch.Generator().manual_seed(0))
-    item = data.Encoded(ids.tolist(), 1)
+    item = data.Encoded(ids.tolist(), ((0, 13),))
     done = global_step(load_model(base).requires_grad_(True), [item], 1, ALONE)
     assert done.loss.item() == pytest.approx(hf(ids[None], labels=ids[None]).loss.item(), rel=1e-5)
     assert done.target_tokens == 12
