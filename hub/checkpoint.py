@@ -31,6 +31,7 @@ BESIDE = (  # what a checkpoint holds besides config.json, weights and code
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json", "LICENSE*"),
 )
 CHECKPOINT = ("config.json", "model*.safetensors", "*.safetensors.index.json", "*.py", *BESIDE)  # its files on the hub
+IN_MEMORY = ("experts.gate_up_proj", "experts.down_proj")  # stacks of transformers 5, which can be saved as they are
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -108,22 +109,24 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
     wanted: the shapes that config.json implies. family: of a model, whose experts may be stacked in the files.
     Raises InputError if a weight is missing, unexpected or of another shape, or if it is quantised.
     """
+    held = [pair for file in files(folder) for pair in headers(file)]
+    in_memory = any(key.endswith(IN_MEMORY[0]) for key, _ in held)
     found, unexpected = {}, []
-    for file in files(folder):
-        for key, weight in headers(file):
-            parts = {key: weight} if key in wanted or family is None else in_hub_layout(key, weight, family)
-            for name, part in parts.items():
-                if name not in wanted:
-                    unexpected.append((name, part))
-                elif name in found:
-                    raise InputError(f"{file}: {name} is in {found[name].file.name} too; want every weight once")
-                elif part.shape != tuple(wanted[name]):
-                    raise InputError(f"{file}: {name} has shape {part.shape}, config.json wants {tuple(wanted[name])}")
-                elif not isinstance(part.dtype, torch.dtype):
-                    known = ", ".join(DTYPES)
-                    raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Want one of {known}")
-                else:
-                    found[name] = part
+    for key, weight in held:
+        parts = {key: weight} if key in wanted or family is None else in_hub_layout(key, weight, family, in_memory)
+        for name, part in parts.items():
+            file = part.file
+            if name not in wanted:
+                unexpected.append((name, part))
+            elif name in found:
+                raise InputError(f"{file}: {name} is in {found[name].file.name} too; want every weight once")
+            elif part.shape != tuple(wanted[name]):
+                raise InputError(f"{file}: {name} has shape {part.shape}, config.json wants {tuple(wanted[name])}")
+            elif not isinstance(part.dtype, torch.dtype):
+                known = ", ".join(DTYPES)
+                raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Want one of {known}")
+            else:
+                found[name] = part
     unexpected = [name for name, part in unexpected if not is_harmless(name, part, found)]
     missing = [name for name in wanted if name not in found]
     if missing or unexpected:
@@ -153,20 +156,21 @@ def headers(file: Path) -> Iterator[tuple[str, Stored]]:
         yield key, Stored(file, start + tensor["data_offsets"][0], tuple(tensor["shape"]), dtype)
 
 
-def in_hub_layout(key: str, weight: Stored, family: Family) -> dict[str, Stored]:
+def in_hub_layout(key: str, weight: Stored, family: Family, in_memory: bool) -> dict[str, Stored]:
     """A weight of a file -> the parts of it that `hub.weights.hub_key` names: the matrices of a stack of experts.
 
-    A family may stack its experts, and transformers 5 does in memory, where it also calls every block `mlp`:
-    `experts.gate_up_proj` [E, 2F, D] and `experts.down_proj` [E, D, F].
+    A family may stack its experts in its files. in_memory: these files have the names of transformers 5 in memory, with
+    the stacks IN_MEMORY [E, 2F, D] and [E, D, F]. Most blocks are called `mlp` there, and routers have no inner module.
     """
-    key = key.replace(".mlp.", f".{family.moe}.")
-    key = key.replace(f".{family.moe}.router.weight", f".{family.moe}.{family.router}.weight")
-    pairs = [("experts.gate_up_proj", "experts.down_proj"), *([family.stacks] if family.stacks else [])]
+    if in_memory:
+        router = family.router.partition(".")[0]
+        key = key.replace(".mlp.", f".{family.moe}.")
+        key = key.replace(f".{family.moe}.{router}.weight", f".{family.moe}.{family.router}.weight")
+    pair = IN_MEMORY if in_memory else family.stacks or ()
     block, _, name = key.removesuffix(".weight").partition(f".{family.moe}.")
-    stack = next((pair.index(name) for pair in pairs if name in pair), None)
-    if stack is None or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
+    if name not in pair or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
         return {key: weight}
-    leaves = family.projections[2:] if stack else family.projections[:2]
+    leaves = family.projections[2:] if pair.index(name) else family.projections[:2]
     shape = (weight.shape[1] // len(leaves), weight.shape[2])
     size = math.prod(shape) * weight.dtype.itemsize
     names = [f"{block}.{family.moe}.experts.{e}.{leaf}.weight" for e in range(weight.shape[0]) for leaf in leaves]
