@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOADABLE, hf_name
+from conftest import CLASSES, LOADABLE, SIZES, hf_name
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import ops
 from command.cli import InputError
 from hub.checkpoint import TINY, resolve
-from hub.config import FAMILIES
+from hub.config import FAMILIES, MULTIPLIERS
 from hub.weights import init_weights
 from model import KVCache, MoEConfig, MoETransformer, SparseMoE, lay_out, load_model, read_config, save_model
 
@@ -28,6 +28,7 @@ UNALIGNED = {"hidden_size": 30, "intermediate_size": 14, "num_attention_heads": 
 MODELS = {family: (family, {}) for family in FAMILIES} | {
     "olmoe, weights of the chosen experts sum to 1": ("olmoe", {"norm_topk_prob": True}),
     "olmoe, q, k, v clipped": ("olmoe", {"clip_qkv": 0.5}),
+    "olmoe, a large constant in the norms": ("olmoe", {"rms_norm_eps": 0.1}),
     "olmoe, tied embeddings": ("olmoe", {"tie_word_embeddings": True}),
     "olmoe, sizes that grouped_mm refuses": ("olmoe", UNALIGNED),
     "mixtral, tied embeddings": ("mixtral", {"tie_word_embeddings": True}),
@@ -497,17 +498,11 @@ def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoin
 
 
 @every_loadable_family
-def test_a_missing_rope_theta_means_the_default_of_transformers_for_that_family(make_checkpoint, tmp_path, family):
-    shutil.copy(make_checkpoint(family).folder / "config.json", tmp_path)
-    rewrite_config(tmp_path, rope_parameters=...)
-    assert read_config(tmp_path).rope_theta == AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"]
-
-
-def test_a_missing_rms_norm_eps_means_one_in_a_hundred_thousand(olmoe, copied):
-    rewrite_config(copied, rms_norm_eps=...)
-    assert load_model(copied).layers[0].input_layernorm.eps == olmoe.hf.config.rms_norm_eps == 1e-5
-    rewrite_config(copied, rms_norm_eps=1e-3)
-    assert load_model(copied).layers[0].self_attn.k_norm.eps == 1e-3
+def test_a_key_that_config_json_leaves_out_has_the_default_of_transformers(tmp_path, family):
+    optional = {*MULTIPLIERS, "norm_topk_prob"}
+    sizes = {key: value for key, value in SIZES[family].items() if key not in optional}
+    CLASSES[family][0](**sizes).save_pretrained(tmp_path)  # it writes every key
+    assert MoEConfig.from_dict({"model_type": family, **sizes}) == read_config(tmp_path)
 
 
 def test_init_weights_repeats_with_its_seed_and_has_the_asked_spread(olmoe):

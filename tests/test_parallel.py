@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import LOADABLE
+from test_model import ask_transformers
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
 import data
@@ -87,6 +89,17 @@ def test_the_load_balancing_loss_is_that_of_transformers_for_every_sequence(form
     torch.testing.assert_close(ours, want)
     grads = [torch.autograd.grad(loss, router_logits)[0] for loss in (ours, want)]
     torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("family", LOADABLE)
+def test_the_balancing_loss_of_a_step_is_that_of_transformers(make_checkpoint, family):
+    checkpoint, (one, *_) = make_checkpoint(family), items(50)
+    model = load_model(checkpoint.folder)
+    step = global_step(model, [one], 1, ALONE, aux_loss=0.5, aux_form="concat")
+    _, _, router_logits = ask_transformers(checkpoint.hf, torch.tensor([one.ids]))
+    E, K = model.config.num_experts, model.config.num_experts_per_tok
+    want = load_balancing_loss_func(tuple(router_logits[:, 0].detach()), E, K)
+    torch.testing.assert_close(step.aux_loss.float(), want, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("form", ["concat", "layer"])

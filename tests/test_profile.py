@@ -56,13 +56,14 @@ def plain_routing(hf, items: list[data.Encoded], top_k: int, renormalise: bool) 
     return counts, mass
 
 
-def test_counts_and_gate_mass_are_those_of_transformers_router(checkpoint):
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_counts_and_gate_mass_are_those_of_transformers_router(make_checkpoint, family):
+    checkpoint = make_checkpoint(family)
     config = read_config(checkpoint.folder)
     hf, items = checkpoint.hf, make_items(config.vocab_size)
     hf.config.num_local_experts = config.num_experts
     counted = profile.profile_routing(load_model(checkpoint.folder), make_batches(items, 3))
-    renormalise = config.model_type == "mixtral"
-    counts, mass = plain_routing(hf, items, config.num_experts_per_tok, renormalise)
+    counts, mass = plain_routing(hf, items, config.num_experts_per_tok, renormalise=family == "mixtral")
     assert counted.counts.dtype == torch.int64 and counted.counts.tolist() == counts
     assert counted.gate_mass.dtype == torch.float64
     torch.testing.assert_close(counted.gate_mass, torch.tensor(mass, dtype=torch.float64), rtol=1e-4, atol=1e-5)

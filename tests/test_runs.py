@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import export
+import lora
 import profile
 import train
 from command.cli import InputError, RunError
@@ -279,14 +280,17 @@ def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatc
         assert same(adapter(tmp_path / f"cut{first}"), adapter(tmp_path / f"uncut{first}"))
 
 
-def test_an_adapted_expert_that_no_token_reached_is_reported(tmp_path, capsys):
+def test_an_adapted_expert_that_no_token_reached_is_reported_and_as_drawn(tmp_path, capsys):
     flags = ["--experts", "cold", "--batch", "1", "--steps", "2", "--sample", "0.005", "--out", str(tmp_path / "run")]
     idle = train.main(flags)["idle_hot_experts"]
     about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
     assert idle and all(int(name.split(":")[1]) in about["hot"][int(name.split(":")[0])] for name in idle)
-    B = adapter(tmp_path / "run")["layers.0.mlp.experts.lora.up_proj.lora_B"]
-    learnt = [f"0:{e}" for e, rows in zip(about["hot"][0], B, strict=True) if rows.any()]
-    assert not set(learnt) & set(idle)
+    A, B = (adapter(tmp_path / "run")[f"layers.0.mlp.experts.lora.up_proj.lora_{part}"] for part in "AB")
+    drawn = torch.empty(A.shape[1:])
+    for e, A_e, B_e in zip(about["hot"][0], A, B, strict=True):
+        if f"0:{e}" in idle:
+            lora.init_A(drawn, about["seed"], f"layers.0.mlp.experts.{e}.up_proj")
+            assert torch.equal(A_e, drawn) and not B_e.any()
     assert f"{len(idle)} adapted experts" in capsys.readouterr().out
 
 
