@@ -139,7 +139,7 @@ TRAPS = {
             test_runs.test_an_adapted_expert_that_no_token_reached_is_reported_and_as_drawn,
             {},
             train.fit,
-            "weight_decay=0.0",
+            "weight_decay=settings.weight_decay",
             "weight_decay=0.01",
         ),
     ],
