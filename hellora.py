@@ -61,8 +61,16 @@ def coldest(scores: Tensor, num_hot: int) -> Tensor:
 
 def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
     """`num_hot` random experts of every layer: the control that MoE-Sieve has and the paper lacks."""
-    noise = torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
-    return hottest(noise, num_hot)
+    return hottest(_noise(scores, seed), num_hot)
+
+
+def topped_up(scores: Tensor, num_hot: int, seed: int) -> Tensor:
+    """The num_hot / 2 hottest experts of every layer, and random ones that are not among the `num_hot` hottest.
+
+    It tests whether cold experts only add noise, as MoE-Sieve supposes.
+    """
+    hot, kept = hottest(scores, num_hot), hottest(scores, num_hot // 2)
+    return hottest(_noise(scores, seed) + 3 * kept.float() - hot.float(), num_hot)  # kept: above 2; cold: 0..1
 
 
 def covering(scores: Tensor, coverage: float) -> Tensor:
@@ -84,12 +92,18 @@ def greedy(scores: Tensor, num_hot: int) -> Tensor:
     return torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, chosen, True).view(scores.shape)
 
 
+def _noise(scores: Tensor, seed: int) -> Tensor:
+    """float32 in [0, 1) of the shape of `scores`."""
+    return torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
+
+
 def _mask(scores: Tensor, ids: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
 
 
 SCORED = {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}
-POLICIES = (*SCORED, "coverage", "random", "all")
+SEEDED = {"random": any_experts, "topup": topped_up}
+POLICIES = (*SCORED, "coverage", *SEEDED, "all")
 
 
 def select_experts(
@@ -115,8 +129,8 @@ def select_experts(
         return covering(scores, coverage)
     if num_hot is None or not 1 <= num_hot <= E:
         raise InputError(f"k is {num_hot}; want 1..{E}, the experts of a layer")
-    if policy == "random":
-        return any_experts(scores, num_hot, seed)
+    if policy in SEEDED:
+        return SEEDED[policy](scores, num_hot, seed)
     return SCORED[policy](scores, num_hot)
 
 

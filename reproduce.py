@@ -1,161 +1,196 @@
-"""The paper's numbers beside ours, one command for each.
+"""The paper's tables re-made, one command for each: its value, what others measured, ours, and a verdict.
 
-    python reproduce.py params    # Tables 2, 3, 5 and 7: what trains, its share, its bytes; needs no weights
+    python reproduce.py table4 --jobs 2      # makes the runs that are not there yet, then prints the table
+    python reproduce.py table4 --no-run      # prints the table from the runs that are there
+    python reproduce.py params               # Tables 2, 3, 5 and 7: what trains, its share, its bytes; no weights
 
-`--json FILE` keeps the rows.
+Ours are of the embedded models and tasks. Runs are kept in results/runs, and every table that needs one reads it there.
+An interrupted command goes on where it stopped when it is given again. paper/ holds what carries this file.
 """
 
-import itertools
+import sys
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
 
-import torch
-
-import hellora
-import lori
 from command import cli
-from command.files import writable, write_json
-from hub.config import PRESETS
-from lori import Scatter, sparsify
-from model import MoEConfig, MoETransformer
-from routing.advice import without_weights
-from run.methods import METHODS, Recipe
+from command.cli import flag, number
+from paper import params
+from paper.runner import Needed, Workplace, make, pending, plan_lines
+from paper.runs import Records
+from paper.tables import SCALES, Column, Row, Table
 
+# ------------------------------------------------------------------------------------- the tables, as the paper prints
 
-class Row(NamedTuple):
-    """One line of a table that says how much trains: in the paper, or in MoE-Sieve (arXiv 2603.24044)."""
+MATH = Column("GSM8K", "math", "accuracy")
+CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}") for k in (1, 5, 10))
+SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate")
+ALL = (MATH, *CODE, SAFE)
 
-    table: str
-    model: str  # key of PRESETS
-    method: str  # key of METHODS
-    k: int | None  # hot experts per layer; None: all
-    targets: str | None  # key of TARGETS
-    paper: float | None  # percent, as printed
-    millions: float | None = None  # trainable parameters, as printed
-
-
-OLMOE, MIXTRAL, DEEPSEEK, QWEN = "olmoe-1b-7b", "mixtral-8x7b", "deepseek-moe-16b", "qwen1.5-moe-a2.7b"
-ROWS = (
-    Row("2", OLMOE, "fft", None, None, 100.0),
-    Row("2", OLMOE, "lora", None, "all", 4.3),
-    Row("2", OLMOE, "dora", None, "all", 4.35),
-    Row("2", OLMOE, "lori-d", None, "all", 1.9),
-    Row("2", OLMOE, "lori-s", None, "all", 0.19),
-    Row("2", OLMOE, "hellora", 8, "all", 0.7),
-    Row("2", OLMOE, "hellori-d", 8, "all", 0.3),
-    Row("2", OLMOE, "hellori-s", 8, "all", 0.03),
-    Row("3", MIXTRAL, "lora", None, "all", 1.03),
-    Row("3", MIXTRAL, "lori-d", None, "all", 0.59),
-    Row("3", MIXTRAL, "lori-s", None, "all", 0.06),
-    Row("3", MIXTRAL, "hellora", 2, "all", 0.31),
-    Row("3", MIXTRAL, "hellori-d", 2, "all", 0.17),
-    Row("3", MIXTRAL, "hellori-s", 2, "all", 0.02),
-    Row("5", OLMOE, "hellora", 8, "pure", 0.543),
-    Row("5", OLMOE, "hellora", 8, "gate", 0.558),
-    Row("5", OLMOE, "hellori-d", 8, "pure", 0.241),
-    Row("5", OLMOE, "hellori-d", 8, "gate", 0.242),
-    Row("5", OLMOE, "hellori-s", 8, "pure", 0.02),
-    Row("5", OLMOE, "hellori-s", 8, "gate", 0.02),
-    Row("7", OLMOE, "hellora", 2, "all", 0.27),
-    Row("7", OLMOE, "hellora", 4, "all", 0.41),
-    Row("7", OLMOE, "hellora", 8, "all", 0.68),
-    Row("7", OLMOE, "hellora", 16, "all", 1.21),
-    Row("Sieve", OLMOE, "lora", None, "shared", None, 311.5),
-    Row("Sieve", OLMOE, "moe-sieve", 16, "shared", None, 85.0),
-    Row("Sieve", QWEN, "lora", None, "shared", None, 509.7),
-    Row("Sieve", QWEN, "moe-sieve", 15, "shared", None, 151.3),
-    Row("-", QWEN, "hellora", 4, "all", None),
-    Row("-", DEEPSEEK, "moe-sieve", 16, "shared", None),
-    Row("-", DEEPSEEK, "lora", None, "all", None),
-    Row("-", DEEPSEEK, "lori-d", None, "all", None),
-    Row("-", DEEPSEEK, "lori-s", None, "all", None),
-    Row("-", DEEPSEEK, "hellora", 6, "all", None),
-    Row("-", DEEPSEEK, "hellori-d", 6, "all", None),
-    Row("-", DEEPSEEK, "hellori-s", 6, "all", None),
+METHODS = Table(
+    "Table 2: methods on three tasks, OLMoE-1B-7B",
+    columns=ALL,
+    seeds=5,
+    rows=(
+        Row("FFT", {"method": "fft"}, (27.64, 16.4, 21.04, 22.38, 97.32), "LoRA"),
+        Row("LoRA", {"method": "lora"}, (26.37, 16.52, 21.80, 24.03, 98.75), sieve="full_lora"),
+        Row("DoRA", {"method": "dora"}, (26.82, 16.72, 21.93, 23.68, 98.86), "LoRA"),
+        Row("LoRI-D", {"method": "lori-d"}, (28.22, 16.98, 21.85, 23.75, 96.56), "LoRA"),
+        Row("LoRI-S", {"method": "lori-s"}, (25.49, 16.46, 20.22, 22.37, 98.44), "LoRA"),
+        Row("HELLoRA", {"method": "hellora"}, (29.49, 17.87, 22.04, 23.82, 99.06), "LoRA", "hotk8"),
+        Row("HELLoRI-D", {"method": "hellori-d"}, (28.42, 16.89, 20.89, 22.21, 98.75), "LoRA"),
+        Row("HELLoRI-S", {"method": "hellori-s"}, (25.10, 16.22, 20.27, 21.76, 97.50), "LoRA"),
+        Row("MoE-Sieve", {"method": "moe-sieve"}, against="LoRA", sieve="hotk16"),
+        Row("DR-LoRA", {"method": "dr-lora"}, against="LoRA"),
+    ),
 )
+MIXTRAL = Table(
+    "Table 3: methods on math, Mixtral-8x7B",
+    columns=(MATH,),
+    model="mixtral",
+    rows=(
+        Row("LoRA", {"method": "lora"}, (67.73,)),
+        Row("LoRI-D", {"method": "lori-d"}, (64.84,), "LoRA"),
+        Row("LoRI-S", {"method": "lori-s"}, (63.98,), "LoRA"),
+        Row("HELLoRA", {"method": "hellora"}, (68.28,), "LoRA"),
+        Row("HELLoRI-D", {"method": "hellori-d"}, (64.61,), "LoRA"),
+        Row("HELLoRI-S", {"method": "hellori-s"}, (66.17,), "LoRA"),
+    ),
+)
+SELECTION = Table(
+    "Table 4: which experts, OLMoE-1B-7B",
+    columns=(MATH,),
+    seeds=5,
+    notes=("_M: one set of hot experts for all layers. _C: the coldest of each layer.",),
+    rows=(
+        Row("HELLoRA", {"method": "hellora"}, (29.49,), sieve="hotk8"),
+        Row("HELLoRA_M", {"method": "hellora", "experts": "model-hot"}, (28.51,), "HELLoRA"),
+        Row("HELLoRA_C", {"method": "hellora", "experts": "cold"}, (25.88,), "HELLoRA"),
+        Row("random experts", {"method": "hellora", "experts": "random"}, against="HELLoRA", sieve="randk8"),
+        Row("MoE-Sieve, a quarter", {"method": "moe-sieve"}, against="HELLoRA", sieve="hotk16"),
+        Row("HELLoRI-D", {"method": "hellori-d"}, (28.42,)),
+        Row("HELLoRI-D_M", {"method": "hellori-d", "experts": "model-hot"}, (23.14,), "HELLoRI-D"),
+        Row("HELLoRI-D_C", {"method": "hellori-d", "experts": "cold"}, (25.19,), "HELLoRI-D"),
+        Row("HELLoRI-S", {"method": "hellori-s"}, (25.10,)),
+        Row("HELLoRI-S_M", {"method": "hellori-s", "experts": "model-hot"}, (23.14,), "HELLoRI-S"),
+        Row("HELLoRI-S_C", {"method": "hellori-s", "experts": "cold"}, (23.04,), "HELLoRI-S"),
+    ),
+)
+PURE, GATE = {"targets": "pure"}, {"targets": "gate"}
+PLACEMENT = Table(
+    "Table 5: which modules beside the experts, OLMoE-1B-7B",
+    columns=ALL,
+    notes=("_pure: hot experts alone. _gate: and the router. Without suffix: and attention (values of Table 2).",),
+    rows=(
+        Row("HELLoRA", {"method": "hellora"}, (29.49, 17.87, 22.04, 23.82, 99.06)),
+        Row("HELLoRA_pure", {"method": "hellora"} | PURE, (26.46, 17.07, 21.19, 22.78, 98.43), "HELLoRA"),
+        Row("HELLoRA_gate", {"method": "hellora"} | GATE, (28.03, 17.09, 21.86, 23.28, 97.50), "HELLoRA"),
+        Row("HELLoRI-D", {"method": "hellori-d"}, (28.42, 16.89, 20.89, 22.21, 98.75)),
+        Row("HELLoRI-D_pure", {"method": "hellori-d"} | PURE, (23.24, 17.07, 20.38, 21.89, 91.25), "HELLoRI-D"),
+        Row("HELLoRI-D_gate", {"method": "hellori-d"} | GATE, (23.53, 16.95, 21.80, 23.17, 90.32), "HELLoRI-D"),
+        Row("HELLoRI-S", {"method": "hellori-s"}, (25.10, 16.22, 20.27, 21.76, 97.50)),
+        Row("HELLoRI-S_pure", {"method": "hellori-s"} | PURE, (23.44, 16.15, 20.82, 22.29, 97.81), "HELLoRI-S"),
+        Row("HELLoRI-S_gate", {"method": "hellori-s"} | GATE, (23.44, 16.06, 21.17, 22.73, 96.56), "HELLoRI-S"),
+    ),
+)
+NUMBER = Table(
+    "Table 7: how many hot experts per layer, OLMoE-1B-7B",
+    columns=(MATH,),
+    seeds=5,
+    notes=(
+        "The paper prints the rows Accuracy and Throughput of this table swapped; here each stands where it belongs.",
+    ),
+    rows=(
+        Row("k = 2", {"method": "hellora", "k": 2}, (26.72,), "k = 8"),
+        Row("k = 4", {"method": "hellora", "k": 4}, (26.97,), "k = 8", "hotk4"),
+        Row("k = 8", {"method": "hellora"}, (29.49,), sieve="hotk8"),
+        Row("k = 16", {"method": "hellora", "k": 16}, (29.69,), "k = 8", "hotk16"),
+    ),
+)
+CROSS_TASK = Table(
+    "Table 8: HELLoRA on one task, scored on the others, OLMoE-1B-7B",
+    columns=ALL,
+    rows=(
+        Row("base model", {"method": "base"}, (1.66, 13.41, 16.81, 18.17, 66.75)),
+        Row("after GSM8K", {"method": "hellora", "task": "math"}, (None, 13.78, 18.94, 20.63, 58.43), "base model"),
+        Row("after code", {"method": "hellora", "task": "code"}, (5.86, None, None, None, 63.01), "base model"),
+        Row("after safety", {"method": "hellora", "task": "safety"}, (2.83, 15.18, 19.51, 21.33), "base model"),
+    ),
+)
+TOP_UP = Table(
+    "MoE-Sieve's open question: are cold experts noise?",
+    columns=(MATH,),
+    rows=(
+        Row("hottest quarter", {"method": "moe-sieve"}, sieve="hotk16"),
+        Row("half of it, and random cold ones", {"method": "moe-sieve", "experts": "topup"}, against="hottest quarter"),
+        Row("half of it", {"method": "hellora"}, against="hottest quarter", sieve="hotk8"),
+    ),
+)
+TABLES = {
+    "table2": METHODS,
+    "table3": MIXTRAL,
+    "table4": SELECTION,
+    "table5": PLACEMENT,
+    "table7": NUMBER,
+    "table8": CROSS_TASK,
+    "topup": TOP_UP,
+}
 
+# --------------------------------------------------------------------------------------------------------- the command
 
-class Size(NamedTuple):
-    """How large a method is, in parameters and in bytes."""
-
-    trainable: int
-    total: int  # base and adapters, including frozen A and all of B
-    adapter_bytes: int  # of the tensors in adapter.safetensors
-    optimizer_bytes: int  # of AdamW's two moments
-
-    @property
-    def percent(self) -> float:
-        return 100 * self.trainable / self.total
-
-
-def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: int = Recipe.r) -> Size:
-    """What a method trains, counted as training counts it: on the model with its adapters, here without weights."""
-    how = METHODS[method]
-    if how.experts is None:
-        with torch.device("meta"):
-            model = MoETransformer(config)
-    else:
-        model = without_weights(config, k or config.num_experts, r, kind=how.kind, targets=targets)
-    trainable, total = hellora.count_parameters(model)
-    if how.sparse:
-        sparsify(model, some_entries(model))
-        trainable, _ = hellora.count_parameters(model)
-    trained = [p for name, p in model.named_parameters() if p.requires_grad]
-    stored = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-    bits = sum(-(-module.shape.numel() // 8) for module in model.modules() if isinstance(module, Scatter))
-    return Size(trainable, total, sum(t.nbytes for t in stored) + bits, sum(2 * 4 * p.numel() for p in trained))
-
-
-def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:
-    """As many entries of B as LoRI-S keeps, floor(KEPT * N). For counting it does not matter which ones."""
-    sizes = {name.removesuffix(".lora_B"): p.numel() for name, p in model.named_parameters() if "lora_B" in name}
-    kept = (int(lori.KEPT * end) for end in itertools.accumulate(sizes.values(), initial=0))
-    return {
-        name: torch.arange(b - a, device="meta") for name, (a, b) in zip(sizes, itertools.pairwise(kept), strict=True)
-    }
-
-
-CONVENTION = "percent: trainable / (base + adapters, including frozen A and all of B), as PEFT prints; rank 32"
-HEADS = "table model method k targets trainable percent paper adapter_bytes AdamW_bytes".split()
+POSITIVE = number(int, 1)
+QUICK = {"steps": 20}
+QUICK_LIMIT, QUICK_SEEDS = 50, 2
 
 
 @dataclass(frozen=True)
-class ParamsSettings:
-    """The flags of `reproduce.py params`."""
+class Settings:
+    """The flags of every table."""
 
-    json: str | None = cli.flag(None, "where to write the rows", metavar="FILE")
-
-
-def params(argv: list[str]) -> list[dict]:
-    """Trainable parameters of every method and variant in the paper's tables, beside what they print."""
-    settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
-    out = settings.json and writable(settings.json)
-    sizes = {row[1:5]: size(MoEConfig.from_dict(PRESETS[row.model]), *row[2:5]) for row in ROWS}
-    rows, line = [], "{:5}  {:17}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
-    cli.say(line(*HEADS))
-    for row in ROWS:
-        counted, known = sizes[row[1:5]], "-" if row.paper is None else f"{row.paper:g}"
-        known = f"{row.millions:.1f}M" if row.millions else known
-        counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
-        trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
-        cli.say(line(row.table, row.model, row.method, row.k or "all", row.targets or "-", *trained))
-        about = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
-        rows.append(about | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
-        rows[-1]["paper_millions"] = row.millions
-    cli.say(CONVENTION)
-    for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
-        ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
-        share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
-        cli.say(f"{model}: HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})")
-    if out:
-        write_json(out, rows)
-    return rows
+    seeds: int | None = flag(None, "runs of each cell (default: 5 for Tables 2, 4 and 7, else 3)", type=POSITIVE)
+    jobs: int = flag(1, "runs made at once", type=POSITIVE)
+    quick: bool = flag(False, "short runs, 2 seeds and 50 problems: shows that it works; kept apart, in runs/quick")
+    dry_run: bool = flag(False, "say what would run and how long it would take")
+    no_run: bool = flag(False, "print what the finished runs say")
+    out: str | None = flag(None, "folder of runs and figures (default: results)", metavar="DIR")
+    allow_code_execution: bool = flag(False, "run model-written code with limits only")
 
 
-COMMANDS = {"params": params}
+def tables(names: list[str], argv: list[str]) -> None:
+    """Make the runs of some tables that are not there yet, and print the tables."""
+    settings = cli.parse(Settings, argv, prog=f"reproduce.py {names[0] if len(names) == 1 else 'all'}")
+    out = Path(settings.out or ("runs/quick" if settings.quick else "results"))
+    records = Records(out / "runs", limit=QUICK_LIMIT if settings.quick else None, samples=10)
+    needed = merged([needed_by(TABLES[name], settings) for name in names])
+    left = pending(needed, records)
+    cli.say(*plan_lines(left, records, settings.jobs))
+    if settings.dry_run:
+        cli.say(*(run.title for run in left))
+    elif not settings.no_run and left:
+        options = {"jobs": settings.jobs, "allow_code_execution": settings.allow_code_execution}
+        make(left, Workplace(records, Path("runs/reproduce"), **options))
+
+
+def needed_by(table: Table, settings: Settings) -> Needed:
+    seeds = settings.seeds or (QUICK_SEEDS if settings.quick else table.seeds)
+    return table.needed(SCALES["tiny"], seeds, **(QUICK if settings.quick else {}))
+
+
+def merged(parts: list[Needed]) -> Needed:
+    """The runs of several tables, each once, all of one seed before the next."""
+    found: Needed = {}
+    for part in parts:
+        for run, tasks in part.items():
+            found[run] = found.get(run, set()) | tasks
+    return dict(sorted(found.items(), key=lambda item: item[0].seed))
+
+
+COMMANDS = {"params": params.params, **{name: partial(tables, [name]) for name in TABLES}}
+COMMANDS["all"] = partial(tables, list(TABLES))
 
 
 def main(argv: list[str] | None = None) -> object:
+    argv = sys.argv[1:] if argv is None else argv
     name, flags = cli.subcommand("reproduce.py", COMMANDS, argv, __doc__)
     return COMMANDS[name](flags)
 

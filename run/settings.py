@@ -92,7 +92,8 @@ def check(settings: Settings) -> None:
         refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
-    for name, allowed in (("k", (*hellora.SCORED, "random")), ("scores", (*hellora.SCORED, "coverage"))):
+    policies = (*hellora.SCORED, *hellora.SEEDED)
+    for name, allowed in (("k", policies), ("scores", (*hellora.SCORED, "topup", "coverage"))):
         if experts not in allowed:
             chosen = f"--method {s.method} and experts {experts}"
             refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")

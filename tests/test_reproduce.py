@@ -12,7 +12,9 @@ from command.cli import InputError
 from hub.checkpoint import TINY
 from lori import sparsify
 from model import load_model
+from paper import params
 from run import adapters
+from run.methods import METHODS
 
 
 def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figure(tmp_path, capsys):
@@ -21,7 +23,7 @@ def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figu
     assert json.loads(out.read_text()) == rows
     assert [tuple(row.values()) for row in rows] == [
         (*line[1:5], row["trainable"], row["percent"], line.paper, line.millions)
-        for row, line in zip(rows, reproduce.ROWS, strict=True)
+        for row, line in zip(rows, params.ROWS, strict=True)
     ]
     assert all(list(row) == "model method k targets trainable percent paper paper_millions".split() for row in rows)
     said = capsys.readouterr().out.splitlines()
@@ -34,8 +36,8 @@ def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figu
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ([], "got no command; want one of params"),
-        (["table99"], "got 'table99'; want one of params"),
+        ([], "got no command; want one of params, table2"),
+        (["table99"], "got 'table99'; want one of params, table2"),
         (["params", "--json", "/proc/x.json"], "/proc/x.json cannot be written"),
         (["params", "--model", "tiny"], "--model"),
     ],
@@ -49,7 +51,7 @@ def test_wrong_input_is_named_in_one_line(flags, says):
 @pytest.mark.parametrize("method", ["lora", "dora", "hellora", "hellori-d", "hellori-s"])
 def test_predicted_bytes_are_those_of_the_file_and_of_the_optimizer(method, tmp_path):
     model, r, k = load_model(TINY), 4, None if method in ("lora", "dora") else 3
-    how = reproduce.METHODS[method]
+    how = METHODS[method]
     hot = torch.arange(64).expand(4, -1) < (k or 64)
     hellora.attach(model, hot, r, 6.0, kind=how.kind)
     if how.sparse:
@@ -64,7 +66,7 @@ def test_predicted_bytes_are_those_of_the_file_and_of_the_optimizer(method, tmp_
     file = (tmp_path / "adapter.safetensors").read_bytes()
     header = int.from_bytes(file[:8], "little")  # safetensors: its length, the names and shapes, the tensors
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    predicted = reproduce.size(model.config, method, k, "all", r)
+    predicted = params.size(model.config, method, k, "all", r)
     assert predicted.adapter_bytes == len(file) - 8 - header
     assert predicted.optimizer_bytes == sum(moment.nbytes for moment in moments)
     assert predicted.trainable == sum(p.numel() for p in trained)

@@ -1,0 +1,1 @@
+"""What carries reproduce.py: runs and their records, intervals and verdicts, tables, figures."""

@@ -1,0 +1,217 @@
+"""Runs made one after the other or several at once, each by the commands that a user types: train.py, evaluate.py.
+
+    needed = {Run("tiny-math", "hellora"): {"tiny-math"}, ...}     # runs, and the tasks that each is scored on
+    make(pending(needed, records), workplace)                      # Ctrl-C at any moment; the same call goes on
+
+A run that another process makes is left to it: a file beside the run's folder is locked meanwhile, and the lock ends
+with the last process that holds it, however it ends.
+"""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import IO
+
+from command import cli
+from command.cli import InputError, RunError
+from command.files import writable
+from paper.runs import Records, Run, summarize
+
+ROOT = Path(__file__).parent.parent
+SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
+POLL = 5  # seconds between looks at a run that another process makes
+# Measured on one core with the embedded model, when there is no finished run to judge by.
+TRAIN_SECONDS, EVALUATE_SECONDS = 240, {"tiny-math": 60, "tiny-code": 400, "tiny-safety": 60}
+
+Needed = dict[Run, set[str]]  # a run, and the tasks that it is scored on
+
+
+def pending(needed: Needed, records: Records) -> Needed:
+    """What has yet to be made: the runs without all their scores, and the scores that they lack."""
+    lacking = {run: {task for task in tasks if not records.scores(run, task)} for run, tasks in needed.items()}
+    return {run: tasks for run, tasks in lacking.items() if tasks}
+
+
+# ------------------------------------------------------------------------------------------------ how long it takes
+
+
+def expected_seconds(needed: Needed, records: Records) -> float:
+    """About how long the runs take on one worker: as long as finished ones like them, else as long as measured here."""
+    finished = list(records)
+    total = 0.0
+    for run, tasks in needed.items():
+        parts = [*(f"evaluate {task}" for task in sorted(tasks)), *(["train"] if run.method != "base" else [])]
+        for part in parts:
+            default = TRAIN_SECONDS if part == "train" else EVALUATE_SECONDS.get(part.removeprefix("evaluate "), 60)
+            total += like(run, part, finished) or default
+    return total
+
+
+def like(run: Run, part: str, finished: list[dict]) -> float | None:
+    """Mean seconds of a part of finished runs of this model and size: of the same method if there are any."""
+    same = ("model", "steps", *(["task"] if part == "train" else []))
+    alike = [r for r in finished if part in r["seconds"] and all(r["run"][key] == getattr(run, key) for key in same)]
+    closest = [record for record in alike if record["run"]["method"] == run.method] or alike
+    return mean(record["seconds"][part] for record in closest) if closest else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 2 h 05 min, or as 4 min."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+# ------------------------------------------------------------------------------------------------------ making runs
+
+
+@dataclass
+class Workplace:
+    """Where and how runs are made."""
+
+    records: Records
+    scratch: Path  # run folders and logs
+    jobs: int = 1
+    processes: int = 1  # of torchrun for each run
+    allow_code_execution: bool = False
+    stopped: threading.Event = field(default_factory=threading.Event)
+    children: set[subprocess.Popen] = field(default_factory=set)
+
+    def command(self, script: str, arguments: Iterable[str]) -> list[str]:
+        """The command line of a script of ours."""
+        start = [sys.executable]
+        if self.processes > 1:
+            start += ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
+        return [*start, str(ROOT / script), *arguments]
+
+    def stop(self) -> None:
+        """Ask the children to end. train.py ends after its step, with a checkpoint."""
+        self.stopped.set()
+        for child in list(self.children):
+            child.terminate()
+
+    def call(self, command: list[str], log: Path, lock: IO) -> float:
+        """Run a command, its output appended to `log`.  -> seconds. Raises RunError with its last line if it fails."""
+        began = time.perf_counter()
+        with log.open("a", encoding="utf-8") as file:
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
+            child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+        self.children.add(child)
+        if self.stopped.is_set():  # meanwhile
+            child.terminate()
+        status = child.wait()
+        self.children.discard(child)
+        if status:
+            last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"{Path(command[1]).name} ended with status {status}: {' '.join(last)} (see {log})")
+        return time.perf_counter() - began
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO | None]:
+    """The file `path`, locked for this process and its children; None if another process has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
+    """Train and evaluate, and write the record.  -> the record; None if another process makes the run"""
+    records, name = place.records, place.records.name(run)
+    folder, log = place.scratch / name, place.scratch / f"{name}.log"
+    with locked(place.scratch / f"{name}.lock") as lock:
+        if lock is None:
+            return None
+        tasks = pending({run: tasks}, records).get(run)
+        if not tasks:
+            return records.read(run)
+        writable(records.path(run))
+        seconds, scored = {}, {}
+        if run.method != "base" and not (folder / "result.json").is_file():
+            options = ["--save-every", str(SAVE_EVERY), "--resume"]
+            arguments = run.train_flags(str(folder), records.data) + options
+            seconds["train"] = place.call(place.command("train.py", arguments), log, lock)
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            shutil.rmtree(folder / "stage-d", ignore_errors=True)
+        for task in sorted(tasks):
+            source, scored[task] = run.model if run.method == "base" else str(folder), folder / f"evaluation-{task}"
+            arguments = records.evaluate_flags(run, source, task, str(scored[task]))
+            arguments += ["--allow-code-execution"] if place.allow_code_execution else []
+            seconds[f"evaluate {task}"] = place.call(place.command("evaluate.py", arguments), log, lock)
+        return summarize(run, records, folder, seconds, scored)
+
+
+def make(needed: Needed, place: Workplace) -> None:
+    """Make runs, `place.jobs` at a time, in their order. Raises RunError at the end if some failed.
+
+    An interruption stops them after their current step.
+    """
+    failed, total, done, waiting = {}, len(needed), 0, False
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pool = ThreadPoolExecutor(place.jobs)
+    try:
+        while needed:
+            futures = {pool.submit(make_run, run, tasks, place): run for run, tasks in needed.items()}
+            for future in as_completed(futures):
+                run = futures[future]
+                try:
+                    record = future.result()
+                except (InputError, RunError) as error:
+                    failed[run] = error
+                    cli.note(f"{run.title}: failed: {error}")
+                    continue
+                if record:
+                    done += 1
+                    left = pending({r: needed[r] for r in needed if r not in failed}, place.records)
+                    rest = duration(expected_seconds(left, place.records) / place.jobs) if left else "nothing"
+                    cli.say(f"[{done}/{total}] {described(run, record)}; {rest} left")
+            needed = {run: t for run, t in pending(needed, place.records).items() if run not in failed}
+            if needed and not waiting:
+                waiting = True
+                cli.say(f"waiting for {len(needed)} runs that another process makes")
+            time.sleep(POLL if needed else 0)
+    except KeyboardInterrupt:
+        place.stop()
+        pool.shutdown(cancel_futures=True)
+        cli.note("stopped; the same command goes on from here")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        pool.shutdown()
+    if failed:
+        raise RunError(f"{len(failed)} of {total} runs failed; the first: {next(iter(failed.values()))}")
+
+
+def described(run: Run, record: dict) -> str:
+    """A finished run in a line: its scores and the time it took."""
+    scores = ", ".join(f"{task} {100 * headline(found):.1f} %" for task, found in record["scores"].items())
+    return f"{run.title}: {scores}, {duration(sum(record['seconds'].values()))}"
+
+
+def headline(found: dict) -> float:
+    """The first number of score.json."""
+    return next(iter(found.values()))
+
+
+def plan_lines(needed: Needed, records: Records, jobs: int) -> Iterator[str]:
+    """What is to be done, in words, before it begins."""
+    if not needed:
+        yield "every run is finished already"
+        return
+    spent = duration(expected_seconds(needed, records) / jobs)
+    yield f"{len(needed)} runs to make, {jobs} at a time: about {spent}"

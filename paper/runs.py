@@ -1,0 +1,200 @@
+"""A run of a table: the commands that make it, and its record, a JSON file that every table reads.
+
+    run = Run("tiny-math", "hellora", seed=3, k=4)
+    run.train_flags("runs/x")                      # what one types after train.py
+    records.read(run)                              # its record, or None if it has yet to be made
+
+A record is found again by what decides its numbers: the settings, the weights of the base model, the training data and
+the test problems, all by content. A changed task or model therefore never reuses an old result.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import data
+from command.files import write_json
+from hub.checkpoint import resolve
+from run.folder import MAY_CHANGE, read_json
+from run.settings import Settings, parse_settings
+from run.source import base_content
+
+LOSSES = 20  # points of the loss curve that a record keeps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning and the evaluations of its result. A field that is None stays as train.py decides."""
+
+    task: str  # key of data.TASKS
+    method: str  # key of METHODS, or "base": the model as it is
+    seed: int = 0
+    model: str = "tiny"
+    k: int | None = None
+    experts: str | None = None
+    targets: str | None = None
+    steps: int | None = None
+
+    @property
+    def title(self) -> str:
+        """The run in words that can be a file's name."""
+        model = "" if self.model == "tiny" else Path(self.model).name
+        numbers = {"k": self.k, "steps": self.steps}
+        named = [f"{name}{value}" for name, value in numbers.items() if value is not None]
+        parts = [model, self.task, self.method, self.experts, self.targets, *named, f"seed{self.seed}"]
+        return "-".join(part for part in parts if part)
+
+    def train_flags(self, out: str, data_folder: str | None = None) -> list[str]:
+        """The arguments of train.py."""
+        names = ("model", "task", "method", "k", "experts", "targets", "steps", "seed")
+        given = {name: getattr(self, name) for name in names} | {"out": out}
+        given["train_data"] = data_file(data_folder, self.task, "train")
+        return flags(given)
+
+
+def flags(given: dict) -> list[str]:
+    """{"train_data": "x"} as ["--train-data", "x"], without what is None."""
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
+    return [part for pair in pairs for part in pair]
+
+
+def data_file(folder: str | None, task: str, split: str) -> str | None:
+    """The local copy of a task's split: the file or folder in `folder` named TASK-SPLIT, whatever its ending."""
+    found = sorted(Path(folder).glob(f"{task}-{split}*")) if folder else []
+    return str(found[0]) if found else None
+
+
+# ------------------------------------------------------------------------------------------------ what decides a run
+
+
+@cache
+def model_content(model: str) -> dict[str, str]:
+    """Digests of a checkpoint: weights, config, tokenizer."""
+    return base_content(resolve(model))
+
+
+@cache
+def data_content(task: str, split: str, path: str | None) -> str:
+    """The digest of a split: prompts, targets and whatever a row holds to be scored with."""
+    examples = data.load_examples(task, split, path)
+    text = json.dumps([[example.prompt, example.target, example.row] for example in examples])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def decisive_settings(run: Run) -> dict:
+    """The settings of train.py that decide the result, resolved; without those of the base model, which has none."""
+    if run.method == "base":
+        return {}
+    found = asdict(parse_settings(run.train_flags("unused")))
+    return {name: value for name, value in found.items() if name not in MAY_CHANGE and value is not None}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The folder of finished runs, and how their results are evaluated."""
+
+    folder: Path
+    data: str | None = None  # folder with local copies of the tasks' files
+    limit: int | None = None  # problems that are scored; None: all
+    samples: int | None = None  # of each problem of code; None: as evaluate.py decides
+
+    def evaluate_flags(self, run: Run, source: str, task: str, out: str) -> list[str]:
+        """The arguments of evaluate.py for the model that `source` names."""
+        return [source, *flags(self.evaluation(task) | {"task": task, "seed": run.seed, "out": out})]
+
+    def evaluation(self, task: str) -> dict:
+        """What decides a score beside the model."""
+        samples = self.samples if data.TASKS[task].benchmark == "humaneval" else None
+        return {"limit": self.limit, "samples": samples, "eval_data": self.data_file(task, "test")}
+
+    def name(self, run: Run) -> str:
+        """The name of the run's record: its title, and a digest of what the task's recipe, the model and the data are.
+
+        Of the settings only those that a recipe or a method decides are in it, so that a new flag renames nothing.
+        """
+        recipe = {name: v for name, v in decisive_settings(run).items() if getattr(Settings, name) is None}
+        given = {name: value for name, value in asdict(run).items() if value is not None}
+        text = json.dumps([given, recipe, self.content(run)], sort_keys=True)
+        return f"{run.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def content(self, run: Run) -> dict:
+        """Digests of the base model and of the training data."""
+        train = None if run.method == "base" else data_content(run.task, "train", self.data_file(run.task, "train"))
+        return {"base": model_content(run.model), "data": train}
+
+    def data_file(self, task: str, split: str) -> str | None:
+        return data_file(self.data, task, split)
+
+    def path(self, run: Run) -> Path:
+        return self.folder / f"{self.name(run)}.json"
+
+    def read(self, run: Run) -> dict | None:
+        """The record of a run. None if there is none, or if train.py would now do something else.
+
+        A setting that the record does not name is newer than the record, and had no effect then.
+        """
+        record = read_json(self.path(run))
+        now = decisive_settings(run)
+        if not record or any(now.get(name) != value for name, value in record["settings"].items()):
+            return None
+        return record
+
+    def scores(self, run: Run, task: str) -> dict | None:
+        """What evaluate.py found on a task, if on today's test problems."""
+        found = (self.read(run) or {"scores": {}})["scores"].get(task)
+        return found if found and found["evaluation"] == self.evaluated(task) else None
+
+    def evaluated(self, task: str) -> dict:
+        """What decides a score beside the model, by content."""
+        test = data_content(task, "test", self.data_file(task, "test"))
+        return self.evaluation(task) | {"eval_data": test}
+
+    def __iter__(self) -> Iterator[dict]:
+        return (read_json(path) for path in sorted(self.folder.glob("*.json")))
+
+
+# --------------------------------------------------------------------------------------------------- the record
+
+
+def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float], scored: dict[str, Path]) -> dict:
+    """The record of a run that has ended. folder: of train.py. scored: the folder of each task's evaluation."""
+    about, result, earlier = read_json(folder / "config.json"), read_json(folder / "result.json"), records.read(run)
+    kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
+    record = {
+        "run": asdict(run),
+        "settings": {name: v for name, v in about.get("settings", {}).items() if name in decisive_settings(run)},
+        **records.content(run),
+        **{name: result[name] for name in (*kept, "optimizer_bytes") if name in result},
+        "losses": loss_curve(folder / "log.jsonl"),
+        "scores": earlier["scores"] if earlier else {},
+        "seconds": (earlier["seconds"] if earlier else {}) | seconds,
+        "versions": about.get("versions"),
+        "commit": about.get("commit"),
+        "cores": os.cpu_count(),
+    }
+    for task, out in scored.items():
+        record["scores"][task] = score(read_json(out / "score.json")) | {"evaluation": records.evaluated(task)}
+    write_json(records.path(run), record)
+    return record
+
+
+def score(found: dict) -> dict:
+    """score.json without intervals, settings and times; rates as numbers."""
+    rates = {name: rate["rate"] for name, rate in found.get("rates", {}).items()}
+    plain = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    return {name: value for name, value in plain.items() if not name.startswith("seconds")} | {"rates": rates}
+
+
+def loss_curve(log: Path) -> list[list[float]]:
+    """[step, loss] of every n-th step and of the last."""
+    if not log.is_file():
+        return []
+    losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
+    every = max(1, -(-len(losses) // LOSSES))
+    steps = sorted({*range(1, len(losses) + 1, every), len(losses)})
+    return [[step, losses[step - 1]] for step in steps]
