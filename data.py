@@ -1,7 +1,8 @@
 """Tasks: where their text is, how it is prompted, and what the model must write; then batches of similar length.
 
-    examples = load_examples("gsm8k", "train", "my_copy.jsonl")      # without a path: download once, or generate
-    items = encode(examples, load_tokenizer(folder, config), config.eos_token_id)
+    reader = Reader("gsm8k", folder, config, max_length=512)
+    examples = reader.load("train", "my_copy.jsonl")                 # without a path: download once, or generate
+    items = reader.encode(examples)                                  # token ids, and which of them are learnt
     for chosen in global_batches(len(items), 128, seed=0, epoch=0):  # the same on every process
         for part in micro_batches([items[i] for i in chosen], 16, process, num_processes):
             batch = collate(part, pad_id)
@@ -29,7 +30,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from command.cli import InputError, note
-from hub.rows import Download, Row, fetch, read_rows
+from hub.chat import Chat, ChatTemplate
+from hub.conversations import NAMES, OwnRows
+from hub.rows import Download, Row, fetch, read_rows, text
+from hub.tokenizer import Bos, Spans, choose_bos, read_tokenizer, tokenize
 from model import MoEConfig
 from scoring.gsm8k import gold
 from tiny import tasks
@@ -46,17 +50,10 @@ class Example:
     prompt: str
     target: str  # empty where there is nothing to imitate: HumanEval problems, HEx-PHI instructions
     row: Row  # the public record as read
+    chat: Chat | None = None  # of --task own: what the chat template makes of it; prompt and target are its last turn
 
 
 # --------------------------------------------------------------------------------------------------- formats
-
-
-def text(row: Row, *columns: str) -> str:
-    """The first of these columns that the row has. Raises InputError unless it holds text that is not blank."""
-    value = next((row[column] for column in columns if column in row), None) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"no text as {' or '.join(map(repr, columns))} in {row!r:.100}")
-    return value
 
 
 def gsm8k(row: Row) -> tuple[str, str]:
@@ -102,16 +99,34 @@ def hexphi(row: Row) -> tuple[str, str]:
     return f"{system}\n\nHuman: {instruction}\n\nAssistant:", ""
 
 
+def completion(row: Row) -> tuple[str, str]:
+    """A prompt and its completion, both as they are."""
+    prompt, target = text(row, "prompt"), row["completion"]
+    if not isinstance(target, str):
+        raise InputError(f"'completion' is {target!r:.60}, want text")
+    return prompt, target
+
+
+OWN = {  # the columns by which a format of one's own rows is known -> what reads it; None: a chat
+    **{(column,): None for column in NAMES},
+    ("prompt", "completion"): completion,
+    ("instruction", "output"): alpaca,
+    ("text",): lambda row: ("", text(row, "text")),
+}
+
+
 FORMATS = {  # benchmark -> split -> what turns a row into prompt and target, or raises InputError
     "gsm8k": {"train": gsm8k, "test": gsm8k},
     "humaneval": {"train": alpaca, "test": humaneval},
     "hexphi": {"train": alpaca, "test": hexphi},
+    "own": {"train": OwnRows, "test": OwnRows},
 }
 WANTED = {
     gsm8k: 'GSM8K rows {"question": text, "answer": text with "#### number"}',
     alpaca: 'Alpaca rows {"instruction": text, "input": text or "", "output": text}',
     humaneval: 'HumanEval rows {"task_id", "prompt", "entry_point", "test": text}',
     hexphi: "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column",
+    OwnRows: f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}",
 }
 
 # ------------------------------------------------------------------------------------- tasks and their files
@@ -157,13 +172,21 @@ TASKS = {
         train="get data/training/saferpaca_Instructions_2000.json from github.com/vinid/safety-tuned-llamas",
         test="HEx-PHI is gated: ask for access at huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI",
     ),
+    "own": Task("own", train="this task is your own data", test="this task is your own data"),
 }
 
 
-def load_examples(task: str, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
+def load_examples(
+    task: str,
+    split: str,
+    path: str | Path | None = None,
+    limit: int | None = None,
+    template: ChatTemplate | None = None,
+) -> list[Example]:
     """The first `limit` examples of a split, from a local file in the public format if `path` is given.
 
     split: "train" or "test". The test split of code tasks holds HumanEval problems, that of safety tasks instructions.
+    template: the model's, for task own.
     Raises InputError if there is no file, naming where to get one, or if a row does not have the wanted format.
     """
     source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
@@ -172,24 +195,25 @@ def load_examples(task: str, split: str, path: str | Path | None = None, limit: 
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: no {split} file can be downloaded; {source}, then {instead}")
+    wanted, read = WANTED[read], read(template, OWN) if read is OwnRows else read
 
     try:
         rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())] if path is None else read_rows(Path(path))
     except InputError as error:
-        raise InputError(f"{error}; want {WANTED[read]}") from None
+        raise InputError(f"{error}; want {wanted}") from None
     examples = []
     for i, (place, row) in enumerate(rows):
         try:
-            prompt, target = read(row)
+            prompt, target, *chat = read(row)
             (prompt + target).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
         except (InputError, UnicodeEncodeError) as error:
-            raise InputError(f"{place}: {error}; want {WANTED[read]}") from None
+            raise InputError(f"{place}: {error}; want {wanted}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
-        if split == "test" or target.strip():
-            examples.append(Example(row["task_id"] if read is humaneval else str(i), prompt, target, row))
+        if target.strip() or (split == "test" and task != "own"):
+            examples.append(Example(row["task_id"] if read is humaneval else str(i), prompt, target, row, *chat))
     if not examples:
-        raise InputError(f"{path}: no rows with text; want {WANTED[read]}")
+        raise InputError(f"{path}: no rows with text; want {wanted}")
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: a task_id occurs twice; want HumanEval problems with a task_id of their own")
     if len(examples) < len(rows):
@@ -225,7 +249,8 @@ class Encoded:
     """Token ids, of which ids[start:end] is learnt for each (start, end) of `spans`, and the rest is given."""
 
     ids: list[int]
-    spans: tuple[tuple[int, int], ...]  # in order, without overlap
+    spans: Spans  # in order, without overlap
+    example: str = ""  # the id of the example, for messages
 
     @property
     def predicted(self) -> list[tuple[int, int]]:
@@ -240,53 +265,8 @@ class Encoded:
 
 def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     """tokenizer.json of a checkpoint folder. Raises InputError if it is missing, damaged or does not fit the config."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        if (Path(folder) / "tokenizer.model").is_file():
-            convert = "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            raise InputError(
-                f"{folder} has tokenizer.model but no tokenizer.json; make it with transformers: {convert}"
-            )
-        raise InputError(f"{folder} has no tokenizer.json; want the fast tokenizer of the model, as the hub stores it")
-    try:
-        with path.open("rb") as file:
-            if file.read(8) == b"version ":
-                raise ValueError("a Git LFS pointer; fetch the file with `git lfs pull`")
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not 0 <= largest < config.vocab_size:
-        raise InputError(f"{path}: its ids go up to {largest}, but config.json says vocab_size {config.vocab_size}")
-    tokenizer.no_truncation()  # the file may ask for either; lengths are decided here
-    tokenizer.no_padding()
-    # Text that spells a special token, such as <s> in HTML, is text: special ids come from us alone. Some files do not
-    # mark the special tokens that the files beside them name.
-    added = tokenizer.get_added_tokens_decoder()
     named = {*config.eos_token_ids, config.pad_token_id, config.hub.get("bos_token_id")}
-    also = special_tokens(Path(folder) / "tokenizer_config.json")
-    unmarked = [
-        token.content for i, token in added.items() if not token.special and (i in named or token.content in also)
-    ]
-    tokenizer.add_special_tokens(unmarked)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def special_tokens(path: Path) -> set[str]:
-    """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        several = [
-            token for key in ("additional_special_tokens", "extra_special_tokens") for token in about.get(key) or ()
-        ]
-        several += [token for token in about.get("added_tokens_decoder", {}).values() if token["special"]]
-        named = [about.get(f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
-        return {token["content"] if isinstance(token, dict) else token for token in (*several, *named) if token}
-    except FileNotFoundError:
-        return set()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a tokenizer_config.json ({error!r})") from None
+    return read_tokenizer(Path(folder), config.vocab_size, named)
 
 
 def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:
@@ -301,63 +281,99 @@ def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:
     return config.eos_token_id, token
 
 
-def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each text, without special tokens; the same for training and for decoding.
-
-    Raises InputError for text that becomes a special token all the same, as in some tokenizers without merges.
-    """
-    # DEVIATION from LoRI: no BOS before HumanEval prompts either; LoRI has it there, but nowhere in training.
-    found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    unknown = getattr(tokenizer.model, "unk_token", None) or "<unk>"  # stands for text that has no token
-    added = tokenizer.get_added_tokens_decoder().items()
-    special = {i: token.content for i, token in added if token.special and token.content != unknown}
-    for text_, ids in zip(texts, found, strict=True):
-        if spelled := special.keys() & ids:
-            token = special[min(spelled)]
-            raise InputError(f"the tokenizer makes its special token {token!r} of text: {text_!r:.80}; take it out")
-    return found
-
-
 def encode(
     examples: list[Example],
     tokenizer: Tokenizer,
     eos_id: int | None,
     max_length: int = 512,
     positions: int | None = None,
+    *,
+    bos: Bos | None = None,
+    template: ChatTemplate | None = None,
 ) -> list[Encoded]:
-    """Token ids of prompt, target and EOS, at most `max_length`; says how many examples were cut.
+    """Token ids of every example, at most `max_length`; says how many examples were cut, or left out.
 
     eos_id: None for a model without one, which can be measured but not trained. positions: that the model was made
-    for (max_position_embeddings). As in LoRI, a pair that is too long first loses its prompt after max_length // 2
-    tokens, then the end of its target. Raises InputError for an example without a target, or beyond `positions`.
+    for (max_position_embeddings). bos: by default no sequence begins with a BOS token. template: renders chats.
+    Raises InputError for an example without a target, or beyond `positions`, and if all are left out.
     """
     for example in examples:
         if not example.target.strip():
             raise InputError(f"example {example.id} has an empty target: there is nothing to learn")
+    bos, pairs = bos or Bos(), [example for example in examples if not example.chat]
     # Prompt and target are tokenized apart. Decoding starts from the tokens of the prompt alone, so a token across the
     # border would never occur there.
-    prompts = tokenize([example.prompt for example in examples], tokenizer)
-    targets = tokenize([example.target for example in examples], tokenizer)
+    prompts = iter(tokenize([example.prompt for example in pairs], tokenizer))
+    targets = iter(tokenize([example.target for example in pairs], tokenizer))
     items, cut = [], 0
-    for prompt, target in zip(prompts, targets, strict=True):
-        target = target if eos_id is None else [*target, eos_id]
-        if len(prompt) + len(target) > max_length:
-            cut += 1
-            prompt = prompt[: max_length // 2]
-            # The EOS is cut off with the end of the target: an unfinished answer must not teach to stop.
-            # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
-            target = target[: max_length - len(prompt)]
-        ids = prompt + target
-        items.append(Encoded(ids, ((len(prompt), len(ids)),)))
+    for example in examples:
+        if example.chat:
+            ids, spans = bos.before_chat(*template.encode(example.chat, eos_id))
+            item = Encoded(ids[:max_length], tuple((a, min(b, max_length)) for a, b in spans if a < max_length))
+            length = len(ids)
+        else:
+            prompt, target = bos.before_text(next(prompts)), next(targets) + ([] if eos_id is None else [eos_id])
+            item, length = encode_pair(prompt, target, max_length), len(prompt) + len(target)
+        cut += length > max_length
+        items.append(replace(item, example=example.id))
+    kept = [item for item in items if item.num_targets]
     if positions and max_length > positions:
         longest = max(len(item.ids) for item in items)
         said = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
         if longest > positions:
             raise InputError(f"{said}, and an example has {longest} tokens; give at most {positions}")
         note(f"{said}; the longest example has {longest} tokens")
-    if cut:
-        note(f"{cut} of {len(items)} examples are longer than {max_length} tokens and were cut")
-    return items
+    if dropped := len(items) - len(kept):
+        said = f"{dropped} of {len(items)} examples have nothing to learn within {max_length} tokens"
+        if not kept:
+            raise InputError(f"{said}; give a larger --max-length, or shorter rows")
+        note(f"{said} and were left out")
+    if cut > dropped:
+        note(f"{cut - dropped} of {len(items)} examples are longer than {max_length} tokens and were cut")
+    return kept
+
+
+def encode_pair(prompt: list[int], target: list[int], max_length: int) -> Encoded:
+    """Prompt and target one after the other; the target is learnt, its EOS included.
+
+    As in LoRI, a pair that is too long first loses its prompt after max_length // 2 tokens, then the end of its target.
+    """
+    if len(prompt) + len(target) > max_length:
+        prompt = prompt[: max_length // 2]
+        # The EOS is cut off with the end of the target: an unfinished answer must not teach to stop.
+        # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
+        target = target[: max_length - len(prompt)]
+    return Encoded(prompt + target, ((len(prompt), len(prompt) + len(target)),))
+
+
+class Reader:
+    """How one model reads the rows of a task: with its tokenizer, its chat template, its EOS and perhaps its BOS."""
+
+    def __init__(self, task: str, folder: Path, config: MoEConfig, *, max_length: int = 512, bos: str = "auto") -> None:
+        """bos: "auto" follows the tokenizer for task own, "yes" or "no"."""
+        self.task, self.config, self.max_length = task, config, max_length
+        self.tokenizer = load_tokenizer(folder, config)
+        self.template = ChatTemplate(folder, self.tokenizer)
+        self.bos = choose_bos(bos, folder, self.tokenizer, config.hub.get("bos_token_id"), follows=task == "own")
+
+    def load(self, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
+        """The first `limit` examples of a split, as `load_examples` finds them."""
+        return load_examples(self.task, split, path, limit, self.template)
+
+    def encode(self, examples: list[Example]) -> list[Encoded]:
+        """Token ids of the examples, as `encode` makes them."""
+        positions = self.config.hub.get("max_position_embeddings")
+        options = {"bos": self.bos, "template": self.template}
+        return encode(examples, self.tokenizer, self.config.eos_token_id, self.max_length, positions, **options)
+
+    def prompts(self, examples: list[Example]) -> list[list[int]]:
+        """The token ids that a completion of each example continues, uncut: of a chat all before its last turn."""
+        pairs = iter(tokenize([example.prompt for example in examples if not example.chat], self.tokenizer))
+        return [self.chat_prompt(each.chat) if each.chat else self.bos.before_text(next(pairs)) for each in examples]
+
+    def chat_prompt(self, chat: Chat) -> list[int]:
+        ids, spans = self.bos.before_chat(*self.template.encode(chat, None))
+        return ids[: spans[-1][0]]
 
 
 # -------------------------------------------------------------------------------------------------- batches

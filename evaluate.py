@@ -1,12 +1,13 @@
-"""GSM8K, HumanEval and HEx-PHI: generate completions and score them, or score completions that exist.
+"""GSM8K, HumanEval, HEx-PHI and your own rows: generate completions and score them, or score completions that exist.
 
     python evaluate.py runs/tiny-math-hellora --task tiny-math       # a run of train.py, a checkpoint, or a hub id
     torchrun --nproc_per_node 2 evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k     # the processes share the prompts
     python evaluate.py allenai/OLMoE-1B-7B-0924 --task gsm8k --shots 8                # a base model, shown examples
+    python evaluate.py runs/own --task own --eval-data FILE.jsonl    # loss and perplexity of your own rows, completions
     python evaluate.py --task gsm8k --completions FILE.jsonl         # lines {"id": ..., "completion": "..."}
     python evaluate.py compare OUT_A OUT_B                           # is the difference more than chance?
 
-An evaluation is five steps: prompt (data.py), decode (generate.py), extract and score (scoring/), compare (here). Every
+An evaluation is five steps: prompt (data.py), decode (generate.py), extract, score and compare (scoring/). Every
 example counts, and only the completion is read. The rules that find an answer in a text are in scoring/gsm8k.py,
 scoring/extraction.py and scoring/refusals.py; the published rules are reported beside the headline. `--out` gets
 score.json, items.jsonl and generations.jsonl. The same command again continues an interrupted evaluation.
@@ -33,21 +34,25 @@ from command.cli import InputError, flag, note, number, say
 from command.files import write_json, write_jsonl
 from data import Example
 from generate import Decoding, complete
-from hub import rows
 from hub.config import IGNORE_HELP, ignore_keys
+from hub.tokenizer import BOS_HELP
+from model import read_config
 from run import source
 from run.processes import ALONE, Processes, start_processes
-from scoring import code, gsm8k, refusals, sandbox
+from run.step import held_out_loss
+from scoring import code, gsm8k, loss, refusals, sandbox
+from scoring.comparison import compare
 from scoring.completions import read_completions, read_generations, write_generations
-from scoring.statistics import describe, mcnemar, share
+from scoring.statistics import describe
 
 DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
     "gsm8k": Decoding(512),
     "humaneval": Decoding(512, temperature=0.2, top_p=0.95, samples=20),
     "hexphi": Decoding(512),
+    "own": Decoding(512),
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
-GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype")
+GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype", "bos")
 
 # --------------------------------------------------------------------------------------------------------- settings
 
@@ -74,6 +79,10 @@ class Settings:
         None, "show this many solved problems, the first of the training data", type=number(int, 1)
     )
     train_data: str | None = flag(None, "a local copy of the training file, for --shots")
+    bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
+    max_length: int | None = flag(
+        None, "own: longest row of the loss, in tokens (default: as the run, or 512)", type=number(int, 8)
+    )
     seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, "default: bfloat16 on a GPU, else float32", choices=("float32", "bfloat16"))
     refusal_rule: str | None = flag(
@@ -123,7 +132,12 @@ def read_settings(argv: list[str]) -> Settings:
         if settings.partial:
             raise InputError("--partial is for --completions; leave it out")
         run = source.run_config(settings.source)
-        settings = replace(settings, task=settings.task or (run and run["settings"].get("task")))
+        trained = run["settings"] if run else {}
+        settings = replace(
+            settings, task=settings.task or trained.get("task"), bos=settings.bos or trained.get("bos", "auto")
+        )
+        if settings.task == "own":
+            settings = replace(settings, max_length=settings.max_length or trained.get("max_length", 512))
     else:
         given = [f"--{name.replace('_', '-')}" for name in GENERATING if getattr(settings, name) is not None]
         if settings.source or given:
@@ -141,7 +155,9 @@ def read_settings(argv: list[str]) -> Settings:
 def check_task_flags(settings: Settings) -> None:
     """Raise InputError for a flag that has no meaning for the task, or contradicts another one."""
     task, benchmark, decoding = settings.task, settings.benchmark, settings.decoding
-    owners = {"refusal_rule": "hexphi", "code_rule": "humaneval", "shots": "gsm8k"}
+    owners = {"refusal_rule": "hexphi", "code_rule": "humaneval", "shots": "gsm8k", "max_length": "own"}
+    if settings.completions and benchmark == "own":
+        raise InputError("--task own is measured by the loss, which completions do not have; name a run or a model")
     for name, owner in owners.items():
         if getattr(settings, name) and benchmark != owner:
             given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
@@ -158,9 +174,17 @@ def check_task_flags(settings: Settings) -> None:
 # ----------------------------------------------------------------------------------------------------------- prompt
 
 
-def load_problems(settings: Settings) -> list[Example]:
+def make_reader(settings: Settings) -> data.Reader:
+    """What reads the rows for the model that settings.source names."""
+    folder, _ = source.locate(settings.source)
+    options = {"bos": settings.bos, "max_length": settings.max_length or 512}
+    return data.Reader(settings.task, folder, read_config(folder), **options)
+
+
+def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
     """The examples of the task, all of them, with the solved problems of --shots in their prompts."""
-    examples = data.load_examples(settings.task, "test", settings.eval_data)
+    template = reader and reader.template
+    examples = data.load_examples(settings.task, "test", settings.eval_data, template=template)
     if not settings.shots:
         return examples
     shown = data.load_examples(settings.task, "train", settings.train_data, settings.shots)
@@ -179,25 +203,31 @@ class Answers(NamedTuple):
 
     examples: list[Example]
     texts: list[list[str]]
+    held_out: tuple[float, int] | None = None  # of task own: the loss, and the tokens that it is the mean over
 
 
-def decode(settings: Settings, examples: list[Example], out: Path, processes: Processes) -> Answers | None:
+def decode(
+    settings: Settings, examples: list[Example], reader: data.Reader, out: Path, processes: Processes
+) -> Answers | None:
     """The completions of the model that settings.source names; None on every process but the main one."""
     dtype = settings.dtype or ("bfloat16" if processes.device.type == "cuda" else "float32")
     model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device)
-    kept = [{}]
+    kept, held_out = [{}], None
     if processes.is_main:
-        claim(out, identity(settings, dtype, examples))
+        claim(out, identity(settings, dtype, examples, reader))
         kept = [read_generations(out)]
     if processes.count > 1:
         dist.broadcast_object_list(kept)
     examples, decoding = examples[: settings.limit], settings.decoding
+    if settings.task == "own":
+        held_out = held_out_loss(model, reader.encode(examples), settings.batch or 32, processes)
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
+    todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
     written = complete(
         model,
         tokenizer,
-        [example.prompt for example in examples],
+        reader.prompts(examples),
         todo[processes.index :: processes.count],
         decoding,
         batch_size=settings.batch or 32,
@@ -214,11 +244,12 @@ def decode(settings: Settings, examples: list[Example], out: Path, processes: Pr
         return None
     done = kept[0] | done
     write_generations(out, done)
-    records = [[done[example.id, s] for s in range(decoding.samples)] for example in examples]
+    nothing = {"completion": "", "cut": False}
+    records = [[done.get((example.id, s), nothing) for s in range(decoding.samples)] for example in examples]
     cut = sum(record["cut"] for samples in records for record in samples)
     if cut:
         note(f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    return Answers(examples, [[record["completion"] for record in samples] for samples in records])
+    return Answers(examples, [[record["completion"] for record in samples] for samples in records], held_out)
 
 
 def stop_rule(settings: Settings, examples: list[Example]) -> Callable[[int, str], bool] | None:
@@ -251,7 +282,7 @@ def check_folder(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
 
 
-def identity(settings: Settings, dtype: str, examples: list[Example]) -> dict:
+def identity(settings: Settings, dtype: str, examples: list[Example], reader: data.Reader) -> dict:
     """Everything that decides the completions, by content. More examples or samples continue what is there.
 
     The prompts hold the text of --eval-data and --shots, so that the names of those files do not matter.
@@ -261,6 +292,7 @@ def identity(settings: Settings, dtype: str, examples: list[Example]) -> dict:
     prompts = json.dumps([[example.id, example.prompt] for example in examples])
     about = {"task": settings.task, "shots": settings.shots, "dtype": dtype} | decoding
     about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
+    about |= {"bos": True} if reader.bos.in_text or reader.bos.in_chat else {}
     return about | source.content(settings.source)
 
 
@@ -287,9 +319,11 @@ def claim(out: Path, about: dict) -> None:
 
 def score(settings: Settings, answers: Answers) -> tuple[dict, list[dict]]:
     """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run."""
-    pairs = [(example, text) for example, samples in zip(*answers, strict=True) for text in samples]
+    pairs = [(example, text) for example, samples in zip(*answers[:2], strict=True) for text in samples]
     items = [{"id": example.id, "prompt": example.prompt, "completion": text} for example, text in pairs]
     records = [example.row for example, _ in pairs]
+    if answers.held_out:
+        return loss.score(items, [example.target for example, _ in pairs], *answers.held_out)
     if settings.benchmark == "humaneval":
         return code.score(items, records, settings.code_rule or "extracted", settings.timeout, settings.workers)
     if settings.benchmark == "gsm8k":
@@ -313,6 +347,8 @@ def check_protection(allowed: bool) -> str:
 
 def report(result: dict, task: str) -> list[str]:
     """Lines for people: all rates, then the headline."""
+    if "loss" in result:
+        return [loss.describe(result, task)]
     table = result["rates"] | {f"category {name}": found for name, found in result.get("categories", {}).items()}
     width = max(map(len, table))
     lines = [f"{name:{width}}  {describe(found)}" for name, found in table.items()]
@@ -331,9 +367,10 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
     if out:
         check_folder(out)
     began = time.perf_counter()
-    examples = load_problems(settings)
+    reader = make_reader(settings) if settings.source else None
+    examples = load_problems(settings, reader)
     if settings.source:
-        answers = decode(settings, examples, out, processes)
+        answers = decode(settings, examples, reader, out, processes)
         if answers is None:
             return None
     else:
@@ -363,60 +400,6 @@ def out_folder(settings: Settings) -> Path | None:
     name, folder = f"evaluation-{settings.task}", Path(settings.source)
     is_run = source.run_config(settings.source) is not None
     return folder / name if is_run else Path("runs", f"{name}-{folder.resolve().name}")
-
-
-# ---------------------------------------------------------------------------------------------------------- compare
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The arguments of evaluate.py compare."""
-
-    folders: list[str] = flag(help="--out of an evaluation", positional=True, nargs=2, metavar="FOLDER")
-
-
-def compare(argv: list[str]) -> dict:
-    """Two evaluations of the same examples: what each got right alone, and how likely chance explains that.
-
-    A problem with several samples goes to the folder where more of them are right, since samples are not independent.
-    """
-    about = "Exact McNemar test on two evaluations of one task."
-    a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=about).folders)
-    right_a, right_b = read_verdicts(a), read_verdicts(b)
-    tasks = read_task(a), read_task(b)
-    if tasks[0] != tasks[1]:
-        raise InputError(f"{a} is of {tasks[0]} and {b} of {tasks[1]}; want two of one task")
-    if right_a.keys() != right_b.keys():
-        alone = sorted(right_a.keys() ^ right_b.keys())
-        raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
-    pairs = [(right_a[example], right_b[example]) for example in right_a]
-    only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
-    neither = sum(x == y == 0 for x, y in pairs)
-    counts = {"both": len(pairs) - only_a - only_b - neither, "only_a": only_a, "only_b": only_b, "neither": neither}
-    p = mcnemar(only_a, only_b)
-    say(f"{a}: {describe(share(list(right_a.values())))}", f"{b}: {describe(share(list(right_b.values())))}")
-    say(", ".join(f"{name} {count}" for name, count in counts.items()))
-    say(f"McNemar exact p {p:.4g} on {only_a + only_b} items that differ")
-    return counts | {"p": p}
-
-
-def read_verdicts(folder: Path) -> dict[str, float]:
-    """{id: share of its samples that are correct} of an evaluation folder, without the prompts labelled safe."""
-    verdicts: dict[str, list[bool]] = {}
-    for place, item in rows.json_rows(folder / "items.jsonl"):
-        if not isinstance(item, dict) or not isinstance(item.get("correct"), bool) or "id" not in item:
-            raise InputError(f"{place}: not an item of evaluate.py; want its --out folder")
-        if item.get("label") != "safe":
-            verdicts.setdefault(str(item["id"]), []).append(item["correct"])
-    return {name: sum(found) / len(found) for name, found in verdicts.items()}
-
-
-def read_task(folder: Path) -> str:
-    """The task of an evaluation folder."""
-    try:
-        return json.loads(rows.read_text(folder / "score.json"))["settings"]["task"]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- main

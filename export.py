@@ -329,8 +329,9 @@ def main(argv: list[str] | None = None) -> None:
             write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype or torch.float32)
     else:
         source = settings.train_data or trained["train_data"]
-        examples = data.load_examples(trained["task"], "train", source, settings.examples or 4)
-        items = data.encode(examples, data.load_tokenizer(base, config), config.eos_token_id, trained["max_length"])
+        options = {"max_length": trained["max_length"], "bos": trained.get("bos", "auto")}
+        reader = data.Reader(trained["task"], base, config, **options)
+        items = reader.encode(reader.load("train", source, settings.examples or 4))
         with atomic_folder(out) as part:
             write_merged(part, adapter, factors, base, dtype=dtype)
             check_merged(part, folder, base, items)

@@ -1,7 +1,7 @@
 """Batched decoding: many prompts in, the token ids that continue each of them out.
 
     completions = generate(model, prompts, max_new_tokens=256, eos_ids=(0,), batch_size=32)
-    for index, sample, text, cut in complete(model, tokenizer, texts, todo, Decoding(256), batch_size=32): ...
+    for index, sample, text, cut in complete(model, tokenizer, prompts, todo, Decoding(256), batch_size=32): ...
 
 The KV cache has a fixed number of slots. When a sequence ends, a waiting prompt takes its slot, so that no slot idles
 until the longest answer is finished. Greedy output does not depend on what else is in the batch, up to exact ties in
@@ -21,7 +21,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 from command.cli import is_main_process, note
 from model import KVCache, MoETransformer
 
@@ -70,7 +69,7 @@ def generate(model: MoETransformer, prompts: list[list[int]], *, samples: int = 
 def complete(
     model: MoETransformer,
     tokenizer: Tokenizer,
-    prompts: list[str],
+    prompts: list[list[int]],
     todo: list[tuple[int, int]],
     decoding: Decoding,
     *,
@@ -82,9 +81,8 @@ def complete(
     Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop: as for `stream`,
     on text.
     """
-    encoded = data.tokenize(prompts, tokenizer)
     positions = model.config.hub.get("max_position_embeddings") or math.inf
-    longest = max(map(len, encoded)) + decoding.max_new_tokens
+    longest = max(map(len, prompts)) + decoding.max_new_tokens
     if longest > positions:
         note(f"prompts and answers have up to {longest} tokens, but the model was made for {positions}")
 
@@ -93,12 +91,12 @@ def complete(
 
     def text(index: int, ids: list[int]) -> str:
         # decode(ids) alone loses the space that a text starts with in some tokenizers.
-        before = encoded[index][-8:]
+        before = prompts[index][-8:]
         return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
 
     ended = stream(
         model,
-        encoded,
+        prompts,
         todo,
         max_new_tokens=decoding.max_new_tokens,
         eos_ids=model.config.eos_token_ids,

@@ -48,6 +48,7 @@ from command.files import writable, write_text
 from hub.checkpoint import resolve
 from hub.config import IGNORE_HELP, PRESETS, ignore_keys
 from hub.digests import weights_digest
+from hub.tokenizer import BOS_HELP
 from model import MoEConfig, MoETransformer, read_config
 from routing import advice, statistics
 from run import memory
@@ -290,6 +291,7 @@ class Settings:
     model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id")
     task: str = flag("tiny-math", "whose training data to route", choices=list(data.TASKS))
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
+    bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))
     sample: float = flag(0.1, "share of the training data to use", type=SHARE)
     warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"))
     k: int | None = flag(None, K_HELP, type=POSITIVE)
@@ -342,12 +344,9 @@ def count(argv: list[str]) -> RoutingProfile:
     folder = resolve(settings.model)
     config = read_config(folder)
     num_hot = num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
-    tokenizer = data.load_tokenizer(folder, config)
-    examples = data.load_examples(settings.task, "train", settings.train_data)
-    sample = data.sample(examples, settings.sample, settings.seed)
-    items = data.encode(
-        sample, tokenizer, config.eos_token_id, settings.max_length, config.hub.get("max_position_embeddings")
-    )
+    reader = data.Reader(settings.task, folder, config, max_length=settings.max_length, bos=settings.bos)
+    examples = reader.load("train", settings.train_data)
+    items = reader.encode(data.sample(examples, settings.sample, settings.seed))
     paths = [writable(path) for path in (settings.out, settings.plot) if path]
 
     processes, recipe = start_processes(), RECIPES[settings.task]

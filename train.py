@@ -55,7 +55,6 @@ class Run:
     content: dict  # digests of the base model and the training data
     processes: Processes
     items: list[data.Encoded]
-    ids: list[str]  # of the items
     steps: int
     counted: profile.RoutingProfile | None
     hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
@@ -84,8 +83,7 @@ def main(argv: list[str] | None = None) -> dict:
         say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
         end_processes()
         return earlier
-    ids = [example.id for example in examples]
-    run = Run(settings, folder, content, processes, items, ids, steps, counted, hot, given)
+    run = Run(settings, folder, content, processes, items, steps, counted, hot, given)
     run, about = place(run) if method.experts else (run, {})
     run = replace(run, sharded=choose_sharding(run, config))
     if not method.experts:
@@ -133,14 +131,15 @@ def check_sizes(settings: Settings, config: MoEConfig) -> None:
 
 def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list[data.Example], list[data.Encoded]]:
     """The training examples, and as token ids."""
-    examples = data.load_examples(settings.task, "train", settings.train_data)
-    tokenizer, positions = data.load_tokenizer(folder, config), config.hub.get("max_position_embeddings")
-    eos_id, eos = data.end_token(tokenizer, config)
-    items = data.encode(examples, tokenizer, eos_id, settings.max_length, positions)
+    reader = data.Reader(settings.task, folder, config, max_length=settings.max_length, bos=settings.bos)
+    examples = reader.load("train", settings.train_data)
+    eos_id, eos = data.end_token(reader.tokenizer, config)
+    items = reader.encode(examples)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
     if settings.loss_on == "all":
         items = [replace(item, spans=((0, len(item.ids)),)) for item in items]
-    say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id})")
+    begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.said}"
+    say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id}){begin}")
     return examples, items
 
 
@@ -318,7 +317,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
                 growth.observe(done.routing[0].float())
             optimizer.param_groups[0]["lr"] = lr = rate(settings.lr, scheduled[0], step, steps, scheduled[1])
             norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained.values(), settings.clip)).item()
-            if recorder.is_finite(step, done.loss.item(), norm, [run.ids[i] for i in batch]):
+            if recorder.is_finite(step, done.loss.item(), norm, [items[i].example for i in batch]):
                 optimizer.step()
             elif growth:
                 growth.forget()

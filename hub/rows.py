@@ -24,6 +24,15 @@ from pathlib import Path
 from command.cli import InputError, note
 
 Row = dict[str, object]
+CHATS = ("messages", "conversations")  # columns that hold the turns of a chat
+
+
+def text(row: Row, *columns: str) -> str:
+    """The first of these columns that the row has. Raises InputError unless it holds text that is not blank."""
+    value = next((row[column] for column in columns if column in row), None) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"no text as {' or '.join(map(repr, columns))} in {row!r:.100}")
+    return value
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -151,6 +160,8 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
     whole = values[0][1] if len(values) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
         if len(whole) == 1 and all(isinstance(row, dict) for column in whole.values() for row in column):
+            if next(iter(whole)) in CHATS:  # one row, whose turns these are
+                return [(f"{path}, line {values[0][0]}", whole)]
             raise InputError(f"{path}: its rows are inside {next(iter(whole))!r}; save this list alone")
         columns = {name: column for name, column in whole.items() if column}
         if len({len(column) for column in columns.values()}) > 1:

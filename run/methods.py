@@ -39,7 +39,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Settings of a task: Table 1 of the paper for the real tasks, our own for the embedded ones."""
+    """Settings of a task: Table 1 of the paper for the real tasks, ours for one's own data and the embedded tasks."""
 
     lr: float
     epochs: int
@@ -55,6 +55,7 @@ RECIPES = {
     "gsm8k": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5),
     "codealpaca": Recipe(lr=2e-3, epochs=2, fft_lr=2e-4),
     "saferpaca": Recipe(lr=4e-4, epochs=1, fft_lr=2e-5),
+    "own": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5, batch=32, fft_batch=32),
     "tiny-math": Recipe(lr=3e-3, **TINY),
     "tiny-code": Recipe(lr=3e-3, **TINY),
     "tiny-safety": Recipe(lr=3e-3, **TINY | {"epochs": 1}),  # one, like saferpaca

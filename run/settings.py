@@ -11,6 +11,7 @@ import hellora
 from command import cli
 from command.cli import InputError, count_or_share, flag, number
 from hub.config import IGNORE_HELP
+from hub.tokenizer import BOS_HELP
 from run.methods import METHODS, RECIPES, experts_flag
 from run.schedule import SCHEDULES
 
@@ -26,6 +27,7 @@ class Settings:
     model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)

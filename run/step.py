@@ -146,6 +146,27 @@ def global_step(
     return Step(losses[0], losses[1], routed.cpu(), targets, tokens)
 
 
+@torch.no_grad()
+def held_out_loss(
+    model: MoETransformer, items: list[data.Encoded], micro_batch: int, processes: Processes
+) -> tuple[float, int]:
+    """The mean loss of the target tokens of `items`, in nats, and their number; the same on every process.
+
+    Every process must call it with the same items.
+    """
+    was_training, device = model.training, model.embed_tokens.weight.device
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in data.micro_batches(items, micro_batch, processes.index, processes.count):
+        batch = data.collate(part, model.config.pad_token_id or 0)
+        total += model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0]
+    model.train(was_training)
+    if processes.count > 1:
+        dist.all_reduce(total)
+    targets = sum(item.num_targets for item in items)
+    return total.item() / targets, targets
+
+
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, all in one message."""
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters])

@@ -1,0 +1,220 @@
+"""Chats through a model's own chat template, as transformers renders them, and which of their tokens are learnt.
+
+    template = ChatTemplate(folder, tokenizer)      # chat_template.jinja, or chat_template of tokenizer_config.json
+    chat = template.render(messages)                # one turn or more of the assistant
+    ids, spans = template.encode(chat)              # as `Encoded`: ids[start:end] is learnt, for each of the spans
+
+The special tokens that the template itself writes become special tokens. A message that spells one is text, as all
+text of users is. To keep the two apart, a rendered chat holds the id of a special token between two code points that no
+text has (Unicode noncharacters), and the tokenizer of `encode` knows these marks.
+
+What is learnt is what the assistant writes: the text from where a generation prompt ends to the end-of-turn token.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer
+
+from command.cli import InputError
+from hub.tokenizer import Spans, named_tokens, never_text, read_json, refuse_special
+
+SPECIAL, SPELLED = "\ufdd0{}\ufdd1", "\ufdd2{}\ufdd3"  # a special token of the template; one that a message spells
+A_SPECIAL, A_SPELLED = SPECIAL.format(r"\d+"), SPELLED.format(r"\d+")  # any of them, as patterns
+MARK = re.compile("[\ufdd0-\ufdd3]")
+Message = dict[str, str]  # role and content
+
+
+# ------------------------------------------------------------------------------------------------ the template's text
+
+
+class Generation(Extension):
+    """{% generation %} marks what the assistant writes, for tools that mask the rest. It is rendered as its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """A template with the settings, filters and functions that templates of the hub are written for (transformers)."""
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, loopcontrols]}
+    environment = ImmutableSandboxedEnvironment(**options)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def template_source(folder: Path) -> str | None:
+    """The chat template of a checkpoint; None if it has none. Raises InputError if it is not one, or has no default."""
+    file, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read ({error})") from None
+    found = read_json(path).get("chat_template")
+    if isinstance(found, list):  # several, with names
+        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+        if "default" not in named:
+            raise InputError(f"{path}: chat_template has {', '.join(map(str, named))}; want one called default")
+        found = named["default"]
+    if not isinstance(found, str | None):
+        raise InputError(f"{path}: chat_template is {found!r:.40}, want text")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- a chat
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A rendered chat, its special tokens as marks, and the spans of its characters that the assistant writes."""
+
+    text: str
+    spans: Spans
+
+
+class ChatTemplate:
+    """The chat template of a checkpoint, and the special tokens of its tokenizer."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special and token.content}
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @cached_property
+    def write(self) -> Callable[..., str]:
+        """What renders `messages`, with the special tokens that a template may name. Raises InputError without one."""
+        source = template_source(self.folder)
+        if source is None:
+            where = "chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise InputError(
+                f"{self.folder} has no chat template ({where}), and rows of chats need one; use the model's chat "
+                "version, or write your rows as prompt and completion"
+            )
+        try:
+            template = compile_template(source)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{self.folder}: its chat template is damaged ({error})") from None
+        variables = named_tokens(self.folder)
+
+        def write(messages: list[Message], add_generation_prompt: bool = False) -> str:
+            try:
+                about = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt} | variables
+                return template.render(messages=copy.deepcopy(messages), **about)
+            except Exception as error:  # a template may do anything
+                raise InputError(f"the model's chat template refuses it: {error or type(error).__name__}") from None
+
+        return write
+
+    def marked(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The rendered messages, special tokens of the template as marks, and those that messages spell as text."""
+
+        def mark(text: str, form: str) -> str:
+            return self.spelling.sub(lambda found: form.format(self.special[found[0]]), text)
+
+        plain = self.write(messages, add_generation_prompt)
+        safe = [message | {"content": mark(message["content"], SPELLED)} for message in messages]
+        written = self.write(safe, add_generation_prompt) if safe != messages else plain
+        if self.spelled(written, A_SPELLED) != plain:
+            raise InputError("a message spells a special token, and the model's chat template reads it; take it out")
+        return self.spelled(mark(written, SPECIAL), A_SPELLED)
+
+    def spelled(self, text: str, marks: str = A_SPECIAL) -> str:
+        """A part of a chat's text with its special tokens spelled in place of the marks."""
+        names = {str(i): token for token, i in self.special.items()}
+        return re.sub(marks, lambda found: names[found[0][1:-1]], text)
+
+    def render(self, messages: list[Message]) -> Chat:
+        """The messages, the last of which is the assistant's, as the template writes them, and the assistant's part.
+
+        Raises InputError if the template refuses the messages, or writes an earlier part otherwise once more follows.
+        """
+        if any(MARK.search(message["content"]) for message in messages):
+            raise InputError("it has one of the characters U+FDD0 to U+FDD3, which no text has; take them out")
+        text, spans = self.marked(messages), []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                given = self.marked(messages[:i], add_generation_prompt=True)
+                if not text.startswith(given):
+                    raise InputError(
+                        f"the model's chat template writes turns 1 to {i} otherwise when turn {i + 1} follows, so that "
+                        "the model would learn from a prompt that it never sees; end the row before"
+                    )
+                spans.append((len(given), self.end_of_turn(text, messages[: i + 1], len(given))))
+        return Chat(text, tuple(spans))
+
+    def end_of_turn(self, text: str, messages: list[Message], start: int) -> int:
+        """Where the last of these messages ends in the whole text: behind its end-of-turn token, if it has one.
+
+        White space that the template writes after the token is not the assistant's.
+        """
+        until = self.marked(messages)
+        if text.startswith(until):
+            found = re.search(rf"({A_SPECIAL})\s*\Z", until[start:])
+            return start + found.end(1) if found else len(until)
+        # The template writes the last turn otherwise than those before it, as Qwen3 does with its reasoning.
+        found = re.compile(A_SPECIAL).search(text, start)
+        if not found or not messages[-1]["content"].strip().endswith(text[start : found.start()].strip()):
+            raise InputError(
+                f"the model's chat template writes turn {len(messages)} otherwise when more turns follow, and no "
+                "special token ends it; end the row there"
+            )
+        return found.end()
+
+    # ------------------------------------------------------------------------------------------------------- tokens
+
+    @cached_property
+    def marking(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer, which takes the marks as tokens, and what their ids stand for."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True  # all that is spelled is text
+        meaning = {}
+        for i, token in self.tokenizer.get_added_tokens_decoder().items():
+            if token.content in self.special:
+                mark = SPECIAL.format(i)
+                strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+                tokenizer.add_tokens([AddedToken(mark, normalized=False, **strips)])
+                meaning[tokenizer.token_to_id(mark)] = i
+        return tokenizer, meaning
+
+    def encode(self, chat: Chat, eos_id: int | None) -> tuple[list[int], Spans]:
+        """Token ids of a chat, as of its whole text, and the spans of them that are learnt.
+
+        eos_id: of the token that is put behind the last turn if the template ends it with no special token.
+        """
+        tokenizer, meaning = self.marking
+        encoding = tokenizer.encode(chat.text, add_special_tokens=False)
+        refuse_special(chat.text, encoding.ids, never_text(self.tokenizer))
+        ids = [meaning.get(i, i) for i in encoding.ids]
+        spans = []
+        for start, end in chat.spans:
+            inside = [i for i, (first, last) in enumerate(encoding.offsets) if first < end and last > start]
+            spans.append((inside[0], inside[-1] + 1))
+        start, end = spans[-1]
+        if eos_id is not None and end == len(ids) and ids[-1] not in self.special.values():
+            ids, spans[-1] = [*ids, eos_id], (start, end + 1)
+        return ids, tuple(spans)
