@@ -162,12 +162,12 @@ def in_hub_layout(key: str, weight: Stored, family: Family, in_memory: bool) -> 
     A family may stack its experts in its files. in_memory: these files have the names of transformers 5 in memory, with
     the stacks IN_MEMORY [E, 2F, D] and [E, D, F]. Most blocks are called `mlp` there, and routers have no inner module.
     """
-    if in_memory:
+    if in_memory and family.stacks != IN_MEMORY:
         router = family.router.partition(".")[0]
         key = key.replace(".mlp.", f".{family.moe}.")
         key = key.replace(f".{family.moe}.{router}.weight", f".{family.moe}.{family.router}.weight")
     pair = IN_MEMORY if in_memory else family.stacks or ()
-    block, _, name = key.removesuffix(".weight").partition(f".{family.moe}.")
+    block, _, name = key.partition(f".{family.moe}.")
     if name not in pair or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
         return {key: weight}
     leaves = family.projections[2:] if pair.index(name) else family.projections[:2]

@@ -24,7 +24,7 @@ class Family:
     router: str = "gate"
     shared_expert: str = "shared_expert"
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # {moe}.experts.{e}.{projection}.weight
-    stacks: tuple[str, str] | None = None  # or {moe}.{stack}.weight: [E, 2F, D], gate's rows first, and [E, D, F]
+    stacks: tuple[str, str] | None = None  # or {moe}.{stack}: [E, 2F, D], gate's rows first, and [E, D, F]
     peft: str | None = None  # newest transformers under which PEFT 0.21 is known to load our files, if any
     always_norm_topk_prob: bool = False  # the K routing weights sum to 1; False: only if norm_topk_prob says so
     topk_before_softmax: bool = False  # softmax over the K largest logits
@@ -89,7 +89,7 @@ FAMILIES = {
         expert_size="intermediate_size",
         moe="block_sparse_moe",
         router="router.layer",
-        stacks=("input_linear", "output_linear"),
+        stacks=("input_linear.weight", "output_linear.weight"),
         topk_before_softmax=True,
         multipliers=True,
     ),

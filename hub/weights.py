@@ -74,7 +74,7 @@ def as_stored(tensors: Iterable[tuple[str, Tensor]], family: Family, num_experts
             continue
         is_down = match[3] == family.projections[2]
         leaves = family.projections[2:] if is_down else family.projections[:2]
-        name = f"{match[1]}.{family.stacks[is_down]}.weight"
+        name = f"{match[1]}.{family.stacks[is_down]}"
         parts = stacks.setdefault(name, {})
         parts[int(match[2]), match[3]] = tensor
         if len(parts) == num_experts * len(leaves):
