@@ -76,6 +76,7 @@ CLASSES = {
     "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
 }
+SHARED = [family for family, row in FAMILIES.items() if row.shared_size or row.num_shared]  # with shared experts
 LOADABLE = [family for family in FAMILIES if family in CLASSES]  # transformers 5 has a class for them
 RENAMED = {  # transformers' names of our modules in memory, where they differ
     "deepseek": {".shared_expert.": ".shared_experts."},

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 import torch.nn as nn
-from conftest import LOADABLE, SIZES, with_tokenizer
+from conftest import LOADABLE, SHARED, SIZES, with_tokenizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -221,7 +221,8 @@ def linear_for_every_matrix(folder: Path) -> nn.Module:
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize(
-    "family, targets", [*((family, "all") for family in PEFT), ("qwen2_moe", "shared"), ("deepseek", "shared")]
+    "family, targets",
+    [(family, "all") for family in PEFT] + [(family, "shared") for family in SHARED if family in PEFT],
 )
 def test_with_a_linear_per_expert_peft_makes_of_both_layouts_the_merged_weights(
     family, targets, compact, make_checkpoint, tmp_path

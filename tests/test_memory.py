@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SIZES
+from conftest import SHARED, SIZES
 from torch import Tensor
 
 import benchmarks.plan
@@ -52,7 +52,7 @@ ATTACH = {
     "pure": lambda model: attach(model, 6, targets="pure"),
 }
 CASES = [(family, method) for family in SIZES for method in ("hellora", "lora", "dora", "lori", "fft")]
-CASES += [("deepseek", "moe-sieve"), ("qwen2_moe", "moe-sieve"), ("qwen3_moe", "pure")]
+CASES += [*((family, "moe-sieve") for family in SHARED), ("qwen3_moe", "pure")]
 
 
 def loss(model: MoETransformer, lengths: Tensor) -> Tensor:

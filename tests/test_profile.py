@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_model import ask_transformers
 
 import data
 import hellora
 import profile
 from command import cli
-from model import MoETransformer, load_model, read_config
+from hub.config import FAMILIES
+from model import MoEConfig, MoETransformer, load_model, read_config
 from routing import statistics
 from run.processes import Processes
 
@@ -39,14 +41,15 @@ def checkpoint(request):
     return request.getfixturevalue(request.param)
 
 
-def plain_routing(hf, items: list[data.Encoded], top_k: int, renormalise: bool) -> tuple[list, list]:
+@torch.no_grad()
+def plain_routing(hf, items: list[data.Encoded], config: MoEConfig) -> tuple[list, list]:
     """Counts and gate mass, token by token, from transformers' router logits of each sequence alone."""
-    counts, mass = ([[0] * hf.config.num_local_experts for _ in range(hf.config.num_hidden_layers)] for _ in range(2))
+    counts, mass = ([[0] * config.num_experts for _ in config.moe_layers] for _ in range(2))
+    top_k, renormalise = config.num_experts_per_tok, config.norm_topk_prob or config.topk_before_softmax
     for item in items:
-        with torch.no_grad():
-            layers = hf(torch.tensor([item.ids]), output_router_logits=True).router_logits
+        _, _, layers = ask_transformers(hf, torch.tensor([item.ids]))
         for layer, router_logits in enumerate(layers):
-            for logits in router_logits.tolist():  # of one token
+            for logits in router_logits[0].tolist():  # of one token
                 exps = [math.exp(x) for x in logits]
                 chosen = sorted(range(len(logits)), key=lambda e: -logits[e])[:top_k]
                 total = sum(exps[e] for e in chosen) if renormalise else sum(exps)
@@ -56,14 +59,13 @@ def plain_routing(hf, items: list[data.Encoded], top_k: int, renormalise: bool) 
     return counts, mass
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_counts_and_gate_mass_are_those_of_transformers_router(make_checkpoint, family):
     checkpoint = make_checkpoint(family)
     config = read_config(checkpoint.folder)
-    hf, items = checkpoint.hf, make_items(config.vocab_size)
-    hf.config.num_local_experts = config.num_experts
+    items = make_items(config.vocab_size)
     counted = profile.profile_routing(load_model(checkpoint.folder), make_batches(items, 3))
-    counts, mass = plain_routing(hf, items, config.num_experts_per_tok, renormalise=family == "mixtral")
+    counts, mass = plain_routing(checkpoint.hf, items, config)
     assert counted.counts.dtype == torch.int64 and counted.counts.tolist() == counts
     assert counted.gate_mass.dtype == torch.float64
     torch.testing.assert_close(counted.gate_mass, torch.tensor(mass, dtype=torch.float64), rtol=1e-4, atol=1e-5)

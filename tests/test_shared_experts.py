@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import with_tokenizer
+from conftest import SHARED, with_tokenizer
 from safetensors.torch import load_file
 from test_export import assert_close, logits, make_run, merged, peft_folder
 from torch import Tensor
@@ -21,7 +21,6 @@ from lora import LoRALinear
 from model import MoETransformer, load_model, read_config
 from run import adapters
 
-FAMILIES = ("qwen2_moe", "deepseek")  # that have shared experts; deepseek's first layer has no experts
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -39,7 +38,7 @@ def attach_shared(model: MoETransformer) -> None:
             parameter.data.normal_(0, 0.3, generator=noise)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "olmoe"])
+@pytest.mark.parametrize("family", [*SHARED, "olmoe"])
 def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_not_their_gate(family, make_checkpoint):
     found = {}
     for targets in ("all", "shared"):
@@ -47,13 +46,13 @@ def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_no
         L, E = len(model.config.moe_layers), model.config.num_experts
         hellora.attach(model, torch.ones(L, E, dtype=torch.bool), r=3, alpha=5.0, targets=targets)
         found[targets] = adapted_linears(model)
-    layers = model.config.moe_layers if family in FAMILIES else ()
+    layers = model.config.moe_layers if family in SHARED else ()
     added = {f"layers.{i}.mlp.shared_expert.{projection}" for i in layers for projection in PROJECTIONS}
     assert found["shared"] - found["all"] == added and found["all"] < found["shared"] | {""}
-    assert ("shared_expert.down_proj" in " ".join(hellora.report(model))) == (family in FAMILIES)
+    assert ("shared_expert.down_proj" in " ".join(hellora.report(model))) == (family in SHARED)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARED)
 def test_adapted_shared_experts_compute_what_transformers_does_with_the_sum_of_the_weights(family, make_checkpoint):
     checkpoint = make_checkpoint(family)
     model = load_model(checkpoint.folder)
@@ -78,7 +77,7 @@ def loss(model: MoETransformer, ids: Tensor, weights: dict[str, Tensor] | None =
     return functional_call(model, weights or {}, (ids,), options)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARED)
 def test_gradients_of_the_shared_experts_factors_are_those_of_plain_autograd(family, make_checkpoint):
     """Plain: the weight W + (alpha / r) B A is formed, and autograd finds its way to A and B."""
     folder = make_checkpoint(family).folder
@@ -106,7 +105,7 @@ def test_gradients_of_the_shared_experts_factors_are_those_of_plain_autograd(fam
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lori", "lori-s"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARED)
 def test_a_saved_adapter_loads_and_merges_in_memory_and_on_disk(family, kind, make_checkpoint, tmp_path):
     base = make_checkpoint(family).folder
     adapted = make_run(base, tmp_path, kind, "shared")
@@ -120,7 +119,7 @@ def test_a_saved_adapter_loads_and_merges_in_memory_and_on_disk(family, kind, ma
 
 
 @pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARED)
 def test_the_adapter_goes_to_peft_and_comes_back(family, compact, make_checkpoint, tmp_path):
     base = make_checkpoint(family).folder
     make_run(base, tmp_path, targets="shared")
@@ -131,7 +130,7 @@ def test_the_adapter_goes_to_peft_and_comes_back(family, compact, make_checkpoin
     assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHARED)
 def test_moe_sieve_trains_them_resumes_bit_for_bit_is_scored_and_exported(
     family, make_checkpoint, tmp_path, monkeypatch, capsys
 ):
