@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-import reproduce
 from hub.config import PRESETS
 from model import MoEConfig
+from paper import params
 
 TRAINABLE = {  # exact counts that give the printed percentages: attention, router and hot experts, rank 32
     ("olmoe-1b-7b", "fft", None, None): 6_919_161_856,
@@ -46,12 +46,12 @@ TOTAL = {
 
 
 @functools.cache
-def counted(model: str, method: str, k: int | None = None, targets: str = "all") -> reproduce.Size:
-    return reproduce.size(MoEConfig.from_dict(PRESETS[model]), method, k, targets)
+def counted(model: str, method: str, k: int | None = None, targets: str = "all") -> params.Size:
+    return params.size(MoEConfig.from_dict(PRESETS[model]), method, k, targets)
 
 
 def rows(*, published: bool = True) -> list:
-    chosen = [row for row in reproduce.ROWS if row.paper or row.millions or not published]
+    chosen = [row for row in params.ROWS if row.paper or row.millions or not published]
     return [pytest.param(row, id="-".join(map(str, row[:5]))) for row in chosen]
 
 

@@ -15,10 +15,10 @@ import data
 import evaluate
 import export
 import hellora
-import reproduce
 import train
 from lora import LoRALinear
 from model import MoETransformer, load_model, read_config
+from paper import params
 from run import adapters
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -140,7 +140,7 @@ def test_moe_sieve_trains_them_resumes_bit_for_bit_is_scored_and_exported(
     alone, cut = tmp_path / "alone", tmp_path / "cut"
     result = train.main([*small, "--model", base, "--out", str(alone)])
     config = read_config(tmp_path / "base")
-    assert result["trainable"] == reproduce.size(config, "moe-sieve", 1, "shared", r=4).trainable
+    assert result["trainable"] == params.size(config, "moe-sieve", 1, "shared", r=4).trainable
     state = load_file(alone / "adapter/adapter.safetensors")
     B = [tensor for name, tensor in state.items() if ".shared_expert." in name and name.endswith("lora_B")]
     assert len(B) == 3 * len(config.moe_layers) and all(tensor.any() for tensor in B)
