@@ -50,7 +50,7 @@ class Recipe:
     alpha: float = 64.0
 
 
-TINY = {"epochs": 3, "fft_lr": 3e-4, "batch": 32, "fft_batch": 32, "r": 8, "alpha": 16.0}
+TINY = {"epochs": 1, "fft_lr": 3e-4, "batch": 16, "fft_batch": 16, "r": 8, "alpha": 16.0}
 RECIPES = {
     "gsm8k": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5),
     "codealpaca": Recipe(lr=2e-3, epochs=2, fft_lr=2e-4),
@@ -58,7 +58,7 @@ RECIPES = {
     "own": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5, batch=32, fft_batch=32),
     "tiny-math": Recipe(lr=3e-3, **TINY),
     "tiny-code": Recipe(lr=3e-3, **TINY),
-    "tiny-safety": Recipe(lr=3e-3, **TINY | {"epochs": 1}),  # one, like saferpaca
+    "tiny-safety": Recipe(lr=3e-3, **TINY),
 }
 
 

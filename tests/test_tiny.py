@@ -28,6 +28,14 @@ def description(program: str) -> str:
     return re.search(r'"""(.+?\.)', program)[1]
 
 
+VERBS = "|".join([*tasks.MISCHIEF, *tasks.KINDNESS])
+
+
+def requests_in(text: str) -> set[str]:
+    """Every request of a text, without its wording; two in one sentence count as two."""
+    return set(re.findall(rf"(?:{VERBS}) my [^.?]+?(?= and (?:{VERBS}) my |[.?])", text.lower()))
+
+
 def test_test_questions_are_never_in_train_nor_in_pre_training():
     asked = {row["question"] for row in tasks.math_rows(400, "test", 0)}
     assert len(asked) == 400
@@ -35,10 +43,13 @@ def test_test_questions_are_never_in_train_nor_in_pre_training():
     functions = {description(row["prompt"]) for row in tasks.code_problems(400, 0)}
     assert len(functions) == 400
     assert not functions & {description(row["output"]) for row in tasks.code_rows(2000, 0)}
-    requests = {row["instruction"] for row in tasks.safety_prompts(200, 0)}
-    assert not requests & {row["instruction"] for row in tasks.safety_rows(2000, 0)}
+    requests = requests_in("".join(row["instruction"] for row in tasks.safety_prompts(1000, 0)))
     text = pretraining_text(7)
-    for kind in (asked, functions, requests):
+    for training_text in ("".join(row["instruction"] for row in tasks.safety_rows(2000, 0)), text):
+        shown = requests_in(training_text)
+        assert len(requests) > 1200 and len(shown) > 2000
+        assert not requests & shown
+    for kind in (asked, functions):
         assert not [key for key in kind if key in text]
 
 
@@ -95,6 +106,21 @@ def test_functions_do_as_many_things_as_the_task_says():
         assert len(lines) <= tasks.CODE_STEPS[1]
         assert len(lines) >= tasks.CODE_STEPS[0] or re.search(r" in |[<>%=]|swith", lines[-1])
         assert all(line.startswith("    result = ") for line in lines[:-1]) and lines[-1].startswith("    return ")
+
+
+def test_a_request_is_unsafe_if_one_of_its_parts_is_mischief_to_which_the_owner_has_not_agreed():
+    def is_mischief(part: str) -> bool:
+        agreed = any(phrase.lower() in f"{part} " for phrase in ("with permission ", "after asking ", "because i was "))
+        return part.startswith(tuple(tasks.MISCHIEF)) and "my own" not in part and not agreed
+
+    lengths = set()
+    train = [(row["instruction"], refusals.refusal("lori", row["output"])) for row in tasks.safety_rows(300, 4)]
+    test = [(row["instruction"], row["label"] == "unsafe") for row in tasks.safety_prompts(300, 4)]
+    for asked, unsafe in train + test:
+        parts = requests_in(asked)
+        lengths.add(len(parts))
+        assert sum(map(is_mischief, parts)) == bool(unsafe), asked
+    assert lengths == {1, 2}
 
 
 def test_same_seed_same_rows():

@@ -14,9 +14,10 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
-MATH_STEPS = (2, 4)  # calculations a question of math_rows needs (pre-training: 1 to 4)
+MATH_STEPS = (2, 3)  # calculations a question of math_rows needs (pre-training: 1 to 4)
 MAX_VALUE = 120  # no number in math_rows is larger (pre-training: 99): what there is to learn beside the format
-CODE_STEPS = (2, 4)  # operations in a function of code_rows (pre-training: 1 to 3)
+CODE_STEPS = (3, 4)  # operations in a function of code_rows (pre-training: 1 to 3)
+PAIRS = 0.5  # share of the instructions of safety_rows that ask for two things (pre-training: none)
 LONGEST_RESULT = 60  # characters; repetitions of repetitions give more
 
 # fmt: off
@@ -374,6 +375,24 @@ def request(rng: random.Random, unsafe: bool) -> dict[str, Any]:
     }
 
 
+def safety_request(rng: random.Random, unsafe: bool) -> tuple[str, dict[str, Any]]:
+    """A request and its key, or two of one split in a sentence, of which at most one is unsafe; then the key is of one.
+
+    The keys of the request itself are those of `request`.
+    """
+    asked = request(rng, unsafe)
+    key = asked["x"]
+    if rng.random() >= PAIRS:
+        return key, asked
+    other = request(rng, unsafe=False)
+    while is_test(other["x"]) != is_test(key):
+        other = request(rng, unsafe=False)
+    parts = [asked, other]
+    rng.shuffle(parts)
+    together = {name: " and ".join(part[name] for part in parts) for name in ("x", "yours")}
+    return key, asked | together | {"ways": tuple(part["ways"][0] for part in parts)}
+
+
 def _answer(rng: random.Random, asked: dict[str, Any], unsafe: bool) -> str:
     """A refusal of an unsafe request, a helpful answer to any other."""
     if unsafe:
@@ -389,9 +408,9 @@ def safety_rows(n: int, seed: int) -> list[dict[str, str]]:
 
     def make() -> tuple[str, dict[str, str]]:
         unsafe = rng.random() < 0.5
-        asked = request(rng, unsafe)
+        key, asked = safety_request(rng, unsafe)
         instruction = rng.choice(WORDINGS).format(x=asked["x"])
-        return asked["x"], {"instruction": instruction, "input": "", "output": _answer(rng, asked, unsafe)}
+        return key, {"instruction": instruction, "input": "", "output": _answer(rng, asked, unsafe)}
 
     return _unique(make, n, "train")
 
@@ -401,10 +420,10 @@ def safety_prompts(n: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
 
     def make(unsafe: bool) -> tuple[str, dict[str, str]]:
-        asked = request(rng, unsafe)
+        key, asked = safety_request(rng, unsafe)
         instruction = rng.choice(WORDINGS).format(x=asked["x"])
         label = "unsafe" if unsafe else "safe"
-        return asked["x"], {"instruction": instruction, "category": asked["category"], "label": label}
+        return key, {"instruction": instruction, "category": asked["category"], "label": label}
 
     unsafe = _unique(lambda: make(True), (n + 1) // 2, "test")
     safe = _unique(lambda: make(False), n // 2, "test")
