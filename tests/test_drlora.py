@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_hellora import fresh_model
 
 import hellora
 import lora
 import train
 from command.cli import InputError
-from hub.weights import init_weights
-from model import MoEConfig, MoETransformer
+from model import MoETransformer
 from neighbours import drlora
 from neighbours.ranks import pad, truncate
 from run import adapters
@@ -30,26 +30,10 @@ from run.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 L, E, R_TARGET, R_MAX, SCALE = 2, 7, 4, 12, 1.5  # every expert starts with rank 2
-CONFIG = {
-    "model_type": "olmoe",
-    "vocab_size": 53,
-    "hidden_size": 40,
-    "intermediate_size": 24,
-    "num_hidden_layers": L,
-    "num_attention_heads": 5,
-    "num_experts": E,
-    "num_experts_per_tok": 3,
-}
-
-
-def base() -> MoETransformer:
-    model = MoETransformer(MoEConfig.from_dict(CONFIG))
-    init_weights(model, std=0.15, seed=3)
-    return model
 
 
 def adapted(r: int = R_TARGET, targets: str = "pure", r_max: int | None = R_MAX) -> MoETransformer:
-    model, hot = base(), torch.ones(L, E, dtype=torch.bool)
+    model, hot = fresh_model(E), torch.ones(L, E, dtype=torch.bool)
     hellora.attach(model, hot, r, SCALE * r, targets=targets, seed=5, r_max=r_max)
     return model
 
@@ -406,7 +390,7 @@ def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
     adapter = replace(model.adapter, ranks=growth.ranks().tolist())
     state = truncate(adapters.adapter_state(model), growth.ranks())
     adapters.save_adapter(state, tmp_path, adapter)
-    other, ids = base(), torch.arange(22).view(2, 11)
+    other, ids = fresh_model(E), torch.arange(22).view(2, 11)
     adapters.load_adapter(other, tmp_path)
     logits = model(ids)[0]
     assert torch.allclose(other(ids)[0], logits, atol=1e-4)
@@ -415,7 +399,7 @@ def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
     for ranks in (adapter.ranks[:1], [row[1:] for row in adapter.ranks], [[1], [2, 3]], 4):
         adapters.save_adapter(state, tmp_path, replace(adapter, ranks=ranks))
         with pytest.raises(InputError, match="damaged"):
-            adapters.load_adapter(base(), tmp_path)
+            adapters.load_adapter(fresh_model(E), tmp_path)
 
 
 def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):

@@ -19,23 +19,15 @@ from model import Experts, MoEConfig, MoETransformer, load_model, route
 from run import adapters
 
 L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
-CONFIG = {
-    "model_type": "olmoe",
-    "vocab_size": 53,
-    "hidden_size": D,
-    "intermediate_size": F_,
-    "num_hidden_layers": L,
-    "num_attention_heads": 5,
-    "num_experts": E,
-    "num_experts_per_tok": K,
-}
 HOT = torch.zeros(L, E, dtype=torch.bool)
 HOT[0, [1, 4, 5, 9, 11]] = True
 HOT[1, [0, 2, 3, 6, 10]] = True
 
 
-def fresh_model() -> MoETransformer:
-    model = MoETransformer(MoEConfig.from_dict(CONFIG))
+def fresh_model(num_experts: int = E) -> MoETransformer:
+    sizes = {"vocab_size": 53, "hidden_size": D, "intermediate_size": F_, "num_hidden_layers": L}
+    sizes |= {"num_attention_heads": 5, "num_experts": num_experts, "num_experts_per_tok": K}
+    model = MoETransformer(MoEConfig.from_dict({"model_type": "olmoe", **sizes}))
     init_weights(model, std=0.15, seed=3)
     return model
 

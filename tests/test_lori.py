@@ -7,35 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from test_hellora import ALPHA, HOT, L, R, fresh_model
 
 import hellora
 import lora
 import lori
 from command.cli import InputError
-from hub.weights import init_weights
-from model import MoEConfig, MoETransformer
+from model import MoETransformer
 from run import adapters
 from run import step as parallel
 
-L, E, R, ALPHA = 2, 12, 4, 14.0
-CONFIG = {
-    "model_type": "olmoe",
-    "vocab_size": 53,
-    "hidden_size": 40,
-    "intermediate_size": 24,
-    "num_hidden_layers": L,
-    "num_attention_heads": 5,
-    "num_experts": E,
-    "num_experts_per_tok": 3,
-}
-HOT = torch.zeros(L, E, dtype=torch.bool)
-HOT[0, [1, 4, 5, 9, 11]] = True
-HOT[1, [0, 2, 3, 6, 10]] = True
-
 
 def adapted(seed: int = 5) -> MoETransformer:
-    model = MoETransformer(MoEConfig.from_dict(CONFIG))
-    init_weights(model, std=0.15, seed=3)
+    model = fresh_model()
     hellora.attach(model, HOT, R, ALPHA, kind="lori", seed=seed)
     return model
 
@@ -198,14 +182,13 @@ def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids, sparse):
-    model, other = trained_d(ids), MoETransformer(MoEConfig.from_dict(CONFIG))
+    model, other = trained_d(ids), fresh_model()
     if sparse:
         kept = lori.top_entries(adapters.adapter_state(model))
         kept["layers.0.mlp.gate"] = kept["layers.0.mlp.gate"][:0]
         model = adapted()
         lori.sparsify(model, kept)
         step(model, optimizer_of(model), ids)
-    init_weights(other, std=0.15, seed=3)
     state = adapters.adapter_state(model)
     assert not any(name.endswith("lora_A") for name in state)
     adapters.save_adapter(state, tmp_path, model.adapter)
@@ -218,6 +201,6 @@ def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids
 def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
     model = trained_d(ids)
     adapters.save_adapter(adapters.adapter_state(model), tmp_path, replace(model.adapter, seed=6))
-    other = MoETransformer(MoEConfig.from_dict(CONFIG))
+    other = fresh_model()
     with pytest.raises(InputError, match="checksum mismatch"):
         adapters.load_adapter(other, tmp_path)

@@ -1,5 +1,7 @@
 """The fast versions in ops/ against the reference formulas, and adapted gradients against transformers and autograd."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +88,25 @@ def test_fast_versions_give_the_values_and_gradients_of_the_reference_formulas(
         torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
+def written_out(model: MoETransformer, sum_of: Callable) -> dict[str, torch.Tensor]:
+    """transformers' adapted weights by name. sum_of(W, pair, name of the pair) gives one with its adapter in it."""
+    weights, family = {}, model.config.model_type
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoRALinear):
+            weights[hf_name(f"{name}.weight", family)] = sum_of(module.weight, module, name)
+        elif isinstance(module, lora.LoRAExperts):
+            Ws = {p: sum_of(W, module.lora[p], f"{name}.lora.{p}") for p, W in module.hot_weights().items()}
+            hot_rows = {
+                "gate_up_proj": torch.cat((Ws["gate_proj"], Ws["up_proj"]), dim=1),
+                "down_proj": Ws["down_proj"],
+            }
+            back = torch.tensor(module.expert_ids).argsort()  # attach moved the hot experts to the front
+            for stack, rows in hot_rows.items():
+                full = torch.cat((rows, getattr(module, stack)[module.num_hot :].detach()))
+                weights[hf_name(f"{name}.{stack}", family)] = full[back]
+    return weights
+
+
 @pytest.mark.parametrize("kind", lora.KINDS)
 @every_family
 def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_the_weights_written_out(
@@ -97,7 +118,7 @@ def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_th
     loss, _ = model(IDS, LENGTHS, labels=LABELS)
     loss.backward()
 
-    def written_out(W, pair, name):
+    def sum_of(W, pair, name):
         A, B = pair.lora_A.detach().requires_grad_(), pair.lora_B.detach().requires_grad_()
         leaves[f"{name}.lora_A"], leaves[f"{name}.lora_B"] = A, B
         V = W.detach() + pair.scaling * B @ A
@@ -106,20 +127,8 @@ def test_gradients_of_every_adapted_module_are_autograds_on_transformers_with_th
             V = m.unsqueeze(-1) * V / V.detach().norm(dim=-1, keepdim=True)
         return V
 
-    leaves, weights = {}, {}
-    for name, module in model.named_modules():
-        if isinstance(module, lora.LoRALinear):
-            weights[hf_name(f"{name}.weight", family)] = written_out(module.weight, module, name)
-        elif isinstance(module, lora.LoRAExperts):
-            Ws = {p: written_out(W, module.lora[p], f"{name}.lora.{p}") for p, W in module.hot_weights().items()}
-            back = torch.tensor(module.expert_ids).argsort()  # attach moved the hot experts to the front
-            hot_rows = {
-                "gate_up_proj": torch.cat((Ws["gate_proj"], Ws["up_proj"]), dim=1),
-                "down_proj": Ws["down_proj"],
-            }
-            for stack, rows in hot_rows.items():
-                full = torch.cat((rows, getattr(module, stack)[module.num_hot :].detach()))
-                weights[hf_name(f"{name}.{stack}", family)] = full[back]
+    leaves = {}
+    weights = written_out(model, sum_of)
     assert weights.keys() <= dict(checkpoint.hf.named_parameters()).keys()
     mask = (torch.arange(11) < LENGTHS[:, None]).long()
     logits = functional_call(checkpoint.hf, weights, (IDS,), {"attention_mask": mask}).logits

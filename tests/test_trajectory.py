@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LOADABLE, hf_name
+from conftest import LOADABLE
 from peft import PeftModel
 from test_export import peft_folder
-from torch import Tensor
+from test_ops import written_out
+from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import hellora
-import lora
 from model import MoETransformer, load_model
 from run import adapters
 
@@ -108,24 +108,11 @@ def test_hellora_takes_the_steps_of_adapters_written_out_on_transformers(make_ch
     hf = in_float64(copy.deepcopy(checkpoint.hf))
     leaves = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if "lora_" in n}
 
-    def weight(W: Tensor, name: str) -> Tensor:
+    def sum_of(W: Tensor, pair: nn.Module, name: str) -> Tensor:
         return W.detach() + ALPHA / R * leaves[f"{name}.lora_B"] @ leaves[f"{name}.lora_A"]
 
     def compute() -> Tensor:
-        weights = {}
-        for name, module in model.named_modules():
-            if isinstance(module, lora.LoRALinear):
-                weights[hf_name(f"{name}.weight", family)] = weight(module.weight, name)
-            elif isinstance(module, lora.LoRAExperts):
-                hot = {p: weight(W, f"{name}.lora.{p}") for p, W in module.hot_weights().items()}
-                stacks = {
-                    "gate_up_proj": torch.cat((hot["gate_proj"], hot["up_proj"]), dim=1),
-                    "down_proj": hot["down_proj"],
-                }
-                for stack, rows in stacks.items():
-                    full = torch.cat((rows, getattr(module, stack)[module.num_hot :].detach()))
-                    weights[hf_name(f"{name}.{stack}", family)] = full[torch.tensor(module.expert_ids).argsort()]
-        return functional_call(hf, weights, (IDS,)).logits
+        return functional_call(hf, written_out(model, sum_of), (IDS,)).logits
 
     want = train(leaves.values(), compute)
     assert_same(trained_by_us(model), want)
