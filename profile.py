@@ -71,6 +71,10 @@ class RoutingProfile:
     data: str | None = None  # data.digest of the training examples, of which a sample was counted
     weights: str | None = None  # digest of the base model's weights
 
+    def title(self) -> str:
+        K, E = self.num_experts_per_tok, self.counts.shape[1]
+        return f"Routing of {self.model} on {self.task}: {self.num_tokens:,} tokens, {K} of {E} experts per token"
+
 
 # --------------------------------------------------------------------------------------------------------- counting
 
@@ -354,9 +358,8 @@ def count(argv: list[str]) -> RoutingProfile:
     options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed}
     counted = count_task(folder, items, settings.batch, processes, **options)
     digests = processes.once(lambda: (data.digest(examples), weights_digest(folder)))
-    counted = replace(counted, data=digests[0], weights=digests[1])
-    title = f"Routing of {settings.model} on {settings.task}: {counted.num_tokens:,} tokens, "
-    title += f"{config.num_experts_per_tok} of {config.num_experts} experts per token"
+    counted = replace(counted, model=settings.model, task=settings.task, data=digests[0], weights=digests[1])
+    title = counted.title()
     if dense := config.num_hidden_layers - len(config.moe_layers):
         title += f"; layer 0 is the first with experts, after {dense} without"
     if processes.is_main:
@@ -408,9 +411,7 @@ def advise(argv: list[str]) -> None:
     if settings.plot:
         from routing import pictures
 
-        title = f"Routing of {counted.model} on {counted.task}: {counted.num_tokens:,} tokens, "
-        title += f"{K} of {config.num_experts} experts per token"
-        pictures.draw_profile(counted.counts, K, title, writable(settings.plot))
+        pictures.draw_profile(counted.counts, K, counted.title(), writable(settings.plot))
         cli.say(f"wrote {settings.plot}")
 
 
