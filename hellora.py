@@ -15,6 +15,7 @@ Dimensions: L layers with experts, E experts per layer.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -25,6 +26,7 @@ from command.cli import InputError
 from hub.weights import full_tensor
 from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, uniform
 from model import Experts, MoEConfig, MoETransformer
+from ops import Dropout
 
 ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
@@ -172,12 +174,14 @@ def attach(
     targets: str = "all",
     seed: int = 0,
     r_max: int | None = None,
+    dropout: Dropout | None = None,
 ) -> None:
     """Freeze the model, then put LoRA pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
     The model's function does not change, since B starts at zero. r_max: the rank of the experts' pairs, if it is not r;
-    their scale is still alpha / r. On the meta device the factors stay empty, and `init_factors` fills them once the
-    weights are read. Raises InputError for a wrong r, targets or shape, and if the model already has an adapter.
+    their scale is still alpha / r. dropout: of what the factors A see in training. On the meta device the factors stay
+    empty, and `init_factors` fills them once the weights are read. Raises InputError for a wrong r, targets or shape,
+    and if the model already has an adapter.
     """
     L, E = len(model.config.moe_layers), model.config.num_experts
     if model.adapter is not None:
@@ -191,12 +195,14 @@ def attach(
     linear_pair, stacked_pair = KINDS[kind]
     model.requires_grad_(False)
     for name in adapted_linears(model.config, targets):
-        model.set_submodule(name, linear_pair(model.get_submodule(name), r, alpha))
+        drop = dropout and partial(dropout, matrix=name)
+        model.set_submodule(name, linear_pair(model.get_submodule(name), r, alpha, drop))
     for i, row in zip(model.config.moe_layers, hot, strict=True):
         moe, ids = model.layers[i].mlp, row.nonzero().flatten().tolist()
         if ids:  # `greedy` may leave a layer without
             move_to_front(moe.experts, ids)
-            moe.experts = LoRAExperts(moe.experts, len(ids), stacked_pair, reserved, alpha * reserved / r)
+            drop = dropout and partial(dropout.of_rows, i)
+            moe.experts = LoRAExperts(moe.experts, len(ids), stacked_pair, reserved, alpha * reserved / r, drop)
     if kind == "lori":
         for name, parameter in model.named_parameters():
             if name.endswith("lora_A"):

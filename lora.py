@@ -1,12 +1,12 @@
 """LoRA on a linear layer, and on the hot experts of a stack.
 
-    y = W x + (alpha / r) B A x         W [out, in] frozen, A [r, in] and B [out, r] trained
+    y = W x + (alpha / r) B A dropout(x)         W [out, in] frozen, A [r, in] and B [out, r] trained
 
 (LoRA, section 4.1; HELLoRA, eq. 3.) A and B of one matrix are a LoRA pair. The paper writes x W + x A B with A [in, r].
 As in every checkpoint, ours are the transposes. The pairs of a layer's hot experts are stacked, [n, r, in] and
 [n, out, r]. W + B A is never formed in training. `lora_grouped_linear` is the reference formula for experts; training
-calls the optimized version in ops/. A token at a cold expert passes W alone: the gradient still reaches its input and,
-through the routing weight, the router's pair.
+calls the optimized version in ops/. Dropout is off unless a run asks for it. A token at a cold expert passes W alone:
+the gradient still reaches its input and, through the routing weight, the router's pair.
 
 Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R routed rows (sorted,
 those of hot experts first), H of them that reach a hot expert, T tokens.
@@ -14,6 +14,7 @@ those of hot experts first), H of them that reach a hot expert, T tokens.
 
 import math
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from torch import Tensor
 
 import ops
 from model import Experts, grouped_linear
+
+Dropped = Callable[[Tensor], Tensor]  # x -> what A sees of it in training
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -54,9 +57,9 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class LoRALinear(nn.Linear):
-    """y = W x + bias + (alpha / r) B A x, with W and bias frozen.  [T, in] -> [T, out]"""
+    """y = W x + bias + (alpha / r) B A dropout(x), with W and bias frozen.  [T, in] -> [T, out]"""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: Dropped | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -64,11 +67,12 @@ class LoRALinear(nn.Linear):
         # float32 whatever the base: bfloat16 would round thousands of small updates away
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))  # step 0 is the base model
-        self.scaling = alpha / r
+        self.scaling, self.dropout = alpha / r, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(F.linear(x, A), B)
+        seen = self.dropout(x) if self.dropout and self.training else x
+        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(F.linear(seen, A), B)
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
@@ -76,13 +80,13 @@ class LoRALinear(nn.Linear):
 
 
 class DoRALinear(LoRALinear):
-    """y = m (W + s B A) x / |W + s B A| + bias, with norm and magnitude m per output row (DoRA, eq. 5), W frozen.
+    """y = m (W x + s B A dropout(x)) / |W + s B A| + bias, with norm and magnitude m per output row (DoRA, eq. 5).
 
-    The norm is a constant in the backward pass (DoRA, section 4.3), and m starts as the norm of W.
+    W is frozen. The norm is a constant in the backward pass (DoRA, section 4.3), and m starts as the norm of W.
     """
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float) -> None:
-        super().__init__(base, r, alpha)
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: Dropped | None = None) -> None:
+        super().__init__(base, r, alpha, dropout)
         self.lora_m = nn.Parameter(base.weight.detach().float().norm(dim=-1))
 
     def scale(self) -> Tensor:
@@ -99,15 +103,17 @@ class DoRALinear(LoRALinear):
 
 
 def lora_grouped_linear(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, recompute=None, *sources: Tensor
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, drop=None, recompute=None, *sources
 ) -> Tensor:
-    """W_e x + B_e A_e x for rows sorted by expert; only the first n experts have factors.  x [R, in] -> [R, out]
+    """W_e x + B_e A_e drop(x) for rows sorted by expert; only the first n experts have factors.  x [R, in] -> [R, out]
 
     W [E, out, in], A [n, r, in], B [n, r, out] (transposed, times alpha / r), offsets [E] ends of the experts' rows,
-    num_rows of the hot experts together. recompute and sources are used by the optimized version in ops/ alone.
+    num_rows of the hot experts together. drop(x, rows): what A sees of a slice of these rows; None: all of x. recompute
+    and sources are used by the optimized version in ops/ alone.
     """
     y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-    low = grouped_linear(x[:num_rows], A, hot)  # A_e x  [H, r]
+    seen = drop(x[:num_rows], slice(num_rows)) if drop else x[:num_rows]
+    low = grouped_linear(seen, A, hot)  # A_e drop(x)  [H, r]
     return torch.cat((y[:num_rows] + grouped_linear(low, B.mT, hot), y[num_rows:]))
 
 
@@ -156,11 +162,14 @@ class LoRAExperts(Experts):
     None: FSDP2 reduces only parameters that have a gradient on a process, and would otherwise mix up experts silently.
     """
 
-    def __init__(self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float) -> None:
+    def __init__(
+        self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float, dropout: Callable | None = None
+    ) -> None:
+        """dropout(projection, token, expert): `ops.Dropout.of_rows` of this layer; None: nothing is dropped."""
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj, self.expert_ids = base.gate_up_proj, base.down_proj, base.expert_ids
         self.register_buffer("position", base.position, persistent=False)
-        self.num_hot = n
+        self.num_hot, self.dropout = n, dropout
         self.lora = nn.ModuleDict({name: pair(W, r, alpha) for name, W in self.hot_weights().items()})
 
     def hot_weights(self) -> dict[str, Tensor]:
@@ -171,27 +180,31 @@ class LoRAExperts(Experts):
         both, hot_tokens = ("gate_proj", "up_proj"), token[:num_rows]
         # The gathered rows [R, D] get no name, which would keep them until the end.
         gate_up = self.adapted(
-            both, x.index_select(0, token), self.gate_up_proj, offsets, num_rows, rows_of_tokens, x, hot_tokens
+            both, x.index_select(0, token), self.gate_up_proj, offsets, hot_tokens, rows_of_tokens, x, hot_tokens
         )  # [R, 2F]
         hidden = ops.weighted_swiglu(gate_up, weight)  # [R, F]
         sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
-        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, num_rows, rows_of_hidden, *sources)
+        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, hot_tokens, rows_of_hidden, *sources)
 
-    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, num_rows: int, *made_by) -> Tensor:
-        """W x with the pairs `names`, whose outputs lie side by side.  [R, in] -> [R, out]
+    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, token: Tensor, *made_by) -> Tensor:
+        """W x with the pairs `names`, which see the same x. Their outputs lie side by side.  [R, in] -> [R, out]
 
-        made_by: a function and tensors that give the hot rows of x again, see `lora_grouped_linear`.
+        token [H]: of the hot rows. made_by: a function and tensors that give these rows of x again, see
+        `lora_grouped_linear`.
         """
-        pairs = [self.lora[name] for name in names]
+        pairs, num_rows = [self.lora[name] for name in names], len(token)
         A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
         out, last = pairs[0].lora_B.shape[1], len(pairs) - 1
         B = [F.pad(pair.lora_B.mT, (i * out, (last - i) * out)) for i, pair in enumerate(pairs)]  # block-diagonal
         B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, p * r, p * out]
-        y = ops.lora_grouped_linear(x, W, A.to(x.dtype), B.to(x.dtype), offsets, num_rows, *made_by)
+        counts, drop = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1)), None  # [n] rows of each hot expert
+        if self.dropout and self.training:
+            ids = torch.tensor(self.expert_ids[: self.num_hot], device=x.device)
+            drop = self.dropout(names[0], token, ids.repeat_interleave(counts, output_size=num_rows))
+        y = ops.lora_grouped_linear(x, W, A.to(x.dtype), B.to(x.dtype), offsets, num_rows, drop, *made_by)
         if isinstance(pairs[0], StackedDoRA):
             weights = self.hot_weights()
             scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
-            counts = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1))
             y = torch.cat((y[:num_rows] * scale.repeat_interleave(counts, 0, output_size=num_rows), y[num_rows:]))
         return y
 

@@ -32,6 +32,7 @@ from lori import sparsify, top_entries
 from model import MoEConfig, MoETransformer, read_config, save_model
 from neighbours import drlora
 from neighbours.ranks import truncate
+from ops import Dropout
 from run import adapters, memory
 from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
@@ -59,6 +60,7 @@ class Run:
     counted: profile.RoutingProfile | None
     hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
     given: dict[str, Tensor] | None  # tensors of --mask or --init-adapter
+    dropout: Dropout | None = None  # shared by all adapters
     sharded: bool = False
 
 
@@ -83,7 +85,8 @@ def main(argv: list[str] | None = None) -> dict:
         say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
         end_processes()
         return earlier
-    run = Run(settings, folder, content, processes, items, steps, counted, hot, given)
+    dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
+    run = Run(settings, folder, content, processes, items, steps, counted, hot, given, dropout)
     run, about = place(run) if method.experts else (run, {})
     run = replace(run, sharded=choose_sharding(run, config))
     if not method.experts:
@@ -214,7 +217,7 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
     s, method = run.settings, METHODS[run.settings.method]
     if run.hot is not None:
         r_max = drlora.RESERVED * s.rank if method.grows else None
-        options = {"kind": method.kind, "targets": s.targets, "seed": s.seed, "r_max": r_max}
+        options = {"kind": method.kind, "targets": s.targets, "seed": s.seed, "r_max": r_max, "dropout": run.dropout}
         hellora.attach(model, run.hot, s.rank, s.alpha, **options)
     if positions is not None:
         sparsify(model, positions)
@@ -311,8 +314,11 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     model.train()
     with recorder.recording(first), stop_signals(processes) as signalled:
         for step, batch in data.numbered_batches(len(items), settings.batch, settings.seed, first, steps):
-            balance = {"aux_loss": settings.router_aux_loss, "aux_form": settings.router_aux_form}
-            done = global_step(model, [items[i] for i in batch], settings.micro_batch, processes, **balance)
+            if run.dropout:
+                run.dropout.step = step
+            options = {"aux_loss": settings.router_aux_loss, "aux_form": settings.router_aux_form}
+            options["dropout"] = run.dropout
+            done = global_step(model, [items[i] for i in batch], settings.micro_batch, processes, **options)
             if growth:
                 growth.observe(done.routing[0].float())
             optimizer.param_groups[0]["lr"] = lr = rate(settings.lr, scheduled[0], step, steps, scheduled[1])

@@ -5,11 +5,13 @@ Each gives the values and gradients of its reference (tests/test_ops.py) in less
 """
 
 from ops.attention import attend_by_sequence
+from ops.dropout import Dropout
 from ops.experts import grouped_linear, lora_grouped_linear, weighted_swiglu
 from ops.head import target_loss
 from ops.kernels import one_kernel
 
 __all__ = [
+    "Dropout",
     "attend_by_sequence",
     "grouped_linear",
     "lora_grouped_linear",

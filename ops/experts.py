@@ -38,16 +38,22 @@ def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(y.T, x, offs=offsets).masked_fill(empty[:, None, None], 0)
 
 
+def all_of(x: Tensor, rows: slice) -> Tensor:
+    """No dropout."""
+    return x
+
+
 def lora_grouped_linear(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, recompute, *sources: Tensor
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, drop, recompute, *sources: Tensor
 ) -> Tensor:
-    """W_g x by group, plus B_g A_g x on the rows of the hot groups.  x [R, in], W [G, out, in] -> [R, out]
+    """W_g x by group, plus B_g A_g drop(x) on the rows of the hot groups.  x [R, in], W [G, out, in] -> [R, out]
 
     A [n, r, in] and B [n, r, out] (transposed and scaled) belong to the first n groups, whose rows are the first
-    num_rows. A's gradient needs these rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of
-    them in the backward pass, and only the sources are kept.
+    num_rows. drop(x, rows): what A sees of a slice of these rows (dropout); None: all of x. A's gradient needs these
+    rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of them in the backward pass, and only
+    the sources are kept.
     """
-    return LoRAGroupedLinear.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+    return LoRAGroupedLinear.apply(x, W, A, B, offsets, num_rows, drop, recompute, *sources)
 
 
 class LoRAGroupedLinear(torch.autograd.Function):
@@ -59,16 +65,17 @@ class LoRAGroupedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
+    def forward(ctx, x, W, A, B, offsets, num_rows: int, drop, recompute, *sources) -> Tensor:
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
         ctx.recompute, ctx.one_kernel = recompute, num_rows > 0 and one_kernel(x.device) and fits(A, B)
+        ctx.drop = drop = drop or all_of  # linear and symmetric: it also takes the gradient back
         if ctx.one_kernel:
-            low = F.grouped_mm(x[:num_rows], A.mT, offs=hot)  # [H, r]
+            low = F.grouped_mm(drop(x[:num_rows], slice(num_rows)), A.mT, offs=hot)  # [H, r]
             y[:num_rows] += F.grouped_mm(low, B, offs=hot)
         else:
             low = x.new_empty(num_rows, A.shape[1])
             for rows, A_g, B_g in zip(slices(hot), A, B, strict=True):
-                torch.mm(x[rows], A_g.T, out=low[rows])
+                torch.mm(drop(x[rows], rows), A_g.T, out=low[rows])
                 y[rows].addmm_(low[rows], B_g)
         ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         return y
@@ -77,22 +84,27 @@ class LoRAGroupedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
-        hot, num_rows = offsets[: len(A)], len(low)
+        hot, num_rows, drop = offsets[: len(A)], len(low), ctx.drop
         grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
         if ctx.one_kernel:
             grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
             if need_x:
-                grad_x[:num_rows] += F.grouped_mm(grad_low, A, offs=hot)
-            grad_A = grouped_outer(grad_low, ctx.recompute(slice(num_rows), *sources), hot) if need_A else None
+                grad_x[:num_rows] += drop(F.grouped_mm(grad_low, A, offs=hot), slice(num_rows))
+            grad_A = None
+            if need_A:
+                seen = drop(ctx.recompute(slice(num_rows), *sources), slice(num_rows))
+                grad_A = grouped_outer(grad_low, seen, hot)
             grad_B = grouped_outer(low, grad[:num_rows], hot)
         else:
             grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
             for g, rows in enumerate(slices(hot)):
                 grad_low = F.linear(grad[rows], B[g])  # [rows, r]
-                if need_x:
+                if need_x and drop is all_of:
                     grad_x[rows].addmm_(grad_low, A[g])
+                elif need_x:
+                    grad_x[rows] += drop(grad_low @ A[g], rows)
                 if need_A:
-                    torch.mm(grad_low.T, ctx.recompute(rows, *sources), out=grad_A[g])
+                    torch.mm(grad_low.T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
                 torch.mm(low[rows].T, grad[rows], out=grad_B[g])
         return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 

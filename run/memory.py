@@ -23,6 +23,7 @@ from command.cli import InputError
 from hellora import SHARED, adapted_paths
 from hub.checkpoint import resolve
 from hub.config import HUB_IDS, PRESETS
+from lora import LoRAExperts, LoRALinear
 from model import MoEConfig, MoETransformer, read_config
 from ops.head import HEAD_ROWS
 
@@ -150,6 +151,15 @@ def kept_by_layers(model: MoETransformer, dtype: torch.dtype, tokens: int) -> in
     else:  # what A computes
         attention += 4 * r if attends else 0
         experts += 3 * K * r + (r if "mlp.gate" in paths else 0) + (3 * r if shares else 0)
+    if adapter and uses_dropout(model):  # masks of a byte, and what the A's see of x, which was one tensor for several
+        bytes_ = dtype.itemsize if adapter.kind != "lori" else 0
+        masks = (3 * D + q if attends else 0, (D if "mlp.gate" in paths else 0) + (2 * D + S if shares else 0))
+        copies = (2 * D if attends else 0, (D if "mlp.gate" in paths else 0) + (2 * D if shares else 0))
+        attention, experts = (
+            n + (mask + bytes_ * copy) / dtype.itemsize
+            for n, mask, copy in zip((attention, experts), masks, copies, strict=True)
+        )
+        experts += 2 * K * 8 // dtype.itemsize  # what names the rows
     if adapter and adapter.kind == "dora":  # outputs before they are scaled; for experts also the scale of each row
         attention += q + 2 * kv + D if attends else 0
         experts += 2 * K * (2 * F + D) + (2 * S + D if shares else 0)
@@ -159,6 +169,10 @@ def kept_by_layers(model: MoETransformer, dtype: torch.dtype, tokens: int) -> in
     if not attends:  # nothing trains below the first experts
         numbers = L * (attention + experts) - attention
     return tokens * (numbers * dtype.itemsize + L * indices) + factor_copies(model, dtype)
+
+
+def uses_dropout(model: MoETransformer) -> bool:
+    return any(isinstance(module, LoRALinear | LoRAExperts) and module.dropout for module in model.modules())
 
 
 def factor_copies(model: MoETransformer, dtype: torch.dtype) -> int:
@@ -184,7 +198,9 @@ def transient_numbers(model: MoETransformer, trains: bool) -> int:
     shared = 3 * config.shared_intermediate_size + (D if config.shared_expert_gate else 0)
     if model.adapter is None:
         return K * max(4 * F, 2 * D) - shared
-    return K * max(5 * F, F + 2 * D) - shared + D
+    # Dropout: the rows, what A sees of them, a hash for four numbers and their mask, while gate and up are computed.
+    dropping = 2 * F + 5 * D // 2 if uses_dropout(model) else 0
+    return K * max(5 * F, F + 2 * D, dropping) - shared + D
 
 
 # ----------------------------------------------------------------------------------------------------------- choice

@@ -41,6 +41,7 @@ class Settings:
     targets: str | None = flag(None, "other modules (default: by method)", choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
     alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
+    lora_dropout: float = flag(0.0, "dropout of what the factors A see", type=number(float, 0, 0.99), **ADAPTER)
     mask: str | None = flag(None, "a finished lori-d or hellori-d run, for stage D", metavar="RUN", **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter (a run's, or PEFT's)", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
@@ -92,6 +93,8 @@ def check(settings: Settings) -> None:
     if method.experts is None:
         reason = f": --method {s.method} trains every weight, without adapters; leave it out"
         refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
+        if s.lora_dropout:
+            raise InputError(f"--lora-dropout{reason}")
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
     policies = (*hellora.SCORED, *hellora.SEEDED)

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 import data
 import hellora
 from model import MoETransformer, load_model
+from ops import Dropout
 from routing.statistics import tally
 from run.processes import Processes
 
@@ -109,8 +110,12 @@ def global_step(
     *,
     aux_loss: float | None = None,
     aux_form: str = "layer",
+    dropout: Dropout | None = None,
 ) -> Step:
-    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance."""
+    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance.
+
+    dropout: the one that was attached, if any; its `step` is that of the batch.
+    """
     config, device = model.config, model.embed_tokens.weight.device
     sharded = isinstance(model, FSDPModule)
     targets = sum(item.num_targets for item in items)
@@ -125,6 +130,8 @@ def global_step(
             model.set_requires_gradient_sync(model.adapter is None or i == len(mine) - 1)
         # A process whose share is empty still takes part, with no token at all: the others wait for it.
         batch = data.collate(part, config.pad_token_id or 0)
+        if dropout:
+            dropout.see([item.example for item in part] or [""], batch.lengths, device)
         nll, selected, routing = model(
             batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )

@@ -14,11 +14,13 @@ from benchmarks.measure import allocated_peak, saved_bytes
 from hub.config import PRESETS
 from hub.weights import init_weights
 from model import MoEConfig, MoETransformer, save_model
+from ops import Dropout
 from ops.head import HEAD_ROWS
 from run import memory
 from run.step import load_shared
 
 S, R = 65, 8
+DROPOUT = Dropout(0.1, 0)
 OTHER = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
 WIDE = {  # sizes that are large beside the constants of the plan, as in real models
     "mixtral": {"hidden_size": 160, "intermediate_size": 256, "num_attention_heads": 5, "num_key_value_heads": 1},
@@ -37,9 +39,9 @@ def wide(family: str) -> MoEConfig:
     return MoEConfig.from_dict({"model_type": family, **SIZES[family], **rest, **WIDE.get(family, OTHER)})
 
 
-def attach(model: MoETransformer, num_hot: int = 3, kind: str = "lora", targets: str = "all") -> None:
+def attach(model: MoETransformer, num_hot: int = 3, kind: str = "lora", targets: str = "all", dropout=None) -> None:
     hot = (torch.arange(model.config.num_experts) < num_hot).expand(len(model.config.moe_layers), -1)
-    hellora.attach(model, hot, R, 16.0, kind=kind, targets=targets)
+    hellora.attach(model, hot, R, 16.0, kind=kind, targets=targets, dropout=dropout)
 
 
 ATTACH = {
@@ -48,16 +50,20 @@ ATTACH = {
     "dora": lambda model: attach(model, model.config.num_experts, "dora"),
     "lori": lambda model: attach(model, model.config.num_experts, "lori"),
     "fft": None,
+    "dropout": lambda model: attach(model, 3, dropout=DROPOUT),
+    "lori with dropout": lambda model: attach(model, 6, "lori", "shared", DROPOUT),
     "moe-sieve": lambda model: attach(model, 6, targets="shared"),
     "pure": lambda model: attach(model, 6, targets="pure"),
 }
 CASES = [(family, method) for family in SIZES for method in ("hellora", "lora", "dora", "lori", "fft")]
 CASES += [*((family, "moe-sieve") for family in SHARED), ("qwen3_moe", "pure")]
+CASES += [("olmoe", "dropout"), ("deepseek", "dropout"), ("qwen2_moe", "lori with dropout")]
 
 
 def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
     ids = torch.randint(0, 200, (len(lengths), S), generator=torch.Generator().manual_seed(0))
-    return model(ids, lengths, labels=ids)[0]
+    DROPOUT.see(list("abcdefg"), lengths)
+    return model.train()(ids, lengths, labels=ids)[0]
 
 
 @pytest.mark.parametrize("family, method", CASES)

@@ -103,6 +103,7 @@ def test_loss_on_all_is_transformers_loss_with_the_ids_as_labels(base):
         (["--lr-warmup", "6"], "--lr-warmup 6: 6 steps of warm-up in a run of 6; want fewer"),
         (["--weight-decay", "-0.1"], "want a number at least 0"),
         (["--weight-decay", "0.1", "--method", "dr-lora"], "--weight-decay 0.1: --method dr-lora keeps dimensions"),
+        (["--lora-dropout", "1"], "want a number at least 0 and at most 0.99"),
         (["--loss-on", "prompt"], "invalid choice: 'prompt'"),
     ],
 )

@@ -14,6 +14,7 @@ import hellora
 import hub.weights
 from hub import config
 from model import load_model, save_model
+from ops import Dropout
 from run.processes import ALONE, Processes
 from run.step import global_step, load_balancing_loss, load_shared
 
@@ -37,11 +38,22 @@ def items(vocab_size: int) -> list[data.Encoded]:
     generator = torch.Generator().manual_seed(1)
     lengths = [9, 4, 6, 13, 5, 8, 3]  # 7 examples: micro-batches of 2 make 2 for each process, some of them empty
     ids = [torch.randint(2, vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    return [data.Encoded(row, ((2, len(row)),)) for row in ids]
+    return [data.Encoded(row, ((2, len(row)),), example=str(i)) for i, row in enumerate(ids)]
+
+
+KINDS = ("lora", "dora", "lori", "dropout")
+DROPOUT = Dropout(0.3, seed=2)
 
 
 def attach(model, kind: str) -> None:
-    hellora.attach(model, hot_experts(model.config), R, ALPHA, kind=kind, targets="shared", seed=3)
+    kind, dropout = ("lora", DROPOUT) if kind == "dropout" else (kind, None)
+    hot = hot_experts(model.config)
+    hellora.attach(model, hot, R, ALPHA, kind=kind, targets="shared", seed=3, dropout=dropout)
+
+
+def step_of(model, processes: Processes):
+    """Gradients of the batch; no other kind has an adapter that drops anything."""
+    return global_step(model.train(), items(model.config.vocab_size), 2, processes, dropout=DROPOUT)
 
 
 def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
@@ -56,13 +68,13 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
                 read.append(tensor.numel())
                 yield key, tensor
 
-        for kind in ("lora", "dora", "lori"):
+        for kind in KINDS:
             read.clear()
             hub.weights.read_slices = counting
             options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
             model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
             hub.weights.read_slices = real
-            step = global_step(model, items(model.config.vocab_size), 2, Processes(rank, WORLD, torch.device("cpu")))
+            step = step_of(model, Processes(rank, WORLD, torch.device("cpu")))
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
             found[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
@@ -126,12 +138,12 @@ def shared(make_checkpoint, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "lori"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpoint, shared, family, kind):
     model = load_model(checkpoint(make_checkpoint, family).folder)
     attach(model, kind)
-    step = global_step(model, items(model.config.vocab_size), 2, ALONE)
+    step = step_of(model, ALONE)
     for rank in range(WORLD):
         found = torch.load(shared / f"{rank}.pt")[family, kind]
         torch.testing.assert_close(found["loss"], step.loss, rtol=0, atol=1e-5)
