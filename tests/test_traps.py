@@ -171,16 +171,15 @@ def test_the_page_lists_these_traps():
 @pytest.mark.parametrize(
     "mistake", [pytest.param(each, id=f"{name}, {i}") for name, made in TRAPS.items() for i, each in enumerate(made, 1)]
 )
-def test_a_trap_is_noticed(mistake, request, monkeypatch, tmp_path):
-    fixtures = inspect.signature(mistake.test).parameters.keys() - mistake.given.keys() - {"tmp_path"}
-    given = mistake.given | {name: request.getfixturevalue(name) for name in fixtures}
-    takes_folder = "tmp_path" in inspect.signature(mistake.test).parameters
+def test_a_trap_is_noticed(mistake, request, monkeypatch, tmp_path_factory):
+    names = inspect.signature(mistake.test).parameters.keys() - mistake.given.keys()
 
-    def compare(folder: str) -> None:
-        (tmp_path / folder).mkdir()
-        mistake.test(**given, **({"tmp_path": tmp_path / folder} if takes_folder else {}))
+    def compare() -> None:
+        fixtures = {name: request.getfixturevalue(name) for name in names - {"tmp_path"}}
+        folder = {"tmp_path": tmp_path_factory.mktemp("compared")} if "tmp_path" in names else {}
+        mistake.test(**mistake.given, **fixtures, **folder)
 
-    compare("right")
+    compare()
     make(mistake, monkeypatch)
     with pytest.raises(AssertionError):
-        compare("wrong")
+        compare()
