@@ -229,11 +229,12 @@ def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encode
 def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
     """The matrices that a PEFT file has pairs for, by the hub's keys, with their shapes.
 
-    Attention and router as adapted, and all experts, or the hot ones if `compact`. Raises InputError for DoRA, which
-    PEFT refuses on the stacked experts of transformers 5.
+    Attention and router as adapted, and all experts, or the hot ones if `compact`. Raises InputError for DoRA unless
+    `compact`: PEFT has it only where experts have linear layers of their own, and there cold ones need no pair.
     """
-    if adapter.kind == "dora":
-        raise InputError("PEFT has no DoRA on the stacked experts of transformers 5; use --to merged")
+    if adapter.kind == "dora" and not compact:
+        why = "PEFT has DoRA on experts under transformers 4 alone"
+        raise InputError(f"{why}, which takes the file of --compact; add that, or use --to merged")
     if config.family.peft is None:
         raise InputError(f"PEFT is not known to load adapters of {config.model_type}; use --to merged")
     every = replace(adapter, hot=[list(range(config.num_experts))] * len(adapter.hot))
@@ -261,19 +262,21 @@ def write_adapter(
 ) -> None:
     """Write an adapter, given by matrix, for PEFT: a pair for every expert, or for the hot ones if `compact`."""
     shapes = peft_shapes(adapter, config, compact)
-    size = peft_bytes(adapter.r, shapes, dtype)
-    small = peft_bytes(adapter.r, peft_shapes(adapter, config, compact=True), dtype)
+    dora = adapter.kind == "dora"
+    size = peft_bytes(adapter.r, shapes, dtype, dora)
+    small = peft_bytes(adapter.r, peft_shapes(adapter, config, compact=True), dtype, dora)
     what = "hot experts alone" if compact else f"zeros for cold experts included (--compact: {small:,})"
     say(f"adapter for PEFT: {size:,} bytes, {what}")
-    if config.family.peft != "5":
-        say(f"PEFT loads adapters of {config.model_type} under transformers 4 only; for 5 use --to merged")
+    if config.family.peft != "5" or dora:
+        what = "DoRA" if dora else "adapters"
+        say(f"PEFT loads {what} of {config.model_type} under transformers 4 only; for 5 use --to merged")
     check_space(out, size)
     pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
     # Full names of MLPs if compact: with a pattern, transformers 5 would silently make a model without the experts.
     targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets] if path not in SHARED]
     mlps = [key for key in pairs if ".experts." in key or ".shared_expert" in key]
     targets += mlps if compact else config.family.projections
-    write_peft(out, PeftAdapter(adapter.r, adapter.alpha, pairs), shapes, targets, base_name, dtype)
+    write_peft(out, PeftAdapter(adapter.r, adapter.alpha, pairs, dora), shapes, targets, base_name, dtype)
 
 
 # -------------------------------------------------------------------------------------------------- the command

@@ -12,16 +12,20 @@ Dimensions: E experts per layer, r rank, D hidden_size, F intermediate_size of a
 """
 
 import json
+import math
 import re
+from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command.cli import InputError
+from command.cli import InputError, note
 from hub.checkpoint import check_finite, converted
 from hub.config import Family
 
@@ -31,19 +35,21 @@ Shapes = dict[str, tuple[int, ...]]  # matrix -> (out, in)
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A LoRA adapter: y = W x + (alpha / r) B A x on some matrices."""
+    """A LoRA adapter: y = W x + (alpha / r) B A x on some matrices, or DoRA."""
 
     r: int
     alpha: float
     pairs: dict[str, Factors]  # by matrix
+    dora: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- write
 
 
-def peft_bytes(r: int, shapes: Shapes, dtype: torch.dtype) -> int:
+def peft_bytes(r: int, shapes: Shapes, dtype: torch.dtype, dora: bool = False) -> int:
     """Bytes of the tensors that `write_peft` writes for these matrices."""
-    return r * sum(map(sum, shapes.values())) * dtype.itemsize
+    magnitudes = sum(fan_out for fan_out, _ in shapes.values()) if dora else 0
+    return (r * sum(map(sum, shapes.values())) + magnitudes) * dtype.itemsize
 
 
 def write_peft(
@@ -54,12 +60,16 @@ def write_peft(
     base_name: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write an adapter as PEFT does: a pair for each matrix of `shapes`, zeros where the adapter has none."""
+    """Write an adapter as PEFT does: a pair for each matrix of `shapes`, zeros where the adapter has none.
+
+    DoRA needs a pair everywhere, since zeros would stand for a weight of zeros.
+    """
     tensors, r, alpha = {}, adapter.r, adapter.alpha
     for matrix, (fan_out, fan_in) in shapes.items():
-        for factor, shape in (("lora_A", (r, fan_in)), ("lora_B", (fan_out, r))):
-            value = adapter.pairs[matrix][factor] if matrix in adapter.pairs else torch.zeros(shape)
-            key = f"base_model.model.{matrix}.{factor}.weight"
+        zeros = {"lora_A": torch.zeros(r, fan_in), "lora_B": torch.zeros(fan_out, r)}
+        for factor, value in adapter.pairs.get(matrix, zeros).items():
+            name = "lora_magnitude_vector" if factor == "lora_m" else f"{factor}.weight"
+            key = f"base_model.model.{matrix}.{name}"
             tensors[key] = converted(value, dtype, key).clone()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
@@ -69,6 +79,7 @@ def write_peft(
         "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": target_modules,
+        "use_dora": adapter.dora,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -83,8 +94,6 @@ def write_peft(
 ONLY = {  # settings of PEFT that change what the factors mean, with the only value that can be read
     "peft_type": "LORA",
     "bias": "none",
-    "use_dora": False,
-    "use_rslora": False,
     "fan_in_fan_out": False,
     "lora_bias": False,
     "modules_to_save": None,
@@ -92,7 +101,8 @@ ONLY = {  # settings of PEFT that change what the factors mean, with the only va
     "alora_invocation_tokens": None,
 }
 KNOWN = {  # keys of adapter_config.json that are read, or that change nothing once the factors are trained
-    *ONLY, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "target_modules",
+    *ONLY, "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "target_modules",
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
     "revision", "task_type", "auto_mapping", "inference_mode", "lora_dropout", "peft_version", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
@@ -102,11 +112,11 @@ OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weight
 
 
 def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shapes) -> PeftAdapter:
-    """The LoRA adapter that PEFT saved in a folder, without the pairs that are all zero.
+    """The LoRA or DoRA adapter that PEFT saved in a folder, without the pairs that are all zero.
 
     shapes: of every matrix of the model. Reads a pair per expert, and the stacked pairs that PEFT saves under
-    transformers 5 if gate and up can be told apart. Raises InputError for a damaged file, for a setting that changes
-    what the factors mean, and for pairs that do not fit the model.
+    transformers 5. Pairs of other ranks and scales become pairs of one rank and one alpha: `unified`. Raises InputError
+    for a damaged file, for a setting that changes what the factors mean, and for pairs that do not fit the model.
     """
     folder = Path(folder)
     try:
@@ -124,21 +134,57 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
     try:
-        check_settings(about, r, alpha)
-        pairs = {}
-        for name, pair in pairs_by_name(tensors, family).items():
-            stacked = name.endswith((".experts", ".experts.base_layer"))
-            pairs |= unstack(name, pair, family, num_experts, r, shapes) if stacked else {name: pair}
+        check_settings(about)
+        pairs, scales = {}, {}
+        for name, pair in pairs_by_name(tensors, about).items():
+            matrix, rows = name.replace(".mlp.", f".{family.moe}."), len(pair["lora_A"])  # transformers 5 -> the hub
+            if name.endswith((".experts", ".experts.base_layer")):
+                parameter, found = unstack(matrix, pair, family, num_experts, about, shapes)
+                name, rows = f"{name.removesuffix('.base_layer')}.{parameter}", rows // num_experts
+            else:
+                found = {matrix: pair}
+            pairs |= found
+            scales |= dict.fromkeys(found, scale_of(name, rows, about))
         for matrix, pair in pairs.items():
             fan_out, fan_in = shapes.get(matrix, (0, 0))
-            if (pair["lora_A"].shape, pair["lora_B"].shape) != ((r, fan_in), (fan_out, r)):
+            rank = len(pair["lora_A"])
+            if (pair["lora_A"].shape, pair["lora_B"].shape) != ((rank, fan_in), (fan_out, rank)):
                 raise InputError(f"{matrix} has {described(pair)}, which is of another model or rank")
+        adapter, remark = unified(pairs, scales, bool(about.get("use_dora")))
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-    return PeftAdapter(r, alpha, {m: pair for m, pair in pairs.items() if any(t.any() for t in pair.values())})
+    if remark:
+        note(f"{folder}: {remark}")
+    return adapter
 
 
-def check_settings(about: dict, r: int, alpha: float) -> None:
+def unified(pairs: dict[str, Factors], scales: dict[str, Fraction], dora: bool) -> tuple[PeftAdapter, str]:
+    """The same function with one rank and one alpha.  -> the adapter, a remark on what changed, or ""
+
+    The rank is the largest; smaller factors get rows and columns of zeros, which stay zero in training. The scale
+    alpha / r is the most frequent one; where it was another, B makes up for it.
+    """
+    if not dora:
+        pairs = {matrix: pair for matrix, pair in pairs.items() if any(factor.any() for factor in pair.values())}
+    if not pairs:
+        return PeftAdapter(1, 1.0, {}), ""
+    r, scale = max(len(pair["lora_A"]) for pair in pairs.values()), Counter(map(scales.get, pairs)).most_common(1)[0][0]
+    changed, same = {}, 0
+    for matrix, pair in pairs.items():
+        more, ratio = r - len(pair["lora_A"]), scales[matrix] / scale
+        changed[matrix] = pair | {
+            "lora_A": F.pad(pair["lora_A"], (0, 0, 0, more)),
+            "lora_B": F.pad(pair["lora_B"], (0, more)) * float(ratio),
+        }
+        same += not more and ratio == 1
+    remark = (
+        f"{len(pairs) - same} of {len(pairs)} matrices have another rank or scale than rank {r} and alpha / r = "
+        f"{float(scale):g}; zeros and their B make up for it: the function is the same, steps of training are not"
+    )
+    return PeftAdapter(r, float(r * scale), changed, dora), "" if same == len(pairs) else remark
+
+
+def check_settings(about: dict) -> None:
     """Raise InputError for an adapter_config.json under which the factors mean something else."""
     for name, only in ONLY.items():
         if (about.get(name) or only) != only:
@@ -149,34 +195,49 @@ def check_settings(about: dict, r: int, alpha: float) -> None:
     init = about.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
         raise InputError(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")
-    others = {}  # patterns that give a module another rank or alpha
-    for name, value in (("rank_pattern", r), ("alpha_pattern", alpha)):
+    for name in ("rank_pattern", "alpha_pattern"):
         pattern = about.get(name) or {}
-        if not isinstance(pattern, dict):
-            raise InputError(f"{name} is {pattern!r:.80}; want an object")
-        others[name] = {module: its for module, its in pattern.items() if its != value}
-    gate_up = r".*\.gate_up_proj"  # as PEFT saves the pairs of gate and up as one
-    if others not in (
-        {"rank_pattern": {}, "alpha_pattern": {}},
-        {"rank_pattern": {gate_up: 2 * r}, "alpha_pattern": {gate_up: 2 * alpha}},
-    ):
-        name = next(name for name, pattern in others.items() if pattern)
-        raise InputError(f"{name} is {about[name]}; only one rank and one alpha for all can be read")
+        if not isinstance(pattern, dict) or not all(type(n) in (int, float) and n > 0 for n in pattern.values()):
+            raise InputError(f"{name} is {pattern!r:.80}; want an object of numbers above 0")
 
 
-def pairs_by_name(tensors: dict[str, Tensor], family: Family) -> dict[str, Factors]:
-    """The tensors of a PEFT file as pairs, by matrix or by the name of a layer's stacked experts."""
-    pairs = {}
+def of_module(about: dict, pattern: str, default: str, name: str) -> int | float:
+    """What adapter_config.json says of a module. The keys of a pattern are regular expressions for ends of names."""
+    for key, value in (about.get(pattern) or {}).items():
+        try:  # PEFT calls a weight that is not a linear layer's by its own name
+            if any(re.match(rf"(.*\.)?({key})$", each) for each in (name, f"{name}.weight")):
+                return value
+        except re.error as error:
+            raise InputError(f"{pattern} has {key!r:.80}, not a regular expression ({error})") from None
+    return about[default]
+
+
+def scale_of(name: str, rows: int, about: dict) -> Fraction:
+    """What B A is multiplied by: alpha / r, or alpha / sqrt(r) under rsLoRA (arXiv 2312.03732).
+
+    name: PEFT's name of the module, or of the parameter. rows: of one A. Raises InputError if these are not the rank.
+    """
+    rank, alpha = of_module(about, "rank_pattern", "r", name), of_module(about, "alpha_pattern", "lora_alpha", name)
+    if rows != rank:
+        raise InputError(
+            f"{name}: lora_A has rank {rows}, but adapter_config.json says {rank}: of another model or rank"
+        )
+    return Fraction(alpha / math.sqrt(rank)) if about.get("use_rslora") else Fraction(alpha) / rank
+
+
+def pairs_by_name(tensors: dict[str, Tensor], about: dict) -> dict[str, Factors]:
+    """The tensors of a PEFT file as pairs, by PEFT's name of a matrix or of a layer's stacked experts."""
+    pairs, factors = {}, ["lora_A", "lora_B"] + (["lora_m"] if about.get("use_dora") else [])
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_([AB])\.weight", key)
-        if not match:
-            raise InputError(f"{key} cannot be read; want lora_A and lora_B of attention, router, experts")
+        match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+        factor = match and f"lora_{match[2][0]}"
+        if factor not in factors:
+            raise InputError(f"{key} cannot be read; want {' and '.join(factors)} of attention, router, experts")
         check_finite(tensor, key)
-        name = match[1].replace(".mlp.", f".{family.moe}.")  # the block's name in transformers 5 -> in the checkpoint
-        pairs.setdefault(name, {})[f"lora_{match[2]}"] = tensor.float()
+        pairs.setdefault(match[1], {})[factor] = tensor.float()
     for name, pair in pairs.items():
-        if len(pair) < 2:
-            raise InputError(f"{name} has {', '.join(pair)} alone; a damaged adapter?")
+        if len(pair) < len(factors):
+            raise InputError(f"{name} has {', '.join(pair)} alone, want {' and '.join(factors)}; a damaged adapter?")
     return pairs
 
 
@@ -185,38 +246,50 @@ def described(pair: Factors) -> str:
     return ", ".join(f"{name} {tuple(factor.shape)}" for name, factor in pair.items())
 
 
-def unstack(name: str, pair: Factors, family: Family, E: int, r: int, shapes: Shapes) -> dict[str, Factors]:
-    """Take apart the one pair that PEFT holds under transformers 5 for all experts of a layer.  -> pairs by matrix
+def unstack(
+    name: str, pair: Factors, family: Family, E: int, about: dict, shapes: Shapes
+) -> tuple[str, dict[str, Factors]]:
+    """Take apart the one pair that PEFT holds under transformers 5 for all experts of a layer.
 
     lora_A [E * r, in] has the expert outermost, lora_B [out, r * E] innermost. The shapes tell whether it adapts
     gate_up_proj (in D, out 2F) or down_proj (in F, out D): of two pairs one is named `experts`, the other, inside it,
-    `experts.base_layer`; of one alone the name says nothing. If gate and up had a pair each, the rank of their common
-    pair is 2r, and B is block-diagonal.
+    `experts.base_layer`; of one alone the name says nothing. Before PEFT 0.19, A and B have each other's place:
+    (E, out, in) was read as (E, in, out). If gate and up had a pair each, the rank of their common pair is 2r, and B is
+    block-diagonal. Otherwise gate and up share A.
+    -> the parameter that it adapts, and pairs by matrix
     """
     experts = name.removesuffix(".base_layer")
     gate_proj, up_proj, down_proj = family.projections
-    F, D = shapes.get(f"{experts}.0.{gate_proj}", (0, 0))
+    F_, D = shapes.get(f"{experts}.0.{gate_proj}", (0, 0))
     A, B = pair["lora_A"], pair["lora_B"]
-    adapts = {(D, 2 * F): "gate_up_proj", (F, D): "down_proj"}.get((A.shape[-1], B.shape[0]))
-    if not F or adapts is None or len(A) % E or B.shape[1] % E:
+    swapped = version(about) < (0, 19)  # 0.17 writes no version
+    sides = (B.shape[0], A.shape[-1]) if swapped else (A.shape[-1], B.shape[0])
+    adapts = {(D, 2 * F_): "gate_up_proj", (F_, D): "down_proj"}.get(sides)
+    if not F_ or adapts is None or len(A) % E or B.shape[1] % E:
         raise InputError(f"{name} has {described(pair)}, which is of another model")
-    A = A.unflatten(0, (E, -1))  # [E, r or 2r, in]
-    B = B.unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, r or 2r]
+    A = A.unflatten(0, (E, -1))  # [E, rank, in]
+    B = B.unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, rank]
+    if swapped:
+        A, B = B.mT, A.mT
     if adapts == "down_proj":
         parts = {down_proj: (A, B)}
     else:
-        gate, up = B.chunk(2, dim=1)  # [E, F, r or 2r] each
-        if A.shape[1] == r:
+        r = A.shape[1] // 2
+        gate, up = B.chunk(2, dim=1)  # [E, F, rank] each
+        if A.shape[1] % 2 or gate[..., r:].any() or up[..., :r].any():
             parts = {gate_proj: (A, gate), up_proj: (A, up)}
-        elif gate[..., r:].any() or up[..., :r].any():
-            raise InputError(f"{name}: gate and up were trained as one pair of rank {A.shape[1]}; want rank {r} each")
         else:
             parts = {gate_proj: (A[:, :r], gate[..., :r]), up_proj: (A[:, r:], up[..., r:])}
-    return {
+    return adapts, {
         f"{experts}.{e}.{projection}": {"lora_A": A[e], "lora_B": B[e]}
         for projection, (A, B) in parts.items()
         for e in range(E)
     }
+
+
+def version(about: dict) -> tuple[int, ...]:
+    """The version of PEFT that wrote adapter_config.json; (0,) where it says none."""
+    return tuple(int(part) for part in re.findall(r"\d+", str(about.get("peft_version") or "0"))[:2])
 
 
 def base_of(folder: str | Path) -> str | None:

@@ -8,6 +8,7 @@ Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -127,7 +128,10 @@ def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Ten
 
 @torch.no_grad()
 def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | Path) -> None:
-    """Set the trained factors of an attached model. Raises InputError, naming `source`, if one does not fit."""
+    """Set the trained factors of an attached model, but where the state is NaN (`from_peft`).
+
+    Raises InputError, naming `source`, if one does not fit.
+    """
     ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
     for name in sorted(ours.keys() ^ state.keys()):
         raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
@@ -135,7 +139,8 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
         if parameter.shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, the model wants {tuple(parameter.shape)}"
             raise InputError(f"{source}: {name} is {shapes}")
-        fill(parameter, state[name])
+        absent = state[name].isnan()
+        fill(parameter, state[name].where(~absent, full_tensor(parameter).cpu()) if absent.any() else state[name])
 
 
 # ------------------------------------------------------------------------------- matrix by matrix, and from PEFT
@@ -161,7 +166,8 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
 def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
     """PEFT's adapter as `read_adapter` gives ours. An expert is hot if one of its matrices has a pair.
 
-    What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing.
+    What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing. A magnitude of
+    DoRA that it lacks is NaN, for which `fill_factors` leaves the norm of W.
     Raises InputError if it adapts nothing, or a matrix that no value of `targets` names.
     """
     experts = [list(range(config.num_experts))] * len(config.moe_layers)
@@ -180,12 +186,15 @@ def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str,
             others.add(path)
     fitting = [name for name, paths in TARGETS.items() if others <= set(paths)]
     targets = min(fitting, key=lambda name: len(TARGETS[name]))
-    adapter = replace(every, targets=targets, hot=[sorted(ids) for ids in hot.values()])
+    kind = "dora" if found.dora else "lora"
+    adapter = replace(every, kind=kind, targets=targets, hot=[sorted(ids) for ids in hot.values()])
     shapes, state = hub_shapes(config), {}
     for module, matrices in adapted_matrices(adapter, config).items():
         fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
-        for factor, shape in (("lora_A", (found.r, fan_in)), ("lora_B", (fan_out, found.r))):
-            parts = [pairs[matrix][factor] if matrix in pairs else torch.zeros(shape) for matrix in matrices]
+        absent = {"lora_A": torch.zeros(found.r, fan_in), "lora_B": torch.zeros(fan_out, found.r)}
+        absent |= {"lora_m": torch.full((fan_out,), math.nan)} if found.dora else {}
+        for factor in absent:
+            parts = [pairs.get(matrix, absent)[factor] for matrix in matrices]
             state[f"{module}.{factor}"] = parts[0] if matrices == [module] else torch.stack(parts)
     return adapter, state
 

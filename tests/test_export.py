@@ -219,16 +219,16 @@ def linear_for_every_matrix(folder: Path) -> nn.Module:
     return tree
 
 
-@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("kind, compact", [("lora", False), ("lora", True), ("dora", True)])
 @pytest.mark.parametrize(
     "family, targets",
     [(family, "all") for family in PEFT] + [(family, "shared") for family in SHARED if family in PEFT],
 )
 def test_with_a_linear_per_expert_peft_makes_of_both_layouts_the_merged_weights(
-    family, targets, compact, make_checkpoint, tmp_path
+    family, targets, kind, compact, make_checkpoint, tmp_path
 ):
     base = make_checkpoint(family).folder
-    make_run(base, tmp_path, targets=targets)
+    make_run(base, tmp_path, kind, targets)
     want = load_file(merged(base, tmp_path, tmp_path / "merged") / "model.safetensors")
     out = peft_folder(base, tmp_path, tmp_path / "out", compact=compact)
     tree = nn.Module()
@@ -242,7 +242,8 @@ def test_with_a_linear_per_expert_peft_makes_of_both_layouts_the_merged_weights(
     layers = {name: module for name, module in tree.named_modules() if isinstance(module, peft.tuners.lora.Linear)}
     assert {f"{name}.lora_A.weight" for name in layers} == {key for key in state if "lora_A" in key}
     for name, layer in layers.items():
-        torch.testing.assert_close(layer.weight + layer.get_delta_weight("default"), want[f"{name}.weight"])
+        layer.merge()
+        torch.testing.assert_close(layer.weight, want[f"{name}.weight"])
     changed = [key for key, W in load_file(base / "model.safetensors").items() if not torch.equal(W, want[key])]
     assert {key.removesuffix(".weight") for key in changed} <= set(layers)
 
@@ -344,15 +345,21 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda about, state: about.update(use_dora=True), "use_dora is True"),
-        (lambda about, state: about.update(use_rslora=True), "use_rslora is True"),
+        (
+            lambda about, state: about.update(use_dora=True),
+            "has lora_A, lora_B alone, want lora_A and lora_B and lora_m",
+        ),
+        (lambda about, state: about.update(modules_to_save=["lm_head"]), "modules_to_save is .'lm_head'."),
         (lambda about, state: about.update(use_qalora=True), "use_qalora True: unknown"),
         (lambda about, state: about.update(arrow_config={"top_k": 2}, other=0), "arrow_config {'top_k': 2}: unknown"),
         (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
-        (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "only one rank"),
-        (lambda about, state: about.update(alpha_pattern={"q_proj": 3}), "only one rank and one alpha"),
-        (lambda about, state: about.update(rank_pattern={r".*\.gate_up_proj": 2 * R}), "only one rank and one alpha"),
+        (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "q_proj: lora_A has rank 5, but .* says 3"),
         (lambda about, state: about.update(rank_pattern=[R]), "rank_pattern is .5."),
+        (lambda about, state: about.update(rank_pattern={"q_proj": 0}), "rank_pattern is .'q_proj': 0."),
+        (
+            lambda about, state: about.update(alpha_pattern={"(q": 3}),
+            "alpha_pattern has '.q', not a regular expression",
+        ),
         (lambda about, state: about.update(r=R + 1), "of another model or rank"),
         (lambda about, state: about.pop("lora_alpha"), "not a PEFT adapter"),
         (lambda about, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
@@ -384,17 +391,6 @@ def test_an_adapter_of_peft_that_is_a_pickle_is_named_and_not_opened(tmp_path, o
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match="adapter_model.bin is a pickle, which is never opened"):
         read_any_adapter(tmp_path, read_config(olmoe.folder))
-
-
-def test_gate_and_up_that_peft_has_mixed_are_refused(olmoe, tmp_path):
-    make_run(olmoe.folder, tmp_path)
-    model = load_peft(olmoe.folder, peft_folder(olmoe.folder, tmp_path, tmp_path / "out"))
-    for name, parameter in model.named_parameters():
-        if "base_layer.lora_B" in name:
-            parameter.data += 1e-3  # as a step of training under transformers 5 does
-    model.save_pretrained(tmp_path / "again", selected_adapters=["default"])
-    with pytest.raises(InputError, match="gate and up were trained as one pair of rank 10"):
-        read_any_adapter(tmp_path / "again", read_config(olmoe.folder))
 
 
 # --------------------------------------------------------------------------------------------- the command
