@@ -8,17 +8,18 @@ Ours are of the embedded models and tasks. Runs are kept in results/runs, and ev
 An interrupted command goes on where it stopped when it is given again. paper/ holds what carries this file.
 """
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from command import cli
-from command.cli import flag, number
-from paper import params
-from paper.runner import Needed, Workplace, make, pending, plan_lines
+from command.cli import RunError, flag, number
+from command.files import writable, write_json
+from paper import fullsize, params, routing, speed
+from paper.page import Section, write_page
+from paper.runner import Needed, Workplace, add, commands, duration, make, pending, plan_line
 from paper.runs import Records
-from paper.tables import SCALES, Column, Row, Table
+from paper.tables import SCALES, Column, Row, Scale, Table
 
 # ------------------------------------------------------------------------------------- the tables, as the paper prints
 
@@ -26,10 +27,11 @@ MATH = Column("GSM8K", "math", "accuracy")
 CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}") for k in (1, 5, 10))
 SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate")
 ALL = (MATH, *CODE, SAFE)
+OVER_REFUSAL = Column("Refusals of harmless requests", "safety", "over-refusal, lori")
 
 METHODS = Table(
     "Table 2: methods on three tasks, OLMoE-1B-7B",
-    columns=ALL,
+    columns=(*ALL, OVER_REFUSAL),
     seeds=5,
     rows=(
         Row("FFT", {"method": "fft"}, (27.64, 16.4, 21.04, 22.38, 97.32), "LoRA"),
@@ -138,59 +140,126 @@ TABLES = {
 
 # --------------------------------------------------------------------------------------------------------- the command
 
-POSITIVE = number(int, 1)
+FIGURES = {
+    "params": lambda out, may_run: params.section(),
+    "table6": lambda out, may_run: speed.table6(out),
+    "fig1": routing.figure1,
+    "fig3": routing.figure3,
+    "fig4": lambda out, may_run: routing.figure4(out),
+    "fig5": lambda out, may_run: speed.figure5(out),
+    "fig6": routing.figure6,
+}
+ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "topup", "fig1", "fig3", "fig4", "fig5", "fig6")
 QUICK = {"steps": 20}
 QUICK_LIMIT, QUICK_SEEDS = 50, 2
+CODE_SAMPLES = 10  # of a problem of tiny-code: pass@10 needs as many; the paper has 20
+POSITIVE = number(int, 1)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The flags of every table."""
+    """The flags of every table and figure."""
 
     seeds: int | None = flag(None, "runs of each cell (default: 5 for Tables 2, 4 and 7, else 3)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
-    quick: bool = flag(False, "short runs, 2 seeds and 50 problems: shows that it works; kept apart, in runs/quick")
-    dry_run: bool = flag(False, "say what would run and how long it would take")
+    quick: bool = flag(False, "20 steps, 2 seeds, 50 problems: shows that it works; kept apart, in runs/quick")
+    dry_run: bool = flag(False, "print the commands that would run, and how long they take")
     no_run: bool = flag(False, "print what the finished runs say")
-    out: str | None = flag(None, "folder of runs and figures (default: results)", metavar="DIR")
+    scale: str = flag("tiny", "the embedded models and tasks, or the paper's", choices=list(SCALES))
+    model: str | None = flag(None, "a checkpoint in place of the scale's", metavar="DIR")
+    data: str | None = flag(None, "folder of files TASK-train.* and TASK-test.*, as for --train-data", metavar="DIR")
+    processes: int | None = flag(None, "of each run, by torchrun (default: 1; --scale paper: 2)", type=POSITIVE)
+    out: str | None = flag(None, "folder of runs and figures (default: results, or runs/SCALE)", metavar="DIR")
+    json: str | None = flag(None, "where to write the rows", metavar="FILE")
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
 
+    @property
+    def models_and_tasks(self) -> Scale:
+        scale = SCALES[self.scale]
+        return scale._replace(olmoe=self.model, mixtral=self.model) if self.model else scale
 
-def tables(names: list[str], argv: list[str]) -> None:
-    """Make the runs of some tables that are not there yet, and print the tables."""
-    settings = cli.parse(Settings, argv, prog=f"reproduce.py {names[0] if len(names) == 1 else 'all'}")
-    out = Path(settings.out or ("runs/quick" if settings.quick else "results"))
-    records = Records(out / "runs", limit=QUICK_LIMIT if settings.quick else None, samples=10)
-    needed = merged([needed_by(TABLES[name], settings) for name in names])
-    left = pending(needed, records)
-    cli.say(*plan_lines(left, records, settings.jobs))
+    @property
+    def folder(self) -> Path:
+        is_result = self.scale == "tiny" and not self.quick and not self.model
+        return Path(self.out or ("results" if is_result else f"runs/{'quick' if self.quick else self.scale}"))
+
+    @property
+    def changes(self) -> dict:
+        """Fields of every run that --quick sets."""
+        return QUICK if self.quick else {}
+
+    def number_of_seeds(self, table: Table) -> int:
+        return self.seeds or (QUICK_SEEDS if self.quick else table.seeds)
+
+    def workplace(self) -> Workplace:
+        limit, samples = (QUICK_LIMIT if self.quick else None), (CODE_SAMPLES if self.scale == "tiny" else None)
+        processes = self.processes or (2 if self.scale == "paper" else 1)
+        records = Records(self.folder / "runs", self.data, limit, samples)
+        place = Workplace(records, Path("runs/reproduce"), self.jobs, processes, self.allow_code_execution)
+        if self.scale == "paper":
+            place.saving = lambda run: fullsize.plan(run, processes)[0]
+        return place
+
+
+def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
+    """Make the runs that some tables lack, print tables and figures, and for all of them write the page."""
+    name = names[0] if len(names) == 1 else "all"
+    about = "The paper's numbers beside ours; a table's runs are made first."
+    settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=about)
+    out = settings.json and writable(settings.json)
+    place, scale, needed = settings.workplace(), settings.models_and_tasks, {}
+    for table in (TABLES[name] for name in names if name in TABLES):
+        add(needed, table.needed(scale, settings.number_of_seeds(table), **settings.changes))
+    needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
     if settings.dry_run:
-        cli.say(*(run.title for run in left))
-    elif not settings.no_run and left:
-        options = {"jobs": settings.jobs, "allow_code_execution": settings.allow_code_execution}
-        make(left, Workplace(records, Path("runs/reproduce"), **options))
+        dry_run(needed, place, settings)
+        return []
+    left = pending(needed, place.records)
+    if needed:
+        cli.say(plan_line(left, place.records, settings.jobs))
+    failed = {} if settings.no_run else make(left, place)
+    sections = [section(name, settings, place) for name in names]
+    for each in sections:
+        cli.say(*each.text())
+    if out:
+        write_json(out, [row for each in sections for row in each.rows])
+    if name == "all":
+        made = [sum(record["seconds"].values()) for record in place.records]
+        write_page(settings.folder, sections, f"{len(made)} runs took {duration(sum(made))} of one worker")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
+    return sections
 
 
-def needed_by(table: Table, settings: Settings) -> Needed:
-    seeds = settings.seeds or (QUICK_SEEDS if settings.quick else table.seeds)
-    return table.needed(SCALES["tiny"], seeds, **(QUICK if settings.quick else {}))
+def section(name: str, settings: Settings, place: Workplace) -> Section:
+    """A table or a figure from what has been run."""
+    if name in FIGURES:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        return FIGURES[name](settings.folder, may_run=not settings.no_run)
+    table = TABLES[name]
+    seeds, scores = settings.number_of_seeds(table), place.records.scores
+    return table.section(settings.models_and_tasks, seeds, scores, **settings.changes)
 
 
-def merged(parts: list[Needed]) -> Needed:
-    """The runs of several tables, each once, all of one seed before the next."""
-    found: Needed = {}
-    for part in parts:
-        for run, tasks in part.items():
-            found[run] = found.get(run, set()) | tasks
-    return dict(sorted(found.items(), key=lambda item: item[0].seed))
+def dry_run(needed: Needed, place: Workplace, settings: Settings) -> None:
+    """Print the commands and how long they take; for the real models also the memory."""
+    paper = settings.scale == "paper"
+    left = needed if paper else pending(needed, place.records)
+    for run, tasks in left.items():
+        cli.say(*commands(run, tasks, place))
+        if paper and run.method != "base":
+            cli.say(f"# {fullsize.plan(run, place.processes)[1]}, {fullsize.hours(run):.2f} h")
+    if paper:
+        cli.say(f"# {len(left)} runs, {sum(map(fullsize.hours, left)):.1f} hours. {fullsize.ASSUMPTION}")
+    else:
+        cli.say(f"# {plan_line(left, place.records, settings.jobs)}")
 
 
-COMMANDS = {"params": params.params, **{name: partial(tables, [name]) for name in TABLES}}
-COMMANDS["all"] = partial(tables, list(TABLES))
+COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}
+COMMANDS |= {"params": params.params, "all": partial(reproduce, ORDER)}
 
 
 def main(argv: list[str] | None = None) -> object:
-    argv = sys.argv[1:] if argv is None else argv
     name, flags = cli.subcommand("reproduce.py", COMMANDS, argv, __doc__)
     return COMMANDS[name](flags)
 

@@ -16,6 +16,7 @@ from command.files import writable, write_json
 from hub.config import PRESETS
 from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
+from paper.page import Section, grid
 from routing.advice import without_weights
 from run.methods import METHODS, Recipe
 
@@ -124,27 +125,34 @@ class ParamsSettings:
     json: str | None = cli.flag(None, "where to write the rows", metavar="FILE")
 
 
-def params(argv: list[str]) -> list[dict]:
+def section() -> Section:
     """Trainable parameters of every method and variant in the paper's tables, beside what they print."""
-    settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
-    out = settings.json and writable(settings.json)
     sizes = {row[1:5]: size(MoEConfig.from_dict(PRESETS[row.model]), *row[2:5]) for row in ROWS}
-    rows, line = [], "{:5}  {:17}  {:9}  {:>3}  {:7}  {:>13}  {:>8}  {:>6}  {:>13}  {:>14}".format
-    cli.say(line(*HEADS))
+    rows, shown = [], []
     for row in ROWS:
         counted, known = sizes[row[1:5]], "-" if row.paper is None else f"{row.paper:g}"
         known = f"{row.millions:.1f}M" if row.millions else known
         counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
         trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
-        cli.say(line(row.table, row.model, row.method, row.k or "all", row.targets or "-", *trained))
+        shown.append([row.table, row.model, row.method, str(row.k or "all"), row.targets or "-", *trained])
         about = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
         rows.append(about | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
         rows[-1]["paper_millions"] = row.millions
-    cli.say(CONVENTION)
+    lines = [*grid(HEADS, shown), "", f"{CONVENTION}.", ""]
     for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
         ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
         share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
-        cli.say(f"{model}: HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})")
+        said = f"HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})"
+        lines.append(f"- {model}: {said}")
+    return Section("What trains: the sizes in Tables 2, 3, 5 and 7", lines, rows)
+
+
+def params(argv: list[str]) -> list[dict]:
+    """The command: print the section.  -> its rows"""
+    settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
+    out = settings.json and writable(settings.json)
+    found = section()
+    cli.say(*found.lines)
     if out:
-        write_json(out, rows)
-    return rows
+        write_json(out, found.rows)
+    return found.rows

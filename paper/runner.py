@@ -9,13 +9,14 @@ with the last process that holds it, however it ends.
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,12 @@ POLL = 5  # seconds between looks at a run that another process makes
 TRAIN_SECONDS, EVALUATE_SECONDS = 240, {"tiny-math": 60, "tiny-code": 400, "tiny-safety": 60}
 
 Needed = dict[Run, set[str]]  # a run, and the tasks that it is scored on
+
+
+def add(needed: Needed, more: Needed) -> None:
+    """Put the runs of another table to those that are needed."""
+    for run, tasks in more.items():
+        needed[run] = needed.get(run, set()) | tasks
 
 
 def pending(needed: Needed, records: Records) -> Needed:
@@ -84,15 +91,14 @@ class Workplace:
     jobs: int = 1
     processes: int = 1  # of torchrun for each run
     allow_code_execution: bool = False
+    saving: Callable[[Run], list[str]] = lambda run: []  # flags of train.py with which a run fits into memory
     stopped: threading.Event = field(default_factory=threading.Event)
     children: set[subprocess.Popen] = field(default_factory=set)
 
-    def command(self, script: str, arguments: Iterable[str]) -> list[str]:
-        """The command line of a script of ours."""
-        start = [sys.executable]
-        if self.processes > 1:
-            start += ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
-        return [*start, str(ROOT / script), *arguments]
+    def typed(self, script: str, arguments: Iterable[str]) -> str:
+        """The command line of a script of ours as a user types it."""
+        start = f"torchrun --nproc_per_node {self.processes}" if self.processes > 1 else "python"
+        return f"{start} {script} {shlex.join(arguments)}"
 
     def stop(self) -> None:
         """Ask the children to end. train.py ends after its step, with a checkpoint."""
@@ -100,9 +106,12 @@ class Workplace:
         for child in list(self.children):
             child.terminate()
 
-    def call(self, command: list[str], log: Path, lock: IO) -> float:
-        """Run a command, its output appended to `log`.  -> seconds. Raises RunError with its last line if it fails."""
-        began = time.perf_counter()
+    def call(self, script: str, arguments: list[str], log: Path, lock: IO) -> float:
+        """Run a script of ours, its output appended to `log`.  -> seconds. Raises RunError if it fails."""
+        began, start = time.perf_counter(), [sys.executable]
+        if self.processes > 1:
+            start += ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
+        command = [*start, str(ROOT / script), *arguments]
         with log.open("a", encoding="utf-8") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "pass_fds": [lock.fileno()]}
             child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
@@ -113,7 +122,7 @@ class Workplace:
         self.children.discard(child)
         if status:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-            raise RunError(f"{Path(command[1]).name} ended with status {status}: {' '.join(last)} (see {log})")
+            raise RunError(f"{script} ended with status {status}: {' '.join(last)} (see {log})")
         return time.perf_counter() - began
 
 
@@ -143,21 +152,21 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
         writable(records.path(run))
         seconds, scored = {}, {}
         if run.method != "base" and not (folder / "result.json").is_file():
-            options = ["--save-every", str(SAVE_EVERY), "--resume"]
-            arguments = run.train_flags(str(folder), records.data) + options
-            seconds["train"] = place.call(place.command("train.py", arguments), log, lock)
+            arguments = [*run.train_flags(str(folder), records.data), *place.saving(run)]
+            arguments += ["--save-every", str(SAVE_EVERY), "--resume"]
+            seconds["train"] = place.call("train.py", arguments, log, lock)
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             shutil.rmtree(folder / "stage-d", ignore_errors=True)
         for task in sorted(tasks):
             source, scored[task] = run.model if run.method == "base" else str(folder), folder / f"evaluation-{task}"
             arguments = records.evaluate_flags(run, source, task, str(scored[task]))
             arguments += ["--allow-code-execution"] if place.allow_code_execution else []
-            seconds[f"evaluate {task}"] = place.call(place.command("evaluate.py", arguments), log, lock)
+            seconds[f"evaluate {task}"] = place.call("evaluate.py", arguments, log, lock)
         return summarize(run, records, folder, seconds, scored)
 
 
-def make(needed: Needed, place: Workplace) -> None:
-    """Make runs, `place.jobs` at a time, in their order. Raises RunError at the end if some failed.
+def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
+    """Make runs, `place.jobs` at a time, in their order.  -> what went wrong in those that failed
 
     An interruption stops them after their current step.
     """
@@ -193,8 +202,7 @@ def make(needed: Needed, place: Workplace) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         pool.shutdown()
-    if failed:
-        raise RunError(f"{len(failed)} of {total} runs failed; the first: {next(iter(failed.values()))}")
+    return failed
 
 
 def described(run: Run, record: dict) -> str:
@@ -208,10 +216,19 @@ def headline(found: dict) -> float:
     return next(iter(found.values()))
 
 
-def plan_lines(needed: Needed, records: Records, jobs: int) -> Iterator[str]:
+def plan_line(needed: Needed, records: Records, jobs: int) -> str:
     """What is to be done, in words, before it begins."""
     if not needed:
-        yield "every run is finished already"
-        return
+        return "every run is finished already"
     spent = duration(expected_seconds(needed, records) / jobs)
-    yield f"{len(needed)} runs to make, {jobs} at a time: about {spent}"
+    return f"{len(needed)} runs to make, {jobs} at a time: about {spent}"
+
+
+def commands(run: Run, tasks: set[str], place: Workplace) -> Iterator[str]:
+    """The command lines of a run, with a folder named by its title."""
+    out = str(place.scratch / run.title)
+    if run.method != "base":
+        yield place.typed("train.py", [*run.train_flags(out, place.records.data), *place.saving(run)])
+    for task in sorted(tasks):
+        source = run.model if run.method == "base" else out
+        yield place.typed("evaluate.py", place.records.evaluate_flags(run, source, task, f"{out}/evaluation-{task}"))

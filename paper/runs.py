@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import data
-from command.files import write_json
+from command.cli import InputError
+from command.files import write_text
 from hub.checkpoint import resolve
 from run.folder import MAY_CHANGE, read_json
 from run.settings import Settings, parse_settings
@@ -57,9 +58,9 @@ class Run:
 
 
 def flags(given: dict) -> list[str]:
-    """{"train_data": "x"} as ["--train-data", "x"], without what is None."""
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None]
-    return [part for pair in pairs for part in pair]
+    """{"train_data": "x", "resume": True} as ["--train-data", "x", "--resume"], without what is None."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in given.items() if value is not None}
+    return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
 
 
 def data_file(folder: str | None, task: str, split: str) -> str | None:
@@ -138,8 +139,10 @@ class Records:
 
         A setting that the record does not name is newer than the record, and had no effect then.
         """
-        record = read_json(self.path(run))
-        now = decisive_settings(run)
+        try:
+            record, now = read_json(self.path(run)), decisive_settings(run)
+        except InputError:  # the model or the data is not here, and so no run of it
+            return None
         if not record or any(now.get(name) != value for name, value in record["settings"].items()):
             return None
         return record
@@ -179,7 +182,8 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     }
     for task, out in scored.items():
         record["scores"][task] = score(read_json(out / "score.json")) | {"evaluation": records.evaluated(task)}
-    write_json(records.path(run), record)
+    lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
+    write_text(records.path(run), "{\n" + ",\n".join(lines) + "\n}\n")
     return record
 
 
@@ -197,4 +201,4 @@ def loss_curve(log: Path) -> list[list[float]]:
     losses = [json.loads(line)["loss"] for line in log.read_text(encoding="utf-8").splitlines()]
     every = max(1, -(-len(losses) // LOSSES))
     steps = sorted({*range(1, len(losses) + 1, every), len(losses)})
-    return [[step, losses[step - 1]] for step in steps]
+    return [[step, losses[step - 1] and round(losses[step - 1], 4)] for step in steps]  # None: skipped

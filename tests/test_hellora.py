@@ -98,6 +98,21 @@ def test_random_is_seeded_blind_to_counts_and_of_the_right_size():
     assert (first.sum(-1) == 8).all()
 
 
+@pytest.mark.parametrize("k", [1, 4, 5])
+def test_topped_up_experts_are_half_of_the_hottest_and_random_ones_from_outside_them(k):
+    scores = torch.tensor([[5, 9, 1, 0, 7, 3, 8, 2, 4, 6, 11, 10]] * 30)
+    by_score = [10, 11, 1, 6, 4]
+    found = hellora.select_experts("topup", scores, k, seed=7)
+    assert found.sum(-1).tolist() == [k] * 30
+    for row in found:
+        ids = set(row.nonzero().flatten().tolist())
+        assert set(by_score[: k // 2]) <= ids
+        assert not ids & set(by_score[k // 2 : k])
+    assert len({tuple(row.tolist()) for row in found}) > 2  # layers draw on their own
+    assert torch.equal(found, hellora.select_experts("topup", scores, k, seed=7))
+    assert not torch.equal(found, hellora.select_experts("topup", scores, k, seed=8))
+
+
 @pytest.mark.parametrize(
     "policy, counts, num_hot, coverage, says",
     [

@@ -10,6 +10,7 @@ import pytest
 
 import evaluate
 import hellora
+import reproduce
 import train
 from benchmarks import plan
 from hub.config import FAMILIES
@@ -36,7 +37,7 @@ def commands(page: str) -> list[tuple[str, str]]:
 
 
 COMMANDS = [command for page in PAGES.values() for command in commands(page)]
-SUBCOMMANDS = {"advise", "compare", "generate", "load", "params", "plan", "step"}
+SUBCOMMANDS = {"advise", "compare", "generate", "load", "plan", "step", *reproduce.COMMANDS}
 WITH_SUBCOMMAND = [(script, *SUBCOMMANDS & set(rest.split()[:1]), rest) for script, rest in COMMANDS]
 
 
@@ -111,6 +112,7 @@ def test_every_method_policy_task_and_family_is_described():
         "docs/methods.md": (*METHODS, *hellora.POLICIES, *hellora.TARGETS),
         "docs/tasks.md": RECIPES,
         "docs/models.md": FAMILIES,
+        "docs/reproduce.md": reproduce.COMMANDS,
     }
     for page, names in described.items():
         assert not [name for name in names if f"`{name}`" not in PAGES[page]], page

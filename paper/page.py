@@ -1,0 +1,75 @@
+"""A section of the results: a title, lines of Markdown, and the same numbers as rows for JSON."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from command.files import write_text
+from paper.verdicts import RULE, Estimate
+
+
+class Section(NamedTuple):
+    """A table or a figure of the paper, as printed and as kept."""
+
+    title: str
+    lines: list[str]  # Markdown
+    rows: list[dict]  # the numbers
+
+    def text(self) -> list[str]:
+        """The section as Markdown."""
+        return [f"## {self.title}", "", *self.lines, ""]
+
+
+def grid(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A Markdown table, padded so that it also reads in a terminal. Numbers stand to the right."""
+    table = [list(heads), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = [True] + [not any(row[i].lstrip("+-")[:1].isdigit() for row in table[1:]) for i in range(1, len(widths))]
+    align = [f"{{:{'<' if is_left else '>'}{width}}}" for is_left, width in zip(left, widths, strict=True)]
+    ruler = ["-" * width if is_left else "-" * (width - 1) + ":" for is_left, width in zip(left, widths, strict=True)]
+    lines = [[cell.format(text) for cell, text in zip(align, row, strict=True)] for row in table]
+    return ["| " + " | ".join(line) + " |" for line in [lines[0], ruler, *lines[1:]]]
+
+
+def mean_text(found: Estimate | None, form: str = ".1f", missing: str = "not run") -> str:
+    """47.6 ± 1.2 (5): mean, half width of the 95 % interval, number of values."""
+    if found is None:
+        return missing
+    return f"{found.mean:{form}}{'' if found.half is None else f' ± {found.half:.1f}'} ({found.n})"
+
+
+def number_text(value: float | None, form: str = ".2f") -> str:
+    """A number, or - if there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
+# ---------------------------------------------------------------------------------------------------- the whole page
+
+
+def write_page(out: Path, sections: list[Section], made: str) -> None:
+    """OUT/README.md: all tables and figures, the rule of the verdicts, and how they were made.
+
+    made: how many runs there are, and the time they took.
+    """
+    cores, torch_ = os.cpu_count(), torch.__version__
+    lines = [
+        "# The paper's tables and figures, beside ours", "",
+        "Written by `python reproduce.py all`. Ours are of the embedded models and tasks, which stand for the paper's: "
+        "they show whether a difference goes the same way, not how large it is. Each run is a file of `runs/`. "
+        f"{made}. Printed on {cores} CPU cores with torch {torch_}.", "",
+        f"47.6 ± 1.2 (5) is a mean, its 95 % t-interval, and the number of seeds. {RULE}", "",
+        "MoE-Sieve is an independent study at full size ([published](published/README.md)).", "",
+        *(f"- [{each.title}](#{anchor(each.title)})" for each in sections), "",
+    ]  # fmt: skip
+    for each in sections:
+        lines += each.text()
+    write_text(out / "README.md", "\n".join(lines).rstrip() + "\n")
+
+
+def anchor(title: str) -> str:
+    """A heading's name in a link."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")

@@ -1,0 +1,70 @@
+"""Means with intervals over seeds, and the verdict on a difference that the paper reports.
+
+estimate([47.1, 48.0, 46.5])                      # Estimate(mean=47.2, half=1.88, n=3): 47.2 +- 1.88
+verdict([-4.9, -4.1, -5.3], claimed=+3.12)        # "opposite direction"
+"""
+
+import math
+from statistics import mean, stdev
+from typing import NamedTuple
+
+LEAST_SEEDS = 3
+RULE = (
+    f"The verdict looks at the differences from the compared row, paired by seed, and at their 95 % t-interval. If the "
+    f"interval holds zero, or there are fewer than {LEAST_SEEDS} seeds, it is *undecided*. Otherwise it is *same "
+    f"direction* or *opposite direction* as the difference of the paper's values, or, where the paper has no value, "
+    f"*higher* or *lower*. Seeds change the training; the test problems stay the same."
+)
+
+
+class Estimate(NamedTuple):
+    """A mean, and half the width of its 95 % interval; None for a single value."""
+
+    mean: float
+    half: float | None
+    n: int
+
+
+def estimate(values: list[float]) -> Estimate | None:
+    """mean +- t s / sqrt(n) with the 97.5th percentile t of Student's distribution; None without values."""
+    if not values:
+        return None
+    n = len(values)
+    return Estimate(mean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None, n)
+
+
+def verdict(differences: list[float], claimed: float | None) -> str:
+    """What the paired differences of a row say about the difference that is claimed (`RULE`)."""
+    found = estimate(differences)
+    if found is None:
+        return "not run"
+    if found.n < LEAST_SEEDS or abs(found.mean) <= found.half:
+        return "undecided"
+    if not claimed:  # not printed, or printed as equal
+        return "higher" if found.mean > 0 else "lower"
+    return "same direction" if found.mean * claimed > 0 else "opposite direction"
+
+
+def t_quantile(df: int) -> float:
+    """The t with P(|T| < t) = 0.95 for Student's T with `df` degrees of freedom, by bisection."""
+    low, high = 0.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_inside(middle, df) < 0.95 else (low, middle)
+    return low
+
+
+def t_inside(t: float, df: int) -> float:
+    """P(|T| < t) for a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+    With theta = atan(t / sqrt(df)): for odd df 2/pi (theta + sin cos (1 + 2/3 cos^2 + 2/3 4/5 cos^4 + ...)), for even
+    df sin (1 + 1/2 cos^2 + 1/2 3/4 cos^4 + ...), up to the power df - 3 or df - 2 of the cosine.
+    """
+    theta, odd = math.atan(t / math.sqrt(df)), df % 2
+    term, total = 1.0, 0.0
+    for i in range(df // 2):
+        total += term
+        term *= (2 * i + 1 + odd) / (2 * i + 2 + odd) * math.cos(theta) ** 2
+    if odd:
+        return 2 / math.pi * (theta + math.sin(theta) * math.cos(theta) * total)
+    return math.sin(theta) * total

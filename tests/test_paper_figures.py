@@ -1,0 +1,73 @@
+"""Figures and speed tables of reproduce.py: numbers against plainer formulas and printed values, pictures drawn."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+import reproduce
+from paper import routing, speed
+
+OUT = ("fig1", "fig3", "fig4", "fig5", "fig6")
+
+
+@pytest.fixture(scope="module")
+def sections(tmp_path_factory):
+    """The sections without any run, and the folder with their pictures."""
+    out = tmp_path_factory.mktemp("results")
+    steps = []
+    for batch, repeats in ((8, 3), (32, 4)):
+        for name, pace in (("floor", 1.0), ("lora", 2.0), ("hellora", 1.6), ("peft-all", 5.0)):
+            turns = [pace * (1 + 0.01 * turn) for turn in range(repeats * max(1, 32 // batch))]
+            about = {"samples_per_s": batch / pace, "over_floor": 1 / pace, "peak_bytes": int(pace * 1e9)}
+            steps.append({"name": name, "batch": batch, "seconds": turns} | about)
+    (out / "step.json").write_text(json.dumps(steps))
+    names = ("table6", *OUT)
+    found = {name: reproduce.FIGURES[name](out, may_run=False) for name in names}
+    return found | {"folder": out}
+
+
+def test_every_figure_is_drawn_and_linked(sections):
+    for name in OUT:
+        assert (sections["folder"] / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert any(f"]({name}.png)" in line for line in sections[name].lines)
+
+
+def test_the_flops_saved_are_those_of_the_formula_on_the_published_counts(sections):
+    """Per token and layer of OLMoE-1B-7B at rank 32: attention 524,288, router 67,584, an expert 294,912 parameters."""
+    experts, others = 8 * 294_912, 524_288 + 67_584
+    for row in sections["fig1"].rows[:4]:
+        counts = routing.real(routing.OLMOE[row["name"].removeprefix("OLMoE, ")]).counts.tolist()
+        covered = statistics.mean(sum(sorted(layer)[-8:]) / sum(layer) for layer in counts)
+        assert row["top"] == pytest.approx(100 * covered)
+        assert row["flops saved"] == pytest.approx(100 * (1 - covered) * experts / (experts + others))
+
+
+def test_the_skew_of_olmoe_is_what_moe_sieve_prints(sections):
+    rows = {row["name"]: row for row in sections["fig1"].rows}
+    row, counts = rows["OLMoE, GSM8K"], routing.real("olmoe-gsm8k").counts.double()
+    by_layer = [statistics.pstdev(layer) / statistics.mean(layer) for layer in counts.tolist()]
+    assert row["cv"] == pytest.approx(statistics.mean(by_layer))
+    assert 4.0 <= round(row["cv over global"], 1) <= 4.9
+    assert "does not hold" in " ".join(sections["fig1"].lines)  # more than 50 % in layer 7
+    masses = {row["name"]: row["mean"] for row in sections["fig3"].rows if "quarter" in row}
+    assert masses["OLMoE, GSM8K"] > 0.92
+    assert masses["DeepSeekMoE, GSM8K"] == pytest.approx(0.646, abs=0.03)
+
+
+def test_what_was_not_counted_says_so(sections):
+    assert sum("not run" in line for line in sections["fig3"].lines) == 2
+    assert sum("not run" in line for line in sections["fig6"].lines) == 2
+
+
+def test_a_speed_is_compared_with_lora_in_the_same_turns(sections):
+    rows = {(row["batch"], row["row"]): row for row in sections["table6"].rows}
+    found = rows[8, "hellora"]
+    assert found["over_lora"].mean == pytest.approx(100 * (2.0 / 1.6 - 1))
+    assert found["over_lora"].n == 3
+    assert (found["verdict"], rows[8, "peft-all"]["verdict"]) == ("same direction", "lower")
+    assert (rows[8, "floor"]["verdict"], rows[8, "dora"]["verdict"]) == ("-", "not run")
+    assert found["paper_over_lora"] == pytest.approx(82.76, abs=0.01)  # 19.08 / 10.44
+    assert math.isclose(rows[32, "hellora"]["over_floor"], 1 / 1.6)
+    assert speed.speeds(sections["folder"] / "none.json", 8) == {}

@@ -1,0 +1,258 @@
+"""The runs of reproduce.py: found again by what decides them, made once, gone on with, at both scales."""
+
+import importlib
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import with_tokenizer
+
+import evaluate
+import reproduce
+from command.cli import RunError
+from paper import fullsize, runner, runs
+from paper.runner import Workplace, locked, make, pending
+from paper.runs import Records, Run
+from paper.tables import SCALES
+from run import methods
+from run.settings import parse_settings
+
+ROOT = Path(__file__).parent.parent
+RUN = Run("tiny-math", "hellora", seed=3, k=4)
+
+
+@pytest.fixture
+def contents(monkeypatch) -> dict[str, str]:
+    """Digests of models and data, made up: {"tiny": ..., "tiny-math train": ..., "tiny-math test": ...}"""
+    found = {}
+    monkeypatch.setattr(runs, "model_content", lambda model: {"weights": found.get(model, "w")})
+    monkeypatch.setattr(runs, "data_content", lambda task, split, path: found.get(f"{task} {split}", "d"))
+    return found
+
+
+def finish(run: Run, records: Records, **scores: float) -> None:
+    """Write the record of a run as if it had been made."""
+    tasks = {task.replace("_", "-"): accuracy for task, accuracy in scores.items()}
+    found = {task: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(task)} for task, a in tasks.items()}
+    about = {"settings": runs.decisive_settings(run), "scores": found, "seconds": {"train": 90.0}}
+    records.folder.mkdir(parents=True, exist_ok=True)
+    records.path(run).write_text(json.dumps({"run": vars(run)} | about))
+
+
+# --------------------------------------------------------------------------------------------- what decides a run
+
+
+@pytest.mark.parametrize("changed", ["tiny", "tiny-math train"])
+def test_a_run_on_another_model_or_other_training_data_is_another_run(changed, contents, tmp_path):
+    records = Records(tmp_path)
+    finish(RUN, records, tiny_math=0.5)
+    assert records.scores(RUN, "tiny-math")["accuracy"] == 0.5
+    contents[changed] = "another"
+    assert records.read(RUN) is None
+    contents[changed] = "w" if changed == "tiny" else "d"
+    assert records.read(RUN)
+
+
+def test_other_test_problems_or_another_number_of_them_ask_for_a_new_score_of_the_same_run(contents, tmp_path):
+    records = Records(tmp_path)
+    finish(RUN, records, tiny_math=0.5)
+    contents["tiny-math test"] = "another"
+    assert records.read(RUN)
+    assert records.scores(RUN, "tiny-math") is None
+    contents.clear()
+    assert replace(records, limit=20).scores(RUN, "tiny-math") is None
+    assert replace(records, samples=5).scores(RUN, "tiny-math")  # the number of samples counts for code alone
+    assert records.scores(RUN, "tiny-safety") is None
+
+
+@pytest.mark.parametrize("field", ["task", "method", "seed", "k", "experts", "targets", "steps", "model"])
+def test_every_field_of_a_run_decides_it(field, contents, tmp_path):
+    other = {"task": "tiny-code", "method": "hellori-d", "seed": 4, "k": 5, "experts": "cold", "targets": "gate"}
+    other |= {"steps": 7, "model": "another"}
+    assert Records(tmp_path).name(RUN) != Records(tmp_path).name(replace(RUN, **{field: other[field]}))
+
+
+def test_another_recipe_of_the_task_is_another_run(contents, tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    finish(RUN, records, tiny_math=0.5)
+    monkeypatch.setitem(methods.RECIPES, "tiny-math", replace(methods.RECIPES["tiny-math"], lr=0.5))
+    runs.decisive_settings.cache_clear()
+    assert records.read(RUN) is None
+    monkeypatch.undo()
+    runs.decisive_settings.cache_clear()
+
+
+def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a_changed_one_does(contents, tmp_path):
+    records = Records(tmp_path)
+    finish(RUN, records, tiny_math=0.5)
+    record = json.loads(records.path(RUN).read_text())
+    del record["settings"]["clip"]
+    records.path(RUN).write_text(json.dumps(record))
+    assert records.read(RUN)
+    record["settings"]["clip"] = 0.5
+    records.path(RUN).write_text(json.dumps(record))
+    assert records.read(RUN) is None
+
+
+# ------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
+    records, models, seen = Records(tmp_path, limit=9, samples=10), SCALES[scale], set()
+    for table in reproduce.TABLES.values():
+        for run, tasks in table.needed(models, 2).items():
+            if run.method != "base":
+                given = [*run.train_flags("out"), *fullsize.plan(run, 2)[0]] if scale == "paper" else None
+                settings = parse_settings(given or run.train_flags("out"))
+                assert (settings.method, settings.seed, settings.model) == (run.method, run.seed, run.model)
+                assert settings.k == run.k
+            for task in tasks:
+                read = evaluate.read_settings(records.evaluate_flags(run, "tiny", task, "out"))
+                assert (read.task, read.limit, read.seed) == (task, 9, run.seed)
+                assert read.samples == (10 if read.benchmark == "humaneval" else None)
+            seen.add(run)
+    assert len({run.title for run in seen}) == len(seen)  # no two share a folder in --dry-run
+
+
+def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
+    reproduce.main(["table7", "--dry-run", "--seeds", "3", "--out", str(tmp_path)])
+    said = capsys.readouterr().out.splitlines()
+    seeds = [line.split("--seed ")[1].split()[0] for line in said if " train.py " in line]
+    assert seeds == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
+    assert said[-1].startswith("# 12 runs to make, 1 at a time: about ")
+
+
+def test_hours_of_the_real_models_follow_the_papers_speed():
+    run = Run("gsm8k", "hellora", model="allenai/OLMoE-1B-7B-0924")
+    assert fullsize.hours(run) == pytest.approx(3 * 7473 / 19.08 / 3600)
+    assert fullsize.hours(replace(run, method="hellori-s")) == pytest.approx(2 * 3 * 7473 / 19.07 / 3600)
+    mixtral = fullsize.hours(replace(run, model="mistralai/Mixtral-8x7B-v0.1"))
+    assert mixtral / fullsize.hours(run) == pytest.approx(12.880 / 1.282, rel=1e-3)  # billions of active parameters
+
+
+# --------------------------------------------------------------------------------------------------- making runs
+
+
+class Inline:
+    """A pool that does its work at once, in this thread: train.py handles signals, which only the main thread can."""
+
+    def __init__(self, jobs: int) -> None:
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except RunError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **options) -> None:
+        pass
+
+
+@pytest.fixture
+def inline(monkeypatch, tmp_path, make_checkpoint) -> list[str]:
+    """reproduce.py in this process, in a folder with small models.  -> the scripts that were called"""
+    called = []
+
+    def call(self, script, arguments, log, lock) -> float:
+        called.append(script)
+        importlib.import_module(script.removesuffix(".py")).main(arguments)
+        return 2.0
+
+    monkeypatch.setattr(Workplace, "call", call)
+    monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(runner, "POLL", 0)
+    monkeypatch.setattr(reproduce, "QUICK", {"steps": 2})
+    monkeypatch.setattr(reproduce, "QUICK_LIMIT", 3)
+    monkeypatch.chdir(tmp_path)
+    for family, sizes in (("olmoe", {}), ("mixtral", {"intermediate_size": 40})):  # rank 32 must fit
+        make_checkpoint(family, **sizes).hf.save_pretrained(tmp_path / family)
+        with_tokenizer(tmp_path / family)
+    return called
+
+
+def test_a_quick_table_is_made_once_and_an_interrupted_one_goes_on(inline, capsys, monkeypatch):
+    flags = ["topup", "--model", "olmoe", "--quick", "--seeds", "1"]
+    evaluated = evaluate.main
+
+    def stop(argv):
+        if sum(script == "evaluate.py" for script in inline) == 2:
+            raise KeyboardInterrupt
+        return evaluated(argv)
+
+    monkeypatch.setattr(evaluate, "main", stop)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.main(flags)
+    assert len(list(Path("runs/quick/runs").glob("*.json"))) == 1
+    monkeypatch.setattr(evaluate, "main", evaluated)
+    inline.clear()
+    [section] = reproduce.main(flags)
+    assert inline == ["evaluate.py", "train.py", "evaluate.py"]  # the second was trained
+    assert [row["ours"]["n"] for row in section.rows] == [1, 1, 1]
+    record = json.loads(next(Path("runs/quick/runs").glob("*topup*")).read_text())
+    assert (record["steps"], record["scores"]["tiny-math"]["num_total"], record["cores"]) == (2, 3, runs.os.cpu_count())
+    assert [step for step, _ in record["losses"]] == [1, 2]
+    inline.clear()
+    reproduce.main(flags)
+    assert inline == []
+    assert "every run is finished already" in capsys.readouterr().out
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, monkeypatch):
+    def fail(self, script, arguments, log, lock) -> float:
+        raise RunError(f"{script} ended with status 1: no space")
+
+    called = Workplace.call
+    monkeypatch.setattr(Workplace, "call", lambda self, *a: (fail if "topup" in a[1] else called)(self, *a))
+    with pytest.raises(RunError, match="1 of 3 runs failed; the first: train.py ended with status 1: no space"):
+        reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
+    assert len(list(Path("runs/quick/runs").glob("*.json"))) == 2
+    assert "| not run" in capsys.readouterr().out
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(contents, tmp_path, monkeypatch, capsys):
+    records = Records(tmp_path / "runs")
+    place = Workplace(records, tmp_path / "scratch")
+
+    def wait(seconds: float) -> None:  # the other process ends
+        lock.__exit__(None, None, None)
+        finish(RUN, records, tiny_math=0.5)
+
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: wait(seconds) if seconds else None)
+    lock = locked(place.scratch / f"{records.name(RUN)}.lock")
+    assert lock.__enter__()
+    assert make({RUN: {"tiny-math"}}, place) == {}
+    assert "waiting for 1 runs that another process makes" in capsys.readouterr().out
+    assert pending({RUN: {"tiny-math"}}, records) == {}
+
+
+def test_a_child_that_fails_says_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text("import sys; print('first'); print('error: no such task'); sys.exit(2)")
+    place = Workplace(Records(tmp_path), tmp_path)
+    with locked(tmp_path / "lock") as lock, pytest.raises(RunError, match="status 2: error: no such task"):
+        place.call("train.py", [], tmp_path / "log", lock)
+
+
+# ------------------------------------------------------------------------------------------- the paper's own scale
+
+
+def test_a_table_of_the_real_scale_goes_from_end_to_end_on_a_random_mixtral_and_real_formats(
+    inline, tmp_path, monkeypatch
+):
+    (tmp_path / "data").mkdir()
+    rows = [{"question": f"{i} + 1 is ?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(8)]
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"gsm8k-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setitem(evaluate.DECODING, "gsm8k", evaluate.Decoding(4))
+    flags = ["--model", "mixtral", "--data", "data", "--quick", "--seeds", "1", "--processes", "1"]
+    [section] = reproduce.main(["table3", "--scale", "paper", *flags])
+    assert [row["ours"]["n"] for row in section.rows] == [1] * 6
+    record = json.loads(next(Path("runs/quick/runs").glob("*-hellora-*")).read_text())
+    assert record["settings"]["rank"] == 32
+    assert record["settings"]["batch"] == 128

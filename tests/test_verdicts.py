@@ -1,0 +1,128 @@
+"""The verdict of reproduce.py, its intervals, and the tables that they stand in, on made-up numbers."""
+
+import math
+import statistics
+
+import pytest
+
+import reproduce
+from paper.published import sieve_accuracies
+from paper.runs import Run
+from paper.tables import SCALES, Column, Row, Table
+from paper.verdicts import estimate, t_quantile, verdict
+
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
+
+
+@pytest.mark.parametrize("df", T)
+def test_the_quantile_of_students_distribution_is_the_one_in_books(df):
+    assert t_quantile(df) == pytest.approx(T[df], abs=6e-4)
+
+
+def test_an_estimate_is_the_mean_with_the_t_interval():
+    values = [47.0, 49.5, 46.0, 48.5]
+    found = estimate(values)
+    assert found.mean == pytest.approx(47.75)
+    assert found.half == pytest.approx(T[3] * statistics.stdev(values) / math.sqrt(4), rel=1e-3)
+    assert estimate([3.5]) == (3.5, None, 1)
+    assert estimate([]) is None
+
+
+@pytest.mark.parametrize(
+    "differences, claimed, says",
+    [
+        ([1.0, 1.2, 0.9], 3.0, "same direction"),
+        ([-1.0, -1.2, -0.9], -0.2, "same direction"),
+        ([-1.0, -1.2, -0.9], 3.0, "opposite direction"),
+        ([1.0, -0.5, 0.9], 3.0, "undecided"),  # 0.47 +- 2.1
+        ([5.0, 5.0], 3.0, "undecided"),  # two seeds
+        ([0.0, 0.0, 0.0], 3.0, "undecided"),
+        ([1.0, 1.2, 0.9], None, "higher"),
+        ([-1.0, -1.2, -0.9], None, "lower"),
+        ([-1.0, -1.2, -0.9], 0.0, "lower"),
+        ([], 3.0, "not run"),
+    ],
+)
+def test_the_verdict_follows_its_rule(differences, claimed, says):
+    assert verdict(differences, claimed) == says
+
+
+TABLE = Table(
+    "Table 99: made up",
+    columns=(Column("GSM8K", "math", "accuracy"), Column("over-refusals", "safety", "over-refusal, lori")),
+    rows=(
+        Row("base", {"method": "base"}, (1.0,)),
+        Row("LoRA", {"method": "lora"}, (26.0, 5.0), "base", "full_lora"),
+        Row("HELLoRA", {"method": "hellora"}, (29.0, 3.0), "LoRA", "hotk8"),
+        Row("cold", {"method": "hellora", "experts": "cold"}, (None, 9.0), "LoRA"),
+    ),
+)
+SCORES = {  # by method and experts, seeds 0 to 2
+    ("base", None): [0.01, 0.01, 0.01],
+    ("lora", None): [0.50, 0.52, 0.48],
+    ("hellora", None): [0.47, 0.50, 0.46],
+    ("hellora", "cold"): [0.40, None, 0.41],
+}
+
+
+def made_up(run: Run, task: str) -> dict | None:
+    value = SCORES[run.method, run.experts][run.seed]
+    if value is None or task == "tiny-safety" and run.method != "lora":
+        return None
+    return {"accuracy": value, "rates": {"over-refusal, lori": value}}
+
+
+def test_a_table_has_the_means_and_paired_differences_of_its_runs():
+    section = TABLE.section(SCALES["tiny"], 3, made_up)
+    math_rows = {row["row"]: row for row in section.rows if row["column"] == "GSM8K"}
+    ours = math_rows["HELLoRA"]["ours"]
+    assert ours["by_seed"] == pytest.approx([47.0, 50.0, 46.0])
+    assert (ours["mean"], ours["n"]) == (pytest.approx(143 / 3), 3)
+    differences = [-3.0, -2.0, -2.0]
+    assert ours["difference"]["mean"] == pytest.approx(statistics.mean(differences))
+    assert ours["difference"]["half"] == pytest.approx(T[2] * statistics.stdev(differences) / math.sqrt(3), rel=1e-3)
+    assert (math_rows["HELLoRA"]["paper_difference"], ours["verdict"]) == (3.0, "opposite direction")
+    assert math_rows["cold"]["ours"]["difference"]["n"] == 2  # the seeds that both have
+    assert math_rows["cold"]["ours"]["verdict"] == "undecided"
+    assert math_rows["base"]["ours"]["n"] == 1  # the base model has no seed
+    assert math_rows["LoRA"]["ours"]["verdict"] == "same direction"
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.lines]
+    [shown] = [line for line in lines if line[0] == "HELLoRA" and "29.00" in line]
+    assert shown[1:4] == ["LoRA", "29.00", "+3.00"]
+    assert shown[-3:] == ["47.7 ± 5.2 (3)", "-2.3 ± 1.4 (3)", "opposite direction"]
+    [not_run] = [line for line in lines if line[0] == "HELLoRA" and "3.00" in line]
+    assert not_run[-3:] == ["not run"] * 3
+
+
+def test_moe_sieves_own_seeds_stand_in_the_column_of_gsm8k_with_the_same_rule():
+    rows = TABLE.section(SCALES["tiny"], 3, made_up).rows
+    [hellora] = [row for row in rows if row["row"] == "HELLoRA" and row["column"] == "GSM8K"]
+    assert hellora["sieve"]["n"] == 8
+    assert hellora["sieve"]["mean"] == pytest.approx(29.09, abs=0.005)  # the study prints 29.1
+    assert hellora["sieve"]["difference"]["mean"] == pytest.approx(-1.35, abs=0.005)
+    assert hellora["sieve"]["verdict"] == "undecided"  # -1.35 +- 1.42
+    assert all(row["sieve"]["n"] == 0 for row in rows if row["column"] != "GSM8K")
+
+
+def test_a_value_that_the_paper_prints_in_two_tables_is_the_same_in_both():
+    """In Table 7 this also shows that its rows are the right way round: the paper swaps accuracy and throughput."""
+    printed: dict[tuple, set[float]] = {}
+    for table in reproduce.TABLES.values():
+        for row in table.rows:
+            for column, value in zip(table.columns, row.paper, strict=False):
+                task = row.run.get("task", column.task)
+                key = (table.model, column.title, task, *sorted(row.run.items() - {("task", task)}))
+                printed.setdefault(key, set()).add(value)
+    twice = {key: values - {None} for key, values in printed.items()}
+    assert {key: values for key, values in twice.items() if len(values) > 1} == {}
+    accuracies = [row.paper[0] for row in reproduce.NUMBER.rows]
+    assert accuracies == sorted(accuracies)  # it grows with k, as the text says
+
+
+def test_every_row_is_compared_with_a_row_of_its_table_and_with_a_choice_of_the_study():
+    for table in reproduce.TABLES.values():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names)
+        assert {row.against for row in table.rows} - {None} <= set(names)
+        assert {row.sieve for row in table.rows} - {None} <= sieve_accuracies().keys()
+        assert all(len(row.paper) <= len(table.columns) for row in table.rows)
