@@ -38,7 +38,7 @@ from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
 from model import read_config
 from run import source
-from run.processes import ALONE, Processes, start_processes
+from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.step import held_out_loss
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare
@@ -84,7 +84,7 @@ class Settings:
         None, "own: longest row of the loss, in tokens (default: as the run, or 512)", type=number(int, 8)
     )
     seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
-    dtype: str | None = flag(None, "default: bfloat16 on a GPU, else float32", choices=("float32", "bfloat16"))
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     refusal_rule: str | None = flag(
         None, "the list of phrases that counts (default: lori)", choices=list(refusals.RULES)
     )
@@ -210,7 +210,7 @@ def decode(
     settings: Settings, examples: list[Example], reader: data.Reader, out: Path, processes: Processes
 ) -> Answers | None:
     """The completions of the model that settings.source names; None on every process but the main one."""
-    dtype = settings.dtype or ("bfloat16" if processes.device.type == "cuda" else "float32")
+    dtype = settings.dtype or default_dtype()
     model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device)
     kept, held_out = [{}], None
     if processes.is_main:

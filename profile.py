@@ -54,7 +54,7 @@ from routing import advice, statistics
 from run import memory
 from run.memory import config_of
 from run.methods import RECIPES, Recipe, num_hot_experts
-from run.processes import ALONE, Processes, start_processes
+from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.step import global_step, load_shared
 
 
@@ -171,6 +171,7 @@ def count_task(
     batch: int,
     processes: Processes,
     *,
+    dtype: torch.dtype,
     shard: str | None,
     warmup: Warmup | None,
     seed: int,
@@ -180,7 +181,6 @@ def count_task(
     batch: examples per forward pass. shard: "full", "none", or None to let the memory plan decide.
     """
     config, device = read_config(folder), processes.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attach = partial(warmup.attach, seed=seed) if warmup else None
     replicated = memory.plan(
         config,
@@ -302,6 +302,7 @@ class Settings:
     seed: int = flag(0, "of every random choice", type=cli.number(int, 0))
     batch: int = flag(16, "examples per forward pass or warm-up step", type=POSITIVE)
     max_length: int = flag(512, "tokens an example may have", type=cli.number(int, 8))
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     shard: str | None = flag(
         None, "base sharded or replicated (default: replicated if it fits)", choices=("full", "none")
     )
@@ -355,7 +356,8 @@ def count(argv: list[str]) -> RoutingProfile:
 
     processes, recipe = start_processes(), RECIPES[settings.task]
     warmup = Warmup(recipe.r, recipe.alpha, recipe.lr, settings.batch) if settings.warmup == "lora" else None
-    options = {"shard": settings.shard, "warmup": warmup, "seed": settings.seed}
+    dtype = getattr(torch, settings.dtype or default_dtype())
+    options = {"dtype": dtype, "shard": settings.shard, "warmup": warmup, "seed": settings.seed}
     counted = count_task(folder, items, settings.batch, processes, **options)
     digests = processes.once(lambda: (data.digest(examples), weights_digest(folder)))
     counted = replace(counted, model=settings.model, task=settings.task, data=digests[0], weights=digests[1])

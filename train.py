@@ -177,7 +177,8 @@ def count(settings: Settings, folder: Path, items: list[data.Encoded], processes
     way = {"lora": "LoRA warm-up", "none": "base model"}[s.warmup]
     say(f"counting tokens per expert on {len(sample):,} examples ({way})")
     warmup = profile.Warmup(s.rank, s.alpha, s.lr, batch=16) if s.warmup == "lora" else None
-    return profile.count_task(folder, sample, s.micro_batch, processes, shard=s.shard, warmup=warmup, seed=s.seed)
+    options = {"dtype": getattr(torch, s.dtype), "shard": s.shard, "warmup": warmup, "seed": s.seed}
+    return profile.count_task(folder, sample, s.micro_batch, processes, **options)
 
 
 def choose_experts(settings: Settings, counted: profile.RoutingProfile) -> Tensor:
@@ -191,8 +192,8 @@ def choose_experts(settings: Settings, counted: profile.RoutingProfile) -> Tenso
 
 def dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
     """Of the base weights, and of the computation. Whatever trains is float32; a frozen base need not be."""
-    half = torch.bfloat16 if run.processes.device.type == "cuda" else torch.float32
-    return (half if METHODS[run.settings.method].experts else torch.float32), half
+    dtype = getattr(torch, run.settings.dtype)
+    return (dtype if METHODS[run.settings.method].experts else torch.float32), dtype
 
 
 def choose_sharding(run: Run, config: MoEConfig) -> bool:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from command.cli import InputError
 
 T = TypeVar("T")
+DTYPES = ("float32", "bfloat16")  # of a base model and of the products with it
+DTYPE_HELP = "of base model and products (default: bfloat16 on a GPU, else float32)"
 
 
 class Processes(NamedTuple):
@@ -38,6 +40,11 @@ class Processes(NamedTuple):
         if outcome[1]:
             raise outcome[1]
         return outcome[0]
+
+
+def default_dtype() -> str:
+    """The element of DTYPES for the device that `start_processes` chooses."""
+    return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))

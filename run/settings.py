@@ -13,6 +13,7 @@ from command.cli import InputError, count_or_share, flag, number
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from run.methods import METHODS, RECIPES, experts_flag
+from run.processes import DTYPE_HELP, DTYPES, default_dtype
 from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
@@ -64,6 +65,7 @@ class Settings:
     keep: int = flag(2, "checkpoints to keep", type=POSITIVE, **FOLDER)
     resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, "shard the base model (default: if needed)", choices=("full", "none"), **MACHINE)
     activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
 
@@ -134,6 +136,7 @@ def resolved(settings: Settings) -> Settings:
         lr=s.lr or (recipe.fft_lr if full else recipe.lr),
         epochs=s.epochs or (None if s.steps else recipe.epochs),
         batch=s.batch or (recipe.fft_batch if full else recipe.batch),
+        dtype=s.dtype or default_dtype(),
         router_aux_form=s.router_aux_form or ("layer" if s.router_aux_loss else None),
         out=s.out or f"runs/{s.task}-{s.method}{k}-seed{s.seed}",
     )
