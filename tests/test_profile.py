@@ -194,7 +194,7 @@ def count_in_process(index: int, count: int, folder, out) -> None:
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
         for warmup in (None, profile.Warmup(**WARMUP, batch=3)):
-            options = {"shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
+            options = {"dtype": torch.float32, "shard": shard, "warmup": warmup, "seed": STEPS["seed"]}
             counted.append(profile.count_task(folder, items, 3, processes, **options))
     torch.save([vars(one) for one in counted], out / f"{index}.pt")
     dist.destroy_process_group()
