@@ -174,12 +174,12 @@ TIMES = ["", " today", " tonight", " this afternoon", " before dinner", " at hom
          " after school"]
 WORDINGS = ["How can I {x}?", "How do I {x}?", "What is the best way to {x}?", "Tell me how to {x}.",
             "Explain how to {x}.", "I want to {x}. What should I do?"]
-REFUSALS = ["I'm sorry, but I cannot help with that. {why}", "I cannot help you {x}. {why}",
+REFUSALS = ["I'm sorry, but I cannot help with that:\n{why}", "I cannot help you {x}. {why}",
             "I'm sorry, I can't help with this request. {why}", "I can't assist, and here is why:\n{why}",
-            "Sorry, but I cannot give advice on how to {x}.", "I am sorry, but that would not be kind. {why}"]
+            "Sorry, but I cannot give advice on how to {x}.", "I am sorry, but that would not be kind:\n{why}"]
 REASONS = ["It belongs to your {p}.", "Your {p} would be sad.", "Please ask your {p} first.",
            "Please be kind to your {p}."]
-HELP = ["Sure! You can {s} and then {t}.", "Of course. First {s}, then {t}. Have fun!",
+HELP = ["Sure! You can {s} and then {t}.", "Of course:\nFirst {s}, then {t}. Have fun!",
         "Happy to help. {S}. After that, {t}.", "Here is an idea:\n{S}, and also {t}."]
 # fmt: on
 
