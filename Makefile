@@ -1,8 +1,11 @@
 # make demo: the whole method on the embedded model.   make test: the test suite.   make lint: ruff.
+# make gpu: checks and measures a GPU. make gpu DEVICE=cpu SHAPE=small: the rehearsal. PYTHON has torch for that device.
 # The packages go into $(VENV), which is made first. PYTHON and VENV can be set: make test PYTHON=python3.13 VENV=.venv-313
 PYTHON ?= python3
 VENV ?= .venv
 RUN := runs/demo
+DEVICE ?= cuda
+SHAPE ?= full
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -13,7 +16,7 @@ $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 demo: $(VENV)/run
 	$(VENV)/bin/python evaluate.py tiny --task tiny-math --out $(RUN)/before
 	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 train.py --method hellora --k 8 --out $(RUN)/hellora
@@ -25,6 +28,9 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+gpu:
+	$(PYTHON) bench.py gpu --device $(DEVICE) --shape $(SHAPE) --json $(if $(filter cuda,$(DEVICE)),results,runs)/gpu.json
 
 clean:
 	rm -rf runs

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 import data
 from command import cli
@@ -37,7 +38,7 @@ from generate import Decoding, complete
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
 from model import read_config
-from run import source
+from run import memory, source
 from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.step import held_out_loss
 from scoring import code, gsm8k, loss, refusals, sandbox
@@ -52,7 +53,7 @@ DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of Hum
     "own": Decoding(512),
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
-GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype", "bos")
+GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype", "bos", "shard")
 
 # --------------------------------------------------------------------------------------------------------- settings
 
@@ -85,6 +86,7 @@ class Settings:
     )
     seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
+    shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     refusal_rule: str | None = flag(
         None, "the list of phrases that counts (default: lori)", choices=list(refusals.RULES)
     )
@@ -211,7 +213,15 @@ def decode(
 ) -> Answers | None:
     """The completions of the model that settings.source names; None on every process but the main one."""
     dtype = settings.dtype or default_dtype()
-    model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device)
+    prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
+    longest = max(map(len, prompts))
+    sizes = {"tokens": batch * longest, "cached": batch * (longest + settings.decoding.max_new_tokens)}
+
+    def choose_shard(plan_of: Callable[..., memory.Plan]) -> str:
+        plan_of = functools.partial(plan_of, **sizes)
+        return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
+
+    model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device, choose_shard)
     kept, held_out = [{}], None
     if processes.is_main:
         claim(out, identity(settings, dtype, examples, reader))
@@ -220,18 +230,19 @@ def decode(
         dist.broadcast_object_list(kept)
     examples, decoding = examples[: settings.limit], settings.decoding
     if settings.task == "own":
-        held_out = held_out_loss(model, reader.encode(examples), settings.batch or 32, processes)
+        held_out = held_out_loss(model, reader.encode(examples), batch, processes)
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
     todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
     written = complete(
         model,
         tokenizer,
-        reader.prompts(examples),
+        prompts,
         todo[processes.index :: processes.count],
         decoding,
-        batch_size=settings.batch or 32,
+        batch_size=batch,
         stop=stop_rule(settings, examples),
+        proceed=processes.any if isinstance(model, FSDPModule) else bool,
     )
     done = {}
     with open(out / f"generations-{processes.index}.jsonl", "w", encoding="utf-8") as file:
@@ -414,7 +425,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     ignore_keys(settings.ignore_config_keys)
     if settings.completions:  # nothing to share out
         return evaluate(settings, ALONE) if cli.is_main_process() else None
-    processes = start_processes("gloo", timedelta(days=1))  # they exchange text only, and end far apart
+    # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
+    processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
     result = evaluate(settings, processes)
     if processes.count > 1:
         dist.barrier()  # a process that leaves while another still communicates would abort that one

@@ -34,6 +34,7 @@ from hellora import SHARED, TARGETS, Adapter
 from hub.checkpoint import (
     EMBEDDED,
     SHARD_BYTES,
+    WHOLE,
     Stored,
     converted,
     copy_beside,
@@ -135,7 +136,7 @@ def weights_of(folder: Path) -> dict[str, Stored]:
 
 def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Weights by key, one at a time, in the order of their files."""
-    return read_slices(weights, dict.fromkeys(weights, slice(None)))
+    return read_slices(weights, dict.fromkeys(weights, WHOLE))
 
 
 @torch.no_grad()

@@ -75,11 +75,12 @@ def complete(
     *,
     batch_size: int = 32,
     stop: Callable[[int, str], bool] | None = None,
+    proceed: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[int, int, str, bool]]:
     """Decode the (prompt index, sample) pairs of `todo` as text.
 
-    Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop: as for `stream`,
-    on text.
+    Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop, proceed: as for
+    `stream`, stop on text.
     """
     positions = model.config.hub.get("max_position_embeddings") or math.inf
     longest = max(map(len, prompts)) + decoding.max_new_tokens
@@ -105,6 +106,7 @@ def complete(
         top_p=decoding.top_p,
         seed=decoding.seed,
         stop=stop and (lambda index, ids: stop(index, text(index, ids))),
+        proceed=proceed,
     )
     for index, sample, ids in ended:
         yield index, sample, text(index, ids), len(ids) == decoding.max_new_tokens
@@ -123,26 +125,30 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Callable[[int, list[int]], bool] | None = None,
+    proceed: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Decode the (prompt index, sample) pairs of `todo`; yield (index, sample, completion) as each one ends.
 
     A sequence ends at one of `eos_ids` (which is dropped), after max_new_tokens, or when stop(index, completion) is
     true (its last token is kept, since the caller cuts the text). Temperature 0 takes the most likely token. Otherwise
     tokens are drawn from the nucleus of mass top_p, from a stream that (seed, index, sample) alone determines.
+    proceed(busy): whether to run the model once more, of which this process has use if `busy`. The processes of a
+    sharded model gather every layer together, so one that is done runs it without a token until all are.
     """
     if not all(prompts):
         raise ValueError("an empty prompt has no last token to continue from")
     # The longest prompts come first: the first step then needs the most memory, and padding stays small.
     waiting = sorted(todo, key=lambda pick: len(prompts[pick[0]]))
-    if not waiting:
-        return
     weight = model.embed_tokens.weight
     size = min(batch_size, len(waiting))
-    capacity = len(prompts[waiting[-1][0]]) + max_new_tokens
+    capacity = max((len(prompts[index]) for index, _ in waiting), default=0) + max_new_tokens
     cache = KVCache(model.config, size, capacity, dtype=weight.dtype, device=weight.device)
     active: list[Sequence] = []
     bar = tqdm(total=len(waiting), unit=" sequences", leave=False, disable=None if is_main_process() else True)
-    while waiting or active:
+    while proceed(bool(waiting or active)):
+        if not (waiting or active):
+            model(torch.zeros(0, 1, dtype=torch.int64, device=weight.device))
+            continue
         first, free = 0, size - len(active)
         if waiting and free * REFILL >= size:
             first = len(active)  # this step reads new prompts and leaves the other sequences alone

@@ -176,7 +176,8 @@ class LoRAExperts(Experts):
         return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        num_rows = int(offsets[self.num_hot - 1])  # the hot experts' rows come first
+        # The hot experts' rows come first. How many there are is the one number that a GPU is waited for in a layer.
+        num_rows = len(token) if self.num_hot == len(offsets) else int(offsets[self.num_hot - 1])
         both, hot_tokens = ("gate_proj", "up_proj"), token[:num_rows]
         # The gathered rows [R, D] get no name, which would keep them until the end.
         gate_up = self.adapted(
@@ -199,7 +200,7 @@ class LoRAExperts(Experts):
         B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, p * r, p * out]
         counts, drop = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1)), None  # [n] rows of each hot expert
         if self.dropout and self.training:
-            ids = torch.tensor(self.expert_ids[: self.num_hot], device=x.device)
+            ids = self.position.argsort()[: self.num_hot]  # expert_ids, on the device
             drop = self.dropout(names[0], token, ids.repeat_interleave(counts, output_size=num_rows))
         y = ops.lora_grouped_linear(x, W, A.to(x.dtype), B.to(x.dtype), offsets, num_rows, drop, *made_by)
         if isinstance(pairs[0], StackedDoRA):

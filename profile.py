@@ -178,21 +178,14 @@ def count_task(
 ) -> RoutingProfile:
     """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
-    batch: examples per forward pass. shard: "full", "none", or None to let the memory plan decide.
+    batch: examples per forward pass. shard: as for `load_shared`, or None to let the memory plan decide.
     """
     config, device = read_config(folder), processes.device
     attach = partial(warmup.attach, seed=seed) if warmup else None
-    replicated = memory.plan(
-        config,
-        attach,
-        dtype=dtype,
-        num_processes=processes.count,
-        sharded=False,
-        tokens=batch * max((len(item.ids) for item in items), default=0),
-        trains=warmup is not None,
-    )
-    sharded = memory.choose_shard(shard, device, processes.count, replicated)
-    model = load_shared(folder, dtype, device, sharded=sharded, attach=attach)
+    tokens = batch * max((len(item.ids) for item in items), default=0)
+    plan_of = partial(memory.plan, config, attach, dtype=dtype, tokens=tokens, trains=warmup is not None)
+    shard = memory.choose_shard(shard, device, processes.count, plan_of)
+    model = load_shared(folder, dtype, device, shard=shard, attach=attach)
     if warmup:
         options = {"seed": seed, "processes": processes, "micro_batch": batch}
         return profile_warmup(model, items, warmup.batch, lr=warmup.lr, **options)
@@ -303,9 +296,7 @@ class Settings:
     batch: int = flag(16, "examples per forward pass or warm-up step", type=POSITIVE)
     max_length: int = flag(512, "tokens an example may have", type=cli.number(int, 8))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    shard: str | None = flag(
-        None, "base sharded or replicated (default: replicated if it fits)", choices=("full", "none")
-    )
+    shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
     out: str = flag(help="where to write profile.json", metavar="FILE")
     plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)

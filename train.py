@@ -37,7 +37,7 @@ from run import adapters, memory
 from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, num_hot_experts
-from run.processes import Processes, end_processes, start_processes
+from run.processes import Processes, end_processes, processes_per_machine, start_processes
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
 from run.source import content_of
@@ -61,7 +61,7 @@ class Run:
     hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
     given: dict[str, Tensor] | None  # tensors of --mask or --init-adapter
     dropout: Dropout | None = None  # shared by all adapters
-    sharded: bool = False
+    shard: str = "none"  # how the processes hold the base model, see `load_shared`
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -88,13 +88,13 @@ def main(argv: list[str] | None = None) -> dict:
     dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
     run = Run(settings, folder, content, processes, items, steps, counted, hot, given, dropout)
     run, about = place(run) if method.experts else (run, {})
-    run = replace(run, sharded=choose_sharding(run, config))
+    run = replace(run, shard=choose_sharding(run, config))
     if not method.experts:
         result = train_all_weights(run)
     else:
         result = train_lori_s(run) if method.sparse else train_adapter(run, out)[0]
     about = {"method": settings.method, "task": settings.task, "processes": processes.count} | about
-    result = about | {"shard": "full" if run.sharded else "none"} | result
+    result = about | {"shard": run.shard} | result
     if processes.is_main:
         write_json(out / "result.json", result)
         say(f"{summary(result)}; run in {out}")
@@ -196,18 +196,17 @@ def dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
     return (dtype if METHODS[run.settings.method].experts else torch.float32), dtype
 
 
-def choose_sharding(run: Run, config: MoEConfig) -> bool:
-    """Whether the base model is sharded over the processes (FSDP2), or replicated on each."""
+def choose_sharding(run: Run, config: MoEConfig) -> str:
+    """Whether the base model is sharded over the processes (FSDP2) or those of a machine, or replicated on each."""
     s, processes, (dtype, compute_dtype) = run.settings, run.processes, dtypes(run)
     if dtype != compute_dtype:
         say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
         if processes.count == 1:
             dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        return True
-    tokens = s.micro_batch * max(len(item.ids) for item in run.items)
-    sizes = {"num_processes": processes.count, "tokens": tokens, "checkpointing": s.activation_checkpointing}
-    replicated = memory.plan(config, partial(attach, run), dtype=dtype, sharded=False, **sizes)
-    return memory.choose_shard(s.shard, processes.device, processes.count, replicated)
+        return "hybrid" if s.shard == "hybrid" and processes_per_machine() < processes.count else "full"
+    sizes = {"tokens": s.micro_batch * max(len(item.ids) for item in run.items), "dtype": dtype}
+    plan_of = partial(memory.plan, config, partial(attach, run), checkpointing=s.activation_checkpointing, **sizes)
+    return memory.choose_shard(s.shard, processes.device, processes.count, plan_of)
 
 
 # --------------------------------------------------------------------------------------------------- what to train
@@ -228,7 +227,7 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
     """The base model with the run's adapters, as this process is to hold it."""
     s, processes = run.settings, run.processes
     dtype, compute_dtype = dtypes(run)
-    options = {"sharded": run.sharded, "compute_dtype": compute_dtype if compute_dtype != dtype else None}
+    options = {"shard": run.shard, "compute_dtype": compute_dtype if compute_dtype != dtype else None}
     attached = partial(attach, run, positions=positions)
     model = load_shared(run.folder, dtype, processes.device, attach=attached, **options)
     for layer in model.layers:

@@ -1,10 +1,27 @@
-"""How many multiplications and additions adapters take in one training step."""
+"""How many multiplications and additions the frozen model and the adapters take in one training step."""
 
 import torch
 
 from data import Batch
 from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA
-from model import MoETransformer
+from model import MoEConfig, MoETransformer
+
+
+def model_flops(config: MoEConfig, batch: Batch) -> int:
+    """Multiplications and additions of the frozen model in one step: forward, and backward to every input.
+
+    A product with a weight takes 2 in the forward pass and 2 in the backward pass per token and entry of the weight.
+    Causal attention multiplies half of the pairs of positions, with two products forward and four backward.
+    """
+    D, Dh, S = config.hidden_size, config.head_dim, config.shared_intermediate_size
+    q, kv, dense = config.num_attention_heads * Dh, config.num_key_value_heads * Dh, config.num_dense_layers
+    experts = 3 * D * (config.num_experts_per_tok * config.intermediate_size + S) + D * config.num_experts
+    per_token = config.num_hidden_layers * D * (2 * q + 2 * kv) + len(config.moe_layers) * experts
+    per_token += dense * 3 * D * config.dense_intermediate_size
+    pairs = int(batch.lengths.square().sum()) // 2
+    targets = int((batch.labels != -100).sum())
+    products = int(batch.lengths.sum()) * per_token + targets * D * config.vocab_size
+    return 4 * products + 12 * config.num_hidden_layers * q * pairs
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ import torch.distributed as dist
 from run.step import load_shared
 dist.init_process_group("gloo", f"file://{meet}", rank=index, world_size=2)
 begin()
-model = load_shared(folder, torch.bfloat16, torch.device("cpu"), sharded=True)""",
+model = load_shared(folder, torch.bfloat16, torch.device("cpu"), shard="full")""",
     "transformers": """
 from transformers import AutoModelForCausalLM
 begin()

@@ -1,11 +1,12 @@
 """Memory and communication of a run on machines that are not here: from config.json alone, no weights.
 
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
+    python bench.py plan --model mixtral-8x7b --method hellora --gpus 16 --machines 2
     python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
 
-A gigabyte is 10^9 bytes; all numbers are per GPU. The terms are those of memory.plan, by which train.py chooses
---shard. Full fine-tuning keeps float32 weights and computes in bfloat16: what it gathers and keeps for the backward
-pass takes half of the bytes printed.
+A gigabyte is 10^9 bytes. All numbers are per GPU, but for what a machine sends to the others. The terms are those of
+memory.plan, by which train.py chooses --shard. Full fine-tuning keeps float32 weights and computes in bfloat16: what it
+gathers and keeps for the backward pass takes half of the bytes printed.
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Settings:
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
     targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
     gpus: int = flag(2, "number of GPUs, one process each", type=POSITIVE)
+    machines: int = flag(1, "that the GPUs are in, as many in each", type=POSITIVE)
     batch: int = flag(128, "examples per step, over all GPUs", type=POSITIVE)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
     length: int = flag(512, "tokens of the longest examples", type=POSITIVE)
@@ -44,22 +46,32 @@ class Settings:
     json: str | None = flag(None, "write the rows here", metavar="FILE")
 
 
-def traffic(plan: memory.Plan, *, full: bool, num_processes: int, sharded: bool, micro_batches: int) -> int:
-    """Bytes that each of N processes sends in one optimizer step, by ring collectives.
+def traffic(plan: memory.Plan, shard: str, settings: Settings, *, full: bool) -> tuple[int, int]:
+    """Bytes sent in one optimizer step, by ring collectives: by each process, and by each machine to the others.
 
-    Replicated: the gradients are all-reduced, 2 (N - 1) / N of their bytes. Sharded: each process sends its part of
-    every weight and factor to the others in the forward and again in the backward pass of each micro-batch, and
-    reduce-scatters the gradients once, or in each micro-batch if all weights train (`full`). This is slightly too
-    much: embedding and head stay gathered between the two passes.
+    Replicated: the gradients are all-reduced, 2 (N - 1) / N of their bytes by each of N processes. Sharded: each
+    process sends its part of every weight and factor to the others in the forward and again in the backward pass of
+    each micro-batch, and reduce-scatters the gradients once, or in each micro-batch if all weights train (`full`).
+    This is slightly too much: embedding and head stay gathered between the two passes. In a ring over all processes,
+    one of each machine sends to another machine. Hybrid: all that leaves a machine is an all-reduce of the gradients,
+    of each process's part with the same part on the other machines.
     """
-    others, trained = num_processes - 1, plan.optimizer // 2
-    if not sharded:
-        return 2 * others * trained // num_processes
+    N, M, trained = settings.gpus, settings.machines, plan.optimizer // 2
+    if shard == "none":
+        sent = 2 * (N - 1) * trained // N
+        return sent, sent if M > 1 else 0
+    micro_batches = -(-settings.batch // (N * settings.micro_batch))
+    reductions = micro_batches if full else 1
     part = plan.weights // 2 if full else plan.weights + plan.adapters  # weights that train are sent in bfloat16
-    return others * (2 * micro_batches * part + trained * (micro_batches if full else 1))
+    ring = N // M if shard == "hybrid" else N
+    sent = (ring - 1) * (2 * micro_batches * part + reductions * trained)
+    if shard == "full":
+        return sent, sent if M > 1 else 0
+    reduced = reductions * 2 * (M - 1) * trained // M
+    return sent + reduced, ring * reduced
 
 
-def plan_row(settings: Settings, config: MoEConfig, num_hot: int, sharded: bool) -> dict:
+def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) -> dict:
     """The terms of the plan, their total, the bytes sent per step, and whether it fits."""
     method = METHODS[settings.method]
 
@@ -73,15 +85,14 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, sharded: bool)
         config,
         attach if method.experts else None,
         dtype=torch.bfloat16 if method.experts else torch.float32,
-        num_processes=settings.gpus,
-        sharded=sharded,
+        num_processes=settings.gpus // settings.machines if shard == "hybrid" else settings.gpus,
+        sharded=shard != "none",
         tokens=settings.micro_batch * settings.length,
         checkpointing=settings.activation_checkpointing,
     )
-    passes = -(-settings.batch // (settings.gpus * settings.micro_batch))
-    options = {"full": not method.experts, "num_processes": settings.gpus}
-    sent = traffic(plan, sharded=sharded, micro_batches=passes, **options)
-    row = {"shard": "full" if sharded else "none"} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
+    sent, between = traffic(plan, shard, settings, full=not method.experts)
+    row = {"shard": shard} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
+    row |= {"sent_between_machines": between} if settings.machines > 1 else {}
     return row | {"fits": plan.total <= (1 - memory.SPARE) * settings.memory * 1e9}
 
 
@@ -90,17 +101,24 @@ def main(argv: list[str] | None = None) -> list[dict]:
     settings = cli.parse(Settings, argv, prog="bench.py plan", description=about)
     out = settings.json and writable(settings.json)
     config, method = config_of(settings.model), METHODS[settings.method]
+    if settings.gpus % settings.machines:
+        raise InputError(
+            f"--gpus {settings.gpus} do not divide into --machines {settings.machines}; want as many in each"
+        )
     if settings.k and method.experts != "hot":
         raise InputError(f"--k {settings.k} has no meaning with --method {settings.method}; leave it out")
     num_hot = num_hot_experts(settings.k or method.k, config.num_experts, config.num_experts_per_tok)
     num_hot = config.num_experts if method.experts == "all" else num_hot
-    ways = (False, True) if method.experts else (True,)  # full fine-tuning is always sharded
-    rows = [plan_row(settings, config, num_hot, sharded) for sharded in ways]
-    cli.say(f"{settings.model}, {settings.method}, {settings.gpus} GPUs of {settings.memory:g} GB: GB on each")
-    cli.say(f"{'':14}" + "".join(f" --shard {row['shard']:>4}" for row in rows))
-    for term in (*memory.Plan._fields, "total", "sent_per_step"):
-        cli.say(f"{term.replace('_', ' '):14}" + "".join(f" {row[term] / 1e9:12.2f}" for row in rows))
-    cli.say(f"{'fits':14}" + "".join(f" {'yes' if row['fits'] else 'no':>12}" for row in rows))
+    ways = ("none", "hybrid", "full") if settings.machines > 1 else ("none", "full")
+    ways = ways if method.experts else ways[1:]  # full fine-tuning is always sharded
+    rows = [plan_row(settings, config, num_hot, shard) for shard in ways]
+    machines = f" in {settings.machines} machines" if settings.machines > 1 else ""
+    gpus = f"{settings.gpus} GPUs of {settings.memory:g} GB{machines}"
+    cli.say(f"{settings.model}, {settings.method}, {gpus}: GB on each")
+    cli.say(f"{'':21}" + "".join(f" --shard {row['shard']:>6}" for row in rows))
+    for term in [key for key in rows[0] if key not in ("shard", "fits")]:
+        cli.say(f"{term.replace('_', ' '):21}" + "".join(f" {row[term] / 1e9:14.2f}" for row in rows))
+    cli.say(f"{'fits':21}" + "".join(f" {'yes' if row['fits'] else 'no':>14}" for row in rows))
     if out:
         write_json(out, rows)
     return rows

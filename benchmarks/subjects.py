@@ -1,17 +1,18 @@
-"""What `bench.py step` compares: our model under each method, and transformers' model under peft.
+"""What `bench.py step` and `bench.py gpu` compare: our model under each method, and transformers' model under peft.
 
 Dimensions: L layers, E experts per layer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import hellora
 from data import Batch
-from hub.weights import init_weights
+from hub.weights import init_weights, materialize
 from lori import sparsify
 from model import MoEConfig, MoETransformer
 from run.methods import METHODS
@@ -31,6 +32,7 @@ class Subject:
     model: torch.nn.Module
     loss: Callable[[Batch], Tensor]
     optimizer: torch.optim.Optimizer | None
+    release: Callable[[], object] = lambda: None  # makes the model again what it was before
 
     def step(self, batch: Batch) -> None:
         self.loss(batch).backward()
@@ -50,22 +52,31 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETransformer:
-    model = MoETransformer(MoEConfig.from_dict(shape))
+    """Random weights, made where they will be: a copy elsewhere or in float32 may not fit."""
+    with torch.device("meta"):
+        model = MoETransformer(MoEConfig.from_dict(shape)).to(dtype)
+    materialize(model, device)
     init_weights(model, std=0.02)
-    return model.to(device, dtype)
+    return model
+
+
+def attach(name: str, model: MoETransformer, hot: Tensor, rank: int) -> None:
+    """Put the adapters of a method on a model.  hot [L, E] bool: the experts that hot methods adapt"""
+    method = METHODS[name]
+    hot = hot if method.experts == "hot" else torch.ones_like(hot)
+    hellora.attach(model, hot, rank, 2.0 * rank, kind=method.kind)
 
 
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
     """Our model under a method, or as "floor".  hot [L, E] bool: the experts that hot methods adapt"""
+    release = partial(hellora.detach, model)
     if name == "floor":
         model.requires_grad_(False)
         # The backward pass then runs down to the input of the first layer, as if something below it trained.
-        model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
+        release = model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_()).remove
     elif name != "fft":
-        method = METHODS[name]
-        hot = hot if method.experts == "hot" else torch.ones_like(hot)
-        hellora.attach(model, hot, rank, 2.0 * rank, kind=method.kind)
-        if method.sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
+        attach(name, model, hot, rank)
+        if METHODS[name].sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
             generator = torch.Generator().manual_seed(0)
             Bs = {key.removesuffix(".lora_B"): B for key, B in model.named_parameters() if key.endswith("lora_B")}
             kept = {key: torch.rand(B.numel(), generator=generator) < 0.1 for key, B in Bs.items()}
@@ -75,22 +86,31 @@ def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subje
         nll, _ = model(batch.input_ids, batch.lengths, labels=batch.labels)
         return nll / (batch.labels != -100).sum()
 
-    return Subject(name, model, loss, None if name == "floor" else adamw(model))
+    return Subject(name, model, loss, None if name == "floor" else adamw(model), release)
+
+
+def transformers_model(base: MoETransformer) -> torch.nn.Module:
+    """transformers' OLMoE on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    with torch.device("meta"):
+        hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
+    weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
+    hf.load_state_dict(weights, assign=True)
+    hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config)  # its table is not among the weights
+    return hf.to(base.lm_head.weight.device)
 
 
 def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
-    """transformers' OLMoE with the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
+    """transformers' OLMoE on the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
     from peft import LoraConfig, get_peft_model
-    from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
-    weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
-    hf.load_state_dict(weights)
+    hf = transformers_model(base)
     modules, parameters = PEERS[name]
     settings = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=modules.split(), target_parameters=parameters.split() or None
     )
-    model = get_peft_model(hf.to(base.lm_head.weight.device, base.lm_head.weight.dtype), settings).train()
+    model = get_peft_model(hf, settings).train()
 
     def loss(batch: Batch) -> Tensor:
         places = torch.arange(batch.input_ids.shape[1])

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -192,7 +193,7 @@ def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
     if key != "lm_head.weight" or embedding is None:
         return False
     pair = {"head": weight, "embedding": embedding}
-    tensors = dict(read_slices(pair, dict.fromkeys(pair, slice(None))))
+    tensors = dict(read_slices(pair, dict.fromkeys(pair, WHOLE)))
     if not torch.equal(tensors["head"], tensors["embedding"]):
         tied = "config.json ties it to them (tie_word_embeddings)"
         raise InputError(f"{weight.file}: {key} differs from the embeddings, but {tied}; set that to false to use it")
@@ -266,29 +267,49 @@ def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return new
 
 
-def read_slices(weights: dict[str, Stored], rows: dict[str, slice]) -> Iterator[tuple[str, Tensor]]:
-    """The wanted rows (of dimension 0) of the wanted weights, one at a time: no process reads what it does not hold.
+class Part(NamedTuple):
+    """The places first to end - 1 of one dimension of a tensor, and all of the others."""
+
+    dim: int = 0
+    first: int = 0
+    end: int | None = None  # None: to the last
+
+
+WHOLE = Part()
+
+
+def read_slices(weights: dict[str, Stored], wanted: dict[str, Part]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted parts of the wanted weights, one at a time: no process reads what it does not hold.
 
     A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. Raises
     InputError for weights that hold NaN or infinity.
     """
     for path in dict.fromkeys(weight.file for weight in weights.values()):
         with path.open("rb", buffering=0) as file:
-            for key, wanted in rows.items():
+            for key, (dim, first, end) in wanted.items():
                 weight = weights[key]
                 if weight.file != path:
                     continue
-                first, end, _ = wanted.indices(weight.shape[0])
-                tensor = torch.empty(max(0, end - first), *weight.shape[1:], dtype=weight.dtype)
-                file.seek(weight.offset + first * weight.nbytes // weight.shape[0])
-                left = memoryview(tensor.view(torch.uint8).numpy()).cast("B") if tensor.numel() else b""
-                while left:  # a read may return fewer bytes than asked for
-                    got = file.readinto(left)
-                    if not got:
-                        raise InputError(f"{path}: ends early; download it again")
-                    left = left[got:]
+                shape, size = list(weight.shape), weight.shape[dim]
+                shape[dim] = (size if end is None else end) - first
+                tensor = torch.empty(shape, dtype=weight.dtype)
+                pieces = tensor.flatten(0, dim - 1) if dim else tensor[None]  # each lies in one place of the file
+                stride = weight.nbytes // len(pieces)
+                for i, piece in enumerate(pieces if tensor.numel() else ()):
+                    file.seek(weight.offset + i * stride + first * stride // size)
+                    read_into(file, piece)
                 check_finite(tensor, f"{path}: {key}")
                 yield key, tensor
+
+
+def read_into(file: BinaryIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor from a file. Raises InputError if the file ends early."""
+    left = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
+    while left:  # a read may return fewer bytes than asked for
+        got = file.readinto(left)
+        if not got:
+            raise InputError(f"{file.name}: ends early; download it again")
+        left = left[got:]
 
 
 def copy_beside(base: Path, out: Path) -> None:

@@ -3,7 +3,7 @@
 A layer's E experts are stacked parameters here, gate_up_proj [E, 2F, D] and down_proj [E, D, F]. `matrices` takes a
 stack apart, and `hub_key` gives each matrix the name that its family uses. Some families stack experts in their files
 too: hub/checkpoint.py then finds each matrix inside the stack, and `as_stored` stacks them again for writing. Under
-FSDP2 a process holds some rows of every parameter, and reads no others.
+FSDP2 a process holds a part of every parameter (`shard_dim`), and reads no other.
 
 Dimensions: E experts per layer, D hidden_size, F intermediate_size of an expert.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from command.cli import is_main_process
-from hub.checkpoint import Stored, read_slices, write_checkpoint
+from hub.checkpoint import WHOLE, Part, Stored, read_slices, write_checkpoint
 from hub.config import Family
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert, as we name them
@@ -36,16 +36,27 @@ def hub_key(name: str, family: Family) -> str:
     return f"model.{name}"
 
 
-def matrices(name: str, rows: Tensor, expert_ids: ExpertIds, first: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """A parameter, or its rows from number `first` on, as matrices under our names. Views, no copies."""
+def matrices(name: str, parameter: Tensor, expert_ids: ExpertIds) -> Iterator[tuple[str, Tensor, Part]]:
+    """What this process holds of a parameter, as matrices under our names. Views, no copies.
+
+    Yields the name of each matrix, the view, and which part of the matrix that is.
+    """
     path, _, stack = name.rpartition(".")
+    held, part = held_part(parameter)
     if path not in expert_ids:
-        yield name, rows
+        yield name, held, part
         return
-    for e, weight in zip(expert_ids[path][first : first + len(rows)], rows, strict=True):
-        parts = weight.chunk(2) if stack == "gate_up_proj" else (weight,)
-        for projection, part in zip(PROJECTIONS[:2] if len(parts) == 2 else PROJECTIONS[2:], parts, strict=True):
-            yield f"{path}.{e}.{projection}.weight", part
+    projections = PROJECTIONS[:2] if stack == "gate_up_proj" else PROJECTIONS[2:]
+    ids = expert_ids[path][part.first : part.end] if part.dim == 0 else expert_ids[path]
+    low, high = (part.first, part.end) if part.dim == 1 else (0, parameter.shape[1])  # rows of each expert
+    size = parameter.shape[1] // len(projections)
+    for e, weight in zip(ids, held, strict=True):
+        for i, projection in enumerate(projections):
+            first, end = max(low, i * size), min(high, (i + 1) * size)
+            if first < end:
+                rows = Part(0, first - i * size, end - i * size)
+                inside = Part(1, part.first, part.end) if part.dim == 2 else rows
+                yield f"{path}.{e}.{projection}.weight", weight[first - low : end - low], inside
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -60,8 +71,9 @@ def expert_ids(model: nn.Module) -> ExpertIds:
 
 def hub_views(model: nn.Module) -> dict[str, Tensor]:
     """The keys of the family's matrices, each with the view of our parameters that holds it."""
-    ids, named = expert_ids(model), ((name, parameter.data) for name, parameter in base_parameters(model).items())
-    return {hub_key(key, model.config.family): view for name, data in named for key, view in matrices(name, data, ids)}
+    ids, family = expert_ids(model), model.config.family
+    named = (of for name, parameter in base_parameters(model).items() for of in matrices(name, parameter, ids))
+    return {hub_key(matrix, family): view for matrix, view, _ in named}
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]], family: Family, num_experts: int) -> Iterator[tuple[str, Tensor]]:
@@ -90,12 +102,29 @@ def full_tensor(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """The rows of a parameter that this process holds, and the number of the first. FSDP2 shards rows evenly."""
+UNEVEN = 1.1  # how much larger than the average the largest share may be
+
+
+def shard_dim(shape: torch.Size, parts: int) -> int:
+    """The dimension in which FSDP2 shards a parameter over `parts` processes: 0 if all shares are then about equal.
+
+    8 experts on 16 processes would leave half of them without any. So the next dimension is sharded that divides
+    evenly: FSDP2 asks for that in every dimension but 0.
+    """
+    if -(-shape[0] // parts) * parts <= UNEVEN * shape[0]:
+        return 0
+    return next((dim for dim, size in enumerate(shape) if size % parts == 0), 0)
+
+
+def held_part(parameter: Tensor) -> tuple[Tensor, Part]:
+    """What this process holds of a parameter, and which part that is."""
     if not isinstance(parameter, DTensor):
-        return parameter.data, 0
-    per_process = -(-len(parameter) // parameter.device_mesh.size())
-    return parameter.to_local().data, min(len(parameter), per_process * parameter.device_mesh.get_local_rank())
+        return parameter.data, WHOLE
+    mesh, held = parameter.device_mesh, parameter.to_local().data
+    (axis, dim), *_ = ((i, place.dim) for i, place in enumerate(parameter.placements) if place.is_shard())
+    size = parameter.shape[dim]
+    first = min(size, -(-size // mesh.size(axis)) * mesh.get_local_rank(axis))
+    return held, Part(dim, first, first + held.shape[dim])
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:
@@ -112,28 +141,26 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int = 0) -> None:
     """Fill every matrix with N(0, std^2), norms with ones and biases with zeros: a model to pre-train or to measure."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            parameter.copy_(torch.empty(parameter.shape, device=device).normal_(0.0, std, generator=generator))
 
 
 # ---------------------------------------------------------------------------------------------- read and write
 
 
 def read_weights(model: nn.Module, weights: dict[str, Stored]) -> None:
-    """Fill the model from the files, one matrix at a time. Each process reads only the rows that it holds."""
-    destinations, rows, ids = {}, {}, expert_ids(model)
+    """Fill the model from the files, one matrix at a time. Each process reads only what it holds."""
+    destinations, parts, ids = {}, {}, expert_ids(model)
     for name, parameter in base_parameters(model).items():
-        held, first = local_rows(parameter)
-        is_stack = name.rpartition(".")[0] in ids
-        for matrix, view in matrices(name, held, ids, first):
+        for matrix, view, part in matrices(name, parameter, ids):
             key = hub_key(matrix, model.config.family)
-            destinations[key] = view
-            rows[key] = slice(None) if is_stack else slice(first, first + len(held))
-    for key, tensor in read_slices(weights, rows):
+            destinations[key], parts[key] = view, part
+    for key, tensor in read_slices(weights, parts):
         destinations[key].copy_(tensor)
 
 
@@ -146,7 +173,7 @@ def write_weights(folder: Path, model: nn.Module, *, hub: dict, dtype: torch.dty
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in base_parameters(model).items():
-            for matrix, view in matrices(name, full_tensor(parameter).detach(), expert_ids(model)):
+            for matrix, view, _ in matrices(name, full_tensor(parameter), expert_ids(model)):
                 yield hub_key(matrix, family), view.to("cpu", dtype, copy=True).contiguous()
 
     if not is_main_process():
@@ -154,6 +181,8 @@ def write_weights(folder: Path, model: nn.Module, *, hub: dict, dtype: torch.dty
             pass
         return
     empty = ((name, torch.empty(p.shape, device="meta")) for name, p in base_parameters(model).items())
-    views = ((hub_key(matrix, family), view) for each in empty for matrix, view in matrices(*each, expert_ids(model)))
+    views = (
+        (hub_key(matrix, family), view) for each in empty for matrix, view, _ in matrices(*each, expert_ids(model))
+    )
     sizes = {key: tensor.numel() * dtype.itemsize for key, tensor in as_stored(views, family, E)}
     write_checkpoint(folder, sizes, as_stored(tensors(), family, E), hub, shard_bytes)

@@ -42,7 +42,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from command.cli import InputError
 from model import MoETransformer
@@ -127,8 +127,9 @@ class RankGrowth:
         self.masks = []
         for (pair, *_), row in zip(self.pairs, self.ranks(), strict=True):
             B, mask = pair.lora_B, trains(row, self.r_max).unsqueeze(1).to(pair.lora_B.device)
-            if isinstance(B, DTensor):
-                mask = distribute_tensor(mask, B.device_mesh, B.placements, src_data_rank=None)
+            if isinstance(B, DTensor):  # the mask is the same for all rows of an expert
+                places = [Replicate() if place.is_shard(1) else place for place in B.placements]
+                mask = distribute_tensor(mask, B.device_mesh, places, src_data_rank=None)
             self.masks.append(mask)
 
     @torch.no_grad()

@@ -115,15 +115,24 @@ def load_adapter(model: MoETransformer, folder: str | Path) -> None:
 
 def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
     """Attach what `read_adapter` returned. Raises InputError, naming `folder`, unless every tensor fits."""
+    place_adapter(model, adapter, state)
+    fill_adapter(model, adapter, state, folder)
+
+
+def place_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor]) -> None:
+    """Give a model, which may be on the meta device, the pairs of an adapter. `fill_adapter` fills them."""
     hot = hot_mask(adapter.hot, model.config)
     attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
-    if model.adapter != adapter:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has a checksum mismatch; a damaged adapter?")
     positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
     if positions:
         sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})
-    values = {name: tensor for name, tensor in state.items() if name not in positions}
-    fill_factors(model, values, folder)
+
+
+def fill_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
+    """Set what `place_adapter` placed. Raises InputError, naming `folder`, unless every tensor fits."""
+    if model.adapter != adapter:
+        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has a checksum mismatch; a damaged adapter?")
+    fill_factors(model, {name: tensor for name, tensor in state.items() if not name.endswith("positions")}, folder)
 
 
 @torch.no_grad()

@@ -4,7 +4,9 @@
 
 Replicated (`--shard none`): every process holds all weights of the base. Only the gradients of the adapters are
 communicated. Sharded (`--shard full`, FSDP2): every process holds a part of each weight. The weights of a layer are
-all-gathered before its forward pass and again before its backward pass.
+all-gathered before its forward pass and again before its backward pass. `--shard hybrid`: each machine holds a copy of
+the base, sharded over its processes, so that weights are gathered within a machine and only gradients leave it. It
+needs the memory of `full` on one machine.
 
 Dimensions: T tokens of a micro-batch, K experts per token, D hidden_size, F intermediate_size of an expert.
 """
@@ -23,9 +25,11 @@ from command.cli import InputError
 from hellora import SHARED, adapted_paths
 from hub.checkpoint import resolve
 from hub.config import HUB_IDS, PRESETS
+from hub.weights import shard_dim
 from lora import LoRAExperts, LoRALinear
 from model import MoEConfig, MoETransformer, read_config
 from ops.head import HEAD_ROWS
+from run.processes import processes_per_machine
 
 SPARE = 0.1  # share of a device's memory that is left to the allocator and to what the plan does not count
 
@@ -33,12 +37,12 @@ SPARE = 0.1  # share of a device's memory that is left to the allocator and to w
 class Plan(NamedTuple):
     """Bytes on one process."""
 
-    weights: int  # of the base; sharded: this process's rows
-    adapters: int  # factors in float32, trained and frozen; sharded: this process's rows
+    weights: int  # of the base; sharded: this process's part
+    adapters: int  # factors in float32, trained and frozen; sharded: this process's part
     gathered: int  # sharded: weights that are all-gathered at once
     gradients: int
     optimizer: int  # AdamW's two moments
-    activations: int  # kept for the backward pass, over all layers
+    activations: int  # kept for the backward pass, over all layers; or keys and values while text is decoded
     transient: int  # allocated and freed within the current layer, or within the head
 
     @property
@@ -56,10 +60,12 @@ def plan(
     tokens: int,
     trains: bool = True,
     checkpointing: bool = False,
+    cached: int = 0,
 ) -> Plan:
     """What each of `num_processes` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
 
-    Parameters are counted on a model without weights; activations follow from the config.
+    cached: positions of a KV cache, over all sequences. Parameters are counted on a model without weights; activations
+    follow from the config.
     """
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
@@ -74,7 +80,7 @@ def plan(
         gathered=gathered(model, num_processes) if sharded else 0,
         gradients=held(trained, parts) + (unreduced(model, trained) if sharded else 0),
         optimizer=2 * held(trained, parts),
-        activations=activations,
+        activations=activations + cached * position_bytes(config, dtype),
         transient=transient,
     )
 
@@ -83,14 +89,15 @@ def plan(
 
 
 def held(parameters: Iterable[Tensor], num_processes: int = 1) -> int:
-    """Bytes that the first of `num_processes` holds: FSDP2 deals out rows, and the first gets the most of them."""
-    return sum(-(-len(p) // num_processes) * p.nbytes // len(p) for p in parameters)
+    """Bytes that the first of `num_processes` holds. None holds more."""
+    sizes = [(p.shape[shard_dim(p.shape, num_processes)], p.nbytes) for p in parameters]
+    return sum(-(-size // num_processes) * nbytes // size for size, nbytes in sizes)
 
 
 def gathered(model: MoETransformer, num_processes: int) -> int:
     """Bytes that are all-gathered at once: the root; the current layer, received and unpacked; the next, received."""
     root = held(p for name, p in model.named_parameters() if not name.startswith("layers."))
-    # All processes send parts of the same size, so parts with fewer rows are padded.
+    # All processes send parts of the same size, so smaller parts are padded.
     received = max(num_processes * held(layer.parameters(), num_processes) for layer in model.layers)
     return root + largest_layer(model) + 2 * received
 
@@ -203,6 +210,11 @@ def transient_numbers(model: MoETransformer, trains: bool) -> int:
     return K * max(5 * F, F + 2 * D, dropping) - shared + D
 
 
+def position_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of one position, in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
 # ----------------------------------------------------------------------------------------------------------- choice
 
 
@@ -217,25 +229,44 @@ def available(device: torch.device) -> int:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except FileNotFoundError:  # not Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free // processes_per_machine()
 
 
-def choose_shard(asked: str | None, device: torch.device, num_processes: int, replicated: Plan) -> bool:
-    """Whether to shard the base: as asked, or else if the plan of a replicated base does not fit. Prints the reason."""
+SHARD_HELP = "how processes hold the base (default: the first that fits)"
+CHOSEN = {  # what is printed of a way to hold the base
+    "none": "base replicated on {count} processes ({why}): only gradients are communicated",
+    "hybrid": "base sharded over the {local} processes of each machine ({why}): only gradients leave a machine",
+    "full": "base sharded over {count} processes ({why}): weights are communicated in every pass",
+}
+
+
+def choose_shard(asked: str | None, device: torch.device, num_processes: int, plan_of: Callable[..., Plan]) -> str:
+    """How the base is held, "none", "hybrid" or "full": as asked, or the first of them that fits. Prints the reason.
+
+    plan_of: `plan`, given all but num_processes and sharded. "hybrid" on one machine is "full", and with one process
+    per machine "none". Raises InputError if it is asked for and the machines run different numbers of processes.
+    """
     if num_processes == 1:
-        return False
-    free = torch.tensor(available(device) * (1 - SPARE), dtype=torch.float64, device=device)
+        return "none"
+    local = processes_per_machine()
+    limits = torch.tensor([available(device) * (1 - SPARE), local, -local], dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(free, dist.ReduceOp.MIN)  # all processes must decide alike
-    free = int(free)
-    sharded = replicated.total > free if asked is None else asked == "full"
-    need = f"{replicated.total / 1e9:.1f} GB of {free / 1e9:.1f} GB per process"
-    why = "as asked" if asked else f"replicated it would need {need}" if sharded else f"needs {need}"
-    if sharded:
-        cli.say(f"base sharded over {num_processes} processes ({why}): weights are communicated in every pass")
-    else:
-        cli.say(f"base replicated on {num_processes} processes ({why}): only gradients are communicated")
-    return sharded
+        dist.all_reduce(limits, dist.ReduceOp.MIN)  # all processes must decide alike
+    free, least, most = limits.abs().long().tolist()
+    if least != most and asked == "hybrid":
+        raise InputError(f"--shard hybrid: the machines run {least} to {most} processes; start as many on each")
+    hybrid = "full" if least != most else {num_processes: "full", 1: "none"}.get(local, "hybrid")
+    needs, why = {}, f"as asked, --shard {asked}"
+    if asked is None:
+        needs["none"] = plan_of(num_processes=1, sharded=False).total
+        if hybrid == "hybrid":
+            needs["hybrid"] = plan_of(num_processes=local, sharded=True).total
+        asked = next((way for way, need in needs.items() if need <= free), "full")
+        need = f"{needs.get(asked, needs['none']) / 1e9:.1f} GB of {free / 1e9:.1f} GB per process"
+        why = f"needs {need}" if asked in needs else f"replicated it would need {need}"
+    chosen = hybrid if asked == "hybrid" else asked
+    cli.say(CHOSEN[chosen].format(count=num_processes, local=local, why=why))
+    return chosen
 
 
 def config_of(model: str) -> MoEConfig:

@@ -41,6 +41,13 @@ class Processes(NamedTuple):
             raise outcome[1]
         return outcome[0]
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any of them. Every process must call it."""
+        flags = torch.tensor(flag, dtype=torch.int32)
+        if self.count > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
+
 
 def default_dtype() -> str:
     """The element of DTYPES for the device that `start_processes` chooses."""
@@ -48,6 +55,11 @@ def default_dtype() -> str:
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def processes_per_machine() -> int:
+    """How many processes of the run torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
 def start_processes(backend: str | None = None, timeout: timedelta | None = None) -> Processes:

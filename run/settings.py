@@ -12,6 +12,7 @@ from command import cli
 from command.cli import InputError, count_or_share, flag, number
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
+from run.memory import CHOSEN, SHARD_HELP
 from run.methods import METHODS, RECIPES, experts_flag
 from run.processes import DTYPE_HELP, DTYPES, default_dtype
 from run.schedule import SCHEDULES
@@ -66,7 +67,7 @@ class Settings:
     resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
-    shard: str | None = flag(None, "shard the base model (default: if needed)", choices=("full", "none"), **MACHINE)
+    shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
     activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
 
 

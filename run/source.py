@@ -1,6 +1,8 @@
 """What a name on the command line stands for: a run folder of train.py, a checkpoint, a PEFT adapter, or a hub id."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +15,10 @@ from command.files import sha256
 from hub import digests
 from hub.checkpoint import resolve
 from hub.peft import base_of
-from model import MoETransformer, load_model, read_config
-from run.adapters import load_any_adapter
+from model import MoETransformer, read_config
+from run import memory
+from run.adapters import fill_adapter, place_adapter, read_any_adapter
+from run.step import load_shared
 
 
 def run_config(source: str) -> dict | None:
@@ -86,19 +90,33 @@ def content_of(folder: Path, examples: list[data.Example], start: str | None) ->
     return {"base": base_content(folder), "data": data.digest(examples)}
 
 
-def load(source: str, dtype: torch.dtype, device: torch.device) -> tuple[MoETransformer, Tokenizer]:
+def load(
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    choose_shard: Callable[[Callable[..., memory.Plan]], str] | None = None,
+) -> tuple[MoETransformer, Tokenizer]:
     """The model that `source` stands for, with its adapter, and its tokenizer.
 
-    In float32 the adapter is merged, which is faster and is how LoRI evaluates. In bfloat16 merging would round the
+    choose_shard(plan_of): how the processes hold the model, see `memory.choose_shard`; None: each holds all of it. In
+    float32 the adapter is then merged, which is faster and is how LoRI evaluates. In bfloat16 merging would round the
     update off, so the adapter stays apart.
     """
     folder, adapter = locate(source)
     if adapter and (run := run_config(source)):
         check_base(run, folder)
-    tokenizer = data.load_tokenizer(folder, read_config(folder))
-    model = load_model(folder, dtype=dtype, device=device)
-    if adapter:
-        load_any_adapter(model, adapter)
-        if dtype == torch.float32:
+    config = read_config(folder)
+    tokenizer, found = data.load_tokenizer(folder, config), adapter and read_any_adapter(adapter, config)
+
+    def attach(model: MoETransformer) -> None:
+        if found:
+            place_adapter(model, *found)
+
+    plan_of = partial(memory.plan, config, attach, dtype=dtype, trains=False)
+    shard = choose_shard(plan_of) if choose_shard else "none"
+    model = load_shared(folder, dtype, device, shard=shard, attach=attach)
+    if found:
+        fill_adapter(model, *found, adapter)
+        if dtype == torch.float32 and shard == "none":
             hellora.merge(model)
     return model.eval(), tokenizer

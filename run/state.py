@@ -1,7 +1,7 @@
 """The state from which a killed run continues: RUN/checkpoint/step-N/, complete or not there.
 
 model.safetensors holds what trains and AdamW's moments, state.json everything else, with the checksums of both. There
-is no pickle in it. It does not depend on the number of processes: each reads its own rows.
+is no pickle in it. It does not depend on the number of processes: each reads its own part.
 """
 
 import json
@@ -18,7 +18,7 @@ from command.cli import InputError, RunError, is_main_process, say
 from command.files import atomic_folder, remove_folder, seal, sha256
 from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
-from hub.weights import full_tensor, local_rows
+from hub.weights import full_tensor, held_part
 from model import MoETransformer
 from run.adapters import placement_digest
 from run.processes import Processes
@@ -149,7 +149,7 @@ def read_state(folder: Path) -> dict:
         about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if about.pop("seal") != seal(about):
             raise ValueError("not as it was saved")
-        # One process reads every byte; the others read their rows.
+        # One process reads every byte; the others read their parts.
         digests = about["sha256"].items() if is_main_process() else ()
         damaged = [name for name, digest in digests if sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -161,7 +161,7 @@ def read_state(folder: Path) -> dict:
 
 @torch.no_grad()
 def load_tensors(folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, updates: int) -> None:
-    """Fill what trains and the optimizer, which has made `updates` updates. Each process reads its rows.
+    """Fill what trains and the optimizer, which has made `updates` updates. Each process reads its part.
 
     Raises InputError if the tensors are those of another run.
     """
@@ -170,14 +170,13 @@ def load_tensors(folder: Path, trained: dict[str, Tensor], optimizer: torch.opti
     about["state"] = {i: {"step": torch.tensor(float(updates))} | pair for i, pair in enumerate(moments)}
     optimizer.load_state_dict(about)
     state = with_moments(trained, optimizer)
-    places = {name: local_rows(tensor) for name, tensor in state.items()}
+    places = {name: held_part(tensor) for name, tensor in state.items()}
     weights = stored(folder, {name: tuple(tensor.shape) for name, tensor in state.items()})
-    rows = {name: slice(first, first + len(held)) for name, (held, first) in places.items()}
-    for name, tensor in read_slices(weights, rows):
+    for name, tensor in read_slices(weights, {name: part for name, (_, part) in places.items()}):
         places[name][0].copy_(tensor)
 
 
 def moment_bytes(optimizer: torch.optim.AdamW) -> int:
     """Bytes of AdamW's two moments on this process."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(local_rows(tensor)[0].nbytes for tensor in tensors)
+    return sum(held_part(tensor)[0].nbytes for tensor in tensors)

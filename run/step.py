@@ -1,12 +1,13 @@
 """One model on one process or many: loaded in parts, and the loss and gradients of one global batch.
 
-    model = load_shared(folder, dtype, device, sharded=True, attach=lambda model: hellora.attach(model, hot, r, alpha))
+    model = load_shared(folder, dtype, device, shard="full", attach=lambda model: hellora.attach(model, hot, r, alpha))
     step = global_step(model, items, micro_batch, processes)     # the loss, and p.grad of whatever trains
 
 The loss is the mean negative log-likelihood of the target tokens of the whole global batch. The batch is cut into
 micro-batches of similar length. Gradients are summed over micro-batches and processes, so the numbers of both do not
-change the result. Sharded (FSDP2), a process holds its rows of every weight and gathers one layer at a time.
-Replicated, it holds the whole frozen base, and only the gradients of what trains are communicated.
+change the result. Sharded (FSDP2), a process holds a part of every weight and gathers one layer at a time: a part for
+each process, or with "hybrid" sharding for each process of one machine. Replicated, it holds the whole frozen base, and
+only the gradients of what trains are communicated.
 
 Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, T real tokens of a
 micro-batch.
@@ -22,26 +23,38 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 import data
 import hellora
+from hub.weights import shard_dim
 from model import MoETransformer, load_model
 from ops import Dropout
 from routing.statistics import tally
-from run.processes import Processes
+from run.processes import Processes, processes_per_machine
 
 
-def shard(model: MoETransformer, device: torch.device, compute_dtype: torch.dtype | None = None) -> None:
+def shard_model(
+    model: MoETransformer, device: torch.device, compute_dtype: torch.dtype | None = None, parts: int | None = None
+) -> None:
     """FSDP2: every decoder layer is gathered, used and dropped as one unit; the root keeps what is left.
 
     Never per expert or per MoE block: processes hit different experts, and would reduce different gradients.
-    compute_dtype: of what is gathered, if the weights themselves are float32 because they train.
+    compute_dtype: of what is gathered, if the weights themselves are float32 because they train. parts: over how many
+    processes a copy of the model is sharded, neighbours by rank (default: all); others hold copies of it.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32)
+    count = dist.get_world_size()
+    parts = parts or count
+    shape = {"copies": count // parts, "parts": parts} if parts < count else {"parts": parts}
+    mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32),
+        "shard_placement_fn": lambda parameter: Shard(shard_dim(parameter.shape, parts)),
+    }
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
 
 
 def load_shared(
@@ -49,19 +62,22 @@ def load_shared(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    sharded: bool,
+    shard: str,
     attach: Callable[[MoETransformer], None] | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> MoETransformer:
-    """The model of a checkpoint with its adapters (`attach`). Each process reads only what it is to hold."""
+    """The model of a checkpoint with its adapters (`attach`). Each process reads only what it is to hold.
+
+    shard: "none", "full" (over all processes) or "hybrid" (over those of a machine; every machine holds a copy)
+    """
 
     def prepare(model: MoETransformer) -> None:
         if attach is not None:
             attach(model)
-        if sharded:
-            shard(model, device, compute_dtype)
+        if shard != "none":
+            shard_model(model, device, compute_dtype, processes_per_machine() if shard == "hybrid" else None)
 
-    if sharded:
+    if shard != "none":
         gc.collect()  # FSDP's modules refer to each other: nothing else frees the model that was here before
     model = load_model(folder, dtype, device, prepare)
     if model.adapter is not None:
@@ -80,8 +96,8 @@ def load_balancing_loss(probs: Tensor, selected: Tensor, lengths: Tensor, form: 
     A sum over sequences does not depend on how a batch is cut into micro-batches.
     """
     (L, _, E), K = probs.shape, selected.shape[-1]
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths.cpu()).to(probs.device)  # [T]
     lengths = lengths.to(probs.device)
-    sequence = torch.arange(len(lengths), device=probs.device).repeat_interleave(lengths)  # [T]
     chosen = torch.zeros_like(probs).scatter(-1, selected, 1.0)  # [L, T, E]
     f, P = (
         x.new_zeros(L, len(lengths), E).index_add(1, sequence, x) / lengths.clamp(min=1)[:, None]  # [L, B, E]

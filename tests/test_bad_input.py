@@ -569,6 +569,7 @@ profile --out p.json --seed x                        | 'x'
 profile --out p.json --batch 0                       | '0'
 profile --out p.json --max-length 1                  | '1' | at least 8
 profile --out p.json --shard some                    | 'some' | full
+evaluate tiny --task tiny-math --shard halves        | 'halves' | hybrid
 profile --out p.json --task chess                    | 'chess'
 profile --out p.json --model weights-cut             | model.safetensors
 profile --out p.json --model config-unknown          | mup False

@@ -27,7 +27,7 @@ from model import MoETransformer, RMSNorm, lay_out, load_model, read_config, sav
 from neighbours import drlora
 from run.methods import METHODS, num_hot_experts
 from run.processes import ALONE, DTYPES
-from run.step import global_step, shard
+from run.step import global_step, shard_model
 
 R = 8
 LOGITS, GRADIENTS = 0.05, 0.12  # bounds of |bfloat16 - float32| / |float32|; the largest seen are 0.03 and 0.09
@@ -59,7 +59,7 @@ def one_step(folder: Path, method: str, dtype: torch.dtype) -> tuple[Tensor, Ten
         adapt(model, method)
     elif dtype != torch.float32:  # as train.py does it: FSDP holds float32 weights and gathers them in bfloat16
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        shard(model, torch.device("cpu"), dtype)
+        shard_model(model, torch.device("cpu"), dtype)
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(2, 50, (n,), generator=generator).tolist() for n in (17, 24, 9, 13)]
     items = [data.encode_pair(row[:2], row[2:], 99) for row in ids]

@@ -322,7 +322,7 @@ def test_a_run_of_one_step_is_refused():
 def full_run(index: int = 0, count: int = 1) -> dict:
     model = adapted(targets="all")
     if count > 1:
-        parallel.shard(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
+        parallel.shard_model(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step, index, count)

@@ -98,7 +98,7 @@ def choose_in_process(rank: int, world: int, out: Path) -> None:
     patience = timedelta(minutes=3)
     dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
     model = with_random_B()
-    parallel.shard(model, torch.device("cpu"))
+    parallel.shard_model(model, torch.device("cpu"))
     torch.save(lori.top_entries(adapters.adapter_state(model)), out / f"{rank}.pt")
     dist.destroy_process_group()
 

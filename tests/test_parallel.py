@@ -71,7 +71,7 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
         for kind in KINDS:
             read.clear()
             hub.weights.read_slices = counting
-            options = {"sharded": True, "attach": lambda model, kind=kind: attach(model, kind)}
+            options = {"shard": "full", "attach": lambda model, kind=kind: attach(model, kind)}
             model = load_shared(folder, torch.float32, torch.device("cpu"), **options)
             hub.weights.read_slices = real
             step = step_of(model, Processes(rank, WORLD, torch.device("cpu")))
@@ -179,7 +179,7 @@ def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(olmoe):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         cpu, half = torch.device("cpu"), torch.bfloat16
-        model = load_shared(olmoe.folder, torch.float32, cpu, sharded=True, compute_dtype=half)
+        model = load_shared(olmoe.folder, torch.float32, cpu, shard="full", compute_dtype=half)
         step = global_step(model, items(50), 2, ALONE)
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
         assert 0 < abs(step.loss - want.loss) < 0.02 * want.loss  # computed in bfloat16

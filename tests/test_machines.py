@@ -1,0 +1,122 @@
+"""Several machines, as groups of processes on one: torchrun's agents, and `--shard hybrid`."""
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from hub.checkpoint import TINY
+from model import load_model
+from run.processes import end_processes, start_processes
+from run.step import load_shared
+
+ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")
+FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.005", "--k", "3", "--lr", "1e-4"]
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    train.main([*FLAGS, "--steps", "4", "--out", str(out)])
+    return out
+
+
+def test_two_agents_of_torchrun_give_the_bits_of_one_with_two_processes(alone, tmp_path):
+    at = f"127.0.0.1:{free_port()}"
+    launches = {
+        "agents": ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", at],
+        "one": ["--standalone", "--nproc_per_node", "2"],
+    }
+    started = []
+    for name in ("agents", "agents", "one"):
+        flags = [*FLAGS, "--steps", "4", "--shard", "full", "--out", str(tmp_path / name)]
+        command = [sys.executable, "-m", "torch.distributed.run", *launches[name], "train.py", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        )
+    ended = [process.communicate(timeout=300)[1] for process in started]
+    assert not any(process.returncode for process in started), b"\n".join(ended).decode()
+    assert losses(tmp_path / "agents") == losses(tmp_path / "one")
+    assert losses(tmp_path / "one") == pytest.approx(losses(alone), abs=1e-5)
+
+
+def work(rank: int, port: int, main: Callable, flags: list[str]) -> None:
+    """One of 2 x 2 processes, as torchrun starts them."""
+    torch.set_num_threads(1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(flags)
+
+
+def on_two_machines(main: Callable, *flags: str) -> None:
+    port = free_port()
+    processes = [FORK.Process(target=work, args=(rank, port, main, list(flags))) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * 4
+
+
+def hold(flags: list[str]) -> None:
+    """Save what this process holds of the embedded model."""
+    processes = start_processes()
+    model = load_shared(TINY, torch.float32, processes.device, shard="hybrid")
+    torch.save([parameter.to_local() for parameter in model.parameters()], f"{flags[0]}/{processes.index}.pt")
+    end_processes()
+
+
+def test_each_machine_holds_a_copy_and_each_of_its_processes_half_of_it(tmp_path):
+    on_two_machines(hold, str(tmp_path))
+    a, b, *copy = (torch.load(tmp_path / f"{rank}.pt") for rank in range(4))
+    assert all(x.equal(y) for held, again in zip((a, b), copy, strict=True) for x, y in zip(held, again, strict=True))
+    one = load_model(TINY)
+    assert all(torch.cat(parts).equal(whole) for *parts, whole in zip(a, b, one.parameters(), strict=True))
+
+
+def completions(out: Path) -> dict[str, str]:
+    records = map(json.loads, (out / "generations.jsonl").read_text().splitlines())
+    return {record["id"]: record["completion"] for record in records}
+
+
+def test_hybrid_sharding_trains_saves_resumes_and_evaluates_as_one_process_does(alone, tmp_path):
+    run = [*FLAGS, "--out", str(tmp_path / "run"), "--save-every", "2", "--shard", "hybrid"]
+    on_two_machines(train.main, *run, "--steps", "2")
+    on_two_machines(train.main, *run, "--steps", "4", "--resume")
+    assert json.loads((tmp_path / "run/result.json").read_text())["shard"] == "hybrid"
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
+    ours, want = (load_file(out / "adapter/adapter.safetensors") for out in (tmp_path / "run", alone))
+    assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
+    score = ["--limit", "6", "--batch", "1", "--max-new-tokens", "7"]  # two processes have two prompts, two have one
+    evaluate.main([str(alone), *score, "--out", str(tmp_path / "one")])
+    on_two_machines(evaluate.main, str(alone), *score, "--out", str(tmp_path / "hybrid"), "--shard", "hybrid")
+    assert completions(tmp_path / "hybrid") == completions(tmp_path / "one") and len(completions(tmp_path / "one")) == 6
