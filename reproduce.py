@@ -8,16 +8,16 @@ Ours are of the embedded models and tasks. Runs are kept in results/runs, and ev
 An interrupted command goes on where it stopped when it is given again. paper/ holds what carries this file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from command import cli
 from command.cli import RunError, flag, number
 from command.files import writable, write_json
-from paper import fullsize, params, routing, speed
+from paper import fullsize, params, routing, runner, speed
 from paper.page import Section, write_page
-from paper.runner import Needed, Workplace, add, commands, duration, make, pending, plan_line
+from paper.runner import Workplace, add, duration, make, pending, plan_line
 from paper.runs import Records
 from paper.tables import SCALES, Column, Row, Scale, Table
 
@@ -150,8 +150,8 @@ FIGURES = {
     "fig6": routing.figure6,
 }
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "topup", "fig1", "fig3", "fig4", "fig5", "fig6")
-QUICK = {"steps": 20}
-QUICK_LIMIT, QUICK_SEEDS = 50, 2
+QUICK = {"steps": 10}
+QUICK_LIMIT, QUICK_SEEDS = 20, 2
 CODE_SAMPLES = 10  # of a problem of tiny-code: pass@10 needs as many; the paper has 20
 POSITIVE = number(int, 1)
 
@@ -162,7 +162,7 @@ class Settings:
 
     seeds: int | None = flag(None, "runs of each cell (default: 5 for Tables 2, 4 and 7, else 3)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
-    quick: bool = flag(False, "20 steps, 2 seeds, 50 problems: shows that it works; kept apart, in runs/quick")
+    quick: bool = flag(False, "first column, 10 steps, 2 seeds, 20 problems: shows that it works; goes to runs/quick")
     dry_run: bool = flag(False, "print the commands that would run, and how long they take")
     no_run: bool = flag(False, "print what the finished runs say")
     scale: str = flag("tiny", "the embedded models and tasks, or the paper's", choices=list(SCALES))
@@ -188,6 +188,9 @@ class Settings:
         """Fields of every run that --quick sets."""
         return QUICK if self.quick else {}
 
+    def table(self, name: str) -> Table:
+        return replace(TABLES[name], columns=TABLES[name].columns[:1]) if self.quick else TABLES[name]
+
     def number_of_seeds(self, table: Table) -> int:
         return self.seeds or (QUICK_SEEDS if self.quick else table.seeds)
 
@@ -208,11 +211,11 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=about)
     out = settings.json and writable(settings.json)
     place, scale, needed = settings.workplace(), settings.models_and_tasks, {}
-    for table in (TABLES[name] for name in names if name in TABLES):
+    for table in (settings.table(name) for name in names if name in TABLES):
         add(needed, table.needed(scale, settings.number_of_seeds(table), **settings.changes))
     needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
     if settings.dry_run:
-        dry_run(needed, place, settings)
+        cli.say(*(fullsize if settings.scale == "paper" else runner).dry_run(needed, place))
         return []
     left = pending(needed, place.records)
     if needed:
@@ -236,23 +239,9 @@ def section(name: str, settings: Settings, place: Workplace) -> Section:
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = TABLES[name]
+    table = settings.table(name)
     seeds, scores = settings.number_of_seeds(table), place.records.scores
     return table.section(settings.models_and_tasks, seeds, scores, **settings.changes)
-
-
-def dry_run(needed: Needed, place: Workplace, settings: Settings) -> None:
-    """Print the commands and how long they take; for the real models also the memory."""
-    paper = settings.scale == "paper"
-    left = needed if paper else pending(needed, place.records)
-    for run, tasks in left.items():
-        cli.say(*commands(run, tasks, place))
-        if paper and run.method != "base":
-            cli.say(f"# {fullsize.plan(run, place.processes)[1]}, {fullsize.hours(run):.2f} h")
-    if paper:
-        cli.say(f"# {len(left)} runs, {sum(map(fullsize.hours, left)):.1f} hours. {fullsize.ASSUMPTION}")
-    else:
-        cli.say(f"# {plan_line(left, place.records, settings.jobs)}")
 
 
 COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}

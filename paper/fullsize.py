@@ -1,5 +1,6 @@
 """What a run of the real models needs: memory by the plan that bench.py prints, hours by the paper's own speed."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -7,6 +8,7 @@ import torch
 
 from benchmarks.plan import Settings, plan_row
 from model import MoEConfig, MoETransformer
+from paper.runner import Needed, Workplace, commands
 from paper.runs import Run, flags
 from paper.speed import PAPER
 from run.memory import config_of
@@ -75,3 +77,12 @@ def plan_of(k: int | None, settings: Settings) -> tuple[list[str], str]:
             if row["fits"]:
                 return flags(saving), f"{row['total'] / 1e9:.1f} {where}"
     return flags(saving), f"{row['total'] / 1e9:.1f} {where}, more than there is: give more --processes"
+
+
+def dry_run(needed: Needed, place: Workplace) -> Iterator[str]:
+    """The command lines of all runs, the memory that each needs, and the hours."""
+    for run, tasks in needed.items():
+        yield from commands(run, tasks, place)
+        if run.method != "base":
+            yield f"# {plan(run, place.processes)[1]}, {hours(run):.2f} h"
+    yield f"# {len(needed)} runs, {sum(map(hours, needed)):.1f} hours. {ASSUMPTION}"

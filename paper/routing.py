@@ -271,9 +271,11 @@ def draw_sorted(panels: dict[str, dict[str, Tensor]], num_hot: int | None, path:
         axes.axhline(100 / E, color="0.6", linewidth=0.8, label="even use")
         if num_hot:
             axes.axvline(num_hot + 0.5, color="0.3", linestyle=":", linewidth=1.2, label=f"left: the top {num_hot}")
-        axes.set(title=title, xlabel=f"experts, most used first (of {E})", ylim=(0, None), xlim=(0.5, E + 0.5))
+        axes.set(title=title, xlabel=f"experts, most used first (of {E})", xlim=(0.5, E + 0.5))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
+    for axes in figure.axes:  # after all curves: the panels may share their scale
+        axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("% of the layer's routed tokens")
     figure.savefig(path)
 

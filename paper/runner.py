@@ -28,6 +28,7 @@ from command import cli
 from command.cli import InputError, RunError
 from command.files import writable
 from paper.runs import Records, Run, summarize
+from run.folder import read_json
 
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
@@ -148,13 +149,14 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
             return None
         tasks = pending({run: tasks}, records).get(run)
         if not tasks:
-            return records.read(run)
-        writable(records.path(run))
+            return records.find(run)[1]
+        writable(records.folder / f"{name}.json")
         seconds, scored = {}, {}
-        if run.method != "base" and not (folder / "result.json").is_file():
+        if run.method != "base":
             arguments = [*run.train_flags(str(folder), records.data), *place.saving(run)]
             arguments += ["--save-every", str(SAVE_EVERY), "--resume"]
-            seconds["train"] = place.call("train.py", arguments, log, lock)
+            spent = place.call("train.py", arguments, log, lock)
+            seconds["train"] = max(spent, read_json(folder / "result.json")["seconds"])  # also those before a stop
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             shutil.rmtree(folder / "stage-d", ignore_errors=True)
         for task in sorted(tasks):
@@ -187,6 +189,8 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
                 if record:
                     done += 1
                     left = pending({r: needed[r] for r in needed if r not in failed}, place.records)
+                    if run in left:
+                        failed[run] = RunError("the code, the model or the data changed while it ran")
                     rest = duration(expected_seconds(left, place.records) / place.jobs) if left else "nothing"
                     cli.say(f"[{done}/{total}] {described(run, record)}; {rest} left")
             needed = {run: t for run, t in pending(needed, place.records).items() if run not in failed}
@@ -232,3 +236,11 @@ def commands(run: Run, tasks: set[str], place: Workplace) -> Iterator[str]:
     for task in sorted(tasks):
         source = run.model if run.method == "base" else out
         yield place.typed("evaluate.py", place.records.evaluate_flags(run, source, task, f"{out}/evaluation-{task}"))
+
+
+def dry_run(needed: Needed, place: Workplace) -> Iterator[str]:
+    """The command lines of the runs that are not there yet, and about how long they take."""
+    left = pending(needed, place.records)
+    for run, tasks in left.items():
+        yield from commands(run, tasks, place)
+    yield f"# {plan_line(left, place.records, place.jobs)}"

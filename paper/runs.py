@@ -2,7 +2,7 @@
 
     run = Run("tiny-math", "hellora", seed=3, k=4)
     run.train_flags("runs/x")                      # what one types after train.py
-    records.read(run)                              # its record, or None if it has yet to be made
+    records.find(run)                              # its record, or None if it has yet to be made
 
 A record is found again by what decides its numbers: the settings, the weights of the base model, the training data and
 the test problems, all by content. A changed task or model therefore never reuses an old result.
@@ -114,10 +114,7 @@ class Records:
         return {"limit": self.limit, "samples": samples, "eval_data": self.data_file(task, "test")}
 
     def name(self, run: Run) -> str:
-        """The name of the run's record: its title, and a digest of what the task's recipe, the model and the data are.
-
-        Of the settings only those that a recipe or a method decides are in it, so that a new flag renames nothing.
-        """
+        """A name for the run that no other has: its title, and a digest of the recipe, the model and the data."""
         recipe = {name: v for name, v in decisive_settings(run).items() if getattr(Settings, name) is None}
         given = {name: value for name, value in asdict(run).items() if value is not None}
         text = json.dumps([given, recipe, self.content(run)], sort_keys=True)
@@ -131,25 +128,26 @@ class Records:
     def data_file(self, task: str, split: str) -> str | None:
         return data_file(self.data, task, split)
 
-    def path(self, run: Run) -> Path:
-        return self.folder / f"{self.name(run)}.json"
-
-    def read(self, run: Run) -> dict | None:
-        """The record of a run. None if there is none, or if train.py would now do something else.
+    def find(self, run: Run) -> tuple[Path, dict] | None:
+        """The file of a run's record, and the record. None if there is none that train.py would make again now.
 
         A setting that the record does not name is newer than the record, and had no effect then.
         """
         try:
-            record, now = read_json(self.path(run)), decisive_settings(run)
+            content, now = self.content(run), decisive_settings(run)
         except InputError:  # the model or the data is not here, and so no run of it
             return None
-        if not record or any(now.get(name) != value for name, value in record["settings"].items()):
-            return None
-        return record
+        for path in sorted(self.folder.glob(f"{run.title}-*.json")):
+            record = read_json(path)
+            same_content = all(record.get(name) == found for name, found in content.items())
+            if same_content and all(now.get(name) == value for name, value in record["settings"].items()):
+                return path, record
+        return None
 
     def scores(self, run: Run, task: str) -> dict | None:
         """What evaluate.py found on a task, if on today's test problems."""
-        found = (self.read(run) or {"scores": {}})["scores"].get(task)
+        _, record = self.find(run) or (None, {"scores": {}})
+        found = record["scores"].get(task)
         return found if found and found["evaluation"] == self.evaluated(task) else None
 
     def evaluated(self, task: str) -> dict:
@@ -166,7 +164,8 @@ class Records:
 
 def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float], scored: dict[str, Path]) -> dict:
     """The record of a run that has ended. folder: of train.py. scored: the folder of each task's evaluation."""
-    about, result, earlier = read_json(folder / "config.json"), read_json(folder / "result.json"), records.read(run)
+    about, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
     record = {
         "run": asdict(run),
@@ -183,7 +182,7 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     for task, out in scored.items():
         record["scores"][task] = score(read_json(out / "score.json")) | {"evaluation": records.evaluated(task)}
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
-    write_text(records.path(run), "{\n" + ",\n".join(lines) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return record
 
 

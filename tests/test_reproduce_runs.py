@@ -38,7 +38,8 @@ def finish(run: Run, records: Records, **scores: float) -> None:
     found = {task: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(task)} for task, a in tasks.items()}
     about = {"settings": runs.decisive_settings(run), "scores": found, "seconds": {"train": 90.0}}
     records.folder.mkdir(parents=True, exist_ok=True)
-    records.path(run).write_text(json.dumps({"run": vars(run)} | about))
+    file = records.folder / f"{records.name(run)}.json"
+    file.write_text(json.dumps({"run": vars(run)} | records.content(run) | about))
 
 
 # --------------------------------------------------------------------------------------------- what decides a run
@@ -50,16 +51,16 @@ def test_a_run_on_another_model_or_other_training_data_is_another_run(changed, c
     finish(RUN, records, tiny_math=0.5)
     assert records.scores(RUN, "tiny-math")["accuracy"] == 0.5
     contents[changed] = "another"
-    assert records.read(RUN) is None
+    assert records.find(RUN) is None
     contents[changed] = "w" if changed == "tiny" else "d"
-    assert records.read(RUN)
+    assert records.find(RUN)
 
 
 def test_other_test_problems_or_another_number_of_them_ask_for_a_new_score_of_the_same_run(contents, tmp_path):
     records = Records(tmp_path)
     finish(RUN, records, tiny_math=0.5)
     contents["tiny-math test"] = "another"
-    assert records.read(RUN)
+    assert records.find(RUN)
     assert records.scores(RUN, "tiny-math") is None
     contents.clear()
     assert replace(records, limit=20).scores(RUN, "tiny-math") is None
@@ -77,9 +78,11 @@ def test_every_field_of_a_run_decides_it(field, contents, tmp_path):
 def test_another_recipe_of_the_task_is_another_run(contents, tmp_path, monkeypatch):
     records = Records(tmp_path)
     finish(RUN, records, tiny_math=0.5)
+    before = records.name(RUN)
     monkeypatch.setitem(methods.RECIPES, "tiny-math", replace(methods.RECIPES["tiny-math"], lr=0.5))
     runs.decisive_settings.cache_clear()
-    assert records.read(RUN) is None
+    assert records.find(RUN) is None
+    assert records.name(RUN) != before  # its unfinished folder is left alone
     monkeypatch.undo()
     runs.decisive_settings.cache_clear()
 
@@ -87,13 +90,13 @@ def test_another_recipe_of_the_task_is_another_run(contents, tmp_path, monkeypat
 def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a_changed_one_does(contents, tmp_path):
     records = Records(tmp_path)
     finish(RUN, records, tiny_math=0.5)
-    record = json.loads(records.path(RUN).read_text())
+    path, record = records.find(RUN)
     del record["settings"]["clip"]
-    records.path(RUN).write_text(json.dumps(record))
-    assert records.read(RUN)
+    path.write_text(json.dumps(record))
+    assert records.find(RUN)
     record["settings"]["clip"] = 0.5
-    records.path(RUN).write_text(json.dumps(record))
-    assert records.read(RUN) is None
+    path.write_text(json.dumps(record))
+    assert records.find(RUN) is None
 
 
 # ------------------------------------------------------------------------------------------------- command lines
@@ -192,7 +195,8 @@ def test_a_quick_table_is_made_once_and_an_interrupted_one_goes_on(inline, capsy
     monkeypatch.setattr(evaluate, "main", evaluated)
     inline.clear()
     [section] = reproduce.main(flags)
-    assert inline == ["evaluate.py", "train.py", "evaluate.py"]  # the second was trained
+    assert inline == ["train.py", "evaluate.py"] * 2  # the second was trained, which train.py sees
+    assert "nothing to do" in capsys.readouterr().out
     assert [row["ours"]["n"] for row in section.rows] == [1, 1, 1]
     record = json.loads(next(Path("runs/quick/runs").glob("*topup*")).read_text())
     assert (record["steps"], record["scores"]["tiny-math"]["num_total"], record["cores"]) == (2, 3, runs.os.cpu_count())
