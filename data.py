@@ -71,6 +71,12 @@ def gsm8k(row: Row) -> tuple[str, str]:
     return f"{question}\n{task}\n", target
 
 
+def question(row: Row) -> tuple[str, str]:
+    """GSM8K as lm-eval and MoE-Sieve put it, with the worked answer as it is in the file."""
+    gsm8k(row)  # the same rows are refused
+    return f"Question: {row['question']}\nAnswer:", f" {row['answer']}"
+
+
 def alpaca(row: Row) -> tuple[str, str]:
     """Alpaca: an instruction, with or without an input, and the output, which may be empty."""
     instruction, extra, output = text(row, "instruction"), row.get("input") or "", row.get("output")
@@ -129,6 +135,8 @@ WANTED = {
     OwnRows: f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}",
 }
 
+PROMPTS = {"lori": {}, "question": {gsm8k: question}}  # formats in place of those of FORMATS
+
 # ------------------------------------------------------------------------------------- tasks and their files
 
 
@@ -182,11 +190,12 @@ def load_examples(
     path: str | Path | None = None,
     limit: int | None = None,
     template: ChatTemplate | None = None,
+    prompt: str = "lori",
 ) -> list[Example]:
     """The first `limit` examples of a split, from a local file in the public format if `path` is given.
 
     split: "train" or "test". The test split of code tasks holds HumanEval problems, that of safety tasks instructions.
-    template: the model's, for task own.
+    template: the model's, for task own. prompt: key of PROMPTS.
     Raises InputError if there is no file, naming where to get one, or if a row does not have the wanted format.
     """
     source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
@@ -195,7 +204,8 @@ def load_examples(
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: no {split} file can be downloaded; {source}, then {instead}")
-    wanted, read = WANTED[read], read(template, OWN) if read is OwnRows else read
+    wanted, read = WANTED[read], PROMPTS[prompt].get(read, read)
+    read = read(template, OWN) if read is OwnRows else read
 
     try:
         rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())] if path is None else read_rows(Path(path))
@@ -237,8 +247,7 @@ def show_examples(examples: list[Example], shown: list[Example]) -> list[Example
     from the training split; here the caller chooses them.
     """
     solved = [f"Question: {example.row['question']}\nAnswer: {example.row['answer']}\n\n" for example in shown]
-    asked = [f"Question: {example.row['question']}\nAnswer:" for example in examples]
-    return [replace(example, prompt="".join(solved) + ask) for example, ask in zip(examples, asked, strict=True)]
+    return [replace(example, prompt="".join(solved) + question(example.row)[0]) for example in examples]
 
 
 # --------------------------------------------------------------------------------------------------- tokens
@@ -349,16 +358,19 @@ def encode_pair(prompt: list[int], target: list[int], max_length: int) -> Encode
 class Reader:
     """How one model reads the rows of a task: with its tokenizer, its chat template, its EOS and perhaps its BOS."""
 
-    def __init__(self, task: str, folder: Path, config: MoEConfig, *, max_length: int = 512, bos: str = "auto") -> None:
-        """bos: "auto" follows the tokenizer for task own, "yes" or "no"."""
-        self.task, self.config, self.max_length = task, config, max_length
+    def __init__(
+        self, task: str, folder: Path, config: MoEConfig, *, max_length: int = 512, bos: str = "auto",
+        prompt: str = "lori",
+    ) -> None:  # fmt: skip
+        """bos: "auto" follows the tokenizer for task own, "yes" or "no". prompt: key of PROMPTS."""
+        self.task, self.config, self.max_length, self.prompt = task, config, max_length, prompt
         self.tokenizer = load_tokenizer(folder, config)
         self.template = ChatTemplate(folder, self.tokenizer)
         self.bos = choose_bos(bos, folder, self.tokenizer, config.hub.get("bos_token_id"), follows=task == "own")
 
     def load(self, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of a split, as `load_examples` finds them."""
-        return load_examples(self.task, split, path, limit, self.template)
+        return load_examples(self.task, split, path, limit, self.template, self.prompt)
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         """Token ids of the examples, as `encode` makes them."""

@@ -40,6 +40,7 @@ from hub.tokenizer import BOS_HELP
 from model import read_config
 from run import memory, source
 from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
+from run.recipes import evaluation_of
 from run.step import held_out_loss
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare
@@ -53,7 +54,7 @@ DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of Hum
     "own": Decoding(512),
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
-GENERATING = ("batch", "max_new_tokens", "temperature", "top_p", "samples", "shots", "seed", "dtype", "bos", "shard")
+GENERATING = "batch max_new_tokens temperature top_p samples shots prompt seed dtype bos shard".split()
 
 # --------------------------------------------------------------------------------------------------------- settings
 
@@ -76,20 +77,15 @@ class Settings:
     temperature: float | None = flag(None, "0: greedy (default: by task)", type=number(float, 0))
     top_p: float | None = flag(None, "nucleus (default: by task)", type=number(float, 0, 1, above=True))
     samples: int | None = flag(None, "completions per problem (default: by task)", type=number(int, 1))
-    shots: int | None = flag(
-        None, "show this many solved problems, the first of the training data", type=number(int, 1)
-    )
+    shots: int | None = flag(None, "show the first problems of the training data, solved", type=number(int, 0))
     train_data: str | None = flag(None, "a local copy of the training file, for --shots")
+    prompt: str | None = flag(None, "form of GSM8K (default: the run's, or lori)", choices=list(data.PROMPTS))
     bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
-    max_length: int | None = flag(
-        None, "own: longest row of the loss, in tokens (default: as the run, or 512)", type=number(int, 8)
-    )
+    max_length: int | None = flag(None, "own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8))
     seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
-    refusal_rule: str | None = flag(
-        None, "the list of phrases that counts (default: lori)", choices=list(refusals.RULES)
-    )
+    refusal_rule: str | None = flag(None, "which phrases count (default: lori)", choices=list(refusals.RULES))
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, above=True))
@@ -134,12 +130,7 @@ def read_settings(argv: list[str]) -> Settings:
         if settings.partial:
             raise InputError("--partial is for --completions; leave it out")
         run = source.run_config(settings.source)
-        trained = run["settings"] if run else {}
-        settings = replace(
-            settings, task=settings.task or trained.get("task"), bos=settings.bos or trained.get("bos", "auto")
-        )
-        if settings.task == "own":
-            settings = replace(settings, max_length=settings.max_length or trained.get("max_length", 512))
+        settings = as_trained(settings, run["settings"] if run else {})
     else:
         given = [f"--{name.replace('_', '-')}" for name in GENERATING if getattr(settings, name) is not None]
         if settings.source or given:
@@ -154,10 +145,29 @@ def read_settings(argv: list[str]) -> Settings:
     return settings
 
 
+def as_trained(settings: Settings, trained: dict) -> Settings:
+    """The settings with what those of a run decide: the task, how it is put, and how the run's recipe evaluates it."""
+    task = settings.task or trained.get("task")
+    chosen = {"task": task, "bos": trained.get("bos", "auto")}
+    benchmark = data.TASKS[task].benchmark if task in list(data.TASKS) else None
+    chosen |= {"max_length": trained.get("max_length", 512)} if benchmark == "own" else {}
+    chosen |= {"prompt": trained.get("prompt", "lori")} if benchmark == "gsm8k" else {}
+    by_recipe = evaluation_of(trained.get("recipe"), task) if benchmark else {}
+    if by_recipe:
+        note(f"as the recipe {trained['recipe']} evaluates, unless a flag says otherwise: {by_recipe}")
+    return replace(settings, **{name: v for name, v in (chosen | by_recipe).items() if getattr(settings, name) is None})
+
+
 def check_task_flags(settings: Settings) -> None:
     """Raise InputError for a flag that has no meaning for the task, or contradicts another one."""
     task, benchmark, decoding = settings.task, settings.benchmark, settings.decoding
-    owners = {"refusal_rule": "hexphi", "code_rule": "humaneval", "shots": "gsm8k", "max_length": "own"}
+    owners = {
+        "refusal_rule": "hexphi",
+        "code_rule": "humaneval",
+        "shots": "gsm8k",
+        "max_length": "own",
+        "prompt": "gsm8k",
+    }
     if settings.completions and benchmark == "own":
         raise InputError("--task own is measured by the loss, which completions do not have; name a run or a model")
     for name, owner in owners.items():
@@ -186,7 +196,8 @@ def make_reader(settings: Settings) -> data.Reader:
 def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
     """The examples of the task, all of them, with the solved problems of --shots in their prompts."""
     template = reader and reader.template
-    examples = data.load_examples(settings.task, "test", settings.eval_data, template=template)
+    prompt = settings.prompt or "lori"
+    examples = data.load_examples(settings.task, "test", settings.eval_data, template=template, prompt=prompt)
     if not settings.shots:
         return examples
     shown = data.load_examples(settings.task, "train", settings.train_data, settings.shots)

@@ -33,7 +33,7 @@ from model import MoEConfig, MoETransformer, read_config, save_model
 from neighbours import drlora
 from neighbours.ranks import truncate
 from ops import Dropout
-from run import adapters, memory
+from run import adapters, memory, recipes
 from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, num_hot_experts
@@ -66,6 +66,7 @@ class Run:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(argv)
+    say(*(recipes.described(asdict(settings)) if settings.recipe else ()))
     ignore_keys(settings.ignore_config_keys)
     method, folder, out = METHODS[settings.method], resolve(settings.model), Path(settings.out)
     config = read_config(folder)
@@ -134,7 +135,8 @@ def check_sizes(settings: Settings, config: MoEConfig) -> None:
 
 def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list[data.Example], list[data.Encoded]]:
     """The training examples, and as token ids."""
-    reader = data.Reader(settings.task, folder, config, max_length=settings.max_length, bos=settings.bos)
+    options = {"max_length": settings.max_length, "bos": settings.bos, "prompt": settings.prompt}
+    reader = data.Reader(settings.task, folder, config, **options)
     examples = reader.load("train", settings.train_data)
     eos_id, eos = data.end_token(reader.tokenizer, config)
     items = reader.encode(examples)

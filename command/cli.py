@@ -80,8 +80,11 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     return field(default=default, metadata={"help": help} | options)
 
 
-def parse(settings: type[T], argv: list[str] | None, **about: Any) -> T:
-    """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError."""
+def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | None = None, **about: Any) -> T:
+    """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError.
+
+    defaults: by name, in place of those of the fields.
+    """
     parser, groups = Parser(**about), {}
     for f in fields(settings):
         options = dict(f.metadata)
@@ -90,7 +93,7 @@ def parse(settings: type[T], argv: list[str] | None, **about: Any) -> T:
         if f.default is False:
             options["action"] = "store_true"
         elif f.default is not MISSING:
-            options["default"] = f.default
+            options["default"] = (defaults or {}).get(f.name, f.default)
         elif not positional:
             options["required"] = True
         place.add_argument(f.name if positional else f"--{f.name.replace('_', '-')}", **options)

@@ -5,8 +5,9 @@
 A setting that is not given is decided by the recipe of the task and by the method (`resolved`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
+import data
 import hellora
 from command import cli
 from command.cli import InputError, count_or_share, flag, number
@@ -15,6 +16,7 @@ from hub.tokenizer import BOS_HELP
 from run.memory import CHOSEN, SHARD_HELP
 from run.methods import METHODS, RECIPES, experts_flag
 from run.processes import DTYPE_HELP, DTYPES, default_dtype
+from run.recipes import PAPERS, settings_of
 from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
@@ -29,6 +31,8 @@ class Settings:
     model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=list(PAPERS), **TASK)
+    prompt: str = flag("lori", "how GSM8K's rows are put", choices=list(data.PROMPTS), **TASK)
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
@@ -75,6 +79,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     """The settings of a command line, defaults filled in. Raises InputError for wrong or contradictory flags."""
     about = "Fine-tune a mixture of experts on the experts that the task uses."
     settings = cli.parse(Settings, argv, prog="train.py", description=about)
+    if settings.recipe:
+        settings = cli.parse(Settings, argv, settings_of(asdict(settings)), prog="train.py", description=about)
     check(settings)
     return resolved(settings)
 
@@ -98,6 +104,8 @@ def check(settings: Settings) -> None:
         refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
         if s.lora_dropout:
             raise InputError(f"--lora-dropout{reason}")
+    if s.prompt != "lori" and data.TASKS[s.task].benchmark != "gsm8k":
+        raise InputError(f"--prompt {s.prompt} is a form of GSM8K's rows, and the task is {s.task}; leave it out")
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
     policies = (*hellora.SCORED, *hellora.SEEDED)

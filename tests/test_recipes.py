@@ -1,0 +1,83 @@
+"""Recipes: a paper's settings all at once, printed, recorded, overridden by flags, and followed by evaluate.py."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+import data
+import evaluate
+import train
+from command.cli import InputError
+from run.recipes import PAPERS
+from run.settings import parse_settings
+
+PUBLISHED = {  # by hand, from the papers
+    ("hellora", "gsm8k"): dict(method="hellora", rank=32, alpha=64, lr=4e-4, batch=128, epochs=3, schedule="constant"),
+    ("hellora", "codealpaca"): dict(rank=32, alpha=64, lr=2e-3, batch=128, epochs=2, lora_dropout=0, targets="all"),
+    ("hellora", "saferpaca"): dict(rank=32, alpha=64, lr=4e-4, batch=128, epochs=1, sample=0.1, loss_on="answer"),
+    ("moe-sieve", "gsm8k"): dict(
+        method="moe-sieve", rank=32, alpha=64, lr=4e-4, batch=64, epochs=3, schedule="linear", lr_warmup=None,
+        lora_dropout=0.05, max_length=2048, loss_on="all", sample=1, warmup="none", prompt="question", targets="shared",
+    ),
+    ("dr-lora", "gsm8k"): dict(
+        method="dr-lora", rank=16, alpha=32, lr=2e-5, batch=48, steps=3750, epochs=None, schedule="linear",
+        lr_warmup=0.03, lora_dropout=0.1, weight_decay=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe, task", PUBLISHED)
+def test_a_recipe_is_what_its_paper_says(recipe, task):
+    settings = asdict(parse_settings(["--recipe", recipe, "--task", task]))
+    wanted = PUBLISHED[recipe, task]
+    assert {name: settings[name] for name in wanted} == wanted and settings["recipe"] == recipe
+
+
+def test_any_flag_overrides_a_recipe_also_with_the_value_that_is_otherwise_the_default():
+    given = ["--method", "lora", "--max-length", "512", "--sample", "0.1", "--steps", "7", "--lora-dropout", "0"]
+    settings = parse_settings(["--recipe", "moe-sieve", "--task", "gsm8k", *given])
+    found = settings.method, settings.max_length, settings.sample, settings.steps, settings.lora_dropout
+    assert found == ("lora", 512, 0.1, 7, 0.0) and settings.epochs is None
+    assert (settings.batch, settings.targets, settings.schedule) == (64, "shared", "linear")
+    assert parse_settings(["--recipe", "dr-lora", "--task", "gsm8k", "--epochs", "2"]).steps is None
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        (["--recipe", "lori"], "invalid choice: 'lori'"),
+        (
+            ["--recipe", "moe-sieve", "--task", "saferpaca"],
+            "no settings for saferpaca; its paper has .* tiny-math, gsm8k",
+        ),
+        (["--recipe", "hellora", "--task", "own"], "--recipe hellora has no settings for own"),
+        (["--recipe", "hellora", "--method", "fft"], "--method fft has no adapter; leave one out"),
+        (["--prompt", "question", "--task", "tiny-code"], "a form of GSM8K's rows, and the task is tiny-code"),
+    ],
+)
+def test_a_recipe_for_something_else_is_refused(given, says):
+    with pytest.raises(InputError, match=says):
+        parse_settings(given)
+
+
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, tmp_path, capsys):
+    small = ["--steps", "2", "--batch", "3", "--sample", "0.005", "--rank", "8", "--alpha", "16"]
+    train.main(["--recipe", recipe, *small, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert f"recipe {recipe} ({PAPERS[recipe].source}): --method {recipe}" in said
+    assert "given instead:" in said and "--batch 3" in said.split("given instead:")[1].splitlines()[0]
+    about = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    assert about["recipe"] == recipe and about["schedule"] == PAPERS[recipe].train["schedule"]
+    out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    evaluate.main([str(tmp_path / "run"), *out])
+    first = json.loads((tmp_path / "out/items.jsonl").read_text().splitlines()[0])["prompt"]
+    assert first.startswith("Question: ") == (about["prompt"] == "question" or recipe == "dr-lora")
+    assert first.count("Question: ") == {"dr-lora": 9, "moe-sieve": 1}.get(recipe, 0)
+
+
+def test_the_question_prompt_is_the_one_that_shown_examples_have_and_the_answer_is_the_files():
+    asked, shown = (data.load_examples("tiny-math", "test", prompt=prompt)[0] for prompt in ("question", "lori"))
+    assert asked.prompt == data.show_examples([shown], [])[0].prompt
+    assert asked.prompt + asked.target == f"Question: {shown.row['question']}\nAnswer: {shown.row['answer']}"
