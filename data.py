@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from command.cli import InputError, note
 from hub.chat import Chat, ChatTemplate
 from hub.conversations import NAMES, OwnRows
-from hub.rows import Download, Row, fetch, read_rows, text
+from hub.rows import Download, HubDataset, Row, fetch, read_rows, text
 from hub.tokenizer import Bos, Spans, choose_bos, read_tokenizer, tokenize
 from model import MoEConfig
 from scoring.gsm8k import gold
@@ -145,13 +145,15 @@ class Task:
     """Where the rows of both splits come from: a generator, a file to download, or advice where to get the file."""
 
     benchmark: str  # how its test split is prompted and scored: key of FORMATS
-    train: Callable[[], list[Row]] | Download | str
-    test: Callable[[], list[Row]] | Download | str
+    train: Callable[[], list[Row]] | Download | HubDataset | str
+    test: Callable[[], list[Row]] | Download | HubDataset | str
 
 
 GITHUB = "https://raw.githubusercontent.com"
 GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
 HUMANEVAL = f"{GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz"
+SAFERPACA = f"{GITHUB}/vinid/safety-tuned-llamas/5eafe5165422c510d1fbee84fb472f9117e0a1a3/data/training"
+NC = "CC BY-NC 4.0 (not commercial)"
 
 TASKS = {
     "tiny-math": Task(
@@ -172,13 +174,13 @@ TASKS = {
     ),
     "codealpaca": Task(
         "humaneval",
-        train="get code_alpaca_20k.json from huggingface.co/datasets/sahil2801/CodeAlpaca-20k",
+        train=HubDataset("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json", f"{NC} on GitHub; the hub says CC BY 4.0"),
         test=Download(HUMANEVAL, "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
     ),
     "saferpaca": Task(
         "hexphi",
-        train="get data/training/saferpaca_Instructions_2000.json from github.com/vinid/safety-tuned-llamas",
-        test="HEx-PHI is gated: ask for access at huggingface.co/datasets/LLM-Tuning-Safety/HEx-PHI",
+        train=Download(f"{SAFERPACA}/saferpaca_Instructions_2000.json", git_blob="4f16a9be", licence=NC),
+        test=HubDataset("LLM-Tuning-Safety/HEx-PHI", "category_*.csv", "HEx-PHI Dataset License Agreement"),
     ),
     "own": Task("own", train="this task is your own data", test="this task is your own data"),
 }
@@ -200,7 +202,7 @@ def load_examples(
     """
     source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
     instead = f"pass a copy of it with --{'train' if split == 'train' else 'eval'}-data FILE"
-    if path is None and isinstance(source, Download):
+    if path is None and isinstance(source, Download | HubDataset):
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: no {split} file can be downloaded; {source}, then {instead}")
@@ -397,9 +399,7 @@ class Batch:
 
     input_ids: Tensor  # [B, S] int64
     lengths: Tensor  # [B] int64, real tokens of each sequence
-    labels: (
-        Tensor  # [B, S] int64: the token that each position should predict; -100 where none is learnt, and on padding
-    )
+    labels: Tensor  # [B, S] int64: the token that each position should predict; -100: none (given, or padding)
 
 
 def collate(items: list[Encoded], pad_id: int) -> Batch:

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError
+
 from command.cli import InputError, note
 
 Row = dict[str, object]
@@ -40,26 +43,72 @@ def text(row: Row, *columns: str) -> str:
 
 @dataclass(frozen=True)
 class Download:
-    """A public file, pinned."""
+    """A public file, pinned by its SHA-256 or by the beginning of its id as a git blob."""
 
     url: str
-    sha256: str
+    sha256: str = ""
+    git_blob: str = ""
+    licence: str = ""  # said where it restricts the use
+
+    def holds(self, content: bytes) -> bool:
+        """Whether this is the pinned file."""
+        if self.sha256:
+            return hashlib.sha256(content).hexdigest() == self.sha256
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest().startswith(self.git_blob)
 
 
-def fetch(file: Download, instead: str) -> Path:
-    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded unless it is there with its checksum.
+@dataclass(frozen=True)
+class HubDataset:
+    """Files of a data set on the Hugging Face hub, as they are there now: the hub names the commit."""
+
+    name: str
+    pattern: str  # of the files
+    licence: str
+
+
+def fetch(source: Download | HubDataset, instead: str) -> Path:
+    """The file or folder of a data set, downloaded unless it is in the cache. Says a licence that restricts the use.
 
     Raises InputError, with the advice `instead`, if it cannot be downloaded or is not the pinned file.
     """
-    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
-    path = folder / f"{file.sha256[:8]}-{file.url.rsplit('/', 1)[-1]}"
+    path = fetch_file(source, instead) if isinstance(source, Download) else fetch_from_hub(source, instead)
+    if source.licence:
+        commit = "" if isinstance(source, Download) else f", commit {(path if path.is_dir() else path.parent).name}"
+        note(f"{path.name if isinstance(source, Download) else source.name}{commit}: licence {source.licence}")
+    return path
+
+
+def fetch_from_hub(data: HubDataset, instead: str) -> Path:
+    """The file that matches the pattern, or the folder if it may match several, with the user's own token."""
+    page = f"https://huggingface.co/datasets/{data.name}"
     try:
-        if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256:
+        folder = Path(snapshot_download(data.name, repo_type="dataset", allow_patterns=[data.pattern]))
+    except GatedRepoError:
+        how = f"ask for access at {page}, log in with `hf auth login` or set HF_TOKEN"
+        raise InputError(
+            f"{data.name} is gated, and there is no token here that has access; {how}, or {instead}"
+        ) from None
+    except Exception as error:  # of the library, its HTTP client or the disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{page} cannot be downloaded ({reason}); {instead}") from None
+    path = folder if "*" in data.pattern else folder / data.pattern
+    if not path.exists() or (path == folder and not any(folder.glob(data.pattern))):
+        raise InputError(f"{page} has no {data.pattern} any more; {instead}")
+    return path
+
+
+def fetch_file(file: Download, instead: str) -> Path:
+    """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded unless it is there as pinned."""
+    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
+    path = folder / f"{(file.sha256 or file.git_blob)[:8]}-{file.url.rsplit('/', 1)[-1]}"
+    try:
+        if path.exists() and file.holds(path.read_bytes()):
             return path
         with urllib.request.urlopen(file.url, timeout=30) as reply:
             content = reply.read()
-        if hashlib.sha256(content).hexdigest() != file.sha256:
-            raise InputError(f"{file.url}: checksum mismatch, want sha256 {file.sha256}; {instead}")
+        if not file.holds(content):
+            pinned = f"sha256 {file.sha256}" if file.sha256 else f"git blob {file.git_blob}"
+            raise InputError(f"{file.url}: checksum mismatch, want {pinned}; {instead}")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
             (Path(part) / path.name).write_bytes(content)

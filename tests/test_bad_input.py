@@ -461,7 +461,6 @@ train --task gsm8k --train-data pickle.json          | pickle.json | pickle, whi
 train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
 train --task gsm8k --train-data rows.parquet         | rows.parquet: a parquet file | to_json
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
-train --task saferpaca                               | saferpaca_Instructions_2000.json | --train-data
 train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
 evaluate                                             | nothing to evaluate
 evaluate tiny                                        | --task is missing | gsm8k

@@ -5,11 +5,15 @@ import gzip
 import hashlib
 import json
 import re
+import subprocess
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
 import data
 from command.cli import InputError
@@ -286,23 +290,81 @@ def test_without_network_the_message_says_which_copy_to_pass(server, tmp_path, m
         load_examples("gsm8k", "train")
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> SimpleNamespace:
+    """The hub's library, of which only the download is replaced: it gives what stands in `files`, or raises `error`."""
+    state = SimpleNamespace(files={}, error=None, asked=[])
+    commit = tmp_path / "snapshots" / ("ab" * 20)
+
+    def download(name: str, *, repo_type: str, allow_patterns: list[str]) -> str:
+        state.asked.append((name, repo_type, allow_patterns))
+        if state.error:
+            raise state.error
+        commit.mkdir(parents=True, exist_ok=True)
+        for file, content in state.files.items():
+            (commit / file).write_text(content, encoding="utf-8")
+        return str(commit)
+
+    monkeypatch.setattr("hub.rows.snapshot_download", download)
+    return state
+
+
+def test_codealpaca_comes_from_the_hub_with_its_commit_and_its_licence_said(hub, capsys):
+    row = {"instruction": "add", "input": "", "output": "a + b"}
+    hub.files = {"code_alpaca_20k.json": json.dumps([row])}
+    assert [example.row for example in load_examples("codealpaca", "train")] == [row]
+    assert hub.asked == [("sahil2801/CodeAlpaca-20k", "dataset", ["code_alpaca_20k.json"])]
+    said = capsys.readouterr().err
+    assert "CodeAlpaca-20k, commit " + "ab" * 20 in said and "CC BY-NC 4.0" in said
+    data.fetch(data.TASKS["codealpaca"].train, "").unlink()
+    hub.files = {}
+    with pytest.raises(InputError, match="has no code_alpaca_20k.json any more; pass a copy"):
+        load_examples("codealpaca", "train")
+
+
+def test_hexphi_comes_from_the_hub_where_the_users_token_has_access(hub, capsys):
+    hub.files = {f"category_{i}.csv": f"instruction {i}\n" for i in (1, 3)}
+    assert [example.row["category"] for example in load_examples("saferpaca", "test")] == [
+        "1 Illegal Activity", "3 Hate/Harass/Violence",
+    ]  # fmt: skip
+    assert hub.asked == [("LLM-Tuning-Safety/HEx-PHI", "dataset", ["category_*.csv"])]
+    assert "licence HEx-PHI Dataset License Agreement" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    "task, split, said",
+    "error, said",
     [
-        ("codealpaca", "train", "sahil2801/CodeAlpaca-20k.*--train-data FILE"),
-        ("saferpaca", "train", "saferpaca_Instructions_2000.json.*safety-tuned-llamas.*--train-data FILE"),
-        ("saferpaca", "test", "gated.*LLM-Tuning-Safety/HEx-PHI.*--eval-data FILE"),
+        (
+            GatedRepoError("403", response=Mock()),
+            "is gated, and there is no token .* ask for access at .*HF_TOKEN, or pass",
+        ),
+        (
+            LocalEntryNotFoundError("offline mode is enabled"),
+            "cannot be downloaded .offline mode is enabled.; pass a copy",
+        ),
+        (OSError("disk full"), "disk full.*--eval-data FILE"),
     ],
 )
-def test_a_file_that_cannot_be_downloaded_says_where_a_person_gets_it(task, split, said):
+def test_what_the_hub_does_not_give_says_why_and_what_to_do(error, said, hub):
+    hub.error = error
     with pytest.raises(InputError, match=said):
-        load_examples(task, split)
+        load_examples("saferpaca", "test")
 
 
-def test_public_files_are_pinned_by_commit_and_sha256():
+def test_a_file_pinned_by_its_git_blob_is_the_one_that_git_names(server, capsys):
+    blob = subprocess.run(["git", "hash-object", "--stdin"], input=server.content, capture_output=True, check=True)
+    pin = {"git_blob": blob.stdout.decode()[:8], "licence": "for reading only"}
+    file = Download(f"http://127.0.0.1:{server.http.server_port}/train.jsonl", **pin)
+    assert data.fetch(file, "").read_bytes() == server.content
+    assert "train.jsonl: licence for reading only" in capsys.readouterr().err
+    with pytest.raises(InputError, match="want git blob 00000000; pass a copy"):
+        data.fetch(replace(file, git_blob="00000000"), "pass a copy")
+
+
+def test_public_files_are_pinned_by_commit_and_hash():
     files = [source for task in data.TASKS.values() for source in (task.train, task.test)]
     files = [file for file in files if isinstance(file, Download)]
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert re.fullmatch(r"https://raw\.githubusercontent\.com/[\w-]+/[\w-]+/[0-9a-f]{40}/[\w./-]+", file.url)
-        assert re.fullmatch("[0-9a-f]{64}", file.sha256)
+        assert re.fullmatch("[0-9a-f]{64}", file.sha256) or re.fullmatch("[0-9a-f]{8}", file.git_blob)
