@@ -71,9 +71,9 @@ def plan_of(k: int | None, settings: Settings) -> tuple[list[str], str]:
     num_hot = num_hot_experts(k, config.num_experts, config.num_experts_per_tok)
     for saving in SAVING:
         changed = replace(settings, **saving)
-        for sharded in (False, True) if method.experts else (True,):  # full fine-tuning is always sharded
-            row = plan_row(changed, config, num_hot, sharded)
-            where = f"GB on each of {settings.gpus} GPUs of {settings.memory:g} GB (--shard {row['shard']})"
+        for shard in ("none", "full") if method.experts else ("full",):  # full fine-tuning is always sharded
+            row = plan_row(changed, config, num_hot, shard)
+            where = f"GB on each of {settings.gpus} GPUs of {settings.memory:g} GB (--shard {shard})"
             if row["fits"]:
                 return flags(saving), f"{row['total'] / 1e9:.1f} {where}"
     return flags(saving), f"{row['total'] / 1e9:.1f} {where}, more than there is: give more --processes"

@@ -33,8 +33,8 @@ from run.folder import read_json
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
 POLL = 5  # seconds between looks at a run that another process makes
-# Measured on one core with the embedded model, when there is no finished run to judge by.
-TRAIN_SECONDS, EVALUATE_SECONDS = 240, {"tiny-math": 60, "tiny-code": 400, "tiny-safety": 60}
+# Measured on one idle core with the embedded model: for when there is no finished run to judge by.
+TRAIN_SECONDS, EVALUATE_SECONDS, QUICK_SECONDS = 120, {"tiny-math": 60, "tiny-code": 400, "tiny-safety": 60}, 8
 
 Needed = dict[Run, set[str]]  # a run, and the tasks that it is scored on
 
@@ -61,8 +61,8 @@ def expected_seconds(needed: Needed, records: Records) -> float:
     for run, tasks in needed.items():
         parts = [*(f"evaluate {task}" for task in sorted(tasks)), *(["train"] if run.method != "base" else [])]
         for part in parts:
-            default = TRAIN_SECONDS if part == "train" else EVALUATE_SECONDS.get(part.removeprefix("evaluate "), 60)
-            total += like(run, part, finished) or default
+            default = EVALUATE_SECONDS.get(part.removeprefix("evaluate "), TRAIN_SECONDS)
+            total += like(run, part, finished) or (QUICK_SECONDS if run.steps else default)
     return total
 
 

@@ -11,6 +11,7 @@ from conftest import with_tokenizer
 
 import evaluate
 import reproduce
+from benchmarks import plan
 from command.cli import RunError
 from paper import fullsize, runner, runs
 from paper.runner import Workplace, locked, make, pending
@@ -134,6 +135,21 @@ def test_hours_of_the_real_models_follow_the_papers_speed():
     assert fullsize.hours(replace(run, method="hellori-s")) == pytest.approx(2 * 3 * 7473 / 19.07 / 3600)
     mixtral = fullsize.hours(replace(run, model="mistralai/Mixtral-8x7B-v0.1"))
     assert mixtral / fullsize.hours(run) == pytest.approx(12.880 / 1.282, rel=1e-3)  # billions of active parameters
+
+
+def test_the_memory_of_the_real_models_is_what_bench_plans_and_a_run_gets_the_flags_with_which_it_fits():
+    olmoe = Run("gsm8k", "hellora", model="allenai/OLMoE-1B-7B-0924")
+    replicated = plan.main(["--model", "olmoe-1b-7b", "--method", "hellora", "--gpus", "2"])[0]
+    assert fullsize.plan(olmoe, 2) == (
+        [],
+        f"{replicated['total'] / 1e9:.1f} GB on each of 2 GPUs of 80 GB (--shard none)",
+    )
+    saving = ["--activation-checkpointing"]
+    sharded = plan.main(["--model", "mixtral-8x7b", "--method", "lora", "--gpus", "2", *saving])[1]
+    found = fullsize.plan(Run("gsm8k", "lora", model="mistralai/Mixtral-8x7B-v0.1"), 2)
+    assert found == (saving, f"{sharded['total'] / 1e9:.1f} {where} full)")
+    assert not plan.main(["--model", "mixtral-8x7b", "--method", "lora", "--gpus", "2"])[1]["fits"]
+    assert "more than there is" in fullsize.plan(Run("gsm8k", "fft", model="mistralai/Mixtral-8x7B-v0.1"), 2)[1]
 
 
 # --------------------------------------------------------------------------------------------------- making runs
