@@ -38,6 +38,7 @@ from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, num_hot_experts
 from run.processes import Processes, end_processes, processes_per_machine, start_processes
+from run.report import package, reporting
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
 from run.source import content_of
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(argv)
     say(*(recipes.described(asdict(settings)) if settings.recipe else ()))
     ignore_keys(settings.ignore_config_keys)
+    if settings.report_to != "none":
+        package(settings.report_to)  # an error now, not after the download
     method, folder, out = METHODS[settings.method], resolve(settings.model), Path(settings.out)
     config = read_config(folder)
     settings, hot, given = read_given(settings, config)
@@ -314,7 +317,9 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     first = checkpoints.resume() if settings.resume else 1
     say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
     model.train()
-    with recorder.recording(first), stop_signals(processes) as signalled:
+    report_to = settings.report_to if processes.is_main else "none"
+    reports = reporting(report_to, out, asdict(settings), first)
+    with recorder.recording(first), reports as report, stop_signals(processes) as signalled:
         for step, batch in data.numbered_batches(len(items), settings.batch, settings.seed, first, steps):
             if run.dropout:
                 run.dropout.step = step
@@ -333,7 +338,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
             if growth:
                 growth.grow(step)
             extra = {"aux_loss": done.aux_loss.item()} if settings.router_aux_loss else {}
-            recorder.record(step, done, norm, lr, len(batch), extra | (growth.spent() if growth else {}))
+            report(recorder.record(step, done, norm, lr, len(batch), extra | (growth.spent() if growth else {})))
             number = signalled()
             if number or (settings.save_every and (step % settings.save_every == 0 or step == steps)):
                 recorder.sync()

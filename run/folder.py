@@ -21,6 +21,7 @@ from run.settings import Settings
 
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
+    "report_to",
 }  # fmt: skip
 
 

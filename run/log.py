@@ -84,8 +84,8 @@ class Recorder:
             "the examples, or give --on-nonfinite skip"
         )
 
-    def record(self, step: int, done: Step, norm: float, lr: float, batch: int, extra: dict[str, float]) -> None:
-        """Add a step of `batch` examples to the log and to the totals.
+    def record(self, step: int, done: Step, norm: float, lr: float, batch: int, extra: dict[str, float]) -> dict:
+        """Add a step of `batch` examples to the log and to the totals.  -> its record
 
         norm: of the gradient, before clipping. lr: the rate of this step. extra: further keys of its record.
         """
@@ -109,6 +109,7 @@ class Recorder:
         if self.log:
             print(json.dumps(record), file=self.log, flush=True)
         self.show(record, loss, norm)
+        return record
 
     def show(self, record: dict, loss: float, norm: float) -> None:
         """The progress bar on a terminal; elsewhere one line for every twentieth of the run."""

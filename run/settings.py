@@ -17,6 +17,7 @@ from run.memory import CHOSEN, SHARD_HELP
 from run.methods import METHODS, RECIPES, experts_flag
 from run.processes import DTYPE_HELP, DTYPES, default_dtype
 from run.recipes import PAPERS, settings_of
+from run.report import PACKAGES
 from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
@@ -68,6 +69,7 @@ class Settings:
     out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
     save_every: int | None = flag(None, "steps between checkpoints (default: none)", type=POSITIVE, **FOLDER)
     keep: int = flag(2, "checkpoints to keep", type=POSITIVE, **FOLDER)
+    report_to: str = flag("none", "send the log there too", choices=("none", *PACKAGES), **FOLDER)
     resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
