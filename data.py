@@ -239,6 +239,12 @@ def digest(examples: list[Example]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
+def count_known(examples: list[Example], others: list[Example]) -> int:
+    """How many examples have the prompt and target of one of the others."""
+    known = {(example.prompt, example.target) for example in others}
+    return sum((example.prompt, example.target) in known for example in examples)
+
+
 NEXT_SHOT = "Question:"  # a model that was shown examples goes on with another one here: its answer has ended
 
 
@@ -420,6 +426,17 @@ def sample(items: list, fraction: float, seed: int) -> list:
     count = max(1, round(fraction * len(items)))
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(items))[:count]
     return [items[i] for i in sorted(chosen)]
+
+
+def split(items: list, share: float, seed: int) -> tuple[list, list]:
+    """All items but a random share, and that share; both at least one. Raises InputError for a single item."""
+    held_out = set(sample(range(len(items)), share, seed))
+    rest = [item for i, item in enumerate(items) if i not in held_out]
+    if not rest:
+        raise InputError(
+            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; want more examples"
+        )
+    return rest, [items[i] for i in sorted(held_out)]
 
 
 def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:

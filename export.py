@@ -51,14 +51,14 @@ from lori import Scatter
 from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
 from run.adapters import adapted_matrices, hub_shapes
-from run.source import check_base, run_config
+from run.source import check_base, result_of, run_config
 
 
 @dataclass(frozen=True)
 class Settings:
     """The flags of this command."""
 
-    run: str = flag(help="run folder of train.py", positional=True)
+    run: str = flag(help="run folder of train.py, or an adapter in it", positional=True)
     to: str = flag(help="what to write", choices=("merged", "peft"))
     out: str = flag(help="folder to write; new or empty")
     model: str | None = flag(None, "where the base model is (default: where the run had it)")
@@ -313,12 +313,14 @@ def main(argv: list[str] | None = None) -> None:
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)
-    run, folder, out = run_config(settings.run), Path(settings.run) / "adapter", Path(settings.out).resolve()
+    run, out = run_config(settings.run), Path(settings.out).resolve()
     if run is None:
         raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
     trained = run["settings"]
     if trained["method"] == "fft":
         raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
+    folder = Path(settings.run)
+    folder = folder if (folder / "adapter.json").is_file() else result_of(run, folder, "adapter")
     base_name = settings.model or run["model"]
     base = resolve(base_name)
     config = read_config(base)
@@ -340,7 +342,7 @@ def main(argv: list[str] | None = None) -> None:
             write_merged(part, adapter, factors, base, dtype=dtype)
             check_merged(part, folder, base, items)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    say(f"wrote {settings.out}: {size:,} bytes with everything")
+    say(f"wrote {settings.out} from {folder}: {size:,} bytes with everything")
 
 
 if __name__ == "__main__":

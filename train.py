@@ -23,7 +23,7 @@ import data
 import hellora
 import profile
 from command import cli
-from command.cli import say
+from command.cli import note, say
 from command.files import atomic_folder, write_json
 from hub.checkpoint import copy_beside, resolve
 from hub.config import ignore_keys
@@ -44,6 +44,7 @@ from run.settings import Settings, parse_settings
 from run.source import content_of
 from run.state import Checkpoints, moment_bytes, pinned
 from run.step import global_step, load_shared
+from run.validation import BEST, Validation
 
 # -------------------------------------------------------------------------------------------------------------- run
 
@@ -57,6 +58,7 @@ class Run:
     content: dict  # digests of the base model and the training data
     processes: Processes
     items: list[data.Encoded]
+    held_out: list[data.Encoded]  # for validation; none without
     steps: int
     counted: profile.RoutingProfile | None
     hot: Tensor | None  # bool [L, E], the adapted experts; None: every base weight trains
@@ -79,24 +81,21 @@ def main(argv: list[str] | None = None) -> dict:
         check_out(out, asdict(settings))
     counted = read_counts(settings, config) if method.experts else None
     processes = start_processes()
-    examples, items = read_data(settings, folder, config)
+    digests, items, held_out = read_data(settings, folder, config)
     steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
     if method.grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     warmup_steps(settings.lr_warmup, steps)  # the same
-    content = processes.once(lambda: content_of(folder, examples, settings.mask or settings.init_adapter))
+    content = processes.once(lambda: content_of(folder, settings.mask or settings.init_adapter)) | digests
     if earlier := processes.once(lambda: earlier_result(out, content, steps, settings.resume)):
         say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
         end_processes()
         return earlier
     dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
-    run = Run(settings, folder, content, processes, items, steps, counted, hot, given, dropout)
+    run = Run(settings, folder, content, processes, items, held_out, steps, counted, hot, given, dropout)
     run, about = place(run) if method.experts else (run, {})
     run = replace(run, shard=choose_sharding(run, config))
-    if not method.experts:
-        result = train_all_weights(run)
-    else:
-        result = train_lori_s(run) if method.sparse else train_adapter(run, out)[0]
+    result = train_lori_s(run) if method.sparse else train(run, out)[0]
     about = {"method": settings.method, "task": settings.task, "processes": processes.count} | about
     result = about | {"shard": run.shard} | result
     if processes.is_main:
@@ -136,19 +135,29 @@ def check_sizes(settings: Settings, config: MoEConfig) -> None:
         hellora.check_rank(config, settings.rank)
 
 
-def read_data(settings: Settings, folder: Path, config: MoEConfig) -> tuple[list[data.Example], list[data.Encoded]]:
-    """The training examples, and as token ids."""
+def read_data(
+    settings: Settings, folder: Path, config: MoEConfig
+) -> tuple[dict[str, str], list[data.Encoded], list[data.Encoded]]:
+    """Digests of the data for config.json, and the examples to train on and those to validate on, as token ids."""
     options = {"max_length": settings.max_length, "bos": settings.bos, "prompt": settings.prompt}
     reader = data.Reader(settings.task, folder, config, **options)
     examples = reader.load("train", settings.train_data)
     eos_id, eos = data.end_token(reader.tokenizer, config)
-    items = reader.encode(examples)
+    items, held_out, digests = reader.encode(examples), [], {"data": data.digest(examples)}
+    if settings.valid_data:
+        others = reader.load("train", settings.valid_data)
+        held_out, digests["valid"] = reader.encode(others), data.digest(others)
+        if known := data.count_known(others, examples):
+            note(f"{known} of {len(others)} rows of --valid-data are among the rows to train on; hold out others")
+    elif settings.valid_share:
+        items, held_out = data.split(items, settings.valid_share, settings.seed)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
     if settings.loss_on == "all":
-        items = [replace(item, spans=((0, len(item.ids)),)) for item in items]
+        items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))
     begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.said}"
+    begin += f"; {len(held_out):,} examples held out for validation" if held_out else ""
     say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id}){begin}")
-    return examples, items
+    return digests, items, held_out
 
 
 def read_counts(settings: Settings, config: MoEConfig) -> profile.RoutingProfile | None:
@@ -247,32 +256,44 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
     return model
 
 
-def train_all_weights(run: Run) -> dict:
-    """Full fine-tuning: RUN/model is a checkpoint like the base model's.  -> for result.json"""
-    model, out = load(run), Path(run.settings.out)
-    trainable, total = hellora.count_parameters(model)
-    result = fit(run, model, out)
-    with atomic_folder(out / "model") if run.processes.is_main else nullcontext(out) as part:
-        save_model(model, part)
-        if run.processes.is_main:
-            copy_beside(run.folder, part)
-    return {"trainable": trainable, "trainable_percent": 100 * trainable / total} | result | {"adapter_bytes": 0}
+def save(
+    run: Run, model: MoETransformer, folder: Path, about: dict | None = None, ranks: list | None = None
+) -> dict[str, Tensor]:
+    """Write what has been learnt so far: an adapter, or the checkpoint of full fine-tuning.  -> the adapter's tensors
+
+    about: of the validation that chose it. ranks: those in use, of an adapter whose ranks grow; what never grew is not
+    kept. Every process must call it.
+    """
+    is_main, adapter = run.processes.is_main, model.adapter
+    state = adapters.adapter_state(model) if adapter else {}
+    if ranks is not None:
+        adapter, state = replace(adapter, ranks=ranks), truncate(state, torch.tensor(ranks))
+    with atomic_folder(folder) if is_main else nullcontext(folder) as part:
+        if adapter is None:
+            save_model(model, part)
+        if is_main:
+            if adapter is None:
+                copy_beside(run.folder, part)
+            else:
+                adapters.save_adapter(state, part, adapter, model=run.settings.model, method=run.settings.method)
+            if about:
+                write_json(part / "validation.json", about)
+    return state
 
 
-def train_adapter(run: Run, out: Path, positions: dict[str, Tensor] | None = None) -> tuple[dict, dict[str, Tensor]]:
-    """Train what the method attaches, and save it in out/adapter.  -> for result.json, the adapter's tensors"""
+def train(run: Run, out: Path, positions: dict[str, Tensor] | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """Train what the method asks for, and save it in out/adapter, or as a checkpoint like the base model in out/model.
+
+    -> for result.json, the adapter's tensors
+    """
     model = load(run, positions)
     trainable, total = hellora.count_parameters(model)
     result = fit(run, model, out)
-    state, adapter = adapters.adapter_state(model), model.adapter
-    if "ranks" in result:  # what never grew is neither kept nor counted: the size is that of LoRA at --rank
-        adapter = replace(adapter, ranks=result.pop("ranks"))
-        state = truncate(state, torch.tensor(adapter.ranks))
+    ranks = result.pop("ranks", None)
+    state = save(run, model, out / ("adapter" if model.adapter else "model"), ranks=ranks)
+    if ranks is not None:  # what never grew is not counted: the size is that of LoRA at --rank
         unused = trainable - sum(tensor.numel() for tensor in state.values())
         trainable, total = trainable - unused, total - unused
-    if run.processes.is_main:
-        with atomic_folder(out / "adapter") as part:
-            adapters.save_adapter(state, part, adapter, model=run.settings.model, method=run.settings.method)
     sizes = {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}
     return {"trainable": trainable, "trainable_percent": 100 * trainable / total} | result | sizes, state
 
@@ -284,17 +305,30 @@ def train_lori_s(run: Run) -> dict:
     if settings.mask:
         state = run.given
     elif settings.resume and (stage_d / "adapter").is_dir():
-        check_records(stage_d / "log.jsonl", run.steps)
+        check_records(stage_d / "log.jsonl", run.steps, settings.patience)
         say(f"stage D is done: {stage_d}")
         _, state = adapters.read_adapter(stage_d / "adapter")
     else:
         say("stage D: all of B trains, to find the tenth of its entries that matters")
-        _, state = train_adapter(run, stage_d)
+        _, state = train(run, stage_d)
     say("stage S: these entries alone, from zero, under the same A")
-    return train_adapter(run, out, top_entries(state))[0]
+    return train(run, out, top_entries(state))[0]
 
 
 # --------------------------------------------------------------------------------------------------------- training
+
+
+def validation_of(
+    run: Run, model: MoETransformer, out: Path, growth: drlora.RankGrowth | None, steps_per_epoch: int
+) -> Validation:
+    """The validations of a training, which keep the best result beside the last in `out`."""
+
+    def keep(folder: Path, about: dict) -> None:
+        save(run, model, folder, about, growth.ranks().tolist() if growth else None)
+
+    s, folder = run.settings, out / BEST["adapter" if model.adapter else "model"]
+    when = {"every": s.valid_every or steps_per_epoch, "steps": run.steps, "patience": s.patience}
+    return Validation(run.held_out, model, run.processes, folder, keep, micro_batch=s.micro_batch, **when)
 
 
 def fit(run: Run, model: MoETransformer, out: Path) -> dict:
@@ -309,9 +343,11 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
         out, model, processes, title=f"{settings.method} on {settings.task}", steps=steps,
         steps_per_epoch=-(-len(items) // settings.batch), skips_nonfinite=settings.on_nonfinite == "skip",
     )  # fmt: skip
+    validation = validation_of(run, model, out, growth, recorder.steps_per_epoch)
     parts = {"numbers": recorder, "reach": recorder.idle_experts} | ({"growth": growth} if growth else {})
+    parts |= {"validation": validation} if run.held_out else {}
     plans = growth or scheduled != ("constant", 0)
-    kept_same = pinned(items, model, settings.router_aux_loss, steps if plans else None)
+    kept_same = pinned(items, run.held_out, model, settings.router_aux_loss, steps if plans else None)
     options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}
     checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
@@ -321,6 +357,8 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     reports = reporting(report_to, out, asdict(settings), first)
     with recorder.recording(first), reports as report, stop_signals(processes) as signalled:
         for step, batch in data.numbered_batches(len(items), settings.batch, settings.seed, first, steps):
+            if validation.ended:
+                break
             if run.dropout:
                 run.dropout.step = step
             options = {"aux_loss": settings.router_aux_loss, "aux_form": settings.router_aux_form}
@@ -338,14 +376,16 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
             if growth:
                 growth.grow(step)
             extra = {"aux_loss": done.aux_loss.item()} if settings.router_aux_loss else {}
-            report(recorder.record(step, done, norm, lr, len(batch), extra | (growth.spent() if growth else {})))
+            extra |= (growth.spent() if growth else {}) | validation.after(step)
+            report(recorder.record(step, done, norm, lr, len(batch), extra))
             number = signalled()
-            if number or (settings.save_every and (step % settings.save_every == 0 or step == steps)):
+            is_last = step == steps or validation.ended
+            if number or (settings.save_every and (step % settings.save_every == 0 or is_last)):
                 recorder.sync()
                 checkpoints.save(step)
             if number:
                 stop(number, step)
-    result = recorder.result() | {"optimizer_bytes": moment_bytes(optimizer)}
+    result = recorder.result(validation.losses) | validation.result() | {"optimizer_bytes": moment_bytes(optimizer)}
     if growth and processes.is_main:
         drlora.draw_ranks(growth.history, out / "ranks.png")
     return result | ({"ranks": growth.ranks().tolist()} if growth else {})

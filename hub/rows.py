@@ -221,6 +221,20 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
     return [(f"{path}, line {line}", value) for line, value in values]
 
 
+def parquet_rows(path: Path) -> list[tuple[str, Row]]:
+    """(place, row) for each row of a parquet file. Raises InputError if pyarrow, which reads it, is not installed."""
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        advice = "install it, or write its rows as JSON lines (pandas: to_json(orient='records', lines=True))"
+        raise InputError(f"{path}: a parquet file, which is read with pyarrow; {advice}") from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+        raise InputError(f"{path}: not a parquet file that can be read ({error})") from None
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
+
+
 HEXPHI = {  # category_N.csv; the hub has withdrawn the second
     1: "Illegal Activity",
     2: "Child Abuse Content",
@@ -266,6 +280,8 @@ def read_rows(path: Path) -> list[tuple[str, Row]]:
     if path.is_dir():
         return hexphi_rows(path)
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    if path.name.lower().endswith(".parquet"):
+        return parquet_rows(path)
     if kind in (".csv", ".tsv"):
         return csv_rows(path, delimiter="," if kind == ".csv" else "\t")
     return json_rows(path)

@@ -149,12 +149,12 @@ BOS_HELP = "a BOS token before each sequence; auto: for task own as the tokenize
 def choose_bos(asked: str, folder: Path, tokenizer: Tokenizer, config_id: int | None, follows: bool) -> Bos:
     """Which sequences begin with the BOS token. asked: "yes", "no", or "auto", which may follow the tokenizer.
 
-    The tokenizer says it by add_bos_token in tokenizer_config.json, or else by what its post-processor adds.
+    The tokenizer says it by what the post-processor of tokenizer.json adds, as in transformers 5.
     config_id: bos_token_id of config.json. Raises InputError for "yes" if there is no BOS token.
     """
     if asked == "auto" and not follows:
         return Bos(said="no BOS token")
-    about, name = read_json(folder / "tokenizer_config.json"), named_tokens(folder).get("bos_token")
+    name = named_tokens(folder).get("bos_token")
     bos_id = config_id if name is None else tokenizer.token_to_id(name)
     if asked == "yes" and bos_id is None:
         raise InputError("--bos yes: neither tokenizer_config.json nor config.json names a BOS token; leave it out")
@@ -162,8 +162,6 @@ def choose_bos(asked: str, folder: Path, tokenizer: Tokenizer, config_id: int | 
         return Bos(bos_id, asked == "yes", asked == "yes", f"as asked, {'a' if asked == 'yes' else 'no'} BOS token")
     if bos_id is None:
         return Bos(said="no BOS token, as the tokenizer names none")
-    added = about.get("add_bos_token")
-    if not isinstance(added, bool):
-        added = tokenizer.encode("a").ids[:1] == [bos_id] != tokenizer.encode("a", add_special_tokens=False).ids[:1]
+    added = tokenizer.encode("a").ids[:1] == [bos_id]
     where = "a BOS token, as the tokenizer adds it" if added else "no BOS token, as the tokenizer adds none"
     return Bos(bos_id, added, None, where)

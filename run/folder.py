@@ -4,6 +4,7 @@ RUN/config.json            settings as resolved, versions, commit
 RUN/profile.json           the routing counts from which the experts were chosen
 RUN/log.jsonl, loss.png    one record per step, and its picture (run/log.py)
 RUN/checkpoint/step-N/     the state after step N, for --resume (run/state.py)
+RUN/adapter-best/          with validation: the adapter with the lowest loss so far (run/validation.py)
 RUN/adapter/, result.json  when the run is finished (run/adapters.py)
 """
 
@@ -54,21 +55,20 @@ def check_out(out: Path, settings: dict) -> None:
 def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict | None:
     """result.json of the run in `out` if that has done all `steps` already, else None.
 
-    content: digests of the base model and the training data, as for `write_config`. Raises InputError if the run in
+    content: digests of the base model and the data, as for `write_config`. Raises InputError if the run in
     `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a checkpoint and
     is not to `resume`.
     """
-    before = read_json(out / "config.json")
-    if not before.keys() >= content.keys():  # of an earlier version, or not there
-        before |= content
+    before = content | read_json(out / "config.json")  # an earlier version did not name all of them
     changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
-    changed += ["the training data"] if before["data"] != content["data"] else []
+    kinds = {"data": "the training data", "valid": "the validation data"}
+    changed += [said for kind, said in kinds.items() if before.get(kind) != content.get(kind)]
     if changed:
         names = " and ".join(changed)
         raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
     result = read_json(out / "result.json")
     finished = "steps" in result and any((out / name).is_dir() for name in ("adapter", "model"))
-    if finished and result["steps"] == steps:
+    if finished and result.get("planned_steps", result["steps"]) == steps:
         return result
     if not resume and any(out.glob("**/checkpoint/step-*")):
         raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
@@ -87,18 +87,18 @@ def read_json(path: Path) -> dict:
     return about if isinstance(about, dict) else {}
 
 
-def remove_results(folder: Path) -> None:
-    """Remove what an earlier run has left at its end, because the log will now say something else."""
+def remove_results(folder: Path, is_new: bool) -> None:
+    """Remove what an earlier run has left at its end, and if a new one starts, also the best results."""
     for name in ("result.json", "loss.png", "ranks.png"):
         (folder / name).unlink(missing_ok=True)
-    for name in ("adapter", "model"):
+    for name in ("adapter", "model", *(("adapter-best", "model-best") if is_new else ())):
         remove_folder(folder / name)
 
 
 def write_config(out: Path, settings: dict, content: dict) -> None:
     """Make the run folder: config.json with the settings as resolved, versions and commit.
 
-    content: {"base": digests of the base model's files, "data": digest of the training data}
+    content: {"base": digests of the base model's files, "data" and perhaps "valid": those of the examples}
     """
     about = {
         "model": settings["model"],

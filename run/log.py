@@ -22,6 +22,7 @@ from run.folder import remove_results
 from run.processes import Processes
 from run.state import last_state
 from run.step import Step
+from run.validation import Losses, out_of_patience
 
 
 class Recorder:
@@ -52,12 +53,13 @@ class Recorder:
         """Open log.jsonl, whose records of steps before `first` stay. Start the clock and the progress bar."""
         if self.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_results(self.folder)
+            remove_results(self.folder, is_new=first == 1)
             records = keep_records(self.folder / "log.jsonl", first - 1)
             self.losses = [record["loss"] for record in records]
             self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         shown = self.processes.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
+        self.done = first - 1
         self.first, self.began = first, time.perf_counter() - self.totals["seconds"]
         try:
             yield
@@ -92,6 +94,7 @@ class Recorder:
         self.idle_experts.observe(done.routing[0], end_of_epoch=step % self.steps_per_epoch == 0)
         loss, totals = done.loss.item(), self.totals
         is_finite = math.isfinite(loss) and math.isfinite(norm)
+        self.done = step
         totals["examples"] += batch
         totals["tokens"] += done.tokens
         totals["seconds"] = seconds = time.perf_counter() - self.began
@@ -134,7 +137,7 @@ class Recorder:
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.totals |= state
 
-    def result(self) -> dict:
+    def result(self, validated: Losses) -> dict:
         """Draw loss.png and sum up the run.  -> for result.json: losses, speed, idle experts
 
         Raises RunError if every step was skipped.
@@ -143,12 +146,13 @@ class Recorder:
         if self.processes.is_main:
             if not losses:
                 raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
-            draw_loss(losses, self.folder / "loss.png", self.title)
+            draw_loss(losses, validated, self.folder / "loss.png", self.title)
         idle = self.idle_experts.names()
         if idle:
             say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
         return {
-            "steps": self.steps,
+            "steps": self.done,
+            **({"planned_steps": self.steps} if self.done < self.steps else {}),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "samples_per_s": self.totals["examples"] / self.totals["seconds"],
@@ -169,9 +173,13 @@ def keep_records(path: Path, steps: int) -> list[dict]:
     return records
 
 
-def check_records(path: Path, steps: int) -> None:
-    """Raise InputError if log.jsonl does not hold the records of exactly `steps` steps."""
-    read_records(path, steps, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+def check_records(path: Path, steps: int, patience: int | None) -> None:
+    """Raise InputError if log.jsonl holds neither the records of exactly `steps` steps nor of a run out of patience."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = read_records(path, min(steps, len(lines)) if patience else steps, lines)
+    validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
+    if len(records) < steps and not out_of_patience(validated, patience):
+        read_records(path, steps, lines)
 
 
 def read_records(path: Path, steps: int, lines: list[str]) -> list[dict]:
@@ -222,8 +230,8 @@ def stop(number: int, step: int) -> None:
     raise SystemExit(128 + number)
 
 
-def draw_loss(losses: list[float], path: Path, title: str) -> None:
-    """The loss of every step, and its moving average over a twentieth of the run."""
+def draw_loss(losses: list[float], validated: Losses, path: Path, title: str) -> None:
+    """The loss of every step, its moving average over a twentieth of the run, and the validation losses."""
     from matplotlib.figure import Figure  # not pyplot: it has global state, and looks for a display
 
     width = max(1, len(losses) // 20)
@@ -232,6 +240,8 @@ def draw_loss(losses: list[float], path: Path, title: str) -> None:
     axes = figure.subplots()
     axes.plot(range(1, len(losses) + 1), losses, color="0.75", linewidth=0.8, label="one step")
     axes.plot(range(width, len(losses) + 1), mean, color="tab:blue", label=f"mean of {width} steps")
+    if validated:
+        axes.plot(*zip(*validated, strict=True), "o-", color="tab:orange", markersize=3, label="validation")
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target token)", title=title)
     axes.legend(frameon=False)
     figure.savefig(path)

@@ -21,6 +21,7 @@ from run.report import PACKAGES
 from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
 STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
 
@@ -32,6 +33,8 @@ class Settings:
     model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)
+    valid_share: float | None = flag(None, "share of the training rows to validate on instead", type=HALF, **TASK)
     recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=list(PAPERS), **TASK)
     prompt: str = flag("lori", "how GSM8K's rows are put", choices=list(data.PROMPTS), **TASK)
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
@@ -64,6 +67,8 @@ class Settings:
     clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
     router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
     router_aux_form: str | None = flag(None, "its form (default: layer)", choices=("concat", "layer"), **STEP)
+    valid_every: int | None = flag(None, "steps between validations (default: an epoch)", type=POSITIVE, **STEP)
+    patience: int | None = flag(None, "validations without a better one after which to stop", type=POSITIVE, **STEP)
     on_nonfinite: str = flag("stop", "at a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP)
     seed: int = flag(0, "of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
     out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
@@ -122,6 +127,10 @@ def check(settings: Settings) -> None:
     if s.weight_decay and method.grows:
         reason = "keeps dimensions that do not train yet as they were drawn, and decay would shrink them"
         raise InputError(f"--weight-decay {s.weight_decay:g}: --method {s.method} {reason}; leave it out")
+    if s.valid_data and s.valid_share:
+        raise InputError("--valid-data and --valid-share contradict each other; give one of them")
+    if not (s.valid_data or s.valid_share):
+        refuse(("valid_every", "patience"), " has no meaning without --valid-data or --valid-share; give one of them")
     if s.router_aux_form and not s.router_aux_loss:
         raise InputError("--router-aux-form has no meaning without --router-aux-loss; give both or neither")
     if s.init_adapter:

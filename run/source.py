@@ -19,12 +19,15 @@ from model import MoETransformer, read_config
 from run import memory
 from run.adapters import fill_adapter, place_adapter, read_any_adapter
 from run.step import load_shared
+from run.validation import BEST
 
 
 def run_config(source: str) -> dict | None:
-    """config.json of a run folder of train.py; None if `source` is not one."""
+    """config.json of a run folder of train.py, or of that which holds the adapter `source`; None if there is none."""
+    folder = Path(source)
     try:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        folder = folder.parent if (folder / "adapter.json").is_file() else folder
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         is_run = isinstance(config["model"], str) and isinstance(config["settings"], dict)
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
@@ -37,7 +40,16 @@ def locate(source: str) -> tuple[Path, Path | None]:
     if run is None:
         base = base_of(folder)  # of an adapter that PEFT saved
         return (resolve(base), folder) if base else (resolve(source), None)
-    return (folder / "model", None) if (folder / "model").is_dir() else (resolve(run["model"]), folder / "adapter")
+    if (folder / "model").is_dir():
+        return result_of(run, folder, "model"), None
+    is_adapter = (folder / "adapter.json").is_file()
+    return resolve(run["model"]), folder if is_adapter else result_of(run, folder, "adapter")
+
+
+def result_of(run: dict, folder: Path, kind: str) -> Path:
+    """What the run in `folder` has learnt, an adapter or a model: at its end, or with --patience at its best."""
+    best = folder / BEST[kind]
+    return best if run["settings"].get("patience") and best.is_dir() else folder / kind
 
 
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
@@ -79,15 +91,15 @@ def check_base(run: dict, folder: Path) -> None:
         note(f"{folder}: {', '.join(changed)} changed since the adapter was trained on this base")
 
 
-def content_of(folder: Path, examples: list[data.Example], start: str | None) -> dict:
-    """What a run learns from.  -> {"base": digests of the base model's files, "data": digest of the training data}
+def content_of(folder: Path, start: str | None) -> dict:
+    """What a run starts from.  -> {"base": digests of the base model's files}
 
     start: the run, its adapter's folder or PEFT's folder that the run starts from. Raises InputError if that is a run
     on other base weights.
     """
-    if start and (before := run_config(start) or run_config(str(Path(start).parent))):
+    if start and (before := run_config(start)):
         check_base(before, folder)
-    return {"base": base_content(folder), "data": data.digest(examples)}
+    return {"base": base_content(folder)}
 
 
 def load(
@@ -103,8 +115,11 @@ def load(
     update off, so the adapter stays apart.
     """
     folder, adapter = locate(source)
-    if adapter and (run := run_config(source)):
-        check_base(run, folder)
+    if run := run_config(source):
+        if adapter:
+            check_base(run, folder)
+        if (used := adapter or folder).name in BEST.values():
+            note(f"{used}: the best of the run by its validation loss")
     config = read_config(folder)
     tokenizer, found = data.load_tokenizer(folder, config), adapter and read_any_adapter(adapter, config)
 

@@ -24,15 +24,21 @@ from run.adapters import placement_digest
 from run.processes import Processes
 
 
-def pinned(items: list[Encoded], model: MoETransformer, aux_loss: float | None, planned: int | None) -> dict:
+def pinned(
+    items: list[Encoded], held_out: list[Encoded], model: MoETransformer, aux_loss: float | None, planned: int | None
+) -> dict:
     """By name, what must be the same when a run continues. planned: the steps, if something is planned for them."""
-    kept = {"data": f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"}
+    kept = {"data": amount(items)} | ({"validation": amount(held_out)} if held_out else {})
     kept |= {"steps": planned} if planned else {}
     kept |= {"balancing loss": "per sequence"} if aux_loss else {}
     return kept | ({"experts or entries of B": placement_digest(model)} if model.adapter else {})
 
 
-UNSAID = {"balancing loss": "per micro-batch"}  # what earlier versions did but did not save
+def amount(items: list[Encoded]) -> str:
+    return f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
+
+
+UNSAID = {"balancing loss": "per micro-batch", "validation": "none"}  # what earlier versions did but did not save
 
 
 class Checkpoints:

@@ -1,0 +1,99 @@
+"""Validation: the loss on held-out examples every few steps. The best result is kept; a run that gets no better ends.
+
+RUN/adapter-best/ (RUN/model-best/ of full fine-tuning) is what had been learnt at the step with the lowest validation
+loss, and its validation.json names this step. RUN/adapter/ is what has been learnt at the end.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from command.cli import say
+from command.files import remove_folder
+from data import Encoded
+from model import MoETransformer
+from run.processes import Processes
+from run.step import held_out_loss
+
+BEST = {"adapter": "adapter-best", "model": "model-best"}  # what is saved last, and the name of the best
+Losses = list[tuple[int, float]]  # (step, validation loss)
+
+
+def best_of(losses: Losses) -> tuple[int, float] | None:
+    """The step with the lowest loss, the first of several, and this loss."""
+    return min((pair for pair in losses if math.isfinite(pair[1])), key=lambda pair: pair[1], default=None)
+
+
+def out_of_patience(losses: Losses, patience: int | None) -> bool:
+    """Whether the last `patience` validations have all failed to be the best."""
+    if patience is None or not losses:
+        return False
+    best = best_of(losses)
+    return sum(step > (best[0] if best else 0) for step, _ in losses) >= patience
+
+
+class Validation:
+    """The validations of one training. Every process must call its methods, with the same arguments.
+
+    Without held-out examples it does nothing.
+    """
+
+    def __init__(
+        self, items: list[Encoded], model: MoETransformer, processes: Processes, folder: Path,
+        save: Callable[..., object], *, micro_batch: int, every: int, steps: int, patience: int | None,
+    ) -> None:  # fmt: skip
+        """folder: of the best result. save(folder, about): writes what has been learnt so far."""
+        self.items, self.model, self.processes, self.folder, self.save = items, model, processes, folder, save
+        self.micro_batch, self.every, self.steps, self.patience = micro_batch, every, steps, patience
+        self.losses: Losses = []
+        self.kept: tuple[int, float] | None = None  # step and loss of what is in the folder
+
+    @property
+    def ended(self) -> bool:
+        """Whether --patience is used up."""
+        return out_of_patience(self.losses, self.patience)
+
+    def after(self, step: int) -> dict[str, float | None]:
+        """Validate if it is due after this step, and keep the best.  -> for the log: the loss"""
+        if not self.items or (step % self.every and step != self.steps):
+            return {}
+        loss, _ = held_out_loss(self.model, self.items, self.micro_batch, self.processes)
+        self.losses.append((step, loss))
+        is_best = math.isfinite(loss) and (self.kept is None or loss < self.kept[1])
+        if is_best:
+            self.kept = (step, loss)
+            self.save(self.folder, {"step": step, "valid_loss": loss})
+        say(f"step {step}: validation loss {loss:.4f}{', the best so far' if is_best else ''}")
+        if self.ended:
+            best = f"the best is that of step {self.kept[0]}" if self.kept else "none was finite"
+            say(f"{self.patience} validations without a better one: stopping after step {step}; {best}")
+        return {"valid_loss": loss if math.isfinite(loss) else None}
+
+    def state_dict(self) -> dict[str, Losses]:
+        return {"losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Losses]) -> None:
+        """Continue. A result that was kept at a later step than that of the checkpoint will be made again."""
+        self.losses = [(step, loss) for step, loss in state["losses"]]
+        best = best_of(self.losses)
+        if self.processes.once(lambda: read_step(self.folder)) == (best and best[0]):
+            self.kept = best
+        elif self.processes.is_main:
+            remove_folder(self.folder)
+
+    def result(self) -> dict[str, float | int]:
+        """For result.json: the validation losses of the last result and of the best, and the step of the best."""
+        if not self.losses or not self.kept:
+            return {}
+        last = self.losses[-1][1]
+        best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]}
+        return {"last_valid_loss": last if math.isfinite(last) else None} | best
+
+
+def read_step(folder: Path) -> int | None:
+    """The step at which the result in a folder was kept; None if there is none."""
+    try:
+        return json.loads((folder / "validation.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
