@@ -345,7 +345,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     )  # fmt: skip
     validation = validation_of(run, model, out, growth, recorder.steps_per_epoch)
     parts = {"numbers": recorder, "reach": recorder.idle_experts} | ({"growth": growth} if growth else {})
-    parts |= {"validation": validation} if run.held_out else {}
+    parts |= {"validations": validation} if run.held_out else {}
     plans = growth or scheduled != ("constant", 0)
     kept_same = pinned(items, run.held_out, model, settings.router_aux_loss, steps if plans else None)
     options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}

@@ -1,0 +1,277 @@
+"""Validation: the loss on held-out rows, the best result beside the last, --patience, and all of it after a kill."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import with_tokenizer
+from safetensors.torch import load_file
+
+import data
+import evaluate
+import export
+import train
+from command.cli import InputError
+from model import load_model, read_config
+from run import adapters, source
+from run.methods import METHODS
+from run.processes import ALONE
+from run.step import held_out_loss
+from run.validation import BEST, best_of, out_of_patience
+
+ROOT = Path(__file__).parent.parent
+STEPS = 7
+FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2 --sample 1".split()
+VALID = ["--valid-data", "valid.jsonl", "--valid-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(make_checkpoint, tmp_path_factory) -> Path:
+    """A small random model, rows to train on, and rows whose answers are others, so that their loss soon rises."""
+    folder = tmp_path_factory.mktemp("validation")
+    with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder / "base"))
+    for name, answer, numbers in (("train", 3, range(10)), ("valid", 7, (1, 2, 3, 4, 6))):
+        rows = [{"prompt": f"{i} + {i} =", "completion": f"the {(i * answer) % 10}"} for i in numbers]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+
+
+def run(out: Path, *flags: str, method: str = "hellora") -> dict:
+    size = [] if METHODS[method].experts is None else ["--rank", "4"]
+    return train.main(["--model", "base", *FLAGS, "--method", method, *size, "--out", str(out), *flags])
+
+
+def log(out: Path, key: str) -> list:
+    return [json.loads(line).get(key) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def same(a: Path, b: Path) -> bool:
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def items_of(folder: Path, name: str) -> list[data.Encoded]:
+    reader = data.Reader("own", folder / "base", read_config(folder / "base"))
+    return reader.encode(reader.load("train", folder / f"{name}.jsonl"))
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 20])
+def test_the_loss_is_the_mean_over_all_target_tokens_as_transformers_has_it(olmoe, folder, micro_batch):
+    items = [data.Encoded([5, 9, 3, 8][:n], ((n // 2, n),)) for n in (2, 3, 4)] + items_of(folder, "valid")
+    model = load_model(olmoe.folder).train()
+    found, targets = held_out_loss(model, items, micro_batch, ALONE)
+    total = 0.0
+    for item in items:
+        [(start, end)] = item.spans
+        labels = [-100] * start + item.ids[start:end]
+        total += olmoe.hf(torch.tensor([item.ids]), labels=torch.tensor([labels])).loss.item() * (end - start)
+    assert targets == sum(end - start for item in items for start, end in item.spans)
+    assert found == pytest.approx(total / targets, abs=1e-5)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_of_one_left_alone(
+    method, tmp_path, monkeypatch
+):
+    flags = [*VALID, "--save-every", "2"]
+    uncut, cut, real = tmp_path / "uncut", tmp_path / "cut", train.global_step
+    whole = run(uncut, *flags, method=method)
+    stages = ["stage-d", "."] if METHODS[method].sparse else ["."]
+    for killed, stage in enumerate(stages):  # in each stage, two steps after its first checkpoint
+        calls = []
+
+        def broken(*args, calls=calls, stage=stage, **kwargs):
+            started = (cut / stage / "checkpoint").is_dir()
+            calls.append(started)
+            if calls.count(True) == 2:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(train, "global_step", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(cut, *flags, *["--resume"] * killed, method=method)
+    monkeypatch.setattr(train, "global_step", real)
+    resumed = run(cut, *flags, "--resume", method=method)
+    kind = "adapter" if METHODS[method].experts else "model"
+    for stage in stages:
+        for key in ("loss", "valid_loss"):
+            assert log(cut / stage, key) == log(uncut / stage, key)
+        for name in (kind, BEST[kind]):
+            assert same(cut / stage / name, uncut / stage / name)
+        kept = [json.loads((out / stage / BEST[kind] / "validation.json").read_text()) for out in (uncut, cut)]
+        losses = log(uncut / stage, "valid_loss")
+        assert kept[0] == kept[1] == {"step": 1 + losses.index(min(losses)), "valid_loss": min(losses)}
+    names = ("last_valid_loss", "best_valid_loss", "best_step")
+    assert [whole[name] for name in names] == [resumed[name] for name in names]
+    assert [whole[name] for name in names] == [losses[-1], min(losses), 1 + losses.index(min(losses))]
+
+
+def test_the_best_result_is_that_of_a_run_which_ends_at_its_step(tmp_path):
+    best = run(tmp_path / "long", *VALID)["best_step"]
+    assert 1 <= best < STEPS  # or this test would show nothing
+    run(tmp_path / "short", "--steps", str(best))
+    assert same(tmp_path / "long/adapter-best", tmp_path / "short/adapter")
+    assert not same(tmp_path / "long/adapter", tmp_path / "short/adapter")
+    assert (tmp_path / "long/adapter-best/adapter.json").read_text() == (
+        tmp_path / "short/adapter/adapter.json"
+    ).read_text()
+
+
+def test_what_was_kept_after_the_checkpoint_is_made_again_and_not_taken_for_the_best(tmp_path, monkeypatch):
+    """Of a run on other processes, say, which rounds otherwise: here the forgery would be better than all others."""
+    out, flags = tmp_path / "run", [*VALID, "--save-every", "2"]
+    whole, real = run(tmp_path / "uncut", *flags), train.global_step
+    monkeypatch.setattr(train, "global_step", lambda *a, **k: real(*a, **k) if len(log(out, "step")) < 3 else 1 / 0)
+    out.mkdir()
+    (out / "log.jsonl").touch()
+    (out / "config.json").write_text((tmp_path / "uncut/config.json").read_text())
+    with pytest.raises(ZeroDivisionError):
+        run(out, *flags)
+    (out / "adapter-best/validation.json").write_text(json.dumps({"step": 3, "valid_loss": 0.0}))
+    monkeypatch.setattr(train, "global_step", real)
+    resumed = run(out, *flags, "--resume")
+    assert resumed["best_valid_loss"] == whole["best_valid_loss"] or resumed["best_step"] > 2
+    kept = json.loads((out / "adapter-best/validation.json").read_text())
+    assert kept == {"step": resumed["best_step"], "valid_loss": resumed["best_valid_loss"]}
+    assert kept["valid_loss"] == log(out, "valid_loss")[kept["step"] - 1]
+
+
+def test_two_processes_validate_as_one_does(tmp_path):
+    flags = [*VALID, "--lr", "0.001"]  # AdamW turns rounding into steps
+    one = run(tmp_path / "one", *flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, str(ROOT / "train.py"), "--model", "base", *FLAGS, "--rank", "4", *flags, "--shard", "full"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/result.json").read_text())
+    assert log(tmp_path / "two", "valid_loss") == pytest.approx(log(tmp_path / "one", "valid_loss"), abs=1e-5)
+    assert two["best_step"] == one["best_step"]
+    ours, theirs = weights(tmp_path / "one/adapter-best"), weights(tmp_path / "two/adapter-best")
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------------------- patience
+
+
+def test_patience_is_the_number_of_validations_after_the_best():
+    losses = [(2, 5.0), (4, 3.0), (6, 4.0), (8, 3.0), (10, math.nan)]
+    assert best_of(losses) == (4, 3.0) and best_of([(1, math.nan)]) is None
+    assert [out_of_patience(losses[:n], 2) for n in range(6)] == [False, False, False, False, True, True]
+    assert not out_of_patience(losses, None) and not out_of_patience(losses, 4)
+    assert out_of_patience([(1, math.nan), (2, math.inf)], 2)
+
+
+@pytest.mark.parametrize("method", ["hellora", "lori-s", "fft"])
+def test_a_run_out_of_patience_stops_says_so_and_is_finished(method, tmp_path, monkeypatch, capsys):
+    out, flags = tmp_path / "run", [*VALID, "--patience", "2", "--save-every", "1"]
+    losses = itertools.cycle([3.0, 2.0, 4.0, 5.0])  # in each stage
+    monkeypatch.setattr("run.validation.held_out_loss", lambda *args: (next(losses), 1))
+    result = run(out, *flags, method=method)
+    said = capsys.readouterr().out
+    assert (result["steps"], result["best_step"], result["planned_steps"]) == (4, 2, STEPS)
+    assert f"stopping after step {result['steps']}; the best is that of step {result['best_step']}" in said
+    assert len(log(out, "step")) == result["steps"]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run(out, *flags, method=method) == result == run(out, *flags, "--resume", method=method)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    # Killed when it had stopped and saved, but not yet written its result, it does no further step.
+    for name in ("result.json", "adapter", "model"):
+        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
+    real, steps = train.global_step, []
+    monkeypatch.setattr(train, "global_step", lambda *a, **k: steps.append(1) or real(*a, **k))
+    again = run(out, *flags, "--resume", method=method)
+    assert not steps and again["steps"] == result["steps"] and again["best_step"] == result["best_step"]
+
+
+def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_the_last(tmp_path, capsys):
+    for flags, name in ((VALID, "adapter"), ([*VALID, "--patience", "2"], "adapter-best")):
+        out = tmp_path / name
+        run(out, *flags)
+        assert source.locate(str(out))[1] == out / name
+        for asked, there in ((out, name), (out / "adapter", "adapter"), (out / "adapter-best", "adapter-best")):
+            capsys.readouterr()
+            subject, _ = source.load(str(asked), torch.float32, torch.device("cpu"))
+            want = load_model("base")
+            adapters.load_adapter(want, out / there)
+            ids = torch.arange(2, 14).view(2, 6)
+            assert torch.allclose(subject(ids)[0], want(ids)[0], atol=1e-4)
+            assert ("the best of the run" in capsys.readouterr().err) == (there == "adapter-best")
+        export.main([str(out), "--to", "peft", "--out", str(tmp_path / f"{name}-peft")])
+        assert f"from {out / name}:" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- rows held out
+
+
+def test_evaluate_measures_the_loss_that_validation_had(tmp_path, capsys):
+    result = run(tmp_path / "run", *VALID)
+    for name, loss in (("adapter", result["last_valid_loss"]), ("adapter-best", result["best_valid_loss"])):
+        flags = ["--eval-data", "valid.jsonl", "--max-new-tokens", "3", "--batch", "2", "--out", str(tmp_path / name)]
+        score = evaluate.main([str(tmp_path / "run" / name), *flags])
+        assert score["loss"] == pytest.approx(loss, abs=1e-5)
+        assert score["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert (score["num_total"], score["num_targets"]) == (5, sum(x.num_targets for x in items_of(Path(), "valid")))
+        kept = [json.loads(line) for line in (tmp_path / name / "items.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in Path("valid.jsonl").read_text().splitlines()]
+        assert [(item["prompt"], item["reference"]) for item in kept] == [tuple(row.values()) for row in rows]
+        assert all(isinstance(item["completion"], str) for item in kept)
+        assert re.search(r"^loss \d+\.\d{4} nats per target token, perplexity ", capsys.readouterr().out, re.M)
+
+
+def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, monkeypatch):
+    items = list(range(40))
+    rest, held_out = data.split(items, 0.1, seed=3)
+    assert len(held_out) == 4 and sorted(rest + held_out) == items and held_out != items[:4]
+    assert data.split(items, 0.1, seed=3) == (rest, held_out) != data.split(items, 0.1, seed=4)
+    with pytest.raises(InputError, match="--valid-share 0.5 of 1 examples leaves none to train on"):
+        data.split([0], 0.5, seed=0)
+    seen, real = [], train.global_step
+    monkeypatch.setattr(
+        train, "global_step", lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)
+    )
+    run(tmp_path / "run", "--valid-share", "0.2")
+    rest, held_out = data.split(items_of(Path(), "train"), 0.2, seed=0)
+    assert {item.example for item in seen} == {item.example for item in rest}
+    assert [bool(loss) for loss in log(tmp_path / "run", "valid_loss")] == [False, False, True] * 2 + [True]
+
+
+def test_rows_that_are_trained_on_are_noted_and_others_are_not(tmp_path, capsys):
+    said = "10 of 10 rows of --valid-data are among the rows to train on"
+    Path("copy.jsonl").write_text(Path("train.jsonl").read_text())
+    run(tmp_path / "copy", "--valid-data", "copy.jsonl", "--steps", "1")
+    assert said in capsys.readouterr().err
+    run(tmp_path / "other", "--valid-data", "valid.jsonl", "--steps", "1")
+    assert "among the rows" not in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_other_validation_rows(tmp_path):
+    Path("changing.jsonl").write_text(Path("valid.jsonl").read_text())
+    flags = ["--valid-data", "changing.jsonl", "--save-every", "1", "--steps", "1"]
+    run(tmp_path / "run", *flags)
+    Path("changing.jsonl").write_text(Path("valid.jsonl").read_text().replace("the 7", "the 8"))
+    with pytest.raises(InputError, match="the validation data changed since the run"):
+        run(tmp_path / "run", *flags, "--steps", "2", "--resume")
