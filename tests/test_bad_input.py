@@ -162,6 +162,30 @@ def peft(config: dict, tensors: dict) -> Callable:
     return make
 
 
+def rows(*rows: object) -> Callable:
+    """A jsonl file of these rows."""
+    return text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def chat(*turns: object, **more) -> dict:
+    """A row of a chat: (role, content) for each turn, or anything else."""
+    turns = [{"role": turn[0], "content": turn[1]} if isinstance(turn, tuple) else turn for turn in turns]
+    return {"messages": turns} | more
+
+
+def template(source: str | None) -> Callable:
+    """The embedded model with another chat template, or without one."""
+
+    def make(path: Path, made) -> None:
+        model()(path, made)
+        if source:
+            (path / "chat_template.jinja").write_text(source)
+
+    return make
+
+
+ASKED, ANSWERED = ("user", "2 + 2?"), ("assistant", "4")
+GOOD = chat(ASKED, ANSWERED)
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
 UNEVEN = [[8.0 if e < 8 else 0.0 for e in range(64)]] * 4
 A_PICKLE = pickle.dumps(Trap())
@@ -184,6 +208,33 @@ FILES = {
     "gsm8k.jsonl": text(f"{GSM8K}\n" * 3),
     "gold.jsonl": text(f"{GSM8K}\n{GSM8K.replace('#### 1', '#### 1/2')}\n"),
     "rows.parquet": text(b"PAR1\x15\x04\x15\x80"),
+    "own-good.jsonl": rows(GOOD, GOOD),
+    "own-one.jsonl": rows(GOOD),
+    "own-order.jsonl": rows(GOOD, chat(ASKED, ASKED, ANSWERED)),
+    "own-system.jsonl": rows(GOOD, chat(ASKED, ANSWERED, ("system", "Stop."), ASKED, ANSWERED)),
+    "own-empty.jsonl": rows(GOOD, chat(ASKED, ("assistant", " "))),
+    "own-no-turn.jsonl": rows(GOOD, chat()),
+    "own-first.jsonl": rows(GOOD, chat(ANSWERED, ASKED, ANSWERED)),
+    "own-alone.jsonl": rows(GOOD, chat(ASKED)),
+    "own-tool.jsonl": rows(GOOD, chat(ASKED, ("tool", "4"), ANSWERED)),
+    "own-calls.jsonl": rows(GOOD, chat(ASKED, {"role": "assistant", "content": "4", "tool_calls": [{}]})),
+    "own-tools.jsonl": rows(GOOD, chat(ASKED, ANSWERED, tools=[{"name": "add"}])),
+    "own-mixed.jsonl": rows(GOOD, {"prompt": "2 + 2?", "completion": "4"}),
+    "own-types.jsonl": rows(GOOD, chat(ASKED, ("assistant", 4))),
+    "own-parts.jsonl": rows(GOOD, chat(ASKED, ("assistant", [{"type": "text", "text": "4"}]))),
+    "own-string.jsonl": rows(GOOD, {"messages": "2 + 2? 4"}),
+    "own-turn.jsonl": rows(GOOD, chat("2 + 2?", "4")),
+    "own-list.jsonl": rows([GOOD]),
+    "own-columns.jsonl": rows({"question": "2 + 2?", "answer": "4"}),
+    "own-number.jsonl": rows({"prompt": "2 + 2?", "completion": 4}),
+    "own-blank.jsonl": rows({"text": "  "}),
+    "own-huge.jsonl": rows(chat(("user", "2 + 2? " * 100_000), ANSWERED)),
+    "own-character.jsonl": rows(GOOD, chat(("user", "\ufdd00\ufdd1"), ANSWERED)),
+    "no-template": template(None),
+    "template-damaged": template("{% for message in messages %}"),
+    "template-raises": template("{{ raise_exception('no system message, please') }}"),
+    "template-fails": template("{{ messages[7].content }}"),
+    "template-rewrites": template("{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"),
     "short.csv": text("prompt,type\nx,y\nx\n"),
     # models
     "no-config": folder_of(tokenizer__json="{}"),
@@ -461,6 +512,42 @@ train --task gsm8k --train-data pickle.json          | pickle.json | pickle, whi
 train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
 train --task gsm8k --train-data rows.parquet         | rows.parquet: a parquet file | to_json
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
+train --task own                                     | your own data | --train-data FILE
+train --task own --train-data absent.jsonl           | absent.jsonl | No such file
+train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
+train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
+train --task own --train-data own-empty.jsonl        | own-empty.jsonl, line 2: turn 2 (assistant) is empty
+train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is [], want a list
+train --task own --train-data own-first.jsonl        | line 2: turn 1 is of the assistant after the beginning
+train --task own --train-data own-alone.jsonl        | line 2: no turn is of the assistant
+train --task own --train-data own-tool.jsonl         | line 2: turn 2 has 'role' 'tool' | system, user, assistant
+train --task own --train-data own-calls.jsonl        | line 2: turn 2 has 'tool_calls'
+train --task own --train-data own-tools.jsonl        | line 2: it has 'tools'
+train --task own --train-data own-mixed.jsonl        | line 2: a row of prompt and completion after rows of messages
+train --task own --train-data own-types.jsonl        | line 2: turn 2 has 'content' 4, want text
+train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | want text
+train --task own --train-data own-string.jsonl       | line 2: 'messages' is '2 + 2? 4', want a list of turns
+train --task own --train-data own-turn.jsonl         | line 2: turn 1 is '2 + 2?', want an object
+train --task own --train-data own-columns.jsonl      | line 1: no format is known | 'messages'
+train --task own --train-data own-number.jsonl       | line 1: 'completion' is 4, want text
+train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
+train --task own --train-data own-huge.jsonl         | nothing to learn within 512 tokens | --max-length
+train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
+train --task own --train-data rows.parquet           | rows.parquet | parquet
+train --task own --train-data own-good.jsonl --model no-template       | no-template has no chat template | completion
+train --task own --train-data own-good.jsonl --model template-damaged  | template-damaged: its chat template is damaged
+train --task own --train-data own-good.jsonl --model template-raises   | line 1 | no system message, please
+train --task own --train-data own-good.jsonl --model template-fails    | line 1: the model's chat template refuses it
+train --task own --train-data own-good.jsonl --model template-rewrites | line 1 | turns 1 to 1 otherwise
+train --task own --train-data own-good.jsonl --bos yes                 | --bos yes | names a BOS token
+train --task own --train-data own-good.jsonl --bos maybe               | 'maybe' | auto
+train --task own --train-data own-good.jsonl --valid-data own-order.jsonl | own-order.jsonl, line 2
+train --task own --train-data own-one.jsonl --valid-share 0.5          | leaves none to train on
+train --valid-share 0.6                              | '0.6' | at most 0.5
+train --valid-share 0.1 --valid-data own-good.jsonl  | contradict
+train --valid-every 5                                | --valid-every | --valid-data or --valid-share
+train --patience 2                                   | --patience | --valid-data or --valid-share
+train --patience 0 --valid-share 0.1                 | '0' | at least 1
 train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
 evaluate                                             | nothing to evaluate
 evaluate tiny                                        | --task is missing | gsm8k
@@ -557,6 +644,12 @@ export run --to merged --out new --examples 0        | '0'
 export run --to merged --out new --train-data file   | file
 export run --to merged --out new --compact           | --compact
 export run --to peft --out new --examples 2          | --examples
+evaluate tiny --task own                             | your own data | --eval-data FILE
+evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
+evaluate --task own --completions answers.jsonl      | measured by the loss
+evaluate tiny --task tiny-math --max-length 64       | --max-length 64 | no meaning
+profile --out p.json --task own                      | your own data | --train-data FILE
+profile --out p.json --task own --train-data own-mixed.jsonl | line 2
 profile                                              | --out
 profile --out notes                                  | notes is a folder
 profile --out file/p.json                            | file/p.json
