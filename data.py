@@ -239,12 +239,6 @@ def digest(examples: list[Example]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def count_known(examples: list[Example], others: list[Example]) -> int:
-    """How many examples have the prompt and target of one of the others."""
-    known = {(example.prompt, example.target) for example in others}
-    return sum((example.prompt, example.target) in known for example in examples)
-
-
 NEXT_SHOT = "Question:"  # a model that was shown examples goes on with another one here: its answer has ended
 
 

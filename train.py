@@ -147,8 +147,9 @@ def read_data(
     if settings.valid_data:
         others = reader.load("train", settings.valid_data)
         held_out, digests["valid"] = reader.encode(others), data.digest(others)
-        if known := data.count_known(others, examples):
-            note(f"{known} of {len(others)} rows of --valid-data are among the rows to train on; hold out others")
+        known = {(example.prompt, example.target) for example in examples}
+        if twice := sum((example.prompt, example.target) in known for example in others):
+            note(f"{twice} of {len(others)} rows of --valid-data are among the rows to train on; hold out others")
     elif settings.valid_share:
         items, held_out = data.split(items, settings.valid_share, settings.seed)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
