@@ -102,6 +102,7 @@ class ChatTemplate:
         self.folder, self.tokenizer = Path(folder), tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special and token.content}
+        self.names = {str(i): token for token, i in self.special.items()}
         longest_first = sorted(self.special, key=len, reverse=True)
         self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -145,8 +146,7 @@ class ChatTemplate:
 
     def spelled(self, text: str, marks: str = A_SPECIAL) -> str:
         """A part of a chat's text with its special tokens spelled in place of the marks."""
-        names = {str(i): token for token, i in self.special.items()}
-        return re.sub(marks, lambda found: names[found[0][1:-1]], text)
+        return re.sub(marks, lambda found: self.names[found[0][1:-1]], text)
 
     def render(self, messages: list[Message]) -> Chat:
         """The messages, the last of which is the assistant's, as the template writes them, and the assistant's part.
@@ -192,6 +192,7 @@ class ChatTemplate:
         """The tokenizer, which takes the marks as tokens, and what their ids stand for."""
         tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
         tokenizer.encode_special_tokens = True  # all that is spelled is text
+        tokenizer.post_processor = None  # some take white space out of the offsets
         meaning = {}
         for i, token in self.tokenizer.get_added_tokens_decoder().items():
             if token.content in self.special:

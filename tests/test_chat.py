@@ -69,10 +69,12 @@ SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 LETTERS = "".join(map(chr, range(32, 127))) + "é▁"
 
 
-def byte_level() -> Tokenizer:
+def byte_level(trim_offsets: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if trim_offsets:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["user\nassistant\n\nHello there\n\nUser: Assistant: hello"] * 3, trainer)
@@ -161,6 +163,14 @@ def test_ids_and_what_is_learnt_of_them_are_those_of_transformers(kind, tokenize
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_tokenizer_that_takes_white_space_out_of_offsets_changes_nothing(kind, tmp_path):
+    """transformers' own mask then lacks the first token of a turn, if that is white space."""
+    rows = [{"messages": chat} for chat in CHATS.values()]
+    items = [read(tmp_path, save(tmp_path, byte_level(trim), TEMPLATES[kind]), rows)[1] for trim in (False, True)]
+    assert items[0] == items[1]
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
 def test_a_special_token_that_a_message_spells_is_text_and_those_of_the_template_are_not(kind, tmp_path):
     config = save(tmp_path, byte_level(), TEMPLATES[kind])
     hf = AutoTokenizer.from_pretrained(tmp_path)
@@ -233,11 +243,12 @@ def test_functions_and_filters_of_templates_are_those_of_transformers(tmp_path):
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tmp_path):
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n ' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    _, [item] = read(tmp_path, save(tmp_path, byte_level(), template), [{"messages": turns("a", "b", "c", "d")}])
+    config = save(tmp_path, byte_level(trim_offsets=True), template)
+    _, [item] = read(tmp_path, config, [{"messages": turns("a", "b", "c", "d")}])
     pieces = [AutoTokenizer.from_pretrained(tmp_path).decode(item.ids[slice(*span)]) for span in item.spans]
-    assert pieces == ["b\n", "d\n</s>"]
+    assert pieces == ["b\n ", "d\n </s>"]
 
 
 def test_a_template_that_rewrites_what_came_before_is_an_error_that_names_the_row(tmp_path):
