@@ -52,6 +52,7 @@ from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
 from run.adapters import adapted_matrices, hub_shapes
 from run.source import check_base, result_of, run_config
+from run.validation import BEST
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,9 @@ def main(argv: list[str] | None = None) -> None:
             write_merged(part, adapter, factors, base, dtype=dtype)
             check_merged(part, folder, base, items)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    say(f"wrote {settings.out} from {folder}: {size:,} bytes with everything")
+    if folder.name == BEST["adapter"]:
+        say(f"{folder}: the best of the run by its validation loss")
+    say(f"wrote {settings.out}: {size:,} bytes with everything")
 
 
 if __name__ == "__main__":

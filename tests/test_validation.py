@@ -221,7 +221,7 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
             assert torch.allclose(subject(ids)[0], want(ids)[0], atol=1e-4)
             assert ("the best of the run" in capsys.readouterr().err) == (there == "adapter-best")
         export.main([str(out), "--to", "peft", "--out", str(tmp_path / f"{name}-peft")])
-        assert f"from {out / name}:" in capsys.readouterr().out
+        assert (f"{out / name}: the best of the run" in capsys.readouterr().out) == (name == "adapter-best")
 
 
 # ------------------------------------------------------------------------------------------------- rows held out
