@@ -422,17 +422,6 @@ def sample(items: list, fraction: float, seed: int) -> list:
     return [items[i] for i in sorted(chosen)]
 
 
-def split(items: list, share: float, seed: int) -> tuple[list, list]:
-    """All items but a random share, and that share; both at least one. Raises InputError for a single item."""
-    held_out = set(sample(range(len(items)), share, seed))
-    rest = [item for i, item in enumerate(items) if i not in held_out]
-    if not rest:
-        raise InputError(
-            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; want more examples"
-        )
-    return rest, [items[i] for i in sorted(held_out)]
-
-
 def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The indices 0..n-1 in batches, in the order of this seed and epoch: the same on every process."""
     order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()

@@ -44,7 +44,7 @@ from run.settings import Settings, parse_settings
 from run.source import content_of
 from run.state import Checkpoints, moment_bytes, pinned
 from run.step import global_step, load_shared
-from run.validation import BEST, Validation
+from run.validation import BEST, Validation, split
 
 # -------------------------------------------------------------------------------------------------------------- run
 
@@ -151,7 +151,7 @@ def read_data(
         if twice := sum((example.prompt, example.target) in known for example in others):
             note(f"{twice} of {len(others)} rows of --valid-data are among the rows to train on; hold out others")
     elif settings.valid_share:
-        items, held_out = data.split(items, settings.valid_share, settings.seed)
+        items, held_out = split(items, settings.valid_share, settings.seed)
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
     if settings.loss_on == "all":
         items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))

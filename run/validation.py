@@ -9,9 +9,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from command.cli import say
+import data
+from command.cli import InputError, say
 from command.files import remove_folder
-from data import Encoded
 from model import MoETransformer
 from run.processes import Processes
 from run.step import held_out_loss
@@ -33,6 +33,17 @@ def out_of_patience(losses: Losses, patience: int | None) -> bool:
     return sum(step > (best[0] if best else 0) for step, _ in losses) >= patience
 
 
+def split(items: list, share: float, seed: int) -> tuple[list, list]:
+    """All items but a random share, and that share; both at least one. Raises InputError for a single item."""
+    held_out = set(data.sample(range(len(items)), share, seed))
+    rest = [item for i, item in enumerate(items) if i not in held_out]
+    if not rest:
+        raise InputError(
+            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; want more examples"
+        )
+    return rest, [items[i] for i in sorted(held_out)]
+
+
 class Validation:
     """The validations of one training. Every process must call its methods, with the same arguments.
 
@@ -40,7 +51,7 @@ class Validation:
     """
 
     def __init__(
-        self, items: list[Encoded], model: MoETransformer, processes: Processes, folder: Path,
+        self, items: list[data.Encoded], model: MoETransformer, processes: Processes, folder: Path,
         save: Callable[..., object], *, micro_batch: int, every: int, steps: int, patience: int | None,
     ) -> None:  # fmt: skip
         """folder: of the best result. save(folder, about): writes what has been learnt so far."""

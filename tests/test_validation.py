@@ -25,7 +25,7 @@ from run import adapters, source
 from run.methods import METHODS
 from run.processes import ALONE
 from run.step import held_out_loss
-from run.validation import BEST, best_of, out_of_patience
+from run.validation import BEST, best_of, out_of_patience, split
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
@@ -244,17 +244,17 @@ def test_evaluate_measures_the_loss_that_validation_had(tmp_path, capsys):
 
 def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, monkeypatch):
     items = list(range(40))
-    rest, held_out = data.split(items, 0.1, seed=3)
+    rest, held_out = split(items, 0.1, seed=3)
     assert len(held_out) == 4 and sorted(rest + held_out) == items and held_out != items[:4]
-    assert data.split(items, 0.1, seed=3) == (rest, held_out) != data.split(items, 0.1, seed=4)
+    assert split(items, 0.1, seed=3) == (rest, held_out) != split(items, 0.1, seed=4)
     with pytest.raises(InputError, match="--valid-share 0.5 of 1 examples leaves none to train on"):
-        data.split([0], 0.5, seed=0)
+        split([0], 0.5, seed=0)
     seen, real = [], train.global_step
     monkeypatch.setattr(
         train, "global_step", lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)
     )
     run(tmp_path / "run", "--valid-share", "0.2")
-    rest, held_out = data.split(items_of(Path(), "train"), 0.2, seed=0)
+    rest, held_out = split(items_of(Path(), "train"), 0.2, seed=0)
     assert {item.example for item in seen} == {item.example for item in rest}
     assert [bool(loss) for loss in log(tmp_path / "run", "valid_loss")] == [False, False, True] * 2 + [True]
 
