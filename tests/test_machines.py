@@ -22,7 +22,7 @@ from run.step import load_shared
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
-FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.005", "--k", "3", "--lr", "1e-4"]
+FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.2", "--k", "3", "--lr", "1e-4"]
 
 
 def losses(out: Path) -> list[float]:
@@ -36,47 +36,41 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> Path:
+def rows(tmp_path_factory) -> Path:
+    """Few rows, of different lengths: the embedded tasks take each process longer to read than to learn."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": f"{i} and {'one ' * i}", "completion": f" is {i} more"} for i in range(14)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flags(rows) -> list[str]:
+    return [*FLAGS, "--task", "own", "--train-data", str(rows)]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train.main([*FLAGS, "--steps", "4", "--out", str(out)])
+    train.main([*flags, "--steps", "4", "--out", str(out)])
     return out
 
 
-def test_two_agents_of_torchrun_give_the_bits_of_one_with_two_processes(alone, tmp_path):
-    at = f"127.0.0.1:{free_port()}"
-    launches = {
-        "agents": ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", at],
-        "one": ["--standalone", "--nproc_per_node", "2"],
-    }
-    started = []
-    for name in ("agents", "agents", "one"):
-        flags = [*FLAGS, "--steps", "4", "--shard", "full", "--out", str(tmp_path / name)]
-        command = [sys.executable, "-m", "torch.distributed.run", *launches[name], "train.py", *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        )
-    ended = [process.communicate(timeout=300)[1] for process in started]
-    assert not any(process.returncode for process in started), b"\n".join(ended).decode()
-    assert losses(tmp_path / "agents") == losses(tmp_path / "one")
-    assert losses(tmp_path / "one") == pytest.approx(losses(alone), abs=1e-5)
-
-
-def work(rank: int, port: int, main: Callable, flags: list[str]) -> None:
-    """One of 2 x 2 processes, as torchrun starts them."""
+def work(rank: int, count: int, port: int, main: Callable, flags: list[str]) -> None:
+    """One of `count` processes, two on each machine, in the environment that torchrun gives it."""
     torch.set_num_threads(1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
-    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2}
+    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     main(flags)
 
 
-def on_two_machines(main: Callable, *flags: str) -> None:
+def on_machines(main: Callable, *flags: str, count: int = 4) -> None:
     port = free_port()
-    processes = [FORK.Process(target=work, args=(rank, port, main, list(flags))) for rank in range(4)]
+    processes = [FORK.Process(target=work, args=(rank, count, port, main, list(flags))) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -84,7 +78,21 @@ def on_two_machines(main: Callable, *flags: str) -> None:
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    assert codes == [0] * 4
+    assert codes == [0] * count
+
+
+def test_two_agents_of_torchrun_give_the_bits_of_two_processes_of_one(flags, alone, tmp_path):
+    at = f"127.0.0.1:{free_port()}"
+    launch = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", at, "train.py"]
+    run = [*flags, "--steps", "4", "--shard", "full", "--out"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, *run, str(tmp_path / "agents")]
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+    agents = [subprocess.Popen(command, stderr=subprocess.PIPE, **options) for _ in range(2)]
+    ended = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert not any(agent.returncode for agent in agents), b"\n".join(ended).decode()
+    on_machines(train.main, *run, str(tmp_path / "one"), count=2)
+    assert losses(tmp_path / "agents") == losses(tmp_path / "one")
+    assert losses(tmp_path / "one") == pytest.approx(losses(alone), abs=1e-5)
 
 
 def hold(flags: list[str]) -> None:
@@ -96,7 +104,7 @@ def hold(flags: list[str]) -> None:
 
 
 def test_each_machine_holds_a_copy_and_each_of_its_processes_half_of_it(tmp_path):
-    on_two_machines(hold, str(tmp_path))
+    on_machines(hold, str(tmp_path))
     a, b, *copy = (torch.load(tmp_path / f"{rank}.pt") for rank in range(4))
     assert all(x.equal(y) for held, again in zip((a, b), copy, strict=True) for x, y in zip(held, again, strict=True))
     one = load_model(TINY)
@@ -108,15 +116,18 @@ def completions(out: Path) -> dict[str, str]:
     return {record["id"]: record["completion"] for record in records}
 
 
-def test_hybrid_sharding_trains_saves_resumes_and_evaluates_as_one_process_does(alone, tmp_path):
-    run = [*FLAGS, "--out", str(tmp_path / "run"), "--save-every", "2", "--shard", "hybrid"]
-    on_two_machines(train.main, *run, "--steps", "2")
-    on_two_machines(train.main, *run, "--steps", "4", "--resume")
+def test_hybrid_sharding_trains_saves_resumes_and_evaluates_as_one_process_does(flags, rows, alone, tmp_path):
+    run = [*flags, "--out", str(tmp_path / "run"), "--save-every", "2", "--shard", "hybrid"]
+    on_machines(train.main, *run, "--steps", "2")
+    on_machines(train.main, *run, "--steps", "4", "--resume")
     assert json.loads((tmp_path / "run/result.json").read_text())["shard"] == "hybrid"
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
     ours, want = (load_file(out / "adapter/adapter.safetensors") for out in (tmp_path / "run", alone))
     assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
-    score = ["--limit", "6", "--batch", "1", "--max-new-tokens", "7"]  # two processes have two prompts, two have one
+    # Two processes have two prompts and two have one, so that they end at different steps.
+    score = ["--eval-data", str(rows), "--limit", "6", "--batch", "1", "--max-new-tokens", "7"]
     evaluate.main([str(alone), *score, "--out", str(tmp_path / "one")])
-    on_two_machines(evaluate.main, str(alone), *score, "--out", str(tmp_path / "hybrid"), "--shard", "hybrid")
+    on_machines(evaluate.main, str(alone), *score, "--out", str(tmp_path / "hybrid"), "--shard", "hybrid")
+    scores = [json.loads((tmp_path / name / "score.json").read_text()) for name in ("hybrid", "one")]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
     assert completions(tmp_path / "hybrid") == completions(tmp_path / "one") and len(completions(tmp_path / "one")) == 6
