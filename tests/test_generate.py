@@ -75,6 +75,24 @@ def test_parts_of_the_work_on_several_processes_add_up_to_the_whole(model, promp
     assert [found[pick] for pick in todo] == generate(model, prompts, samples=3, **settings)
 
 
+@pytest.mark.parametrize("mine", [3, 0])
+def test_a_process_that_is_done_runs_the_model_without_a_token_while_others_decode(olmoe, prompts, mine):
+    """As a sharded model needs it, whose processes gather each layer together."""
+    model, busy, tokens = load_model(olmoe.folder), [], []
+    model.embed_tokens.register_forward_hook(lambda module, ids, x: tokens.append(len(x)))
+    want = generate(model, prompts[:mine], max_new_tokens=NEW, batch_size=2)
+    needed = len(tokens)
+    tokens.clear()
+
+    def proceed(flag: bool) -> bool:
+        busy.append(flag)
+        return len(busy) <= needed + 5  # the others need five steps more
+
+    assert generate(model, prompts[:mine], max_new_tokens=NEW, batch_size=2, proceed=proceed) == want
+    assert busy == [True] * needed + [False] * 6 and len(tokens) == needed + 5
+    assert all(tokens[:needed]) and not any(tokens[needed:])
+
+
 def test_sampling_is_fixed_by_the_seed_and_differs_between_samples_and_seeds(model, prompts):
     def draw(seed: int) -> list[list[int]]:
         return generate(
