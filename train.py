@@ -69,7 +69,8 @@ class Run:
 
 def main(argv: list[str] | None = None) -> dict:
     settings = parse_settings(argv)
-    say(*(recipes.described(asdict(settings)) if settings.recipe else ()))
+    if settings.recipe:
+        say(*recipes.described(asdict(settings)))
     ignore_keys(settings.ignore_config_keys)
     if settings.report_to != "none":
         package(settings.report_to)  # an error now, not after the download
