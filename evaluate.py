@@ -77,7 +77,7 @@ class Settings:
     temperature: float | None = flag(None, "0: greedy (default: by task)", type=number(float, 0))
     top_p: float | None = flag(None, "nucleus (default: by task)", type=number(float, 0, 1, above=True))
     samples: int | None = flag(None, "completions per problem (default: by task)", type=number(int, 1))
-    shots: int | None = flag(None, "show the first problems of the training data, solved", type=number(int, 0))
+    shots: int | None = flag(None, "show the first problems of the training data, solved; 0: none", type=number(int, 0))
     train_data: str | None = flag(None, "a local copy of the training file, for --shots")
     prompt: str | None = flag(None, "form of GSM8K (default: the run's, or lori)", choices=list(data.PROMPTS))
     bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))

@@ -152,7 +152,7 @@ def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_pa
         (["tiny", "--task", "gsm8k", "--limit", "0"], "argument --limit: got '0'"),
         (["tiny", "--task", "gsm8k", "--limi", "3"], "unrecognized arguments: --limi"),
         (["tiny", "--task", "tiny-code", "--shots", "8"], "--shots 8 has no meaning for tiny-code"),
-        (["tiny", "--task", "gsm8k", "--shots", "0"], "argument --shots: got '0'"),
+        (["tiny", "--task", "gsm8k", "--shots", "-1"], "argument --shots: got '-1'"),
         (["tiny", "--task", "gsm8k", "--train-data", "t"], "--train-data t is read only for --shots N"),
         (["--task", "gsm8k", "--completions", "c", "--shots", "8"], "--shots says how to"),
         (["compare", "a"], "the following arguments are required: FOLDER"),
