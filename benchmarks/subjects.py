@@ -93,6 +93,8 @@ def transformers_model(base: MoETransformer) -> torch.nn.Module:
     """transformers' OLMoE on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
+    for layer in base.layers:
+        hellora.move_to_front(layer.mlp.experts, [])  # where experts were adapted, back into the hub's order
     with torch.device("meta"):
         hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
     weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}

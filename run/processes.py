@@ -42,7 +42,7 @@ class Processes(NamedTuple):
         return outcome[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any of them. Every process must call it."""
+        """Whether `flag` is true on any of them, by Gloo. Every process must call it."""
         flags = torch.tensor(flag, dtype=torch.int32)
         if self.count > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)

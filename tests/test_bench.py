@@ -16,6 +16,7 @@ from benchmarks import step, subjects
 from benchmarks.measure import allocated_peak, saved_bytes
 from benchmarks.workload import make_batches
 from command.cli import InputError
+from hub.weights import init_weights
 
 
 def test_decoding_is_timed_on_the_same_tokens_as_transformers(olmoe, tmp_path, capsys):
@@ -79,6 +80,8 @@ def test_peers_have_our_weights_and_our_loss(tiny_step):
     device = torch.device("cpu")
     (batch,) = make_batches(3, 1, 97, device)
     model = subjects.our_model(tiny_step.SHAPE, device, torch.float32)
+    init_weights(model, std=0.3)  # so that experts matter
+    subjects.make_ours("hellora", model, torch.arange(8).expand(2, -1) > 4, 4).release()  # leaves experts 5 to 7 first
     peers = [subjects.make_peer(name, model, 4).loss(batch) for name in tiny_step.PEERS]
     ours = subjects.make_ours("lora", model, torch.ones(2, 8, dtype=torch.bool), 4).loss(batch)
     assert all(torch.allclose(loss, ours, rtol=1e-5) for loss in peers)
