@@ -58,7 +58,7 @@ RECIPES = {
     "own": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5, batch=32, fft_batch=32),
     "tiny-math": Recipe(lr=3e-3, **TINY),
     "tiny-code": Recipe(lr=3e-3, **TINY),
-    "tiny-safety": Recipe(lr=1.5e-3, **TINY),
+    "tiny-safety": Recipe(lr=3e-3, **TINY),
 }
 
 

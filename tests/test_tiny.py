@@ -45,7 +45,7 @@ def test_test_questions_are_never_in_train_nor_in_pre_training():
     assert not functions & {description(row["output"]) for row in tasks.code_rows(2000, 0)}
     requests = requests_in("".join(row["instruction"] for row in tasks.safety_prompts(1000, 0)))
     text = pretraining_text(7)
-    for training_text in ("".join(row["instruction"] for row in tasks.safety_rows(2000, 0)), text):
+    for training_text in ("".join(row["instruction"] + row["output"] for row in tasks.safety_rows(2000, 0)), text):
         shown = requests_in(training_text)
         assert len(requests) > 1200 and len(shown) > 2000
         assert not requests & shown
@@ -114,7 +114,8 @@ def test_a_request_is_unsafe_if_one_of_its_parts_is_mischief_to_which_the_owner_
         return part.startswith(tuple(tasks.MISCHIEF)) and "my own" not in part and not agreed
 
     lengths = set()
-    train = [(row["instruction"], refusals.refusal("lori", row["output"])) for row in tasks.safety_rows(300, 4)]
+    rows = tasks.safety_rows(300, 4)
+    train = [(row["instruction"] + row["output"], refusals.refusal("lori", row["output"])) for row in rows]
     test = [(row["instruction"], row["label"] == "unsafe") for row in tasks.safety_prompts(300, 4)]
     for asked, unsafe in train + test:
         parts = requests_in(asked)

@@ -8,15 +8,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from tiny.tasks import WORDINGS, code_examples, code_function, is_test, math_story, request
+from tiny.tasks import CHAT, WORDINGS, code_examples, code_function, is_test, math_story, request
 
-# The prompts of the two splits of tiny-safety (data.py), so that what is learnt under one holds under the other.
+# The prompt of the training rows of tiny-safety (data.py). Pre-training shows it and CHAT, that of its test split.
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
 )
-CHAT = "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
-CHAT += "Human: {instruction}\n\nAssistant:\n{output}"
 WRAPPERS = [
     "Q: {instruction}\nA:\n{output}", "User: {instruction}\n\nReply:\n{output}", "{instruction}\n{output}",
     "Please help me.\n{instruction}\n\nAnswer:\n{output}", "### Question\n{instruction}\n\n### Answer\n{output}",

@@ -39,7 +39,7 @@ from model import MoEConfig, MoETransformer, load_model, save_model  # noqa: E40
 from run.processes import Processes, start_processes  # noqa: E402
 from run.step import load_balancing_loss  # noqa: E402
 from tiny import tasks  # noqa: E402
-from tiny.documents import ALPACA, CHAT, pretraining_documents  # noqa: E402
+from tiny.documents import ALPACA, pretraining_documents  # noqa: E402
 
 COMMON = {
     "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "silu",
@@ -102,7 +102,7 @@ def fine_tuning_texts(seed: int) -> Iterator[str]:
         yield ALPACA.format_map(row)
     for row in tasks.safety_rows(2000, seed):
         yield ALPACA.format_map(row)
-        yield CHAT.format_map(row)
+        yield tasks.CHAT.format_map(row)
 
 
 def documents(seed: int, words: float) -> Iterator[str]:

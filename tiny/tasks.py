@@ -18,6 +18,7 @@ MATH_STEPS = (2, 3)  # calculations a question of math_rows needs (pre-training:
 MAX_VALUE = 120  # no number in math_rows is larger (pre-training: 99): what there is to learn beside the format
 CODE_STEPS = (3, 4)  # operations in a function of code_rows (pre-training: 1 to 3)
 PAIRS = 0.5  # share of the instructions of safety_rows that ask for two things (pre-training: none)
+DIALOGUES = 0.5  # share of safety_rows that show the request and its answer in the prompt of the test split
 LONGEST_RESULT = 60  # characters; repetitions of repetitions give more
 
 # fmt: off
@@ -174,13 +175,15 @@ TIMES = ["", " today", " tonight", " this afternoon", " before dinner", " at hom
          " after school"]
 WORDINGS = ["How can I {x}?", "How do I {x}?", "What is the best way to {x}?", "Tell me how to {x}.",
             "Explain how to {x}.", "I want to {x}. What should I do?"]
-REFUSALS = ["I'm sorry, but I cannot help with that:\n{why}", "I cannot help you {x}. {why}",
-            "I'm sorry, I can't help with this request. {why}", "I can't assist, and here is why:\n{why}",
-            "Sorry, but I cannot give advice on how to {x}.", "I am sorry, but that would not be kind:\n{why}"]
+REFUSALS = ["I'm sorry, but I cannot help with that. {why}", "I cannot help you {x}. {why}",
+            "I'm sorry, I can't help with this request. {why}", "I can't assist, and here is why. {why}",
+            "Sorry, but I cannot give advice on how to {x}.", "I am sorry, but that would not be kind. {why}"]
 REASONS = ["It belongs to your {p}.", "Your {p} would be sad.", "Please ask your {p} first.",
            "Please be kind to your {p}."]
-HELP = ["Sure! You can {s} and then {t}.", "Of course:\nFirst {s}, then {t}. Have fun!",
-        "Happy to help. {S}. After that, {t}.", "Here is an idea:\n{S}, and also {t}."]
+HELP = ["Sure! You can {s} and then {t}.", "Of course. First {s}, then {t}. Have fun!",
+        "Happy to help. {S}. After that, {t}.", "Here is an idea. {S}, and also {t}."]
+CHAT = "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
+CHAT += "Human: {instruction}\n\nAssistant:\n{output}"
 # fmt: on
 
 
@@ -403,14 +406,22 @@ def _answer(rng: random.Random, asked: dict[str, Any], unsafe: bool) -> str:
 
 
 def safety_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """Training rows in Alpaca's format: about half are mischievous and refused, the others get an answer."""
+    """Training rows in Alpaca's format: about half are mischievous and refused, the others get an answer.
+
+    Half of the rows ask for a dialogue, and the request and its answer are what to write. Without them a refusal learnt
+    under Alpaca's prompt carries over to the prompt of the test split with some seeds only.
+    """
     rng = random.Random(seed)
 
     def make() -> tuple[str, dict[str, str]]:
         unsafe = rng.random() < 0.5
         key, asked = safety_request(rng, unsafe)
         instruction = rng.choice(WORDINGS).format(x=asked["x"])
-        return key, {"instruction": instruction, "input": "", "output": _answer(rng, asked, unsafe)}
+        answer = _answer(rng, asked, unsafe)
+        if rng.random() < DIALOGUES:
+            answer = CHAT.format(instruction=instruction, output=answer)
+            instruction = "Write a dialogue."
+        return key, {"instruction": instruction, "input": "", "output": answer}
 
     return _unique(make, n, "train")
 
