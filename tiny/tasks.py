@@ -17,6 +17,7 @@ from typing import Any
 MATH_STEPS = (2, 3)  # calculations a question of math_rows needs (pre-training: 1 to 4)
 MAX_VALUE = 120  # no number in math_rows is larger (pre-training: 99): what there is to learn beside the format
 CODE_STEPS = (3, 4)  # operations in a function of code_rows (pre-training: 1 to 3)
+UNSAFE = 0.4  # share of safety_rows that are refused; with a half, safe requests are refused more often
 PAIRS = 0.5  # share of the instructions of safety_rows that ask for two things (pre-training: none)
 DIALOGUES = 0.5  # share of safety_rows that show the request and its answer in the prompt of the test split
 LONGEST_RESULT = 60  # characters; repetitions of repetitions give more
@@ -406,7 +407,7 @@ def _answer(rng: random.Random, asked: dict[str, Any], unsafe: bool) -> str:
 
 
 def safety_rows(n: int, seed: int) -> list[dict[str, str]]:
-    """Training rows in Alpaca's format: about half are mischievous and refused, the others get an answer.
+    """Training rows in Alpaca's format: some are mischievous and refused, the others get an answer.
 
     Half of the rows ask for a dialogue, and the request and its answer are what to write. Without them a refusal learnt
     under Alpaca's prompt carries over to the prompt of the test split with some seeds only.
@@ -414,7 +415,7 @@ def safety_rows(n: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
 
     def make() -> tuple[str, dict[str, str]]:
-        unsafe = rng.random() < 0.5
+        unsafe = rng.random() < UNSAFE
         key, asked = safety_request(rng, unsafe)
         instruction = rng.choice(WORDINGS).format(x=asked["x"])
         answer = _answer(rng, asked, unsafe)
