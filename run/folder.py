@@ -12,12 +12,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from command.cli import InputError, say
 from command.files import remove_folder, write_json
+from run.processes import default_dtype
 from run.settings import Settings
 
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
@@ -44,9 +46,10 @@ def check_out(out: Path, settings: dict) -> None:
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
     free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
-    changed = [key for key in settings if key not in free and before.get(key, getattr(Settings, key)) != settings[key]]
+    before = asdict(Settings(dtype=default_dtype())) | before
+    changed = [key for key in settings if key not in free and before[key] != settings[key]]
     if changed:
-        was = ", ".join(f"{key} {before.get(key, getattr(Settings, key))} then, {settings[key]} now" for key in changed)
+        was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
     if settings["resume"] and not out.exists():
         say(f"--resume: there is nothing in {out} yet; the run starts with its first step")
