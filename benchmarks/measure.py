@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 
@@ -23,6 +24,20 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+def grouped_matmul_speed(W: Tensor, rows: int) -> float:
+    """Multiplications and additions per second of the best grouped product with W [E, out, in], both ways, even groups.
+
+    The groups have rows / E rows each: the best that the products of a layer with as many routed rows can come to.
+    """
+    E, fan_out, fan_in = W.shape
+    each = max(1, rows // E)
+    ends = torch.arange(each, E * each + 1, each, dtype=torch.int32, device=W.device)
+    x, y = (torch.randn(E * each, n, device=W.device).to(W.dtype) for n in (fan_in, fan_out))
+    with torch.no_grad():
+        ways = (lambda: F.grouped_mm(x, W.mT, offs=ends), lambda: F.grouped_mm(y, W, offs=ends))
+        return 2 * E * each * fan_out * fan_in / min(seconds(way, W.device) for way in ways for _ in range(7))
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

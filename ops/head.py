@@ -12,7 +12,8 @@ HEAD_ROWS = 256  # targets whose logits exist at once
 
 def target_loss(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
     """Sum of -log softmax(W x)[target] in nats.  x [N, D], W [V, D], target [N] -> []"""
-    return TargetLoss.apply(x, W, target)
+    # A Function is not told that gradients are off, and would make W's for nothing: three times the bytes of W.
+    return TargetLoss.apply(x, W if torch.is_grad_enabled() else W.detach(), target)
 
 
 class TargetLoss(torch.autograd.Function):
