@@ -12,7 +12,7 @@ the median of the turns' ratios.
 
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from command.files import writable, write_json
 from generate import generate
 from hub.checkpoint import resolve
 from model import MoETransformer, load_model
+from run.processes import DTYPE_HELP, DTYPES, default_dtype
 
 # Tokens of GSM8K's 1,319 test problems, counted with OLMoE's tokenizer: least, deciles, most.
 LENGTHS = {
@@ -94,7 +95,7 @@ class Settings:
     prompts: int = flag(128, "sequences to decode", type=cli.number(int, 1))
     batch: int = flag(32, "sequences decoded at once", type=cli.number(int, 1))
     repeats: int = flag(3, "turns of each side", type=cli.number(int, 1))
-    dtype: str = flag("float32", "of weights and cache", choices=("float32", "bfloat16"))
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     seed: int = flag(0, "of lengths and tokens", type=cli.number(int, 0))
     json: str | None = flag(None, "write the rows to this file", metavar="FILE")
 
@@ -105,6 +106,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     settings = cli.parse(Settings, argv, prog="bench.py generate", description=about)
     out = settings.json and writable(settings.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = replace(settings, dtype=settings.dtype or default_dtype())
     folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
     model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
     rng = random.Random(settings.seed)

@@ -25,16 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hellora
-from benchmarks.flops import adapter_flops, peft_flops
-from benchmarks.measure import allocated_peak, nbytes, saved_bytes, seconds
+from benchmarks.flops import adapter_flops, model_flops, peft_flops
+from benchmarks.measure import allocated_peak, grouped_matmul_speed, nbytes, saved_bytes, seconds
 from benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
 from benchmarks.workload import SHAPE, make_batches
 from command import cli
 from command.cli import InputError, flag, say
 from command.files import writable, write_json
 from data import Batch
-from model import MoETransformer
+from model import MoEConfig, MoETransformer
 from profile import profile_routing
+from run.processes import DTYPE_HELP, DTYPES, default_dtype
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 SWEEPS = {  # --sweep -> the values tried
@@ -60,11 +61,8 @@ class Case:
     rank: int
     repeats: int
     device: torch.device
+    dtype: torch.dtype  # of base model and products
     length: int | None = None  # of every sequence; None: as GSM8K's
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
@@ -87,7 +85,10 @@ def measure(case: Case) -> list[dict]:
             about = {"name": name, "batch": case.batch, **dict.fromkeys(keys)}
             rows.append(about | {"note": f"{error.name} is not installed"})
     times = take_turns(subjects, batches, case)
-    rows += [subject_row(subject, batches, times, case) for subject in subjects]
+    routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
+    fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
+    say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
+    rows += [subject_row(subject, batches, times, case, fastest) for subject in subjects]
     if "hellora" in times:
         rows.append(profile_row(base, batches, counts, hot, times["hellora"], case))
     return rows
@@ -129,14 +130,23 @@ def time_of_all(spent: np.ndarray) -> float:
     return float(np.median(spent, axis=0).sum())
 
 
-def subject_row(subject: Subject, batches: list[Batch], times: dict[str, np.ndarray], case: Case) -> dict:
-    """Speed, memory and adapter FLOPs of one subject."""
+def subject_row(
+    subject: Subject, batches: list[Batch], times: dict[str, np.ndarray], case: Case, fastest: float
+) -> dict:
+    """Speed, memory and adapter FLOPs of one subject.  fastest: FLOP/s of the best grouped matmul
+
+    `flops_per_s` counts the multiplications and additions that the frozen model and our adapters need on the real
+    tokens. What a peer computes beyond, on padding or to form B A, does not count; nor do gradients of base weights.
+    """
     spent = times[subject.name]
     over = {name: times_as_fast(spent, times[name]) for name in ("floor", *PEERS) if name in times}
-    flops = peft_flops if subject.name in PEERS else adapter_flops
+    count = peft_flops if subject.name in PEERS else adapter_flops
+    needed = sum(model_flops(MoEConfig.from_dict(case.shape), batch) for batch in batches)
+    needed += 0 if subject.name in PEERS else sum(adapter_flops(subject.model, batch) for batch in batches)
     return {
         "name": subject.name,
         "batch": case.batch,
+        "dtype": str(case.dtype).removeprefix("torch."),
         "samples_per_s": case.batch * len(batches) / time_of_all(spent),
         "tokens_per_s": sum(int(batch.lengths.sum()) for batch in batches) / time_of_all(spent),
         "over_floor": over.pop("floor", None),
@@ -144,7 +154,9 @@ def subject_row(subject: Subject, batches: list[Batch], times: dict[str, np.ndar
         # weights, moments, gradients, activations
         "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda: subject.step(batches[0]), case.device),
         "saved_bytes": saved_bytes(lambda: subject.loss(batches[0]), subject.resident()),
-        "adapter_flops": flops(subject.model, batches[0]),
+        "adapter_flops": count(subject.model, batches[0]),
+        "flops_per_s": needed / time_of_all(spent),
+        "share_of_matmul": needed / time_of_all(spent) / fastest,
         "seconds": spent.flatten().tolist(),
     }
 
@@ -171,7 +183,7 @@ def show(rows: list[dict]) -> None:
     peers = [f"over_{peer}" for peer in PEERS if any(f"over_{peer}" in row for row in rows)]
     ratios = "".join(f"{'/ ' + peer.removeprefix('over_'):>17}" for peer in peers)
     heads = f"{'':15}{'batch':>6}{'samples/s':>11}{'tokens/s':>10}{'/ floor':>9}{ratios}"
-    say(f"{heads}{'peak MB':>9}{'saved MB':>10}{'adapter GFLOP':>15}")
+    say(f"{heads}{'peak MB':>9}{'saved MB':>10}{'adapter GFLOP':>15}{'GFLOP/s':>9}{'/ matmul':>10}")
     for row in rows:
         line = f"{row['name']:15}{row['batch']:6d}"
         if row["samples_per_s"] is None:
@@ -186,7 +198,8 @@ def show(rows: list[dict]) -> None:
             ratios = "".join(f"{row[peer]:17.2f}" for peer in peers)
             line += f"{row['samples_per_s']:11.2f}{row['tokens_per_s']:10,.0f}{ratio:>9}{ratios}"
             line += f"{row['peak_bytes'] / 1e6:9,.0f}{row['saved_bytes'] / 1e6:10,.1f}"
-            say(f"{line}{row['adapter_flops'] / 1e9:15,.1f}")
+            line += f"{row['adapter_flops'] / 1e9:15,.1f}{row['flops_per_s'] / 1e9:9,.0f}"
+            say(f"{line}{row['share_of_matmul']:10.2f}")
 
 
 @dataclass(frozen=True)
@@ -196,6 +209,7 @@ class Settings:
     batch: list[int] | None = flag(None, "sequences per step (default: 8 32; for a sweep 8)", type=POSITIVE, nargs="+")
     k: int = flag(8, "hot experts per layer", type=POSITIVE)
     rank: int = flag(8, "LoRA rank r; alpha is 2 r", type=POSITIVE)
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=NAMES)
     repeats: int = flag(5, "times each row is timed, in turn", type=POSITIVE)
     sweep: str | None = flag(None, f"measure {', '.join(SWEPT)} for several values of this", choices=list(SWEEPS))
@@ -213,8 +227,11 @@ def main(argv: list[str]) -> list[dict]:
     out, picture = (file and writable(file) for file in (settings.json, settings.plot))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    say(f"{where}, torch {torch.__version__}; hidden {SHAPE['hidden_size']}, rank {settings.rank}, k {settings.k}")
-    case = Case(tuple(settings.names), SHAPE, sizes[0], settings.k, settings.rank, settings.repeats, device)
+    name = settings.dtype or default_dtype()
+    shape = f"hidden {SHAPE['hidden_size']}, rank {settings.rank}, k {settings.k}"
+    say(f"{where}, torch {torch.__version__}; {shape}, {name}")
+    dtype = getattr(torch, name)
+    case = Case(tuple(settings.names), SHAPE, sizes[0], settings.k, settings.rank, settings.repeats, device, dtype)
     rows = []
     for value in SWEEPS[sweep] if sweep else sizes:
         if sweep:

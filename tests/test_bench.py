@@ -67,6 +67,12 @@ def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_
     assert floor["saved_bytes"] < hellora["saved_bytes"] < lora["saved_bytes"] < peer["saved_bytes"]
     assert floor["peak_bytes"] < hellora["peak_bytes"] < peer["peak_bytes"] and floor["peak_bytes"] < lora["peak_bytes"]
     assert 0 < hellora["adapter_flops"] < lora["adapter_flops"] < table["dora"]["adapter_flops"]
+    assert all(table[name]["share_of_matmul"] > 0 for name in tiny_step.NAMES)
+    work = {
+        name: table[name]["flops_per_s"] / table[name]["samples_per_s"] for name in ("floor", "hellora", "peft-all")
+    }
+    assert work["hellora"] - work["floor"] == pytest.approx(hellora["adapter_flops"] / 3)
+    assert work["peft-all"] == pytest.approx(work["floor"])  # as much useful work, whatever it computes beside
     assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
 
 
