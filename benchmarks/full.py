@@ -57,7 +57,7 @@ SHARD_BYTES = 10**9
 
 
 @torch.no_grad()
-def write_random(folder: Path, shape: dict) -> int:
+def write_random(folder: Path, shape: dict, shard_bytes: int) -> int:
     """Write a checkpoint of N(0, 0.02^2) in bfloat16, one shard in memory at a time.  -> its bytes"""
     with torch.device("meta"):
         views = hub_views(MoETransformer(MoEConfig.from_dict(shape)))
@@ -69,7 +69,7 @@ def write_random(folder: Path, shape: dict) -> int:
             yield key, tensor if view.dim() == 1 else tensor.normal_(0.0, 0.02, generator=generator)
 
     sizes = {key: view.numel() * torch.bfloat16.itemsize for key, view in views.items()}
-    write_checkpoint(folder, sizes, tensors(), shape, SHARD_BYTES)
+    write_checkpoint(folder, sizes, tensors(), shape, shard_bytes)
     copy_beside(EMBEDDED["tiny"], folder)
     return sum(sizes.values())
 
@@ -116,7 +116,7 @@ def measure(folder: Path) -> dict:
 
     hot, began = hellora.select_experts("hot", counted.counts, config.num_experts_per_tok), time.perf_counter()
     attached = partial(attach, "hellora", hot=hot, rank=RANK)
-    model = load_shared(folder, torch.bfloat16, CPU, sharded=False, attach=lambda model: attached(model=model))
+    model = load_shared(folder, torch.bfloat16, CPU, shard="none", attach=lambda model: attached(model=model))
     row["seconds_load"] = time.perf_counter() - began
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
     row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> dict:
         check_room(shape, folder)
         # In a process of its own, whose memory is not part of the peak.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
-            size = other.submit(write_random, folder, shape).result()
+            size = other.submit(write_random, folder, shape, SHARD_BYTES).result()
         written = time.perf_counter() - began
         say(f"wrote {size / 1e9:.2f} GB ({settings.layers} layers) in {written:.0f} s")
         row = {"layers": settings.layers, "bytes": size, "seconds_write": written} | measure(folder)

@@ -2,6 +2,7 @@
 
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 16 --machines 2
+    python bench.py plan --cpu --micro-batch 4 --tokens-per-s 40     # without a GPU: memory, and hours
     python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
 
 A gigabyte is 10^9 bytes. All numbers are per GPU, but for what a machine sends to the others. The terms are those of
@@ -9,11 +10,13 @@ memory.plan, by which train.py chooses --shard. Full fine-tuning keeps float32 w
 gathers and keeps for the backward pass takes half of the bytes printed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import hellora
+from benchmarks.workload import LENGTHS
 from command import cli
 from command.cli import InputError, count_or_share, flag
 from command.files import writable, write_json
@@ -36,12 +39,20 @@ class Settings:
     k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=count_or_share)
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
     targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
-    gpus: int = flag(2, "number of GPUs, one process each", type=POSITIVE)
+    cpu: bool = flag(False, "a machine without a GPU: one process, in bfloat16")
+    tokens_per_s: float | None = flag(
+        None,
+        "with --cpu: speed of training, as bench.py full prints it; adds hours",
+        type=cli.number(float, 0, above=True),
+    )
+    gpus: int | None = flag(None, "number of GPUs, one process each (default: 2)", type=POSITIVE)
     machines: int = flag(1, "that the GPUs are in, as many in each", type=POSITIVE)
     batch: int = flag(128, "examples per step, over all GPUs", type=POSITIVE)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
     length: int = flag(512, "tokens of the longest examples", type=POSITIVE)
-    memory: float = flag(80, "GB of each GPU", type=cli.number(float, 1))
+    memory: float | None = flag(
+        None, "GB of each GPU (default: 80), or of the machine (default: 24)", type=cli.number(float, 1)
+    )
     activation_checkpointing: bool = flag(False, "compute layers twice, to keep less")
     json: str | None = flag(None, "write the rows here", metavar="FILE")
 
@@ -96,9 +107,26 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) ->
     return row | {"fits": plan.total <= (1 - memory.SPARE) * settings.memory * 1e9}
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def hours(tokens_per_s: float) -> float:
+    """How long one pass over GSM8K's training examples takes."""
+    middle = 16 * np.arange(len(LENGTHS)) + 7.5  # tokens of an example, by place in the histogram
+    return float(LENGTHS @ middle) / tokens_per_s / 3600
+
+
+def parse_settings(argv: list[str] | None) -> Settings:
+    """The flags, defaults filled in. Raises InputError for flags that contradict each other."""
     about = "Memory that each GPU needs, term by term, and bytes sent per step."
     settings = cli.parse(Settings, argv, prog="bench.py plan", description=about)
+    if settings.cpu and (settings.gpus or settings.machines > 1):
+        raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
+    if settings.tokens_per_s and not settings.cpu:
+        raise InputError("--tokens-per-s has a meaning with --cpu alone; add that, or leave it out")
+    gpus = settings.gpus or (1 if settings.cpu else 2)
+    return replace(settings, gpus=gpus, memory=settings.memory or (24 if settings.cpu else 80))
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    settings = parse_settings(argv)
     out = settings.json and writable(settings.json)
     config, method = config_of(settings.model), METHODS[settings.method]
     if settings.gpus % settings.machines:
@@ -111,14 +139,20 @@ def main(argv: list[str] | None = None) -> list[dict]:
     num_hot = config.num_experts if method.experts == "all" else num_hot
     ways = ("none", "hybrid", "full") if settings.machines > 1 else ("none", "full")
     ways = ways if method.experts else ways[1:]  # full fine-tuning is always sharded
+    ways = ways[:1] if settings.cpu else ways
     rows = [plan_row(settings, config, num_hot, shard) for shard in ways]
     machines = f" in {settings.machines} machines" if settings.machines > 1 else ""
-    gpus = f"{settings.gpus} GPUs of {settings.memory:g} GB{machines}"
-    cli.say(f"{settings.model}, {settings.method}, {gpus}: GB on each")
+    gpus = f"{settings.gpus} GPUs of {settings.memory:g} GB{machines}: GB on each"
+    where = f"a CPU and {settings.memory:g} GB of memory: GB" if settings.cpu else gpus
+    cli.say(f"{settings.model}, {settings.method}, {where}")
     cli.say(f"{'':21}" + "".join(f" --shard {row['shard']:>6}" for row in rows))
     for term in [key for key in rows[0] if key not in ("shard", "fits")]:
         cli.say(f"{term.replace('_', ' '):21}" + "".join(f" {row[term] / 1e9:14.2f}" for row in rows))
     cli.say(f"{'fits':21}" + "".join(f" {'yes' if row['fits'] else 'no':>14}" for row in rows))
+    if settings.tokens_per_s:
+        rows[0]["hours"] = hours(settings.tokens_per_s)
+        passes = f"a night of 8 hours is {8 / rows[0]['hours']:.2f} passes"
+        cli.say(f"one pass over GSM8K's {LENGTHS.sum():,.0f} examples takes {rows[0]['hours']:.1f} hours; {passes}")
     if out:
         write_json(out, rows)
     return rows

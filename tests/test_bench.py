@@ -10,9 +10,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import bench
-from benchmarks import step, subjects
+import data
+from benchmarks import full, step, subjects
 from benchmarks.measure import allocated_peak, saved_bytes
 from benchmarks.workload import make_batches
 from command.cli import InputError
@@ -149,3 +151,57 @@ def test_a_sweep_has_a_row_for_every_value(tiny_step, tmp_path, sweep):
 def test_wrong_flags_of_step_are_refused(tiny_step, flags):
     with pytest.raises(InputError, match=flags[1]):
         bench.main(["step", *flags])
+
+
+# ------------------------------------------------------------------------------------------ bench.py full and plan
+
+
+@pytest.fixture
+def small_full(monkeypatch):
+    """`bench.py full` on a model of a few thousand weights: the same commands, shards and plan."""
+    monkeypatch.setattr(full, "SHAPE", {**full.SHAPE, "hidden_size": 64, "intermediate_size": 32, "vocab_size": 1088})
+    monkeypatch.setattr(full, "SHARD_BYTES", 10**5)
+
+
+def test_the_full_size_is_written_in_shards_loaded_profiled_and_trained(small_full, tmp_path, capsys):
+    flags = ["full", "--layers", "3", "--keep-at", str(tmp_path / "kept"), "--json", str(tmp_path / "row.json")]
+    row = bench.main(flags)
+    assert json.loads((tmp_path / "row.json").read_text()) == row
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype="auto")  # all weights, or it says so
+    assert hf.dtype == torch.bfloat16 and hf.config.num_hidden_layers == 3
+    assert row["bytes"] == sum(p.nbytes for p in hf.parameters())
+    files = sorted((tmp_path / "kept").glob("*.safetensors"))
+    assert len(files) > 1 and all(file.stat().st_size < 3e5 for file in files)
+    assert len(row["losses"]) == len(row["seconds"]) == full.STEPS
+    assert row["tokens_per_s"] == pytest.approx(sum(row["tokens"]) / sum(row["seconds"]))
+    assert row["planned_bytes"] > row["bytes"] and row["peak_bytes"] > row["resident_before_bytes"]
+    assert "the plan of the model is" in capsys.readouterr().out
+    with pytest.raises(InputError, match="exists"):
+        bench.main(flags)
+
+
+def test_examples_of_the_full_size_are_those_of_the_workload():
+    items = full.examples(5, 97)
+    for item, batch in zip(items, make_batches(1, 5, 97, torch.device("cpu")), strict=True):
+        labels = data.collate([item], 0).labels
+        assert item.ids == batch.input_ids[0].tolist() and labels.equal(batch.labels)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr("run.memory.available", lambda device: 10**9)
+    with pytest.raises(InputError, match="memory: 1.0 GB are free, 1.5 GB are needed; give fewer --layers"):
+        bench.main(["full", "--layers", "1", "--keep-at", str(tmp_path / "kept")])
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_plan_of_a_machine_without_a_gpu_says_memory_and_hours(capsys):
+    flags = ["plan", "--cpu", "--micro-batch", "4", "--length", "256"]
+    (row,) = bench.main(flags)
+    assert row["fits"] and row["weights"] == 2 * 6_919_161_856 and row["sent_per_step"] == 0
+    (half,) = bench.main([*flags, "--memory", "12", "--tokens-per-s", "20"])
+    assert not half["fits"]
+    assert half["hours"] == pytest.approx(7473 * 151.6 / 20 / 3600, rel=0.01)  # GSM8K
+    assert f"takes {half['hours']:.1f} hours" in capsys.readouterr().out
+    for wrong in ([*flags, "--gpus", "2"], ["plan", "--tokens-per-s", "20"]):
+        with pytest.raises(InputError, match="--cpu"):
+            bench.main(wrong)
