@@ -225,6 +225,7 @@ def decode(
     """The completions of the model that settings.source names; None on every process but the main one."""
     dtype = settings.dtype or default_dtype()
     prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
+    items = reader.encode(examples[: settings.limit]) if settings.task == "own" else []
     longest = max(map(len, prompts))
     sizes = {"tokens": batch * longest, "cached": batch * (longest + settings.decoding.max_new_tokens)}
 
@@ -241,7 +242,7 @@ def decode(
         dist.broadcast_object_list(kept)
     examples, decoding = examples[: settings.limit], settings.decoding
     if settings.task == "own":
-        held_out = held_out_loss(model, reader.encode(examples), batch, processes)
+        held_out = held_out_loss(model, items, batch, processes)
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
     todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes

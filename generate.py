@@ -135,10 +135,10 @@ def stream(
     proceed(busy): whether to run the model once more, of which this process has use if `busy`. The processes of a
     sharded model gather every layer together, so one that is done runs it without a token until all are.
     """
-    if not all(prompts):
-        raise ValueError("an empty prompt has no last token to continue from")
     # The longest prompts come first: the first step then needs the most memory, and padding stays small.
     waiting = sorted(todo, key=lambda pick: len(prompts[pick[0]]))
+    if waiting and not prompts[waiting[0][0]]:
+        raise ValueError("an empty prompt has no last token to continue from")
     weight = model.embed_tokens.weight
     size = min(batch_size, len(waiting))
     capacity = max((len(prompts[index]) for index, _ in waiting), default=0) + max_new_tokens

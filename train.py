@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
     warmup_steps(settings.lr_warmup, steps)  # the same
     content = processes.once(lambda: content_of(folder, settings.mask or settings.init_adapter)) | digests
     if earlier := processes.once(lambda: earlier_result(out, content, steps, settings.resume)):
-        say(f"{out} holds this run already, with all its {steps} steps: nothing to do")
+        say(f"{out} holds this run already, with all its {earlier['steps']} steps: nothing to do")
         end_processes()
         return earlier
     dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
@@ -148,11 +148,11 @@ def read_data(
     if settings.valid_data:
         others = reader.load("train", settings.valid_data)
         held_out, digests["valid"] = reader.encode(others), data.digest(others)
-        known = {(example.prompt, example.target) for example in examples}
-        if twice := sum((example.prompt, example.target) in known for example in others):
-            note(f"{twice} of {len(others)} rows of --valid-data are among the rows to train on; hold out others")
     elif settings.valid_share:
         items, held_out = split(items, settings.valid_share, settings.seed)
+    known = {tuple(item.ids) for item in items}
+    if twice := sum(tuple(item.ids) in known for item in held_out):
+        note(f"{twice} of {len(held_out)} rows to validate on are among the rows to train on; hold out others")
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
     if settings.loss_on == "all":
         items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))

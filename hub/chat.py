@@ -138,6 +138,8 @@ class ChatTemplate:
             return self.spelling.sub(lambda found: form.format(self.special[found[0]]), text)
 
         plain = self.write(messages, add_generation_prompt)
+        if MARK.search(plain):
+            raise InputError("it has one of the characters U+FDD0 to U+FDD3, which no text has; take them out")
         safe = [message | {"content": mark(message["content"], SPELLED)} for message in messages]
         written = self.write(safe, add_generation_prompt) if safe != messages else plain
         if self.spelled(written, A_SPELLED) != plain:
@@ -151,12 +153,16 @@ class ChatTemplate:
     def render(self, messages: list[Message]) -> Chat:
         """The messages, the last of which is the assistant's, as the template writes them, and the assistant's part.
 
-        Raises InputError if the template refuses the messages, or writes an earlier part otherwise once more follows.
+        Raises InputError if the template refuses the messages, leaves one out, or writes an earlier part otherwise once
+        more follows.
         """
-        if any(MARK.search(message["content"]) for message in messages):
-            raise InputError("it has one of the characters U+FDD0 to U+FDD3, which no text has; take them out")
         text, spans = self.marked(messages), []
         for i, message in enumerate(messages):
+            if message["content"].strip() not in text:
+                longer = message | {"content": message["content"] + "."}
+                if self.write([*messages[:i], longer, *messages[i + 1 :]]) == self.write(messages):
+                    turn = f"turn {i + 1} ({message['role']})"
+                    raise InputError(f"the model's chat template leaves out {turn}, or the end of it; take it out")
             if message["role"] == "assistant":
                 given = self.marked(messages[:i], add_generation_prompt=True)
                 if not text.startswith(given):

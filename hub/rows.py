@@ -173,6 +173,9 @@ def csv_rows(path: Path, columns: list[str] | None = None, delimiter: str = ",")
     reader = csv.DictReader(source, fieldnames=columns, strict=True, delimiter=delimiter)
     rows = []
     try:
+        names = [name for name in reader.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            raise InputError(f"{path}, line 1: a column occurs twice in {', '.join(names)}; want each once")
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
@@ -208,9 +211,9 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
     values = json_values(path)
     whole = values[0][1] if len(values) == 1 else None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+        if any(isinstance(turn, dict) for name in CHATS for turn in whole.get(name, ())):  # one row, and its turns
+            return [(f"{path}, line {values[0][0]}", whole)]
         if len(whole) == 1 and all(isinstance(row, dict) for column in whole.values() for row in column):
-            if next(iter(whole)) in CHATS:  # one row, whose turns these are
-                return [(f"{path}, line {values[0][0]}", whole)]
             raise InputError(f"{path}: its rows are inside {next(iter(whole))!r}; save this list alone")
         columns = {name: column for name, column in whole.items() if column}
         if len({len(column) for column in columns.values()}) > 1:

@@ -230,10 +230,15 @@ FILES = {
     "own-blank.jsonl": rows({"text": "  "}),
     "own-huge.jsonl": rows(chat(("user", "2 + 2? " * 100_000), ANSWERED)),
     "own-character.jsonl": rows(GOOD, chat(("user", "\ufdd00\ufdd1"), ANSWERED)),
+    "own-long.jsonl": rows(chat(ASKED, ("assistant", "It is 4."))),
+    "own-twice.csv": text("prompt,completion,prompt\n2 + 2?,4,1 + 1?\n"),
     "no-template": template(None),
     "template-damaged": template("{% for message in messages %}"),
     "template-raises": template("{{ raise_exception('no system message, please') }}"),
     "template-fails": template("{{ messages[7].content }}"),
+    "template-drops": template("{% for m in messages[1:] %}{{ m.content }}{% endfor %}"),
+    "template-cuts": template("{% for m in messages %}{{ m.content[:6] }}{% endfor %}"),
+    "template-character": template("{% for m in messages %}{{ '\ufdd00\ufdd1' + m.content }}{% endfor %}"),
     "template-rewrites": template("{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"),
     "short.csv": text("prompt,type\nx,y\nx\n"),
     # models
@@ -539,6 +544,10 @@ train --task own --train-data own-good.jsonl --model template-damaged  | templat
 train --task own --train-data own-good.jsonl --model template-raises   | line 1 | no system message, please
 train --task own --train-data own-good.jsonl --model template-fails    | line 1: the model's chat template refuses it
 train --task own --train-data own-good.jsonl --model template-rewrites | line 1 | turns 1 to 1 otherwise
+train --task own --train-data own-good.jsonl --model template-drops    | line 1 | leaves out turn 1 (user)
+train --task own --train-data own-long.jsonl --model template-cuts     | line 1 | turn 2 (assistant), or the end of it
+train --task own --train-data own-good.jsonl --model template-character | line 1 | U+FDD0
+train --task own --train-data own-twice.csv              | own-twice.csv, line 1: a column occurs twice
 train --task own --train-data own-good.jsonl --bos yes                 | --bos yes | names a BOS token
 train --task own --train-data own-good.jsonl --bos maybe               | 'maybe' | auto
 train --task own --train-data own-good.jsonl --valid-data own-order.jsonl | own-order.jsonl, line 2
@@ -646,6 +655,7 @@ export run --to merged --out new --compact           | --compact
 export run --to peft --out new --examples 2          | --examples
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
+evaluate tiny --task own --eval-data own-huge.jsonl  | nothing to learn within 512 tokens | --max-length
 evaluate --task own --completions answers.jsonl      | measured by the loss
 evaluate tiny --task tiny-math --max-length 64       | --max-length 64 | no meaning
 profile --out p.json --task own                      | your own data | --train-data FILE

@@ -277,6 +277,12 @@ def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_ou
     assert read(tmp_path, config, rows)[1] == want
 
 
+def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(tmp_path):
+    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+    rows = [{"messages": turns("a", "b", "c", "d"), "tools": [], "tags": ["sums"]}]
+    assert [example.row for example in read(tmp_path, config, rows)[0]] == rows
+
+
 FORMATS = {
     "prompt and completion": ({"prompt": "Q: 1\nA: ", "completion": "2"}, "Q: 1\nA: ", "2"),
     "instruction": (

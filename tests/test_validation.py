@@ -90,6 +90,21 @@ def test_the_loss_is_the_mean_over_all_target_tokens_as_transformers_has_it(olmo
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_rows_of_text_alone_are_evaluated_by_their_loss_which_is_that_of_transformers(olmoe, tmp_path):
+    texts = ["1 + 2 = 3", "the 4 is 4 + 0", "7"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = f"base --task own --eval-data {tmp_path}/text.jsonl --dtype float32 --out {tmp_path}/out".split()
+    result = evaluate.main(flags)
+    total, targets, words = 0.0, 0, json.loads(Path("base/tokenizer.json").read_text())["model"]["vocab"]
+    for text in texts:
+        ids = torch.tensor([[words[word] for word in text.split()] + [words["<eos>"]]])
+        total += olmoe.hf(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        targets += ids.shape[1] - 1
+    assert (result["loss"], result["num_targets"]) == (pytest.approx(total / targets, abs=1e-5), targets)
+    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    assert [(item["prompt"], item["completion"], item["reference"]) for item in items] == [("", "", t) for t in texts]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_of_one_left_alone(
     method, tmp_path, monkeypatch
@@ -260,10 +275,13 @@ def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, m
 
 
 def test_rows_that_are_trained_on_are_noted_and_others_are_not(tmp_path, capsys):
-    said = "10 of 10 rows of --valid-data are among the rows to train on"
+    said = "10 of 10 rows to validate on are among the rows to train on"
     Path("copy.jsonl").write_text(Path("train.jsonl").read_text())
+    Path("twice.jsonl").write_text(2 * Path("train.jsonl").read_text().splitlines(keepends=True)[0])
     run(tmp_path / "copy", "--valid-data", "copy.jsonl", "--steps", "1")
     assert said in capsys.readouterr().err
+    run(tmp_path / "share", "--train-data", "twice.jsonl", "--valid-share", "0.5", "--steps", "1")
+    assert "1 of 1 rows to validate on are among" in capsys.readouterr().err
     run(tmp_path / "other", "--valid-data", "valid.jsonl", "--steps", "1")
     assert "among the rows" not in capsys.readouterr().err
 
