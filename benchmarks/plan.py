@@ -28,6 +28,7 @@ from run.memory import config_of
 from run.methods import METHODS, Recipe, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
+GPU_GB, MACHINE_GB = 80, 24  # memory, unless a flag says otherwise
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Settings:
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
     length: int = flag(512, "tokens of the longest examples", type=POSITIVE)
     memory: float | None = flag(
-        None, "GB of each GPU (default: 80), or of the machine (default: 24)", type=cli.number(float, 1)
+        None,
+        f"GB of each GPU (default: {GPU_GB}), or of the machine (default: {MACHINE_GB})",
+        type=cli.number(float, 1),
     )
     activation_checkpointing: bool = flag(False, "compute layers twice, to keep less")
     json: str | None = flag(None, "write the rows here", metavar="FILE")
@@ -122,7 +125,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
     if settings.tokens_per_s and not settings.cpu:
         raise InputError("--tokens-per-s has a meaning with --cpu alone; add that, or leave it out")
     gpus = settings.gpus or (1 if settings.cpu else 2)
-    return replace(settings, gpus=gpus, memory=settings.memory or (24 if settings.cpu else 80))
+    return replace(settings, gpus=gpus, memory=settings.memory or (MACHINE_GB if settings.cpu else GPU_GB))
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

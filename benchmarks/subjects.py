@@ -34,14 +34,11 @@ class Subject:
     optimizer: torch.optim.Optimizer | None
     release: Callable[[], object] = lambda: None  # makes the model again what it was before
 
-    def step(self, batch: Batch) -> Tensor:
-        """One step on a batch.  -> its loss"""
-        loss = self.loss(batch)
-        loss.backward()
+    def step(self, batch: Batch) -> None:
+        self.loss(batch).backward()
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return loss.detach()
 
     def resident(self) -> set[Tensor]:
         """What stays allocated between steps: weights, buffers and the optimizer's moments."""

@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from benchmarks.plan import Settings, plan_row
+from benchmarks.plan import GPU_GB, Settings, plan_row
 from model import MoEConfig, MoETransformer
 from paper.runner import Needed, Workplace, commands
 from paper.runs import Run, flags
@@ -54,13 +54,14 @@ def hours(run: Run) -> float:
 
 
 def plan(run: Run, gpus: int) -> tuple[list[str], str]:
-    """The flags of train.py with which a run fits on GPUs of 80 GB, and its memory in words.
+    """The flags of train.py with which a run fits on GPUs of GPU_GB, and its memory in words.
 
     They are the first of SAVING that do, and change no result. The base is replicated if that fits, else sharded.
     """
     recipe = RECIPES[run.task]
     batch = recipe.batch if METHODS[run.method].experts else recipe.fft_batch
-    return plan_of(run.k, Settings(model=run.model, method=run.method, targets=run.targets, gpus=gpus, batch=batch))
+    about = {"model": run.model, "method": run.method, "targets": run.targets}
+    return plan_of(run.k, Settings(**about, gpus=gpus, memory=GPU_GB, batch=batch))
 
 
 @cache
