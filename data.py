@@ -335,7 +335,7 @@ def encode(
             raise InputError(f"{said}, and an example has {longest} tokens; give at most {positions}")
         note(f"{said}; the longest example has {longest} tokens")
     if dropped := len(items) - len(kept):
-        said = f"{dropped} of {len(items)} examples have nothing to learn within {max_length} tokens"
+        said = f"{dropped} of {len(items)} examples have no target token within {max_length} tokens"
         if not kept:
             raise InputError(f"{said}; give a larger --max-length, or shorter rows")
         note(f"{said} and were left out")

@@ -536,7 +536,7 @@ train --task own --train-data own-turn.jsonl         | line 2: turn 1 is '2 + 2?
 train --task own --train-data own-columns.jsonl      | line 1: no format is known | 'messages'
 train --task own --train-data own-number.jsonl       | line 1: 'completion' is 4, want text
 train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
-train --task own --train-data own-huge.jsonl         | nothing to learn within 512 tokens | --max-length
+train --task own --train-data own-huge.jsonl         | no target token within 512 tokens  | --max-length
 train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
 train --task own --train-data rows.parquet           | rows.parquet | parquet
 train --task own --train-data own-good.jsonl --model no-template       | no-template has no chat template | completion
