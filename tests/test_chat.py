@@ -377,9 +377,7 @@ def test_a_chat_is_cut_at_its_end_and_left_out_if_nothing_would_be_learnt(tmp_pa
     examples, items = read(tmp_path, config, rows, max_length=end - 3)
     assert [item.example for item in items] == ["0", "2"]
     assert items[1].ids == whole[2].ids[: end - 3] and items[1].spans == ((start, end - 3),)
-    said = (
-        f"1 of 3 examples have no target token within {end - 3} tokens and were left out\n2 of 3 examples are longer"
-    )
+    said = f"1 of 3 examples have no target token within {end - 3} tokens and were left out\n2 of 3 examples are longer"
     assert said in capsys.readouterr().err
     with pytest.raises(InputError, match="1 of 1 examples have no target token within 20 tokens; give a larger"):
         read(tmp_path, config, rows[1:2], max_length=20)
