@@ -97,7 +97,7 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     examples = load_examples(f"tiny-{tiny}", split)
     tested = data.TINY_PROGRAMS if tiny == "code" else data.TINY_TEST
     assert len(examples) == (data.TINY_TRAIN if split == "train" else tested)
-    assert len({example.prompt for example in examples}) > 0.95 * len(examples)
+    assert len({example.prompt + example.target for example in examples}) > 0.95 * len(examples)
     path = write(tmp_path / "rows.jsonl", [example.row for example in examples])
     assert load_examples(big, split, path) == examples
 
