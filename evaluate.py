@@ -234,15 +234,14 @@ def decode(
         return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
 
     model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device, choose_shard)
-    kept, held_out = [{}], None
+    kept = [{}]
     if processes.is_main:
         claim(out, identity(settings, dtype, examples, reader))
         kept = [read_generations(out)]
     if processes.count > 1:
         dist.broadcast_object_list(kept)
     examples, decoding = examples[: settings.limit], settings.decoding
-    if settings.task == "own":
-        held_out = held_out_loss(model, items, batch, processes)
+    held_out = held_out_loss(model, items, batch, processes) if items else None
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
     todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
@@ -315,7 +314,8 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
     prompts = json.dumps([[example.id, example.prompt] for example in examples])
     about = {"task": settings.task, "shots": settings.shots, "dtype": dtype} | decoding
     about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
-    about |= {"bos": True} if reader.bos.in_text or reader.bos.in_chat else {}
+    bos = [reader.bos.id, reader.bos.in_text, reader.bos.in_chat]
+    about |= {"bos": bos} if bos != [bos[0], False, None] else {}
     return about | source.content(settings.source)
 
 

@@ -67,22 +67,22 @@ class Checkpoints:
         Raises InputError for a checkpoint that is damaged or does not belong to this run, and if the processes do not
         see the same checkpoints.
         """
-        first, last = 1, last_state(self.folder)
-        if last:
-            about = read_state(last)
-            self.check(about, last)
-            load_tensors(last, self.trained, self.optimizer, about["updates"])
-            for name, part in self.parts.items():
-                part.load_state_dict(about[name])
-            first = about["step"] + 1
-            say(f"continuing after step {about['step']} from {last}")
-        else:
-            say(f"no checkpoint in {self.folder} yet: starting from the beginning")
-        if self.processes.count > 1:
+        last = last_state(self.folder)
+        about = read_state(last) if last else {"step": 0}
+        first = about["step"] + 1
+        if self.processes.count > 1:  # before anything is loaded, for which they may have to wait for each other
             furthest = torch.tensor([first, -first], device=self.processes.device)
             dist.all_reduce(furthest, dist.ReduceOp.MAX)
             if furthest.sum():
                 raise InputError(f"processes resume from steps {-furthest[1]} to {furthest[0]}; want one --out for all")
+        if last:
+            self.check(about, last)
+            load_tensors(last, self.trained, self.optimizer, about["updates"])
+            for name, part in self.parts.items():
+                part.load_state_dict(about[name])
+            say(f"continuing after step {about['step']} from {last}")
+        else:
+            say(f"no checkpoint in {self.folder} yet: starting from the beginning")
         return first
 
     def check(self, about: dict, path: Path) -> None:

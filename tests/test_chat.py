@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 import data
+import evaluate
 from command.cli import InputError
 from data import Reader
 from hub.checkpoint import TINY
@@ -366,6 +367,25 @@ def test_the_tasks_of_the_paper_have_no_bos_unless_asked_for(tmp_path):
         [item], [prompt] = reader.encode(reader.load("train", path)), reader.prompts(reader.load("test", path))
         assert item.ids.count(0) == (item.ids[0] == 0) == there
         assert prompt == item.ids[: item.spans[0][0]]
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "qwen2"])  # whose templates write BOS, and do not
+@pytest.mark.parametrize("added", [True, False])  # by the tokenizer
+def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, added, tmp_path, monkeypatch):
+    tokenizer = byte_level()
+    if added:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    config = save(tmp_path, tokenizer, TEMPLATES[kind])
+    monkeypatch.setattr("run.source.content", lambda source: {})  # of the model, which stays the same
+    settings = evaluate.Settings(source="model", task="own")
+    for rows in ([{"messages": turns("a", "b")}], [{"prompt": "a", "completion": "b"}]):
+        path, prompts = write(tmp_path / "rows.jsonl", rows), {}
+        for bos in ("auto", "yes", "no"):
+            reader = Reader("own", tmp_path, config, bos=bos)
+            examples = reader.load("test", path)
+            about = json.dumps(evaluate.identity(settings, "float32", examples, reader))
+            prompts.setdefault(about, []).append(reader.prompts(examples))
+        assert all(found == found[:1] * len(found) for found in prompts.values())
 
 
 def test_a_chat_is_cut_at_its_end_and_left_out_if_nothing_would_be_learnt(tmp_path, capsys):

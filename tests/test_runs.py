@@ -30,7 +30,8 @@ from command.files import seal, sha256
 from hub.checkpoint import TINY
 from model import load_model, read_config
 from run import adapters, source
-from run.state import last_state, load_tensors, save_state, states
+from run.processes import Processes
+from run.state import Checkpoints, last_state, load_tensors, save_state, states
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -165,6 +166,25 @@ def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
     assert losses(out) == pytest.approx(losses(tmp_path / "uncut"), abs=1e-5)
     ours, want = adapter(out), adapter(tmp_path / "uncut")
     assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
+
+
+def test_processes_that_see_other_checkpoints_say_so_before_one_waits_for_the_others(tmp_path, monkeypatch):
+    train.main([*SMALL, "--out", str(tmp_path), "--steps", "3", "--save-every", "1"])
+    (path,) = states(tmp_path / "checkpoint")[-1:]
+    trained = {name: torch.zeros_like(tensor) for name, tensor in adapter(tmp_path).items()}
+    loaded, processes = [], Processes(0, 2, torch.device("cpu"))
+
+    class Part:
+        load_state_dict = loaded.append
+
+    about, optimizer = json.loads((path / "state.json").read_text()), torch.optim.AdamW(trained.values())
+    # The other process begins with step 1.
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda x, op: x.copy_(x.maximum(torch.tensor([1, -1]))))
+    options = {"pinned": {}, "steps": 5, "keep": 1, "processes": processes}
+    checkpoints = Checkpoints(tmp_path / "checkpoint", trained, optimizer, {"numbers": Part()}, **options)
+    with pytest.raises(InputError, match=f"resume from steps 1 to {about['step'] + 1}; want one --out for all"):
+        checkpoints.resume()
+    assert not loaded
 
 
 def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_path):
