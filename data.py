@@ -205,7 +205,7 @@ def load_examples(
     if path is None and isinstance(source, Download | HubDataset):
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
-        raise InputError(f"task {task}: no {split} file can be downloaded; {source}, then {instead}")
+        raise InputError(f"task {task}: {source}; {instead}")
     wanted, read = WANTED[read], PROMPTS[prompt].get(read, read)
     read = read(template, OWN) if read is OwnRows else read
 

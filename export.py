@@ -338,7 +338,11 @@ def main(argv: list[str] | None = None) -> None:
         source = settings.train_data or trained["train_data"]
         options = {"max_length": trained["max_length"], "bos": trained.get("bos", "auto")}
         reader = data.Reader(trained["task"], base, config, **options)
-        items = reader.encode(reader.load("train", source, settings.examples or 4))
+        try:
+            items = reader.encode(reader.load("train", source, settings.examples or 4))
+        except InputError as error:
+            advice = "the result is checked on rows of the training data; name others with --train-data FILE"
+            raise InputError(f"{error}; {advice}") from None
         with atomic_folder(out) as part:
             write_merged(part, adapter, factors, base, dtype=dtype)
             check_merged(part, folder, base, items)
