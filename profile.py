@@ -286,13 +286,13 @@ class Settings:
     """The flags of `profile.py` without a command."""
 
     model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id")
-    task: str = flag("tiny-math", "whose training data to route", choices=list(data.TASKS))
+    task: str = flag("tiny-math", "task whose training data is counted", choices=list(data.TASKS))
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))
     sample: float = flag(0.1, "share of the training data to use", type=SHARE)
     warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"))
     k: int | None = flag(None, K_HELP, type=POSITIVE)
-    seed: int = flag(0, "of every random choice", type=cli.number(int, 0))
+    seed: int = flag(0, "seed of every random choice", type=cli.number(int, 0))
     batch: int = flag(16, "examples per forward pass or warm-up step", type=POSITIVE)
     max_length: int = flag(512, "tokens an example may have", type=cli.number(int, 8))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
@@ -316,9 +316,9 @@ class AdviseSettings:
     """The flags of `profile.py advise`."""
 
     profile: str = flag(help="profile.json of the task", positional=True, metavar="FILE")
-    model: str | None = flag(None, f"whose sizes count: as in train.py, or {', '.join(PRESETS)} (default: profiled)")
-    rank: int | None = flag(None, "LoRA rank r (default: of the profiled task)", type=POSITIVE)
-    targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
+    model: str | None = flag(None, f"model to size: as in train.py, or {', '.join(PRESETS)} (default: profiled)")
+    rank: int | None = flag(None, "LoRA rank r (default: that of the profiled task)", type=POSITIVE)
+    targets: str = flag("all", "modules besides the experts", choices=list(hellora.TARGETS))
     coverage: tuple[float, ...] = flag((0.5, 0.6, 0.7, 0.8, 0.9), "shares to reach", type=SHARE, nargs="+")
     plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
 
@@ -369,7 +369,7 @@ def count(argv: list[str]) -> RoutingProfile:
 
 def compare(argv: list[str]) -> None:
     """Print, and with --plot draw, how far the hot sets of two profiles agree in each layer."""
-    about = "How far do the hot experts of two profiles of one model agree?"
+    about = "Overlap of the hot experts of two profiles of one model."
     settings = cli.parse(CompareSettings, argv, prog=f"{PROGRAM} compare", description=about)
     names = " and ".join(settings.profiles)
     a, b = map(load_profile, settings.profiles)
@@ -388,7 +388,7 @@ def compare(argv: list[str]) -> None:
 
 def advise(argv: list[str]) -> None:
     """Print what adapting the k hottest experts covers and costs, and the smallest k that covers enough."""
-    about = "How many hot experts are enough, and what do they cost?"
+    about = "What k hot experts cover and cost, and the smallest k that covers enough."
     settings = cli.parse(AdviseSettings, argv, prog=f"{PROGRAM} advise", description=about)
     counted = load_profile(settings.profile)
     model, recipe = settings.model or counted.model, RECIPES.get(counted.task, Recipe)  # else the paper's rank

@@ -1,11 +1,11 @@
-"""The paper's tables re-made, one command for each: its value, what others measured, ours, and a verdict.
+"""The paper's tables and figures beside ours: the paper's value, an independent study's, ours, and a verdict.
 
-    python reproduce.py table4 --jobs 2      # makes the runs that are not there yet, then prints the table
-    python reproduce.py table4 --no-run      # prints the table from the runs that are there
+    python reproduce.py table4 --jobs 2      # makes the missing runs, then prints the table
+    python reproduce.py table4 --no-run      # prints the table from the finished runs
     python reproduce.py params               # Tables 2, 3, 5 and 7: what trains, its share, its bytes; no weights
 
-Ours are of the embedded models and tasks. Runs are kept in results/runs, and every table that needs one reads it there.
-An interrupted command goes on where it stopped when it is given again. paper/ holds what carries this file.
+Our values come from the embedded models and tasks. Runs are kept in results/runs, where every table reads them. An
+interrupted command continues where it stopped when it is given again. The folder paper/ has its parts.
 """
 
 from dataclasses import dataclass, replace
@@ -80,9 +80,9 @@ SELECTION = Table(
 )
 PURE, GATE = {"targets": "pure"}, {"targets": "gate"}
 PLACEMENT = Table(
-    "Table 5: which modules beside the experts, OLMoE-1B-7B",
+    "Table 5: which modules besides the experts, OLMoE-1B-7B",
     columns=ALL,
-    notes=("_pure: hot experts alone. _gate: and the router. Without suffix: and attention (values of Table 2).",),
+    notes=("_pure: hot experts alone. _gate: also the router. No suffix: also attention (values of Table 2).",),
     rows=(
         Row("HELLoRA", {"method": "hellora"}, (29.49, 17.87, 22.04, 23.82, 99.06)),
         Row("HELLoRA_pure", {"method": "hellora"} | PURE, (26.46, 17.07, 21.19, 22.78, 98.43), "HELLoRA"),
@@ -99,9 +99,7 @@ NUMBER = Table(
     "Table 7: how many hot experts per layer, OLMoE-1B-7B",
     columns=(MATH,),
     seeds=5,
-    notes=(
-        "The paper prints the rows Accuracy and Throughput of this table swapped; here each stands where it belongs.",
-    ),
+    notes=("The paper swaps the rows Accuracy and Throughput of this table. Here they are in the right order.",),
     rows=(
         Row("k = 2", {"method": "hellora", "k": 2}, (26.72,), "k = 8"),
         Row("k = 4", {"method": "hellora", "k": 4}, (26.97,), "k = 8", "hotk4"),
@@ -162,13 +160,13 @@ class Settings:
 
     seeds: int | None = flag(None, "runs of each cell (default: 5 for Tables 2, 4 and 7, else 3)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
-    quick: bool = flag(False, "first column, 10 steps, 2 seeds, 20 problems: shows that it works; goes to runs/quick")
+    quick: bool = flag(False, "a trial in runs/quick: first column, 10 steps, 2 seeds, 20 problems")
     dry_run: bool = flag(False, "print the commands that would run, and how long they take")
-    no_run: bool = flag(False, "print what the finished runs say")
+    no_run: bool = flag(False, "print the results of the finished runs")
     scale: str = flag("tiny", "the embedded models and tasks, or the paper's", choices=list(SCALES))
     model: str | None = flag(None, "a checkpoint in place of the scale's", metavar="DIR")
-    data: str | None = flag(None, "folder of files TASK-train.* and TASK-test.*, as for --train-data", metavar="DIR")
-    processes: int | None = flag(None, "of each run, by torchrun (default: 1; --scale paper: 2)", type=POSITIVE)
+    data: str | None = flag(None, "folder of local files TASK-train.* and TASK-test.*", metavar="DIR")
+    processes: int | None = flag(None, "processes of each run (default: 1; --scale paper: 2)", type=POSITIVE)
     out: str | None = flag(None, "folder of runs and figures (default: results, or runs/SCALE)", metavar="DIR")
     json: str | None = flag(None, "where to write the rows", metavar="FILE")
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
@@ -207,7 +205,7 @@ class Settings:
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     """Make the runs that some tables lack, print tables and figures, and for all of them write the page."""
     name = names[0] if len(names) == 1 else "all"
-    about = "The paper's numbers beside ours; a table's runs are made first."
+    about = "The paper's numbers beside ours. The missing runs of a table are made first."
     settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=about)
     out = settings.json and writable(settings.json)
     place, scale, needed = settings.workplace(), settings.models_and_tasks, {}

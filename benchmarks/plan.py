@@ -39,7 +39,7 @@ class Settings:
     method: str = flag("hellora", "what trains", choices=list(METHODS))
     k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=count_or_share)
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
-    targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
+    targets: str | None = flag(None, "modules besides the experts (default: by method)", choices=list(hellora.TARGETS))
     cpu: bool = flag(False, "a machine without a GPU: one process, in bfloat16")
     tokens_per_s: float | None = flag(
         None,
@@ -47,7 +47,7 @@ class Settings:
         type=cli.number(float, 0, above=True),
     )
     gpus: int | None = flag(None, "number of GPUs, one process each (default: 2)", type=POSITIVE)
-    machines: int = flag(1, "that the GPUs are in, as many in each", type=POSITIVE)
+    machines: int = flag(1, "machines that hold the GPUs, the same number in each", type=POSITIVE)
     batch: int = flag(128, "examples per step, over all GPUs", type=POSITIVE)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE)
     length: int = flag(512, "tokens of the longest examples", type=POSITIVE)
@@ -123,7 +123,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
     if settings.cpu and (settings.gpus or settings.machines > 1):
         raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
     if settings.tokens_per_s and not settings.cpu:
-        raise InputError("--tokens-per-s has a meaning with --cpu alone; add that, or leave it out")
+        raise InputError("--tokens-per-s needs --cpu; add that, or leave it out")
     gpus = settings.gpus or (1 if settings.cpu else 2)
     return replace(settings, gpus=gpus, memory=settings.memory or (MACHINE_GB if settings.cpu else GPU_GB))
 

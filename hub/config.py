@@ -146,7 +146,7 @@ HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, d
 ignored: set[str] = set()  # the keys of --ignore-config-keys
 
 
-IGNORE_HELP = "unknown keys of config.json to go on without, separated by commas"
+IGNORE_HELP = "unknown keys of config.json to ignore, separated by commas"
 
 
 def ignore_keys(keys: str | None) -> None:

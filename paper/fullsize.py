@@ -19,7 +19,7 @@ SPEED_OF = {"dora": "lora", "dr-lora": "lora", "moe-sieve": "hellora"}  # method
 FFT_SLOWER = 3.5  # than HELLoRA, the paper's text
 ASSUMPTION = (
     "Hours are for training alone, at the samples per second of the paper's Table 6 (GSM8K, two A100), for every task. "
-    "DoRA and DR-LoRA count as LoRA, MoE-Sieve as HELLoRA, and full fine-tuning takes "
+    "DoRA and DR-LoRA are taken to be as fast as LoRA, MoE-Sieve as fast as HELLoRA, and full fine-tuning to take "
     f"{FFT_SLOWER:g} times as long as HELLoRA. A larger model is slower in proportion to its "
     "active parameters. Gigabytes are planned, not measured."
 )
@@ -77,7 +77,7 @@ def plan_of(k: int | None, settings: Settings) -> tuple[list[str], str]:
             where = f"GB on each of {settings.gpus} GPUs of {settings.memory:g} GB (--shard {shard})"
             if row["fits"]:
                 return flags(saving), f"{row['total'] / 1e9:.1f} {where}"
-    return flags(saving), f"{row['total'] / 1e9:.1f} {where}, more than there is: give more --processes"
+    return flags(saving), f"{row['total'] / 1e9:.1f} {where}, which is too much: give more --processes"
 
 
 def dry_run(needed: Needed, place: Workplace) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A section of the results: a title, lines of Markdown, and the same numbers as rows for JSON."""
+"""A section of the results (a title, lines of Markdown, the same numbers as rows for JSON), and the page of all."""
 
 import os
 import re
@@ -58,8 +58,9 @@ def write_page(out: Path, sections: list[Section], made: str) -> None:
     cores, torch_ = os.cpu_count(), torch.__version__
     lines = [
         "# The paper's tables and figures, beside ours", "",
-        "Written by `python reproduce.py all`. Ours are of the embedded models and tasks, which stand for the paper's: "
-        "they show whether a difference goes the same way, not how large it is. Each run is a file of `runs/`. "
+        "Written by `python reproduce.py all`. Our values come from the embedded models and tasks, which replace the "
+        "paper's. They show whether a difference has the same sign, not how large it is. Each run is a file in "
+        "`runs/`. "
         f"{made}. Printed on {cores} CPU cores with torch {torch_}.", "",
         f"47.6 ± 1.2 (5) is a mean, its 95 % t-interval, and the number of seeds. {RULE}", "",
         "MoE-Sieve is an independent study at full size ([published](published/README.md)).", "",

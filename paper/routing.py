@@ -124,10 +124,10 @@ def figure1(out: Path, *, may_run: bool) -> Section:
     lines = [
         "![Routing of OLMoE-1B-7B on GSM8K](fig1.png)", "",
         f"The paper says that the 8 hottest experts of layer {PAPER_LAYER} receive more than {PAPER_SHARE:.0f} % of "
-        f"the tokens of GSM8K. In these counts they receive {layer7:.1f} %, so this {holds}. HELLoRA saves {flops:.1f} "
-        f"% of LoRA's adapter FLOPs on these counts. The paper says {PAPER_SAVED} %.", "",
-        "CV is the standard deviation over the mean of the counts of a layer's experts, averaged over the layers. The "
-        "global CV is that of the counts summed over the layers (MoE-Sieve, Table 2).", "",
+        f"the tokens of GSM8K. In these counts they receive {layer7:.1f} %, so the statement {holds}. HELLoRA saves "
+        f"{flops:.1f} % of LoRA's adapter FLOPs on these counts. The paper says {PAPER_SAVED} %.", "",
+        "CV is the standard deviation divided by the mean of the counts of a layer's experts, averaged over the "
+        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2).", "",
         *grid(
             ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "CV", "/ global CV", "FLOPs saved"],
             [
@@ -191,7 +191,8 @@ def figure3(out: Path, *, may_run: bool) -> Section:
     lines = [
         "![Overlap of hot sets](fig3.png)", "",
         "The published counts are of whole training sets. The tenth of OLMoE's tokens is drawn from them as if tokens "
-        "chose experts independently. Tokens of one example are alike, so a real sample of examples agrees less.", "",
+        "chose experts independently. Tokens of one example are alike, so the overlap of a real sample would be "
+        "smaller.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [paper, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, Table 9):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),
@@ -239,7 +240,7 @@ def figure4(out: Path) -> Section:
 
 
 def figure6(out: Path, *, may_run: bool) -> Section:
-    """The same for Mixtral's architecture, which was only run in miniature, beside two real models."""
+    """The same for two real models, and for the embedded model with Mixtral's architecture."""
     mixtral = counted(out, "tiny-mixtral", "tiny-math", 0.1, "none", may_run=may_run)
     found = {f"{name}, GSM8K": real(file) for name, file in OTHERS.items()}
     found |= {"embedded Mixtral, tiny-math": mixtral} if mixtral else {}

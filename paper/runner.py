@@ -1,7 +1,7 @@
 """Runs made one after the other or several at once, each by the commands that a user types: train.py, evaluate.py.
 
     needed = {Run("tiny-math", "hellora"): {"tiny-math"}, ...}     # runs, and the tasks that each is scored on
-    make(pending(needed, records), workplace)                      # Ctrl-C at any moment; the same call goes on
+    make(pending(needed, records), workplace)                      # Ctrl-C at any moment; the same call continues
 
 A run that another process makes is left to it: a file beside the run's folder is locked meanwhile, and the lock ends
 with the last process that holds it, however it ends.
@@ -40,13 +40,13 @@ Needed = dict[Run, set[str]]  # a run, and the tasks that it is scored on
 
 
 def add(needed: Needed, more: Needed) -> None:
-    """Put the runs of another table to those that are needed."""
+    """Add the runs of another table to those that are needed."""
     for run, tasks in more.items():
         needed[run] = needed.get(run, set()) | tasks
 
 
 def pending(needed: Needed, records: Records) -> Needed:
-    """What has yet to be made: the runs without all their scores, and the scores that they lack."""
+    """What is still missing: the runs that lack scores, and the tasks of these scores."""
     lacking = {run: {task for task in tasks if not records.scores(run, task)} for run, tasks in needed.items()}
     return {run: tasks for run, tasks in lacking.items() if tasks}
 
@@ -55,7 +55,7 @@ def pending(needed: Needed, records: Records) -> Needed:
 
 
 def expected_seconds(needed: Needed, records: Records) -> float:
-    """About how long the runs take on one worker: as long as finished ones like them, else as long as measured here."""
+    """The estimated time of the runs on one worker, from similar finished runs, or from the constants above."""
     finished = list(records)
     total = 0.0
     for run, tasks in needed.items():
@@ -201,7 +201,7 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
     except KeyboardInterrupt:
         place.stop()
         pool.shutdown(cancel_futures=True)
-        cli.note("stopped; the same command goes on from here")
+        cli.note("stopped; the same command continues from here")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 LEAST_SEEDS = 3
 RULE = (
-    f"The verdict looks at the differences from the compared row, paired by seed, and at their 95 % t-interval. If the "
-    f"interval holds zero, or there are fewer than {LEAST_SEEDS} seeds, it is *undecided*. Otherwise it is *same "
-    f"direction* or *opposite direction* as the difference of the paper's values, or, where the paper has no value, "
-    f"*higher* or *lower*. Seeds change the training; the test problems stay the same."
+    f"The verdict on a row is drawn from its differences from the row that it is compared with, paired by seed. If "
+    f"their 95 % t-interval contains zero, or there are fewer than {LEAST_SEEDS} seeds, it is *undecided*. Otherwise "
+    f"it is *same direction* or *opposite direction*, by the sign of the paper's difference. Where the paper has no value it is "
+    f"*higher* or *lower*. Seeds change the training. The test problems stay the same."
 )
 
 
