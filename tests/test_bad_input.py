@@ -655,7 +655,7 @@ export run --to merged --out new --compact           | --compact
 export run --to peft --out new --examples 2          | --examples
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
-evaluate tiny --task own --eval-data own-huge.jsonl  | nothing to learn within 512 tokens | --max-length
+evaluate tiny --task own --eval-data own-huge.jsonl  | no target token within 512 tokens  | --max-length
 evaluate --task own --completions answers.jsonl      | measured by the loss
 evaluate tiny --task tiny-math --max-length 64       | --max-length 64 | no meaning
 profile --out p.json --task own                      | your own data | --train-data FILE
