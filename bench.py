@@ -3,8 +3,8 @@
     python bench.py step                 # a training step, beside the frozen model and beside transformers + peft
     python bench.py generate             # decoding, beside transformers' generate
     python bench.py load                 # reading a checkpoint, beside transformers' from_pretrained
-    python bench.py full                 # OLMoE-1B-7B's real size on this machine, with random weights
-    python bench.py gpu                  # is a GPU right, and how fast? (--device cpu --shape small: the rehearsal)
+    python bench.py full                 # OLMoE-1B-7B's full size on this machine, with random weights
+    python bench.py gpu                  # checks and measures a GPU (--device cpu --shape small: the rehearsal)
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2      # memory on machines you do not have
 
 Compare the ratios within one run: the absolute numbers depend on the machine. `--json FILE` keeps the rows.

@@ -72,7 +72,7 @@ def gsm8k(row: Row) -> tuple[str, str]:
 
 
 def question(row: Row) -> tuple[str, str]:
-    """GSM8K as lm-eval and MoE-Sieve put it, with the worked answer as it is in the file."""
+    """GSM8K as lm-eval and MoE-Sieve prompt it, with the worked answer as it is in the file."""
     gsm8k(row)  # the same rows are refused
     return f"Question: {row['question']}\nAnswer:", f" {row['answer']}"
 

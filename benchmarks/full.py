@@ -1,4 +1,4 @@
-"""OLMoE-1B-7B's real size on the machine at hand, with random weights: written, loaded, profiled and trained.
+"""A model of OLMoE-1B-7B's size on this machine, with random weights: written, loaded, profiled and trained.
 
     python bench.py full                            # 14 GB of disk, 17 GB of memory, no GPU
     python bench.py full --layers 2                 # two of the 16 layers

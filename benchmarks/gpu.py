@@ -1,4 +1,4 @@
-"""All that a GPU is wanted for, in one command: is it right, how fast is it, how much memory does it take?
+"""Check the results of a GPU, then measure its speed and memory, in one command.
 
     python bench.py gpu --json results/gpu.json                  # a CUDA GPU of 40 GB or more: at most ten minutes
     python bench.py gpu --device cpu --shape small               # the rehearsal
@@ -202,7 +202,7 @@ def explain_waits(rows: list[dict]) -> list[str]:
 class Settings:
     """The flags of `bench.py gpu`."""
 
-    device: str = flag("cuda", "cpu rehearses all of it without a GPU", choices=("cuda", "cpu"))
+    device: str = flag("cuda", "cpu: a rehearsal without a GPU", choices=("cuda", "cpu"))
     shape: str = flag("full", "OLMoE-1B-7B, or a quarter of its width and depth", choices=list(SIZES))
     json: str | None = flag(None, "write checks and rows to this file", metavar="FILE")
 

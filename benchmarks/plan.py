@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     cli.say(f"{'fits':21}" + "".join(f" {'yes' if row['fits'] else 'no':>14}" for row in rows))
     if settings.tokens_per_s:
         rows[0]["hours"] = hours(settings.tokens_per_s)
-        passes = f"a night of 8 hours is {8 / rows[0]['hours']:.2f} passes"
+        passes = f"8 hours are enough for {8 / rows[0]['hours']:.2f} passes"
         cli.say(f"one pass over GSM8K's {LENGTHS.sum():,.0f} examples takes {rows[0]['hours']:.1f} hours; {passes}")
     if out:
         write_json(out, rows)

@@ -167,8 +167,8 @@ class ChatTemplate:
                 given = self.marked(messages[:i], add_generation_prompt=True)
                 if not text.startswith(given):
                     raise InputError(
-                        f"the model's chat template writes turns 1 to {i} otherwise when turn {i + 1} follows, so that "
-                        "the model would learn from a prompt that it never sees; end the row before"
+                        f"the model's chat template writes turns 1 to {i} differently when turn {i + 1} follows, so "
+                        "that the model would learn from a prompt that it never sees; end the row earlier"
                     )
                 spans.append((len(given), self.end_of_turn(text, messages[: i + 1], len(given))))
         return Chat(text, tuple(spans))
@@ -182,12 +182,12 @@ class ChatTemplate:
         if text.startswith(until):
             found = re.search(rf"({A_SPECIAL})\s*\Z", until[start:])
             return start + found.end(1) if found else len(until)
-        # The template writes the last turn otherwise than those before it, as Qwen3 does with its reasoning.
+        # The template writes the last turn differently from those before it, as Qwen3 does with its reasoning.
         found = re.compile(A_SPECIAL).search(text, start)
         if not found or not messages[-1]["content"].strip().endswith(text[start : found.start()].strip()):
             raise InputError(
-                f"the model's chat template writes turn {len(messages)} otherwise when more turns follow, and no "
-                "special token ends it; end the row there"
+                f"the model's chat template writes turn {len(messages)} differently when more turns follow, and no "
+                "special token ends it; end the row after this turn"
             )
         return found.end()
 

@@ -179,7 +179,7 @@ def unified(pairs: dict[str, Factors], scales: dict[str, Fraction], dora: bool) 
         same += not more and ratio == 1
     remark = (
         f"{len(pairs) - same} of {len(pairs)} matrices have another rank or scale than rank {r} and alpha / r = "
-        f"{float(scale):g}; zeros and their B make up for it: the function is the same, steps of training are not"
+        f"{float(scale):g}; they are padded and rescaled: the function is the same, steps of training are not"
     )
     return PeftAdapter(r, float(r * scale), changed, dora), "" if same == len(pairs) else remark
 

@@ -83,7 +83,7 @@ class Recorder:
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {norm}, on examples {' '.join(examples)}; "
             f"the last good checkpoint is {good or 'none (--save-every N makes them)'}. Lower --lr, look at "
-            "the examples, or give --on-nonfinite skip"
+            "the examples, or pass --on-nonfinite skip"
         )
 
     def record(self, step: int, done: Step, norm: float, lr: float, batch: int, extra: dict[str, float]) -> dict:

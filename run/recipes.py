@@ -1,4 +1,4 @@
-"""What a paper published about training for a task, all of it at once: --recipe NAME.
+"""--recipe NAME: all settings that a paper published for a task.
 
 A flag that is given overrides the recipe. Each setting is the paper's or, where `unsaid` names it, our choice.
 """
@@ -19,7 +19,7 @@ class Paper:
     source: str
     benchmarks: tuple[str, ...]  # those it was run for
     train: dict
-    unsaid: str  # what the paper does not say, and where ours is from
+    unsaid: str  # what the paper does not say or does differently, and the source of ours
     evaluate: dict[str, dict] = field(default_factory=dict)  # by benchmark; what is not here is evaluate.py's default
 
 
@@ -38,7 +38,7 @@ PAPERS = {
         {"method": "moe-sieve", "targets": "shared", "sample": 1.0, "rank": 32, "alpha": 64.0, "lora_dropout": 0.05}
         | {"lr": 4e-4, "schedule": "linear", "epochs": 3, "batch": 64, "prompt": "question", "loss_on": "all", **PLAIN}
         | {"max_length": 2048},
-        "decay and clipping: none is named",
+        "the paper names no weight decay and no clipping",
     ),
     "dr-lora": Paper(
         "arXiv 2601.04823",
@@ -46,7 +46,7 @@ PAPERS = {
         {"method": "dr-lora", "targets": "gate", "rank": 16, "alpha": 32.0, "lora_dropout": 0.1, "lr": 2e-5}
         | {"schedule": "linear", "lr_warmup": 0.03, "steps": 3750, "batch": 48, "prompt": "question", **PLAIN}
         | {"loss_on": "answer", "max_length": 512},
-        "prompt and loss are not named, and the length is 512 to 4096. The paper learns from MetaMathQA "
+        "the paper names no prompt and no loss, and lengths of 512 to 4096. It trains on MetaMathQA "
         "and not from GSM8K, adapts up and down alone, and trains the router's own weights",
         {"gsm8k": {"shots": 8, "temperature": 0.2}},
     ),
@@ -80,7 +80,7 @@ def evaluation_of(name: str | None, task: str) -> dict:
 
 
 def described(settings: dict) -> list[str]:
-    """Lines that say what a recipe has set, and what was given instead."""
+    """Lines that say what a recipe has set, and which flags override it."""
     paper, chosen = PAPERS[settings["recipe"]], settings_of(settings)
     flags = {key: f"--{key.replace('_', '-')} {settings[key]}" for key in chosen}
     kept = [flag for key, flag in flags.items() if settings[key] == chosen[key]]

@@ -1,6 +1,6 @@
 """--report-to: the records of log.jsonl, sent to TensorBoard or Weights & Biases by the package that is installed.
 
-A run that is resumed is a second run of the same name for Weights & Biases. TensorBoard drops what is done again.
+In Weights & Biases, a resumed run is a second run of the same name. In TensorBoard, repeated steps replace old ones.
 """
 
 import importlib

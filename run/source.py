@@ -47,7 +47,7 @@ def locate(source: str) -> tuple[Path, Path | None]:
 
 
 def result_of(run: dict, folder: Path, kind: str) -> Path:
-    """What the run in `folder` has learnt, an adapter or a model: at its end, or with --patience at its best."""
+    """The adapter or the model of the run in `folder`: the last one, or with --patience the best."""
     best = folder / BEST[kind]
     return best if run["settings"].get("patience") and best.is_dir() else folder / kind
 

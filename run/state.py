@@ -1,4 +1,4 @@
-"""The state from which a killed run continues: RUN/checkpoint/step-N/, complete or not there.
+"""The state from which a killed run continues: RUN/checkpoint/step-N/, which is complete if it is there.
 
 model.safetensors holds what trains and AdamW's moments, state.json everything else, with the checksums of both. There
 is no pickle in it. It does not depend on the number of processes: each reads its own part.

@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out examples every few steps. The best result is kept; a run that gets no better ends.
+"""Validation: the loss on held-out examples every few steps. The best result is kept, and --patience ends a run.
 
 RUN/adapter-best/ (RUN/model-best/ of full fine-tuning) is what had been learnt at the step with the lowest validation
 loss, and its validation.json names this step. RUN/adapter/ is what has been learnt at the end.

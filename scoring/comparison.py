@@ -47,7 +47,7 @@ def read_verdicts(folder: Path) -> dict[str, float]:
     verdicts: dict[str, list[bool]] = {}
     for place, item in rows.json_rows(folder / "items.jsonl"):
         if not isinstance(item, dict) or not isinstance(item.get("correct"), bool) or "id" not in item:
-            raise InputError(f"{place}: not an item of evaluate.py with a verdict; want a folder of a task but own")
+            raise InputError(f"{place}: not an item of evaluate.py with a verdict; want --out of any task but own")
         if item.get("label") != "safe":
             verdicts.setdefault(str(item["id"]), []).append(item["correct"])
     return {name: sum(found) / len(found) for name, found in verdicts.items()}

@@ -3,7 +3,7 @@
     export OMP_NUM_THREADS=1
     torchrun --nproc_per_node 2 tiny/make.py --minutes 65 --lr 5e-3                  # tokenizer and model from nothing
     python tiny/make.py --family mixtral --tokenizer tiny --minutes 40 --words 0.12 --lr 5e-3
-    python tiny/make.py --base tiny --minutes 25 --words 0.12                        # go on with more text
+    python tiny/make.py --base tiny --minutes 25 --words 0.12                        # continue with more text
 
 Each model has about 5 million parameters, so an hour on a laptop suffices. It learns the three worlds of tasks.py from
 the text of documents.py. `--words` adds words of the fine-tuning formats in random order: a token that pre-training
