@@ -149,6 +149,25 @@ def test_the_scores_in_the_readme_agree_with_their_counts():
         assert [f"{exact[key]:.3f}" for key in ("rate", "low", "high")] == [accuracy, low, high]
 
 
+def scores(task: str, method: str, seed: int) -> dict:
+    """The scores of a finished run of the tables on its own task."""
+    (path,) = (ROOT / "results/runs").glob(f"{task}-{method}-seed{seed}-????????.json")
+    return json.loads(path.read_text())["scores"][task]
+
+
+def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
+    keys = {"accuracy": "accuracy", "pass@1": "pass@1", "refusals of unsafe instructions": "refusal_rate"}
+    page = PAGES["tiny/README.md"]
+    rows = re.findall(r"^\| `(tiny-\w+)` \| ([^|]+) \| [^|]+ \| ([^|]+) \| ([^|]+) \|$", page, re.M)
+    assert len(rows) == 4
+    for task, what, *columns in rows:
+        for method, column in zip(("lora", "hellora"), columns, strict=True):
+            for seed, stated in enumerate(re.findall(r"[\d.]+ %", column)):
+                found = scores(task, method, seed)
+                share = found[keys[what]] if what in keys else found["rates"]["over-refusal, lori"]
+                assert stated == f"{100 * share:.1f} %", (task, method, seed)
+
+
 def test_the_published_accuracies_are_those_of_the_file():
     found = json.loads((ROOT / "results/published/moe-sieve-accuracy.json").read_text())["results"]["olmoe-gsm8k"]
     rows = re.findall(r"^\| (\w+) (\d+|hottest|random).* \| ([\d.]+) ± ([\d.]+) \|", PAGES["docs/choices.md"], re.M)
