@@ -441,7 +441,7 @@ train --init-adapter run-k --sample 0.001            | (3, | (2,
 train --init-adapter run-rank --sample 0.001         | (8,
 train --init-adapter run-flip                        | run-flip/adapter | sha256
 train --init-adapter run-pickle                      | run-pickle/adapter
-train --init-adapter peft-dora                       | use_dora
+train --init-adapter peft-dora                       | lora_m
 train --init-adapter peft-other                      | another model or rank
 train --init-adapter peft-half                       | lora_A alone
 train --init-adapter peft-rank                       | peft-rank
