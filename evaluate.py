@@ -146,7 +146,7 @@ def read_settings(argv: list[str]) -> Settings:
 
 
 def as_trained(settings: Settings, trained: dict) -> Settings:
-    """The settings with what those of a run decide: the task, how it is put, and how the run's recipe evaluates it."""
+    """The settings with what those of a run decide: the task, its prompt, and how the run's recipe evaluates it."""
     task = settings.task or trained.get("task")
     chosen = {"task": task, "bos": trained.get("bos", "auto")}
     benchmark = data.TASKS[task].benchmark if task in list(data.TASKS) else None

@@ -142,7 +142,7 @@ def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def fold(W: Tensor, factors: Factors, adapter: Adapter) -> Tensor:
-    """The weight that computes alone what W [out, in] computes with its factors.  -> float32 [out, in]"""
+    """The weight that computes by itself what W [out, in] computes with its factors.  -> float32 [out, in]"""
     pair = KINDS[adapter.kind][1](W.unsqueeze(0), adapter.r, adapter.alpha)
     pair.load_state_dict({name: factor.unsqueeze(0) for name, factor in factors.items()})
     return pair.merged(W.unsqueeze(0))[0]

@@ -86,7 +86,7 @@ def count_experts(model: MoETransformer, batches: Iterable[data.Batch]) -> Tenso
 
 @torch.no_grad()
 def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> RoutingProfile:
-    """Count the experts that the model as it is chooses (HELLoRA §4.3, MoE-Sieve: the base model, no gradient).
+    """Count the experts that the unchanged model chooses (HELLoRA §4.3, MoE-Sieve: the base model, no gradient).
 
     Under torch.distributed each process passes its own batches and gets the totals of all. A sharded model gathers its
     weights in every forward pass, so all processes must then pass equally many batches. Raises as `finish` does.
@@ -210,7 +210,7 @@ def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: st
 
 
 def load_profile(path: str | Path) -> RoutingProfile:
-    """Read profile.json. Raises InputError, which names the file, for values that no counting can have written."""
+    """Read profile.json. Raises InputError, which names the file, for values that counting cannot have written."""
     try:
         return checked(json.loads(Path(path).read_text(encoding="utf-8")))
     except InputError as error:

@@ -53,7 +53,7 @@ def pair_flops(pair: torch.nn.Module, rows: int) -> int:
 
 
 def peft_flops(model: torch.nn.Module, batch: Batch) -> int:
-    """The same for peft's adapters, which compute on padding too, and form B A of every expert whatever the rows."""
+    """The same for peft's adapters, which compute on padding too, and form B A of every expert, used or not."""
     rows, flops = int(batch.input_ids.numel()), 0
     for name, A in model.named_parameters():
         if "lora_A" in name:  # [r, in], B is [out, r]; of a stack of experts [r * E, in] and [out, r * E]

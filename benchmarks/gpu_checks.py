@@ -160,7 +160,7 @@ def product(counts: list[int], device: torch.device, dtype: torch.dtype, module)
 
 @contextmanager
 def one_kernel_on(types: tuple[str, ...]) -> Iterator[None]:
-    """Take the branch of one kernel on these types of device alone."""
+    """Take the branch of one kernel only on these types of device."""
     before = ops.kernels.ONE_KERNEL
     ops.kernels.ONE_KERNEL = types
     try:
@@ -170,7 +170,7 @@ def one_kernel_on(types: tuple[str, ...]) -> Iterator[None]:
 
 
 def no_token(device: torch.device) -> Iterator[Check]:
-    """The share of a process that got no example: its gradients are zero, and neither missing nor NaN."""
+    """The share of a process that got no example: its gradients are zero, not missing or NaN."""
     model = make_model(device, torch.bfloat16)
     batch = data.collate([], CONFIG.pad_token_id)
     loss, _ = model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))

@@ -1,11 +1,11 @@
-"""Memory and communication of a run on machines that are not here: from config.json alone, no weights.
+"""Planned memory and communication of a run on other machines, from config.json alone.
 
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 16 --machines 2
     python bench.py plan --cpu --micro-batch 4 --tokens-per-s 40     # without a GPU: memory, and hours
     python bench.py plan --model allenai/OLMoE-1B-7B-0924 --method lora --gpus 4 --micro-batch 32 --memory 40
 
-A gigabyte is 10^9 bytes. All numbers are per GPU, but for what a machine sends to the others. The terms are those of
+A gigabyte is 10^9 bytes. All numbers are per GPU, except what a machine sends to the others. The terms are those of
 memory.plan, by which train.py chooses --shard. Full fine-tuning keeps float32 weights and computes in bfloat16: what it
 gathers and keeps for the backward pass takes half of the bytes printed.
 """

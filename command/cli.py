@@ -31,7 +31,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run cannot go on although its input was right: a full disk, a NaN loss. One line, exit status 1."""
+    """A run cannot continue although its input was right: a full disk, a NaN loss. One line, exit status 1."""
 
 
 # ------------------------------------------------------------------------------------------------- what is printed

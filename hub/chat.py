@@ -153,8 +153,8 @@ class ChatTemplate:
     def render(self, messages: list[Message]) -> Chat:
         """The messages, the last of which is the assistant's, as the template writes them, and the assistant's part.
 
-        Raises InputError if the template refuses the messages, leaves one out, or writes an earlier part otherwise once
-        more follows.
+        Raises InputError if the template refuses the messages, leaves one out, or writes an earlier part differently
+        once more follows.
         """
         text, spans = self.marked(messages), []
         for i, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""Rows of people's own data, and the chats among them, in the format of OpenAI or of ShareGPT.
+"""Rows of the user's own data, and the chats among them, in the format of OpenAI or of ShareGPT.
 
     read = OwnRows(template, formats)
     prompt, target, *chat = read({"messages": [{"role": "user", "content": "Hi"}, ...]})
@@ -68,7 +68,7 @@ Read = Callable[[Row], tuple[str, str]]  # a row's prompt and target
 
 
 class OwnRows:
-    """Reads rows of one's own. All rows of a file have the format of the first."""
+    """Reads the user's own rows. All rows of a file must have the format of the first."""
 
     def __init__(self, template: ChatTemplate, formats: dict[tuple[str, ...], Read | None]) -> None:
         """formats: the columns by which a format is known, and what reads it; None: a chat."""

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: tokenizer.json, what the files beside it say of its special tokens, and BOS.
+"""The tokenizer of a checkpoint: tokenizer.json, what the files beside it say about special tokens, and BOS.
 
 tokenizer = read_tokenizer(folder, vocab_size, special_ids)
 ids = tokenize(["text"], tokenizer)
@@ -134,7 +134,7 @@ class Bos:
         return [self.id, *ids] if self.in_text else ids
 
     def before_chat(self, ids: list[int], spans: Spans) -> tuple[list[int], Spans]:
-        """The ids of a chat and what is learnt of them, with one BOS token in front or none, as it is to be."""
+        """The ids of a chat and what is learnt of them, with one BOS token in front or none, as `in_chat` says."""
         has = self.id is not None and ids[:1] == [self.id]
         if self.in_chat is None or self.in_chat == has:
             return ids, spans

@@ -1,1 +1,1 @@
-"""What carries reproduce.py: runs and their records, intervals and verdicts, tables, figures."""
+"""The parts of reproduce.py: runs and their records, intervals and verdicts, tables, figures."""

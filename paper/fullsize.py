@@ -1,4 +1,4 @@
-"""What a run of the real models needs: memory by the plan that bench.py prints, hours by the paper's own speed."""
+"""What a run of the real models needs: memory as bench.py plan prints it, and hours at the paper's own speed."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What trains in every method of the paper's tables, its share and its bytes, beside what they print. No weights.
+"""What trains in each method of the paper's tables, its share and bytes, beside the printed values. Needs no weights.
 
 size(config, "hellora", k=8, targets="all").trainable
 """

@@ -80,7 +80,7 @@ def model_content(model: str) -> dict[str, str]:
 
 @cache
 def data_content(task: str, split: str, path: str | None) -> str:
-    """The digest of a split: prompts, targets and whatever a row holds to be scored with."""
+    """The digest of a split: prompts, targets, and the rows, which hold what scoring needs."""
     examples = data.load_examples(task, split, path)
     text = json.dumps([[example.prompt, example.target, example.row] for example in examples])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -109,12 +109,12 @@ class Records:
         return [source, *flags(self.evaluation(task) | {"task": task, "seed": run.seed, "out": out})]
 
     def evaluation(self, task: str) -> dict:
-        """What decides a score beside the model."""
+        """What decides a score besides the model."""
         samples = self.samples if data.TASKS[task].benchmark == "humaneval" else None
         return {"limit": self.limit, "samples": samples, "eval_data": self.data_file(task, "test")}
 
     def name(self, run: Run) -> str:
-        """A name for the run that no other has: its title, and a digest of the recipe, the model and the data."""
+        """A unique name for the run: its title, and a digest of the recipe, the model and the data."""
         recipe = {name: v for name, v in decisive_settings(run).items() if getattr(Settings, name) is None}
         given = {name: value for name, value in asdict(run).items() if value is not None}
         text = json.dumps([given, recipe, self.content(run)], sort_keys=True)
@@ -151,7 +151,7 @@ class Records:
         return found if found and found["evaluation"] == self.evaluated(task) else None
 
     def evaluated(self, task: str) -> dict:
-        """What decides a score beside the model, by content."""
+        """What decides a score besides the model, by content."""
         test = data_content(task, "test", self.data_file(task, "test"))
         return self.evaluation(task) | {"eval_data": test}
 

@@ -60,7 +60,7 @@ class Table:
     notes: tuple[str, ...] = field(default=())
 
     def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
-        """The run whose result stands in a cell, for one seed. The model as it is has no seed."""
+        """The run whose result stands in a cell, for one seed. The base model has no seed."""
         fields = row.run | changes
         task = getattr(scale, fields.pop("task", column.task))
         seed = 0 if row.run["method"] == "base" else seed

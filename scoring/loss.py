@@ -1,4 +1,4 @@
-"""Rows of one's own: the loss of what was to be written, with what the model writes beside it.
+"""The user's own rows: the loss of the targets, and what the model writes in their place.
 
 The loss is the mean negative log-likelihood of the target tokens, in nats, and the perplexity is exp(loss).
 """
