@@ -285,7 +285,7 @@ PLOT_HELP = f"where to draw it ({', '.join(cli.PICTURE_FORMATS)})"
 class Settings:
     """The flags of `profile.py` without a command."""
 
-    model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id")
+    model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id")
     task: str = flag("tiny-math", "task whose training data is counted", choices=list(data.TASKS))
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))

@@ -25,7 +25,7 @@ from command.files import write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
 TINY = Path(__file__).parent.parent / "tiny"
-EMBEDDED = {"tiny": TINY}  # models that come with the repository: `--model NAME`
+EMBEDDED = {"tiny": TINY, "tiny-mixtral": TINY / "mixtral"}  # models that come with the repository: `--model NAME`
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # what a checkpoint holds besides config.json, weights and code
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),

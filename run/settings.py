@@ -30,7 +30,7 @@ STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"gr
 class Settings:
     """A run. None: the task and the method decide (`resolved`), or the setting is off."""
 
-    model: str = flag("tiny", "'tiny' (embedded), a checkpoint folder, or a hub id", **TASK)
+    model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id", **TASK)
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
     valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)

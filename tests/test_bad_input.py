@@ -348,7 +348,7 @@ FILES = {
 
 LONG = "long" * 80  # no file system takes such a name
 CASES = """
-train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny', not a local folder
+train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny' or 'tiny-mixtral', not a local
 train --model file                                   | model 'file' | config.json
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong

@@ -680,8 +680,8 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(monkeypatch, 
     assert repr(name) in error_of(load_model, name)
 
 
-def test_resolve_knows_the_embedded_model_and_local_folders(olmoe):
-    assert resolve("tiny") == TINY
+def test_resolve_knows_the_embedded_models_and_local_folders(olmoe):
+    assert (resolve("tiny"), resolve("tiny-mixtral")) == (TINY, TINY / "mixtral")
     assert resolve(olmoe.folder) == resolve(str(olmoe.folder)) == olmoe.folder
 
 
