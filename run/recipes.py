@@ -70,6 +70,7 @@ def settings_of(given: dict) -> dict:
     if METHODS[given["method"]].experts is None:
         raise InputError(f"--recipe {name} sets an adapter's rank, and --method fft has no adapter; leave one out")
     dropped = OF_AN_ADAPTER if given["init_adapter"] else ()
+    dropped += () if benchmark == "gsm8k" else ("prompt",)
     dropped += ("epochs",) if given["steps"] else ("steps",) if given["epochs"] else ()
     return {key: value for key, value in chosen.items() if key not in dropped}
 

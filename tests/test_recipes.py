@@ -34,6 +34,13 @@ def test_a_recipe_is_what_its_paper_says(recipe, task):
     assert {name: settings[name] for name in wanted} == wanted and settings["recipe"] == recipe
 
 
+@pytest.mark.parametrize("recipe", PAPERS)
+def test_a_recipe_is_accepted_for_every_task_that_its_paper_has_settings_for(recipe):
+    for task, about in data.TASKS.items():
+        if about.benchmark in PAPERS[recipe].benchmarks:
+            assert parse_settings(["--recipe", recipe, "--task", task]).method == recipe
+
+
 def test_any_flag_overrides_a_recipe_also_with_the_value_that_is_otherwise_the_default():
     given = ["--method", "lora", "--max-length", "512", "--sample", "0.1", "--steps", "7", "--lora-dropout", "0"]
     settings = parse_settings(["--recipe", "moe-sieve", "--task", "gsm8k", *given])
