@@ -46,11 +46,8 @@ from run import memory
 from run.processes import ALONE
 from run.step import global_step, load_shared
 
-SHAPE = PRESETS["olmoe-1b-7b"] | {
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-    "torch_dtype": "bfloat16",
-}  # ids of the tokenizer
+TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
+SHAPE = PRESETS["olmoe-1b-7b"] | TOKENS | {"torch_dtype": "bfloat16"}
 RANK, BATCH, EXAMPLES, STEPS = 32, 4, 16, 3
 CPU = torch.device("cpu")
 SHARD_BYTES = 10**9

@@ -122,9 +122,9 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
     try:
         about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "adapter_model.safetensors")
-        r, alpha = int(about["r"]), float(about["lora_alpha"])
-        if not (r > 0 and 0 < alpha < float("inf")):
-            raise ValueError(f"r {r}, lora_alpha {alpha}")
+        r, alpha = about["r"], about["lora_alpha"]
+        if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < float("inf")):
+            raise ValueError(f"r {r!r}, lora_alpha {alpha!r}; want numbers above 0")
     except FileNotFoundError as error:
         is_pickle = (folder / "adapter_model.bin").is_file()
         pickle = "adapter_model.bin is a pickle, which is never opened; load it with PEFT and save it again"

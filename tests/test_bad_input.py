@@ -322,6 +322,7 @@ FILES = {
     "run-experts": copy_of("run", reseal(hot=[[0, 1, 64]] * 4)),
     "run-k": copy_of("run", reseal(hot=[[0, 1]] * 4)),
     "run-rank": copy_of("run", reseal(r=8)),
+    "peft-text-rank": peft({"r": "2"}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
     "peft-dora": peft({"use_dora": True}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
     "peft-other": peft({}, {Q_PROJ("A"): torch.ones(2, 40), Q_PROJ("B"): torch.ones(40, 2)}),
     "peft-half": peft({}, {Q_PROJ("A"): torch.ones(2, 256)}),
@@ -441,6 +442,7 @@ train --init-adapter run-k --sample 0.001            | (3, | (2,
 train --init-adapter run-rank --sample 0.001         | (8,
 train --init-adapter run-flip                        | run-flip/adapter | sha256
 train --init-adapter run-pickle                      | run-pickle/adapter
+train --init-adapter peft-text-rank                  | r '2' | numbers above 0
 train --init-adapter peft-dora                       | lora_m
 train --init-adapter peft-other                      | another model or rank
 train --init-adapter peft-half                       | lora_A alone
