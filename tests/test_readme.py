@@ -149,10 +149,19 @@ def test_the_scores_in_the_readme_agree_with_their_counts():
         assert [f"{exact[key]:.3f}" for key in ("rate", "low", "high")] == [accuracy, low, high]
 
 
-def scores(task: str, method: str, seed: int) -> dict:
-    """The scores of a finished run of the tables on its own task."""
+def finished(task: str, method: str, seed: int = 0) -> tuple[dict, dict]:
+    """The record of a finished run of the tables, and its scores on its own task."""
     (path,) = (ROOT / "results/runs").glob(f"{task}-{method}-seed{seed}-????????.json")
-    return json.loads(path.read_text())["scores"][task]
+    record = json.loads(path.read_text())
+    return record, record["scores"][task]
+
+
+def test_the_table_of_methods_is_that_of_the_finished_runs():
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d,]+) \| ([\d.]+) % \|$", README, re.M)
+    assert [method for method, *_ in rows] == list(METHODS)
+    for method, *stated in rows:
+        record, found = finished("tiny-math", method)
+        assert stated == [f"{record['trainable']:,}", f"{100 * found['accuracy']:.1f}"], method
 
 
 def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
@@ -163,7 +172,7 @@ def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
     for task, what, *columns in rows:
         for method, column in zip(("lora", "hellora"), columns, strict=True):
             for seed, stated in enumerate(re.findall(r"[\d.]+ %", column)):
-                found = scores(task, method, seed)
+                _, found = finished(task, method, seed)
                 share = found[keys[what]] if what in keys else found["rates"]["over-refusal, lori"]
                 assert stated == f"{100 * share:.1f} %", (task, method, seed)
 
