@@ -545,7 +545,7 @@ train --task own --train-data own-good.jsonl --model no-template       | no-temp
 train --task own --train-data own-good.jsonl --model template-damaged  | template-damaged: its chat template is damaged
 train --task own --train-data own-good.jsonl --model template-raises   | line 1 | no system message, please
 train --task own --train-data own-good.jsonl --model template-fails    | line 1: the model's chat template refuses it
-train --task own --train-data own-good.jsonl --model template-rewrites | line 1 | turns 1 to 1 otherwise
+train --task own --train-data own-good.jsonl --model template-rewrites | line 1 | turns 1 to 1 differently
 train --task own --train-data own-good.jsonl --model template-drops    | line 1 | leaves out turn 1 (user)
 train --task own --train-data own-long.jsonl --model template-cuts     | line 1 | turn 2 (assistant), or the end of it
 train --task own --train-data own-good.jsonl --model template-character | line 1 | U+FDD0
