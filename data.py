@@ -154,6 +154,8 @@ GSM8K = f"{GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006
 HUMANEVAL = f"{GITHUB}/openai/human-eval/6d43fb980f9fee3c892a914eda09951f772ad10d/data/HumanEval.jsonl.gz"
 SAFERPACA = f"{GITHUB}/vinid/safety-tuned-llamas/5eafe5165422c510d1fbee84fb472f9117e0a1a3/data/training"
 NC = "CC BY-NC 4.0 (not commercial)"
+CODE_ALPACA = "sahil2801/CodeAlpaca-20k", "152bb5e9a29651266b018106053980070a0521a1", "code_alpaca_20k.json"
+HEX_PHI = "LLM-Tuning-Safety/HEx-PHI", "83128b46334b80cc567bd7a2caf7af11c5b0bab7", "category_*.csv"
 
 TASKS = {
     "tiny-math": Task(
@@ -174,13 +176,13 @@ TASKS = {
     ),
     "codealpaca": Task(
         "humaneval",
-        train=HubDataset("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json", f"{NC} on GitHub; the hub says CC BY 4.0"),
+        train=HubDataset(*CODE_ALPACA, f"{NC} on GitHub; the hub says CC BY 4.0"),
         test=Download(HUMANEVAL, "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef"),
     ),
     "saferpaca": Task(
         "hexphi",
         train=Download(f"{SAFERPACA}/saferpaca_Instructions_2000.json", git_blob="4f16a9be", licence=NC),
-        test=HubDataset("LLM-Tuning-Safety/HEx-PHI", "category_*.csv", "HEx-PHI Dataset License Agreement"),
+        test=HubDataset(*HEX_PHI, "HEx-PHI Dataset License Agreement"),
     ),
     "own": Task("own", train="this task is your own data", test="this task is your own data"),
 }

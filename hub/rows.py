@@ -59,9 +59,10 @@ class Download:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Files of a data set on the Hugging Face hub, as they are there now: the hub names the commit."""
+    """Files of a data set on the Hugging Face hub, pinned by the commit, which decides their content."""
 
     name: str
+    revision: str  # the commit
     pattern: str  # of the files
     licence: str
 
@@ -73,8 +74,8 @@ def fetch(source: Download | HubDataset, instead: str) -> Path:
     """
     path = fetch_file(source, instead) if isinstance(source, Download) else fetch_from_hub(source, instead)
     if source.licence:
-        commit = "" if isinstance(source, Download) else f", commit {(path if path.is_dir() else path.parent).name}"
-        note(f"{path.name if isinstance(source, Download) else source.name}{commit}: licence {source.licence}")
+        name = path.name if isinstance(source, Download) else f"{source.name}, commit {source.revision}"
+        note(f"{name}: licence {source.licence}")
     return path
 
 
@@ -82,7 +83,8 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
     """The file that matches the pattern, or the folder if it may match several, with the user's own token."""
     page = f"https://huggingface.co/datasets/{data.name}"
     try:
-        folder = Path(snapshot_download(data.name, repo_type="dataset", allow_patterns=[data.pattern]))
+        options = {"repo_type": "dataset", "revision": data.revision, "allow_patterns": [data.pattern]}
+        folder = Path(snapshot_download(data.name, **options))
     except GatedRepoError:
         how = f"ask for access at {page}, log in with `hf auth login` or set HF_TOKEN"
         raise InputError(
@@ -93,7 +95,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
         raise InputError(f"{page} cannot be downloaded ({reason}); {instead}") from None
     path = folder if "*" in data.pattern else folder / data.pattern
     if not path.exists() or (path == folder and not any(folder.glob(data.pattern))):
-        raise InputError(f"{page} has no {data.pattern} any more; {instead}")
+        raise InputError(f"{page} has no {data.pattern} at commit {data.revision}; {instead}")
     return path
 
 
