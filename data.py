@@ -218,14 +218,14 @@ def load_examples(
     examples = []
     for i, (place, row) in enumerate(rows):
         try:
-            prompt, target, *chat = read(row)
-            (prompt + target).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
+            given, target, *chat = read(row)
+            (given + target).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
         except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}; want {wanted}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
         if target.strip() or (split == "test" and task != "own"):
-            examples.append(Example(row["task_id"] if read is humaneval else str(i), prompt, target, row, *chat))
+            examples.append(Example(row["task_id"] if read is humaneval else str(i), given, target, row, *chat))
     if not examples:
         raise InputError(f"{path}: no rows with text; want {wanted}")
     if len({example.id for example in examples}) < len(examples):

@@ -1,6 +1,6 @@
 """A table of the paper as rows of runs and columns of scores, and which runs it needs at a scale.
 
-Table("4", ..., columns=(Column("GSM8K", "math", "accuracy", 100),), rows=(Row("HELLoRA", {"method": "hellora"}, ...),))
+Table("Table 4: ...", columns=(Column("GSM8K", "math", "accuracy"),), rows=(Row("HELLoRA", {"method": "hellora"}),))
 """
 
 from collections.abc import Callable

@@ -4,7 +4,6 @@ RUN/adapter-best/ (RUN/model-best/ of full fine-tuning) is what had been learnt 
 loss, and its validation.json names this step. RUN/adapter/ is what has been learnt at the end.
 """
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import data
 from command.cli import InputError, say
 from command.files import remove_folder
 from model import MoETransformer
+from run.folder import read_json
 from run.processes import Processes
 from run.step import held_out_loss
 
@@ -88,7 +88,7 @@ class Validation:
         """Continue. A result that was kept at a later step than that of the checkpoint will be made again."""
         self.losses = [(step, loss) for step, loss in state["losses"]]
         best = best_of(self.losses)
-        if self.processes.once(lambda: read_step(self.folder)) == (best and best[0]):
+        if self.processes.once(lambda: read_json(self.folder / "validation.json").get("step")) == (best and best[0]):
             self.kept = best
         elif self.processes.is_main:
             remove_folder(self.folder)
@@ -100,11 +100,3 @@ class Validation:
         last = self.losses[-1][1]
         best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]}
         return {"last_valid_loss": last if math.isfinite(last) else None} | best
-
-
-def read_step(folder: Path) -> int | None:
-    """The step at which the result in a folder was kept; None if there is none."""
-    try:
-        return json.loads((folder / "validation.json").read_text(encoding="utf-8"))["step"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

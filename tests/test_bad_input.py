@@ -519,7 +519,7 @@ train --task gsm8k --train-data pickle.json          | pickle.json | pickle, whi
 train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
 train --task gsm8k --train-data rows.parquet         | rows.parquet: a parquet file | to_json
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
-train --task own                                     | your own data | --train-data FILE
+train --task own                                     | task own: this task is your own data; pass | --train-data FILE
 train --task own --train-data absent.jsonl           | absent.jsonl | No such file
 train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
 train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
@@ -627,7 +627,7 @@ evaluate compare evaluation                          | FOLDER
 evaluate compare evaluation absent                   | absent
 evaluate compare evaluation evaluation-ids           | 2 ids
 evaluate compare evaluation evaluation-task          | tiny-math | gsm8k
-evaluate compare evaluation evaluation-items         | line 1
+evaluate compare evaluation evaluation-items         | line 1 | with a verdict | any task but own
 export                                               | run
 export run                                           | --to
 export run --to merged                               | --out
@@ -645,6 +645,7 @@ export run-experts --to peft --out new               | expert 64
 export run --to merged --out notes                   | not empty
 export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new
+export run --to merged --out new --train-data absent.jsonl | absent.jsonl | checked | others with --train-data FILE
 export run --to merged --out new --model nowhere/at-all | nowhere/at-all
 export run --to merged --out new --model config-other   | shape
 export run --to merged --out new --model weights-nan    | not the base

@@ -1,6 +1,7 @@
 """The embedded model and its tasks: what must hold for the miniature to stand in for the real thing."""
 
 import itertools
+import json
 import re
 
 import pytest
@@ -162,6 +163,15 @@ def test_routing_is_skewed_within_every_layer_and_the_tasks_have_hot_sets_of_the
     assert statistics.jaccard(code, safety).mean() < 0.9  # their prompts share a template, hence experts
     for layer in range(model.config.num_hidden_layers):
         assert not torch.equal(hot[0][layer], hot[2][layer])
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_model_has_a_chat_template_in_the_prompt_of_its_pre_training(name, tmp_path):
+    (tmp_path / "chats.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}])
+    )
+    [example] = data.Reader("own", EMBEDDED[name], read_config(EMBEDDED[name])).load("train", tmp_path / "chats.json")
+    assert (example.prompt, example.target) == ("Human: Hi\n\nAssistant:\n", "Hello.<|endoftext|>")
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -225,6 +226,7 @@ def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PADDING}
     settings["model_max_length"] = COMMON["max_position_embeddings"]
     (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.copy(TINY / "chat_template.jinja", partial)
     for file in partial.iterdir():
         os.replace(file, out / file.name)
     partial.rmdir()
