@@ -12,11 +12,30 @@ from torch import Tensor
 
 from ops.kernels import one_kernel
 
+TILE = 16  # rows that a CPU multiplies at once in bfloat16 (AMX)
+
 
 def slices(offsets: Tensor) -> list[slice]:
     """The rows of each group.  offsets int32 [G] ends"""
     ends = offsets.tolist()
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def whole_tiles(rows: slice, end: int, dtype: torch.dtype) -> slice:
+    """The rows of a group and, in a 16-bit dtype on a CPU, as many of the next ones as fill its last tile.
+
+    oneDNN compiles a kernel for every number of rows that it has not seen, which takes longer than the product. Whole
+    tiles have few sizes, and a product of 9 rows takes as long as one of 16. The rows added must be overwritten, or
+    have no effect. They end at `end`.
+    """
+    stop = rows.start + -(-(rows.stop - rows.start) // TILE) * TILE
+    return slice(rows.start, stop) if dtype.itemsize == 2 and stop <= end else rows
+
+
+def first(x: Tensor, rows: slice) -> Tensor:
+    """x with zeros behind as many rows as `rows` has: those that fill a tile."""
+    n = rows.stop - rows.start
+    return x if len(x) == n else F.pad(x[:n], (0, 0, 0, len(x) - n))
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -26,10 +45,30 @@ def fits(*tensors: Tensor) -> bool:
 
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets int32 [G] ends -> [R, out]"""
-    if fits(W):
+    if one_kernel(x.device) and fits(W):
         return F.grouped_mm(x, W.transpose(1, 2), offs=offsets)
-    # Empty groups take part too, so that their gradient is zero and not None.
-    return torch.cat([F.linear(x[rows], W_g) for rows, W_g in zip(slices(offsets), W, strict=True)])
+    return GroupedLinear.apply(x, W, offsets)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """`grouped_linear`, one group after the other."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, offsets)
+        y = x.new_empty(len(x), W.shape[1])
+        for rows, W_g in zip(slices(offsets), W, strict=True):
+            rows = whole_tiles(rows, len(x), x.dtype)  # the next group overwrites those added
+            torch.mm(x[rows], W_g.T, out=y[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, offsets = ctx.saved_tensors
+        need_x, need_W, _ = ctx.needs_input_grad
+        grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
+        # Empty groups take part too, so that their gradient is zero and not None.
+        return grad_x, torch.stack([grad[n].T @ x[n] for n in slices(offsets)]) if need_W else None, None
 
 
 def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -66,17 +105,22 @@ class LoRAGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, offsets, num_rows: int, drop, recompute, *sources) -> Tensor:
-        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-        ctx.recompute, ctx.one_kernel = recompute, num_rows > 0 and one_kernel(x.device) and fits(A, B)
+        hot, ctx.recompute = offsets[: len(A)], recompute
+        ctx.one_kernel = num_rows > 0 and one_kernel(x.device) and fits(A, B)
         ctx.drop = drop = drop or all_of  # linear and symmetric: it also takes the gradient back
         if ctx.one_kernel:
+            y = grouped_linear(x, W, offsets)
             low = F.grouped_mm(drop(x[:num_rows], slice(num_rows)), A.mT, offs=hot)  # [H, r]
             y[:num_rows] += F.grouped_mm(low, B, offs=hot)
         else:
-            low = x.new_empty(num_rows, A.shape[1])
-            for rows, A_g, B_g in zip(slices(hot), A, B, strict=True):
-                torch.mm(drop(x[rows], rows), A_g.T, out=low[rows])
-                y[rows].addmm_(low[rows], B_g)
+            y, low = x.new_empty(len(x), W.shape[1]), x.new_empty(num_rows, A.shape[1])
+            for g, own in enumerate(slices(offsets)):
+                rows = whole_tiles(own, len(x), x.dtype)  # the next group overwrites those added
+                torch.mm(x[rows], W[g].T, out=y[rows])
+                if g < len(A):
+                    rows = whole_tiles(own, num_rows, x.dtype)
+                    torch.mm(drop(x[rows], rows), A[g].T, out=low[rows])
+                    y[rows].addmm_(low[rows], B[g])
         ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         return y
 
@@ -85,8 +129,8 @@ class LoRAGroupedLinear(torch.autograd.Function):
         W, A, B, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
         hot, num_rows, drop = offsets[: len(A)], len(low), ctx.drop
-        grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
         if ctx.one_kernel:
+            grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
             grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
             if need_x:
                 grad_x[:num_rows] += drop(F.grouped_mm(grad_low, A, offs=hot), slice(num_rows))
@@ -95,17 +139,24 @@ class LoRAGroupedLinear(torch.autograd.Function):
                 seen = drop(ctx.recompute(slice(num_rows), *sources), slice(num_rows))
                 grad_A = grouped_outer(grad_low, seen, hot)
             grad_B = grouped_outer(low, grad[:num_rows], hot)
-        else:
-            grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
-            for g, rows in enumerate(slices(hot)):
-                grad_low = F.linear(grad[rows], B[g])  # [rows, r]
-                if need_x and drop is all_of:
-                    grad_x[rows].addmm_(grad_low, A[g])
-                elif need_x:
-                    grad_x[rows] += drop(grad_low @ A[g], rows)
-                if need_A:
-                    torch.mm(grad_low.T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
-                torch.mm(low[rows].T, grad[rows], out=grad_B[g])
+            return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+        grad_x = grad.new_empty(len(grad), W.shape[2]) if need_x else None  # [R, in]
+        grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+        for g, own in enumerate(slices(offsets)):
+            if need_x:
+                rows = whole_tiles(own, len(grad), grad.dtype)
+                torch.mm(grad[rows], W[g], out=grad_x[rows])
+            if g >= len(A):
+                continue
+            rows = whole_tiles(own, num_rows, grad.dtype)
+            grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+            if need_x and drop is all_of:
+                grad_x[rows].addmm_(grad_low, A[g])
+            elif need_x:
+                grad_x[rows] += drop(grad_low @ A[g], rows)
+            if need_A:
+                torch.mm(first(grad_low, own).T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
+            torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
         return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 

@@ -190,7 +190,6 @@ def plain_moe(block, x: torch.Tensor, hot: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_hot_experts_equal_a_plain_loop_in_values_and_gradients(kind, dtype, tolerance):
-    """float32 takes grouped_mm; float64, which grouped_mm refuses, takes the plain path of grouped_linear."""
     model = fresh_model()
     hellora.attach(model, HOT, R, ALPHA, kind=kind)
     randomise_adapters(model)

@@ -174,6 +174,28 @@ def test_adapted_groups_have_the_gradients_of_the_plain_formula_also_without_row
         torch.testing.assert_close(grad, want_grad)
 
 
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("counts", [[19, 0, 5, 33, 2], [1, 16, 40, 0, 0], [0, 0, 0, 7, 21]], ids=str)
+def test_products_in_bfloat16_take_whole_tiles_of_16_rows_and_give_what_the_groups_alone_give(monkeypatch, counts, n):
+    sizes, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, *args, **kwargs: sizes.append(len(x)) or mm(x, *args, **kwargs))
+    R, num_rows = sum(counts), sum(counts[:n])
+    source, W = draw(R, 18, dtype=torch.bfloat16), draw(len(counts), 24, 18, dtype=torch.bfloat16).detach()
+    A, B = draw(n, 8, 18, dtype=torch.bfloat16), draw(n, 8, 24, dtype=torch.bfloat16)
+    upstream = draw(R, 24, dtype=torch.bfloat16).detach()
+    made_by = (lambda rows, source: source[rows].tanh(), source[:num_rows].detach())
+
+    def results() -> tuple[torch.Tensor, ...]:
+        y = ops.lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, None, *made_by)
+        return y, *torch.autograd.grad(y, (source, A, B), upstream)
+
+    whole_tiles, products = results(), len(sizes)
+    monkeypatch.setattr("ops.experts.TILE", 1)
+    for found, alone in zip(whole_tiles, results(), strict=True):
+        torch.testing.assert_close(found, alone, rtol=0.02, atol=0.02)
+    assert (sizes[0], sizes[products]) == (-(-counts[0] // 16) * 16, counts[0])
+
+
 def test_no_gradient_is_computed_for_an_input_that_nothing_trained_made():
     """As in the first layer, where the products with frozen weights are as large as those of the forward pass."""
     x, W, A, B = draw(11, 7).detach(), draw(5, 6, 7).detach(), draw(3, 2, 7), draw(3, 2, 6)
