@@ -13,14 +13,12 @@ Compare the ratios within one run: the absolute numbers depend on the machine. `
 import importlib
 
 from command import cli
-from run.processes import keep_freed_memory
 
 COMMANDS = ("step", "generate", "load", "plan", "full", "gpu")
 
 
 def main(argv: list[str] | None = None) -> object:
     name, flags = cli.subcommand("bench.py", COMMANDS, argv, __doc__)
-    keep_freed_memory()
     return importlib.import_module(f"benchmarks.{name}").main(flags)
 
 

@@ -43,7 +43,7 @@ from hub.weights import hub_views
 from model import MoEConfig, MoETransformer, read_config
 from profile import count_task
 from run import memory
-from run.processes import ALONE
+from run.processes import ALONE, keep_freed_memory
 from run.step import global_step, load_shared
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
@@ -87,6 +87,7 @@ def examples(n: int, vocab_size: int) -> list[data.Encoded]:
 
 def train(model: MoETransformer, batches: list[list[data.Encoded]]) -> dict:
     """One step on each batch, as train.py takes it."""
+    keep_freed_memory()
     optimizer, losses, times = adamw(model), [], []
     tokens = [sum(len(item.ids) for item in batch) for batch in batches]
     for batch, count in zip(batches, tokens, strict=True):

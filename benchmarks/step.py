@@ -35,7 +35,7 @@ from command.files import writable, write_json
 from data import Batch
 from model import MoEConfig, MoETransformer
 from profile import profile_routing
-from run.processes import DTYPE_HELP, DTYPES, default_dtype
+from run.processes import DTYPE_HELP, DTYPES, default_dtype, keep_freed_memory
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 SWEEPS = {  # --sweep -> the values tried
@@ -104,6 +104,7 @@ def make_subject(name: str, case: Case, base: MoETransformer, hot: Tensor) -> Su
 
 def take_turns(subjects: list[Subject], batches: list[Batch], case: Case) -> dict[str, np.ndarray]:
     """Seconds of each subject's steps, timed in turn.  -> [repeats, batches] each"""
+    keep_freed_memory()
     for subject in subjects:
         subject.step(batches[0])  # warm up; the optimizer allocates its moments
     times = {subject.name: [] for subject in subjects}

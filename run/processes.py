@@ -64,10 +64,12 @@ def processes_per_machine() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones; without glibc, nothing.
+    """Let glibc keep the memory of freed tensors for the next ones. To be called when the weights are in memory.
 
     By default it returns a block above 32 MB to the system. The next tensor of that size gets it back page by page,
-    each filled with zeros first: 660,000 page faults in a step of 32 examples (docs/speed.md).
+    each filled with zeros first: 660,000 page faults in a step of 32 examples (docs/speed.md). Freed weights, which
+    other blocks lie between, would not fit the next model's: that would need twice the memory. Without glibc this does
+    nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
@@ -87,8 +89,6 @@ def start_processes(backend: str | None = None, timeout: timedelta | None = None
         raise InputError(f"process {local + 1} of this machine has no GPU, there are {gpus}; start {gpus} processes")
     if cuda:
         torch.cuda.set_device(local)
-    else:
-        keep_freed_memory()
     if count > 1:
         dist.init_process_group(backend or ("nccl" if cuda else "gloo"), timeout=timeout)
     return Processes(index, count, torch.device("cuda", local) if cuda else torch.device("cpu"))
