@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import IO
 
 from command import cli
@@ -67,11 +67,11 @@ def expected_seconds(needed: Needed, records: Records) -> float:
 
 
 def like(run: Run, part: str, finished: list[dict]) -> float | None:
-    """Mean seconds of a part of finished runs of this model and size: of the same method if there are any."""
+    """Median seconds of a part of finished runs of this model and size: of the same method if there are any."""
     same = ("model", "steps", *(["task"] if part == "train" else []))
     alike = [r for r in finished if part in r["seconds"] and all(r["run"][key] == getattr(run, key) for key in same)]
     closest = [record for record in alike if record["run"]["method"] == run.method] or alike
-    return mean(record["seconds"][part] for record in closest) if closest else None
+    return median(record["seconds"][part] for record in closest) if closest else None
 
 
 def duration(seconds: float) -> str:
