@@ -37,7 +37,7 @@ from run import adapters, memory, recipes
 from run.folder import check_out, earlier_result, write_config
 from run.log import Recorder, check_records, stop, stop_signals, summary
 from run.methods import METHODS, num_hot_experts
-from run.processes import Processes, end_processes, keep_freed_memory, processes_per_machine, start_processes
+from run.processes import Processes, end_processes, freed_memory_kept, processes_per_machine, start_processes
 from run.report import package, reporting
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
@@ -354,11 +354,11 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
     say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
-    keep_freed_memory()
     model.train()
     report_to = settings.report_to if processes.is_main else "none"
     reports = reporting(report_to, out, asdict(settings), first)
-    with recorder.recording(first), reports as report, stop_signals(processes) as signalled:
+    kept = freed_memory_kept(processes.device)
+    with recorder.recording(first), reports as report, stop_signals(processes) as signalled, kept:
         for step, batch in data.numbered_batches(len(items), settings.batch, settings.seed, first, steps):
             if validation.ended:
                 break

@@ -43,7 +43,7 @@ from hub.weights import hub_views
 from model import MoEConfig, MoETransformer, read_config
 from profile import count_task
 from run import memory
-from run.processes import ALONE, keep_freed_memory
+from run.processes import ALONE, freed_memory_kept
 from run.step import global_step, load_shared
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
@@ -87,7 +87,6 @@ def examples(n: int, vocab_size: int) -> list[data.Encoded]:
 
 def train(model: MoETransformer, batches: list[list[data.Encoded]]) -> dict:
     """One step on each batch, as train.py takes it."""
-    keep_freed_memory()
     optimizer, losses, times = adamw(model), [], []
     tokens = [sum(len(item.ids) for item in batch) for batch in batches]
     for batch, count in zip(batches, tokens, strict=True):
@@ -117,7 +116,8 @@ def measure(folder: Path) -> dict:
     model = load_shared(folder, torch.bfloat16, CPU, shard="none", attach=lambda model: attached(model=model))
     row["seconds_load"] = time.perf_counter() - began
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
-    row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
+    with freed_memory_kept(CPU):
+        row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
     sizes = {"dtype": torch.bfloat16, "num_processes": 1, "sharded": False, "tokens": max(row["tokens"])}
     row["planned_bytes"] = memory.plan(config, lambda model: attached(model=model), **sizes).total
     rows = max(row["tokens"]) * config.num_experts_per_tok

@@ -29,6 +29,7 @@ from run.methods import METHODS, Recipe, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
 GPU_GB, MACHINE_GB = 80, 24  # memory, unless a flag says otherwise
+CPU_SPARE = 0.25  # share of a machine's memory: freed tensors leave gaps, oneDNN keeps its kernels (docs/full-size.md)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) ->
     sent, between = traffic(plan, shard, settings, full=not method.experts)
     row = {"shard": shard} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
     row |= {"sent_between_machines": between} if settings.machines > 1 else {}
-    return row | {"fits": plan.total <= (1 - memory.SPARE) * settings.memory * 1e9}
+    spare = CPU_SPARE if settings.cpu else memory.SPARE
+    return row | {"fits": plan.total <= (1 - spare) * settings.memory * 1e9}
 
 
 def hours(tokens_per_s: float) -> float:

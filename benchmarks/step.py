@@ -35,7 +35,7 @@ from command.files import writable, write_json
 from data import Batch
 from model import MoEConfig, MoETransformer
 from profile import profile_routing
-from run.processes import DTYPE_HELP, DTYPES, default_dtype, keep_freed_memory
+from run.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 SWEEPS = {  # --sweep -> the values tried
@@ -84,7 +84,8 @@ def measure(case: Case) -> list[dict]:
             keys = ("samples_per_s", "tokens_per_s", "over_floor", "peak_bytes", "saved_bytes", "adapter_flops")
             about = {"name": name, "batch": case.batch, **dict.fromkeys(keys)}
             rows.append(about | {"note": f"{error.name} is not installed"})
-    times = take_turns(subjects, batches, case)
+    with freed_memory_kept(case.device):
+        times = take_turns(subjects, batches, case)
     routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
     fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
     say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
@@ -104,7 +105,6 @@ def make_subject(name: str, case: Case, base: MoETransformer, hot: Tensor) -> Su
 
 def take_turns(subjects: list[Subject], batches: list[Batch], case: Case) -> dict[str, np.ndarray]:
     """Seconds of each subject's steps, timed in turn.  -> [repeats, batches] each"""
-    keep_freed_memory()
     for subject in subjects:
         subject.step(batches[0])  # warm up; the optimizer allocates its moments
     times = {subject.name: [] for subject in subjects}

@@ -21,17 +21,24 @@ def slices(offsets: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
-def whole_tiles(rows: slice, end: int, dtype: torch.dtype) -> slice:
-    """The rows of a group and, in a 16-bit dtype on a CPU, as many of the next ones as fill its last tile.
+def whole_tiles(rows: slice, end: int, x: Tensor) -> slice:
+    """The rows of a group, and for 16-bit x on a CPU as many of the next ones, up to `end`, as fill its last tile.
 
     oneDNN compiles a kernel for every number of rows that it has not seen, which takes longer than the product. Whole
-    tiles have few sizes, and a product of 9 rows takes as long as one of 16. From 256 rows on a tile has about an
-    eighth of them. The rows added must be overwritten, or have no effect. They end at `end`.
+    tiles have few sizes, and a product of 9 rows takes as long as one of 16. From 256 rows on, a tile has between a
+    sixteenth and an eighth of them. Whoever takes more rows must see to it that a later group overwrites the results,
+    or multiply them by zero.
     """
     n = rows.stop - rows.start
     tile = max(TILE, 1 << n.bit_length() >> 4)
     stop = rows.start + -(-n // tile) * tile
-    return slice(rows.start, stop) if dtype.itemsize == 2 and stop <= end else rows
+    return slice(rows.start, stop) if x.dtype.itemsize == 2 and not one_kernel(x.device) and stop <= end else rows
+
+
+def group_product(x: Tensor, W: Tensor, rows: slice, y: Tensor) -> None:
+    """Write x W to y for the rows of a group. Some rows of later groups get numbers that these must overwrite."""
+    rows = whole_tiles(rows, len(x), x)
+    torch.mm(x[rows], W, out=y[rows])
 
 
 def first(x: Tensor, rows: slice) -> Tensor:
@@ -60,8 +67,7 @@ class GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, offsets)
         y = x.new_empty(len(x), W.shape[1])
         for rows, W_g in zip(slices(offsets), W, strict=True):
-            rows = whole_tiles(rows, len(x), x.dtype)  # the next group overwrites those added
-            torch.mm(x[rows], W_g.T, out=y[rows])
+            group_product(x, W_g.T, rows, y)
         return y
 
     @staticmethod
@@ -69,8 +75,10 @@ class GroupedLinear(torch.autograd.Function):
         x, W, offsets = ctx.saved_tensors
         need_x, need_W, _ = ctx.needs_input_grad
         grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
-        # Empty groups take part too, so that their gradient is zero and not None.
-        return grad_x, torch.stack([grad[n].T @ x[n] for n in slices(offsets)]) if need_W else None, None
+        grad_W = torch.empty_like(W) if need_W else None
+        for g, rows in enumerate(slices(offsets) if need_W else ()):  # also of empty groups: zero
+            torch.mm(grad[rows].T, x[rows], out=grad_W[g])
+        return grad_x, grad_W, None
 
 
 def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
@@ -107,20 +115,20 @@ class LoRAGroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, offsets, num_rows: int, drop, recompute, *sources) -> Tensor:
-        hot, ctx.recompute = offsets[: len(A)], recompute
-        ctx.one_kernel = num_rows > 0 and one_kernel(x.device) and fits(A, B)
+        hot, ctx.recompute, ctx.loops = offsets[: len(A)], recompute, not one_kernel(x.device)
+        ctx.one_kernel = num_rows > 0 and not ctx.loops and fits(A, B)
         ctx.drop = drop = drop or all_of  # linear and symmetric: it also takes the gradient back
+        y = x.new_empty(len(x), W.shape[1]) if ctx.loops else grouped_linear(x, W, offsets)
         if ctx.one_kernel:
-            y = grouped_linear(x, W, offsets)
             low = F.grouped_mm(drop(x[:num_rows], slice(num_rows)), A.mT, offs=hot)  # [H, r]
             y[:num_rows] += F.grouped_mm(low, B, offs=hot)
         else:
-            y, low = x.new_empty(len(x), W.shape[1]), x.new_empty(num_rows, A.shape[1])
-            for g, own in enumerate(slices(offsets)):
-                rows = whole_tiles(own, len(x), x.dtype)  # the next group overwrites those added
-                torch.mm(x[rows], W[g].T, out=y[rows])
+            low = x.new_empty(num_rows, A.shape[1])
+            for g, own in enumerate(slices(offsets if ctx.loops else hot)):
+                if ctx.loops:
+                    group_product(x, W[g].T, own, y)
                 if g < len(A):
-                    rows = whole_tiles(own, num_rows, x.dtype)
+                    rows = whole_tiles(own, num_rows, x)
                     torch.mm(drop(x[rows], rows), A[g].T, out=low[rows])
                     y[rows].addmm_(low[rows], B[g])
         ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
@@ -131,34 +139,33 @@ class LoRAGroupedLinear(torch.autograd.Function):
         W, A, B, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
         hot, num_rows, drop = offsets[: len(A)], len(low), ctx.drop
+        grad_x = grad_A = None
+        if need_x:
+            grad_x = grad.new_empty(len(grad), W.shape[2]) if ctx.loops else grouped_linear(grad, W.mT, offsets)
         if ctx.one_kernel:
-            grad_x = grouped_linear(grad, W.mT, offsets) if need_x else None  # [R, in]
             grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
             if need_x:
                 grad_x[:num_rows] += drop(F.grouped_mm(grad_low, A, offs=hot), slice(num_rows))
-            grad_A = None
             if need_A:
                 seen = drop(ctx.recompute(slice(num_rows), *sources), slice(num_rows))
                 grad_A = grouped_outer(grad_low, seen, hot)
             grad_B = grouped_outer(low, grad[:num_rows], hot)
-            return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
-        grad_x = grad.new_empty(len(grad), W.shape[2]) if need_x else None  # [R, in]
-        grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
-        for g, own in enumerate(slices(offsets)):
-            if need_x:
-                rows = whole_tiles(own, len(grad), grad.dtype)
-                torch.mm(grad[rows], W[g], out=grad_x[rows])
-            if g >= len(A):
-                continue
-            rows = whole_tiles(own, num_rows, grad.dtype)
-            grad_low = F.linear(grad[rows], B[g])  # [rows, r]
-            if need_x and drop is all_of:
-                grad_x[rows].addmm_(grad_low, A[g])
-            elif need_x:
-                grad_x[rows] += drop(grad_low @ A[g], rows)
-            if need_A:
-                torch.mm(first(grad_low, own).T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
-            torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
+        else:
+            grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+            for g, own in enumerate(slices(offsets if ctx.loops else hot)):
+                if need_x and ctx.loops:
+                    group_product(grad, W[g], own, grad_x)
+                if g >= len(A):
+                    continue
+                rows = whole_tiles(own, num_rows, grad)
+                grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+                if need_x and drop is all_of:
+                    grad_x[rows].addmm_(grad_low, A[g])
+                elif need_x:
+                    grad_x[rows] += drop(grad_low @ A[g], rows)
+                if need_A:
+                    torch.mm(first(grad_low, own).T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
+                torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
         return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 

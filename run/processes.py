@@ -2,7 +2,9 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
 
@@ -63,18 +65,27 @@ def processes_per_machine() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones. To be called when the weights are in memory.
+@contextmanager
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """On a CPU, glibc keeps the memory of freed tensors for the next ones meanwhile. Without glibc this does nothing.
 
-    By default it returns a block above 32 MB to the system. The next tensor of that size gets it back page by page,
-    each filled with zeros first: 660,000 page faults in a step of 32 examples (docs/speed.md). Freed weights, which
-    other blocks lie between, would not fit the next model's: that would need twice the memory. Without glibc this does
-    nothing.
+    By default glibc returns a block above 32 MB to the system. The next tensor of that size gets it back page by page,
+    each filled with zeros first: 660,000 page faults in a step of 32 examples (docs/speed.md). Not for loading: the
+    gaps that freed weights leave are too small for those of the next model, which needs memory of its own.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda parameter, value: None)
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    if not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_MAX, 65536)  # the defaults
+        libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def start_processes(backend: str | None = None, timeout: timedelta | None = None) -> Processes:

@@ -17,7 +17,7 @@ from benchmarks.measure import allocated_peak, saved_bytes
 from hub.config import FAMILIES
 from hub.weights import init_weights
 from model import MoEConfig, MoETransformer, load_model
-from ops.experts import grouped_outer
+from ops.experts import grouped_outer, whole_tiles
 
 COUNTS = [3, 0, 5, 1, 2]  # rows of each of G = 5 groups, of which the first n are hot
 PLAIN = {name: module for module in (model_module, lora) for name in ops.__all__ if name in vars(module)}
@@ -174,26 +174,38 @@ def test_adapted_groups_have_the_gradients_of_the_plain_formula_also_without_row
         torch.testing.assert_close(grad, want_grad)
 
 
+@pytest.mark.parametrize("drops", [False, True], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("n", [1, 3, 5])
-@pytest.mark.parametrize("counts", [[19, 0, 5, 33, 2], [1, 16, 40, 0, 0], [0, 0, 0, 7, 21]], ids=str)
-def test_products_in_bfloat16_take_whole_tiles_of_16_rows_and_give_what_the_groups_alone_give(monkeypatch, counts, n):
+@pytest.mark.parametrize("counts", [[19, 0, 5, 33, 2], [1, 16, 295, 0, 0], [0, 0, 0, 7, 21]], ids=str)
+def test_products_in_bfloat16_take_whole_tiles_of_rows_and_give_what_the_groups_alone_give(
+    monkeypatch, counts, n, drops
+):
     sizes, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda x, *args, **kwargs: sizes.append(len(x)) or mm(x, *args, **kwargs))
     R, num_rows = sum(counts), sum(counts[:n])
     source, W = draw(R, 18, dtype=torch.bfloat16), draw(len(counts), 24, 18, dtype=torch.bfloat16).detach()
     A, B = draw(n, 8, 18, dtype=torch.bfloat16), draw(n, 8, 24, dtype=torch.bfloat16)
-    upstream = draw(R, 24, dtype=torch.bfloat16).detach()
+    upstream, keep = draw(R, 24, dtype=torch.bfloat16).detach(), draw(num_rows, 18).detach() > 0
+    drop = (lambda x, rows: x * keep[rows]) if drops else None
     made_by = (lambda rows, source: source[rows].tanh(), source[:num_rows].detach())
 
     def results() -> tuple[torch.Tensor, ...]:
-        y = ops.lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, None, *made_by)
+        y = ops.lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, drop, *made_by)
         return y, *torch.autograd.grad(y, (source, A, B), upstream)
 
     whole_tiles, products = results(), len(sizes)
-    monkeypatch.setattr("ops.experts.whole_tiles", lambda rows, end, dtype: rows)
+    monkeypatch.setattr("ops.experts.whole_tiles", lambda rows, end, x: rows)
     for found, alone in zip(whole_tiles, results(), strict=True):
         torch.testing.assert_close(found, alone, rtol=0.02, atol=0.02)
     assert (sizes[0], sizes[products]) == (-(-counts[0] // 16) * 16, counts[0])
+
+
+def test_a_tile_has_at_most_an_eighth_of_many_rows_and_there_are_few_sizes():
+    x = torch.empty(0, dtype=torch.bfloat16)
+    sizes = {n: whole_tiles(slice(0, n), 10**6, x).stop for n in range(1, 5000)}
+    assert all(n <= size <= max(n + 15, n * 9 / 8) for n, size in sizes.items())
+    assert len({*sizes.values()}) < 60
+    assert whole_tiles(slice(3, 20), 34, x) == slice(3, 20) and whole_tiles(slice(3, 20), 35, x) == slice(3, 35)
 
 
 def test_no_gradient_is_computed_for_an_input_that_nothing_trained_made():
