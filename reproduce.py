@@ -11,6 +11,7 @@ interrupted command continues where it stopped when it is given again. The folde
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from command import cli
 from command.cli import RunError, flag, number
@@ -225,8 +226,9 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     if out:
         write_json(out, [row for each in sections for row in each.rows])
     if name == "all":
-        made = [sum(record["seconds"].values()) for record in place.records]
-        write_page(settings.folder, sections, f"{len(made)} runs took {duration(sum(made))} of one worker")
+        timed = [sum(record["seconds"].values()) for record in place.records if "train" in record["seconds"]]
+        spent = f"{duration(median(timed))} of one worker in the median" if timed else "no time yet"
+        write_page(settings.folder, sections, f"The {len(list(place.records))} runs took {spent}")
     if failed:
         raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
     return sections
