@@ -18,7 +18,7 @@ from command.cli import RunError, flag, number
 from command.files import writable, write_json
 from paper import fullsize, params, routing, runner, speed
 from paper.page import Section, write_page
-from paper.runner import Workplace, add, duration, make, pending, plan_line
+from paper.runner import Workplace, add, make, pending, plan_line
 from paper.runs import Records
 from paper.tables import SCALES, Column, Row, Scale, Table
 
@@ -227,8 +227,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         write_json(out, [row for each in sections for row in each.rows])
     if name == "all":
         timed = [sum(record["seconds"].values()) for record in place.records if "train" in record["seconds"]]
-        spent = f"{duration(median(timed))} of one worker in the median" if timed else "no time yet"
-        write_page(settings.folder, sections, f"The {len(list(place.records))} runs took {spent}")
+        spent = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
+        write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{spent}")
     if failed:
         raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
     return sections
