@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import resource
 import sys
 
 import pytest
@@ -269,31 +268,6 @@ def test_every_process_holds_about_the_average(model, processes):
 
 
 # ------------------------------------------------------------------------------------------------- freed memory
-
-
-def page_faults(times: int) -> int:
-    """How often the system hands out a page while a tensor of 64 MB is made and freed."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(times):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def resident() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
-def test_freed_memory_is_used_again_in_a_training_loop_and_goes_back_to_the_system_after_it():
-    page_faults(1)
-    held, per_tensor = resident(), page_faults(1)
-    with freed_memory_kept(torch.device("cpu")):
-        page_faults(1)
-        again, kept = page_faults(5), resident()
-    assert per_tensor > 100 and again < per_tensor / 10
-    assert kept > held + 50e6 > resident() + 25e6
-    assert page_faults(1) == pytest.approx(per_tensor, rel=0.1)
 
 
 def test_glibc_is_called_neither_for_a_gpu_nor_on_another_system(monkeypatch):
