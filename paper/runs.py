@@ -19,12 +19,13 @@ from pathlib import Path
 import data
 from command.cli import InputError
 from command.files import write_text
-from hub.checkpoint import resolve
+from hub.checkpoint import EMBEDDED, resolve
 from run.folder import MAY_CHANGE, read_json
 from run.settings import Settings, parse_settings
 from run.source import base_content
 
 LOSSES = 20  # points of the loss curve that a record keeps
+BATCH = 128  # sequences that an embedded model decodes at once: four times the default, since it is small
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Records:
 
     def evaluate_flags(self, run: Run, source: str, task: str, out: str) -> list[str]:
         """The arguments of evaluate.py for the model that `source` names."""
-        return [source, *flags(self.evaluation(task) | {"task": task, "seed": run.seed, "out": out})]
+        batch = BATCH if run.model in EMBEDDED else None  # no effect on scores
+        return [source, *flags(self.evaluation(task) | {"task": task, "seed": run.seed, "batch": batch, "out": out})]
 
     def evaluation(self, task: str) -> dict:
         """What decides a score besides the model."""
