@@ -52,19 +52,24 @@ def fits(*tensors: Tensor) -> bool:
     return all(t.dtype != torch.float64 and all(n * t.element_size() % 16 == 0 for n in t.shape[1:]) for t in tensors)
 
 
+def one_call(x: Tensor, *factors: Tensor) -> bool:
+    """Whether grouped_mm multiplies all groups. In 16 bits a CPU would compile a kernel for every number of rows."""
+    return (one_kernel(x.device) or x.dtype == torch.float32) and fits(*factors)
+
+
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets int32 [G] ends -> [R, out]"""
-    if one_kernel(x.device) and fits(W):
-        return F.grouped_mm(x, W.transpose(1, 2), offs=offsets)
     return GroupedLinear.apply(x, W, offsets)
 
 
 class GroupedLinear(torch.autograd.Function):
-    """`grouped_linear`, one group after the other."""
+    """`grouped_linear`, keeping x only where W trains."""
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, offsets)
+        if one_call(x, W):
+            return F.grouped_mm(x, W.mT, offs=offsets)
         y = x.new_empty(len(x), W.shape[1])
         for rows, W_g in zip(slices(offsets), W, strict=True):
             group_product(x, W_g.T, rows, y)
@@ -75,16 +80,20 @@ class GroupedLinear(torch.autograd.Function):
         x, W, offsets = ctx.saved_tensors
         need_x, need_W, _ = ctx.needs_input_grad
         grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
-        grad_W = torch.empty_like(W) if need_W else None
-        for g, rows in enumerate(slices(offsets) if need_W else ()):  # also of empty groups: zero
-            torch.mm(grad[rows].T, x[rows], out=grad_W[g])
+        if not need_W:
+            return grad_x, None, None
+        if one_call(grad, W):
+            return grad_x, grouped_outer(grad, x, offsets), None
+        grad_W = torch.empty_like(W)
+        for rows, own in zip(slices(offsets), grad_W, strict=True):  # also of empty groups: zero
+            torch.mm(grad[rows].T, x[rows], out=own)
         return grad_x, grad_W, None
 
 
 def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """sum y x^T over the rows of each group, by one kernel.  y [R, out], x [R, in] -> [G, out, in]"""
     empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # [G]; for these some GPUs return uninitialised memory
-    return F.grouped_mm(y.T, x, offs=offsets).masked_fill(empty[:, None, None], 0)
+    return F.grouped_mm(y.T, x, offs=offsets).masked_fill_(empty[:, None, None], 0)
 
 
 def all_of(x: Tensor, rows: slice) -> Tensor:
@@ -102,6 +111,11 @@ def lora_grouped_linear(
     rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of them in the backward pass, and only
     the sources are kept.
     """
+    if not torch.is_grad_enabled():  # nothing is kept, and decoding has few rows per group: the fewest calls are best
+        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
+        seen = drop(x[:num_rows], slice(num_rows)) if drop else x[:num_rows]
+        y[:num_rows] += grouped_linear(grouped_linear(seen, A, hot), B.mT, hot)
+        return y
     return LoRAGroupedLinear.apply(x, W, A, B, offsets, num_rows, drop, recompute, *sources)
 
 

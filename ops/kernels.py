@@ -6,7 +6,7 @@ ONE_KERNEL = ("cuda",)  # device types
 
 
 def one_kernel(device: torch.device) -> bool:
-    """Whether grouped products, and attention to a padded batch, run as one kernel there.
+    """Whether products with LoRA pairs, and attention to a padded batch, run as one kernel for all groups there.
 
     On a CPU they are loops anyway. Our loop computes no padding, and does all work on rows while the cache has them.
     """

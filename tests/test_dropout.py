@@ -65,6 +65,22 @@ def test_fast_versions_drop_what_the_reference_formula_drops(make_checkpoint, mo
     assert (undropped.eval()(IDS, LENGTHS, labels=LABELS)[0] - loss).abs() > 1e-3 * loss
 
 
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", lora.KINDS)
+def test_a_pass_without_gradients_gives_the_same_logits(make_checkpoint, monkeypatch, kind, dtype, devices):
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
+    model, dropout = attached(make_checkpoint("qwen2_moe").folder, kind)
+    dropout.see(list("edgac"), LENGTHS)
+    want, _ = model.to(dtype)(IDS, LENGTHS)
+    with torch.no_grad():
+        logits, _ = model(IDS, LENGTHS)
+        undropped, _ = model.eval()(IDS, LENGTHS)
+    assert want.requires_grad and not logits.requires_grad
+    torch.testing.assert_close(logits, want.detach(), atol=1e-5, rtol=1e-5)
+    assert (undropped - logits).abs().max() > 1e-3
+
+
 @every_family
 def test_activation_checkpointing_drops_the_same_again(make_checkpoint, family):
     model, dropout = attached(make_checkpoint(family).folder)
