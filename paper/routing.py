@@ -35,8 +35,9 @@ OLMOE = {
 OTHERS = {"Qwen1.5-MoE": "qwen1.5-moe-gsm8k", "DeepSeekMoE": "deepseek-moe-gsm8k"}
 PRESET_OF = {"olmoe": "olmoe-1b-7b", "qwen1.5": "qwen1.5-moe-a2.7b", "deepseek": "deepseek-moe-16b"}
 LAYERS = (0, 4, 8, 12, 15)  # of OLMoE-1B-7B, in Figure 4
-COLORS = ("#00204c", "#e69f00", "#56b4e9", "#8a8779")  # of Okabe and Ito, and cividis: apart without colour vision
-STYLES = ("-", "--", "-.", ":")
+# of Okabe and Ito, and cividis: apart without colour vision
+COLORS = ("#00204c", "#e69f00", "#56b4e9", "#8a8779", "#009e73", "#cc79a7")
+STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
 PAPER_SAVED, PAPER_SAME = 38.7, (11, 16)  # % of adapter FLOPs (abstract); layers with an equal hot set (Figure 3)
 PAPER_LAYER, PAPER_SHARE = 7, 50.0  # "more than 50 %" of layer 7's tokens reach the top 8 on GSM8K (Figure 1)
 
@@ -212,7 +213,7 @@ def draw_overlaps(bars: dict[str, Tensor], path: Path) -> None:
     axes = figure.subplots()
     marks = "os^DvPX"
     for i, (name, overlap) in enumerate(bars.items()):
-        style = {"color": COLORS[i % 4], "linestyle": STYLES[i % 4], "marker": marks[i % 7], "markersize": 5}
+        style = {"color": COLORS[i % 6], "linestyle": STYLES[i % 6], "marker": marks[i % 7], "markersize": 5}
         axes.plot(range(len(overlap)), overlap, linewidth=1.5, label=name, **style)
     axes.set(xlabel="layer", ylabel="overlap (Jaccard) of the hottest experts", ylim=(0, 1.05))
     axes.set_xticks(range(max(map(len, bars.values()))))
@@ -284,5 +285,5 @@ def draw_sorted(panels: dict[str, dict[str, Tensor]], num_hot: int | None, path:
 def draw_curve(axes: Axes, counts: Tensor, name: str, i: int) -> None:
     values = np.sort(100 * shares(counts[None])[0].numpy())[::-1]
     marker = "o" if len(values) <= 16 else None
-    style = {"color": COLORS[i % 4], "linestyle": STYLES[i % 4], "marker": marker, "markersize": 4}
+    style = {"color": COLORS[i % 6], "linestyle": STYLES[i % 6], "marker": marker, "markersize": 4}
     axes.plot(range(1, len(values) + 1), values, linewidth=1.5, label=name, **style)
