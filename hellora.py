@@ -42,7 +42,7 @@ TARGETS = {  # what gets an adapter besides the chosen experts, where a layer ha
 
 
 def hot_first(scores: Tensor) -> Tensor:
-    """Expert ids by falling score; of equal scores the lower id comes first.  [..., E] -> [..., E]"""
+    """Expert ids by descending score; of equal scores the lower id comes first.  [..., E] -> [..., E]"""
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 

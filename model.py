@@ -1,12 +1,12 @@
-"""A compact mixture-of-experts transformer that reads and writes Hugging Face checkpoints. All of it is in this file.
+"""A compact mixture-of-experts transformer that reads and writes Hugging Face checkpoints.
 
     model = load_model("tiny")                     # a folder or a hub id, e.g. allenai/OLMoE-1B-7B-0924
     logits, selected_experts = model(input_ids)    # the prediction, and the experts that computed it
 
-OLMoE, Mixtral, DeepSeekMoE and Qwen's models share this forward pass; they differ in config values and key names.
-Attention knows the sequence of each token. The rest works on a flat list of real tokens: padding is never routed. The E
-experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls ops.NAME, the
-reference formula NAME is in this file or in lora.py. The optimized version gives the same values and gradients.
+OLMoE, Mixtral, DeepSeekMoE and Qwen's models share the forward pass in this file. They differ in config values and key
+names. Only attention uses which sequence a token belongs to. The rest works on a flat list of real tokens: padding is
+never routed. The E experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls
+ops.NAME, the reference formula NAME is here or in lora.py; the optimized version gives the same values and gradients.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,

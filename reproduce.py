@@ -5,7 +5,7 @@
     python reproduce.py params               # Tables 2, 3, 5 and 7: what trains, its share, its bytes; no weights
 
 Our values come from the embedded models and tasks. Runs are kept in results/runs, where every table reads them. An
-interrupted command continues where it stopped when it is given again. The folder paper/ has its parts.
+interrupted command continues where it stopped when it is run again. The folder paper/ has its parts.
 """
 
 from dataclasses import dataclass, replace
@@ -100,7 +100,7 @@ NUMBER = Table(
     "Table 7: how many hot experts per layer, OLMoE-1B-7B",
     columns=(MATH,),
     seeds=5,
-    notes=("The paper swaps the rows Accuracy and Throughput of this table. Here they are in the right order.",),
+    notes=("The paper swaps the labels of the rows Accuracy and Throughput. Here they are in the right order.",),
     rows=(
         Row("k = 2", {"method": "hellora", "k": 2}, (26.72,), "k = 8"),
         Row("k = 4", {"method": "hellora", "k": 4}, (26.97,), "k = 8", "hotk4"),

@@ -1,4 +1,4 @@
-"""Fine-tune a mixture of experts: count, choose, attach, train, save. The number of processes changes no result.
+"""Fine-tune a mixture of experts: count, choose, attach, train, save.
 
     torchrun --nproc_per_node 2 train.py --method hellora --k 8          # the embedded model, no GPU needed
     torchrun --nproc_per_node 2 train.py --model allenai/OLMoE-1B-7B-0924 --task gsm8k --method hellora --k 8

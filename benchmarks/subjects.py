@@ -17,7 +17,7 @@ from lori import sparsify
 from model import MoEConfig, MoETransformer
 from run.methods import METHODS
 
-OURS = ("hellora", "hellori-s", "lora", "dora")  # rows of METHODS
+OURS = ("hellora", "hellori-d", "hellori-s", "lora", "lori-d", "lori-s", "dora")  # rows of METHODS
 PEERS = {  # name -> modules and parameters that peft adapts
     "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
     "peft-attention": ("q_proj k_proj v_proj o_proj", ""),

@@ -1,1 +1,1 @@
-"""The method in other clothes, to read beside the README."""
+"""The method without PyTorch, to read beside the README."""

@@ -1,1 +1,1 @@
-"""Methods near HELLoRA that it is compared with: DR-LoRA."""
+"""Related methods that HELLoRA is compared with: DR-LoRA."""

@@ -7,9 +7,10 @@
 
 Of the r_max dimensions of an expert the first R train. In the others B is zero, so they add nothing, and the gradient
 of A is zero too. The gradient of B is not, so `observe` masks it before clipping. AdamW's moments then stay zero, and
-without weight decay the parameters stay as drawn. To grow an expert is to raise R: the function does not jump, and the
-new dimensions start as LoRA starts. (AdamW corrects its bias by the age of the whole tensor, so the first steps of a
-new column are a few times larger than the rate says. Any masked implementation has this, also the authors'.)
+without weight decay the parameters stay as drawn. An expert grows when R is raised. The model's function
+does not change at that step, and the new dimensions start as LoRA starts. (AdamW corrects its bias by the age of the
+whole tensor, so the first steps of a new column are a few times larger than the rate says. Any masked implementation
+has this, also the authors'.)
 
 Sources: arXiv 2601.04823, and the authors' code (gz-d/dr-lora). Both have S = f g / (R + 1)^1.2, the caps, decays of
 0.9, growth from 3 % of the steps to one interval before the end, and a constant scale. The differences:

@@ -61,7 +61,7 @@ def write_page(out: Path, sections: list[Section], made: str) -> None:
         "Written by `python reproduce.py all`. Our values come from the embedded models and tasks, which replace the "
         "paper's. They show whether a difference has the same sign, not how large it is. Each run is a file in "
         "`runs/`. "
-        f"{made}. Printed on {cores} CPU cores with torch {torch_}.", "",
+        f"{made}. This page was written on a machine with {cores} CPU cores and torch {torch_}.", "",
         f"47.6 ± 1.2 (5) is a mean, its 95 % t-interval, and the number of seeds. {RULE}", "",
         "MoE-Sieve is an independent study at full size ([published](published/README.md)).", "",
         *(f"- [{each.title}](#{anchor(each.title)})" for each in sections), "",

@@ -142,8 +142,8 @@ def section() -> Section:
     for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
         ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
         share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
-        said = f"HELLoRA trains {share:.2%} of what LoRA does (quotient of the percentages: {quotient:.2%})"
-        lines.append(f"- {model}: {said}")
+        said = f"{share:.2%} of LoRA's parameters (quotient of the percentages, as in the paper: {quotient:.2%})"
+        lines.append(f"- {model}: HELLoRA trains {said}")
     return Section("What trains: the sizes in Tables 2, 3, 5 and 7", lines, rows)
 
 

@@ -226,7 +226,7 @@ def draw_overlaps(bars: dict[str, Tensor], path: Path) -> None:
 
 
 def figure4(out: Path) -> Section:
-    """The shares of a layer's experts in falling order, for OLMoE's layers and four data sets."""
+    """The shares of a layer's experts in descending order, for OLMoE's layers and four data sets."""
     profiles = {name: real(file) for name, file in OLMOE.items()}
     panels = {f"layer {layer}": {name: p.counts[layer] for name, p in profiles.items()} for layer in LAYERS}
     draw_sorted(panels, 8, out / "fig4.png")
@@ -236,7 +236,7 @@ def figure4(out: Path) -> Section:
     ]
     shown = [[str(row["layer"]), *(f"{row[name]:.1f} %" for name in OLMOE)] for row in rows]
     lines = ["![Shares of the experts of five layers](fig4.png)", "", "Share of the 8 hottest of 64 experts:", ""]
-    title = "Figure 4: shares of the experts in falling order, OLMoE-1B-7B"
+    title = "Figure 4: shares of the experts in descending order, OLMoE-1B-7B"
     return Section(title, [*lines, *grid(["layer", *OLMOE], shown)], rows)
 
 
@@ -263,7 +263,7 @@ def spread(num_layers: int) -> list[int]:
 
 
 def draw_sorted(panels: dict[str, dict[str, Tensor]], num_hot: int | None, path: Path) -> None:
-    """A panel per layer or model: curves of the experts' shares in falling order."""
+    """A panel per layer or model: curves of the experts' shares in descending order."""
     figure = Figure(figsize=(3.2 * len(panels), 3.8), dpi=150, layout="constrained")
     grid_of_axes = figure.subplots(1, len(panels), squeeze=False, sharey=num_hot is not None)
     for axes, (title, curves) in zip(grid_of_axes[0], panels.items(), strict=True):

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 LEAST_SEEDS = 3
 RULE = (
-    f"The verdict on a row is drawn from its differences from the row that it is compared with, paired by seed. If "
-    f"their 95 % t-interval contains zero, or there are fewer than {LEAST_SEEDS} seeds, it is *undecided*. Otherwise "
+    f"A row's differences from the row that it is compared with are paired by seed. If their 95 % t-interval "
+    f"contains zero, or there are fewer than {LEAST_SEEDS} seeds, the verdict is *undecided*. Otherwise "
     f"it is *same direction* or *opposite direction*, by the sign of the paper's difference. Where the paper has no "
-    f"value it is *higher* or *lower*. Seeds change the training. The test problems stay the same."
+    f"value, or no difference, it is *higher* or *lower*. Seeds change the training. The test problems stay the same."
 )
 
 

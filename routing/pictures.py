@@ -18,7 +18,7 @@ from routing.statistics import chance_overlap, jaccard, shares, top_share
 
 
 def draw_profile(counts: Tensor, num_hot: int, title: str, path: Path) -> None:
-    """Heat map of each expert's share, and each layer's shares in falling order (as HELLoRA, Figures 1 and 4)."""
+    """Heat map of each expert's share, and each layer's shares in descending order (as HELLoRA, Figures 1 and 4)."""
     L = len(counts)
     figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13)
@@ -63,7 +63,7 @@ def draw_sorted_shares(axes: Axes, counts: Tensor, num_hot: int, colors: np.ndar
     axes.text(0.98, 0.98, note, ha="right", va="top", transform=axes.transAxes, bbox=background)
     axes.set(xlabel="experts of a layer, most used first", ylabel="% of the layer's routed tokens")
     axes.set(xlim=(0.5, E + 0.5), ylim=(0, None))
-    axes.set_title("The same shares in falling order, one curve per layer", fontsize=11)
+    axes.set_title("The same shares in descending order, one curve per layer", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 
