@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import median
 
 from command import cli
-from command.cli import RunError, flag, number
+from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
 from paper import fullsize, params, routing, runner, speed
 from paper.page import Section, write_page
 from paper.runner import Workplace, add, make, pending, plan_line
-from paper.runs import Records
+from paper.runs import Records, spent
 from paper.tables import SCALES, Column, Row, Scale, Table
 
 # ------------------------------------------------------------------------------------- the tables, as the paper prints
@@ -179,7 +179,7 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        is_result = self.scale == "tiny" and not self.quick and not self.model
+        is_result = self.scale == "tiny" and not (self.quick or self.model or self.data)
         return Path(self.out or ("results" if is_result else f"runs/{'quick' if self.quick else self.scale}"))
 
     @property
@@ -196,6 +196,8 @@ class Settings:
     def workplace(self) -> Workplace:
         limit, samples = (QUICK_LIMIT if self.quick else None), (CODE_SAMPLES if self.scale == "tiny" else None)
         processes = self.processes or (2 if self.scale == "paper" else 1)
+        if self.data and not Path(self.data).is_dir():
+            raise InputError(f"--data {self.data}: no such folder; name one with files like gsm8k-test.jsonl")
         records = Records(self.folder / "runs", self.data, limit, samples)
         place = Workplace(records, Path("runs/reproduce"), self.jobs, processes, self.allow_code_execution)
         if self.scale == "paper":
@@ -226,9 +228,9 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     if out:
         write_json(out, [row for each in sections for row in each.rows])
     if name == "all":
-        timed = [sum(record["seconds"].values()) for record in place.records if "train" in record["seconds"]]
-        spent = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
-        write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{spent}")
+        timed = [seconds for record in place.records if (seconds := spent(record))]
+        said = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
+        write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{said}")
     if failed:
         raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
     return sections

@@ -7,8 +7,10 @@ from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA
 from model import MoEConfig, MoETransformer
 
 
-def model_flops(config: MoEConfig, batch: Batch) -> int:
-    """Multiplications and additions of the frozen model in one step: forward, and backward to every input.
+def model_flops(config: MoEConfig, batch: Batch, *, to_embeddings: bool = False) -> int:
+    """Multiplications and additions of the frozen model in one step: forward, and backward to whatever may train.
+
+    to_embeddings: whether the first layer's input needs a gradient. With adapters alone nothing below it trains.
 
     A product with a weight takes 2 in the forward pass and 2 in the backward pass per token and entry of the weight.
     Causal attention multiplies half of the pairs of positions, with two products forward and four backward.
@@ -21,7 +23,8 @@ def model_flops(config: MoEConfig, batch: Batch) -> int:
     pairs = int(batch.lengths.square().sum()) // 2
     targets = int((batch.labels != -100).sum())
     products = int(batch.lengths.sum()) * per_token + targets * D * config.vocab_size
-    return 4 * products + 12 * config.num_hidden_layers * q * pairs
+    unneeded = 0 if to_embeddings else 2 * int(batch.lengths.sum()) * D * (q + 2 * kv)
+    return 4 * products - unneeded + 12 * config.num_hidden_layers * q * pairs
 
 
 @torch.no_grad()

@@ -118,10 +118,10 @@ def measure(folder: Path) -> dict:
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
     with freed_memory_kept(CPU):
         row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
+        rows = max(row["tokens"]) * config.num_experts_per_tok
+        speed = grouped_matmul_speed(model.layers[-1].mlp.experts.gate_up_proj, rows)
     sizes = {"dtype": torch.bfloat16, "num_processes": 1, "sharded": False, "tokens": max(row["tokens"])}
     row["planned_bytes"] = memory.plan(config, lambda model: attached(model=model), **sizes).total
-    rows = max(row["tokens"]) * config.num_experts_per_tok
-    speed = grouped_matmul_speed(model.layers[-1].mlp.experts.gate_up_proj, rows)
     return row | {"grouped_matmul_flops_per_s": speed, "share_of_matmul": row["flops_per_s"] / speed}
 
 

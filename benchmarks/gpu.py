@@ -102,7 +102,7 @@ def measure(name: str, base: MoETransformer, hot: Tensor, size: Size, batch: Bat
     try:
         step()  # warm up; the optimizer allocates its moments
         times = [seconds(step, device) for _ in range(size.steps)]
-        flops = model_flops(base.config, batch)
+        flops = model_flops(base.config, batch, to_embeddings=name == "floor")
         flops += 0 if name in PEERS else adapter_flops(subject.model, batch)
         return {
             "name": name,

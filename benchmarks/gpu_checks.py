@@ -97,10 +97,10 @@ def logits_of(model: MoETransformer) -> Tensor:
     return logits[selected[0, ..., 0] >= 0]
 
 
-def gradients_of(model: MoETransformer) -> Tensor:
-    """All gradients of the loss, as one vector."""
-    loss_of(model).backward()
-    return torch.cat([full_tensor(p.grad).float().flatten() for p in model.parameters() if p.requires_grad])
+def gradients_of(model: MoETransformer) -> tuple[Tensor, Tensor]:
+    """All gradients of the loss, as one vector; and the loss."""
+    (loss := loss_of(model)).backward()
+    return torch.cat([full_tensor(p.grad).float().flatten() for p in model.parameters() if p.requires_grad]), loss
 
 
 # ------------------------------------------------------------------------------------------------------- the checks
@@ -114,11 +114,11 @@ def forward(device: torch.device) -> Iterator[Check]:
 
 def backward(device: torch.device) -> Iterator[Check]:
     for kind in lora.KINDS:
-        want = gradients_of(make_model(torch.device("cpu"), torch.float32, kind))
+        want, want_loss = gradients_of(make_model(torch.device("cpu"), torch.float32, kind))
         for name, (dtype, limit) in DTYPES.items():
-            yield Check(
-                f"gradients, {kind}, {name}", distance(gradients_of(make_model(device, dtype, kind)), want), limit
-            )
+            gradients, loss = gradients_of(make_model(device, dtype, kind))
+            yield Check(f"loss in training, {kind}, {name}", distance(loss, want_loss), limit)
+            yield Check(f"gradients, {kind}, {name}", distance(gradients, want), limit)
 
 
 def attach_and_merge(device: torch.device) -> Iterator[Check]:
@@ -140,11 +140,18 @@ def products(device: torch.device) -> Iterator[Check]:
             for name, (dtype, limit) in DTYPES.items():
                 with one_kernel_on(types):
                     ours = torch.cat([x.float().flatten() for x in product(counts, device, dtype, ops)])
+                    with torch.no_grad():
+                        values = product(counts, device, dtype, ops)[0].float().flatten()
                 yield Check(f"grouped products by {branch}, {rows}, {name}", distance(ours, want), limit)
+                said = f"grouped products without gradients by {branch}, {rows}, {name}"
+                yield Check(said, distance(values, want[: len(values)]), limit)
 
 
 def product(counts: list[int], device: torch.device, dtype: torch.dtype, module) -> tuple[Tensor, ...]:
-    """Values and gradients of `lora_grouped_linear` of a module: the reference formula, or the optimized version."""
+    """Values of `lora_grouped_linear` of a module, and its gradients if they are on.
+
+    module: lora, which has the reference formula, or ops.
+    """
     generator, (n, fan_in, fan_out, r) = torch.Generator().manual_seed(2), (3, 32, 48, 8)
     shapes = (sum(counts), fan_in), (len(counts), fan_out, fan_in), (n, r, fan_in), (n, r, fan_out)
     drawn = [torch.empty(shape).normal_(generator=generator).to(torch.bfloat16).to(device, dtype) for shape in shapes]
@@ -154,6 +161,8 @@ def product(counts: list[int], device: torch.device, dtype: torch.dtype, module)
     y = module.lora_grouped_linear(
         x, drawn[1], A, B, offsets, num_rows, None, lambda rows, source: source[rows], source
     )
+    if not torch.is_grad_enabled():
+        return (y,)
     grads = torch.autograd.grad(y.square().sum() / 100, (x, A, B), materialize_grads=True)
     return y, *grads
 

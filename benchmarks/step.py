@@ -17,6 +17,7 @@ Dimensions: L layers, E experts per layer.
 """
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import median
 
 import numpy as np
@@ -77,17 +78,16 @@ def measure(case: Case) -> list[dict]:
     hot = hellora.select_experts("hot", counts, case.k)
     subjects, rows = [], []
     for name in case.names:
-        try:
-            subjects.append(make_subject(name, case, base, hot))
-        except ImportError as error:
-            say(f"{name}: not run, {error.name} is not installed")
+        if why := missing(name, case):
+            say(f"{name}: not run, {why}")
             keys = ("samples_per_s", "tokens_per_s", "over_floor", "peak_bytes", "saved_bytes", "adapter_flops")
-            about = {"name": name, "batch": case.batch, **dict.fromkeys(keys)}
-            rows.append(about | {"note": f"{error.name} is not installed"})
+            rows.append({"name": name, "batch": case.batch, **dict.fromkeys(keys), "note": why})
+        else:
+            subjects.append(make_subject(name, case, base, hot))
     with freed_memory_kept(case.device):
         times = take_turns(subjects, batches, case)
-    routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
-    fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
+        routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
+        fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
     say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
     rows += [subject_row(subject, batches, times, case, fastest) for subject in subjects]
     if "hellora" in times:
@@ -95,12 +95,19 @@ def measure(case: Case) -> list[dict]:
     return rows
 
 
+def missing(name: str, case: Case) -> str | None:
+    """Why a row cannot be measured; None if it can."""
+    if name == "fft" and case.dtype != torch.float32:
+        return "weights that train are float32"
+    lacks = [package for package in ("transformers", "peft") if name in PEERS and not find_spec(package)]
+    return f"{lacks[0]} is not installed" if lacks else None
+
+
 def make_subject(name: str, case: Case, base: MoETransformer, hot: Tensor) -> Subject:
-    """The model of one row. Raises ImportError for a peer that is not installed."""
+    """The model of one row."""
     if name in PEERS:
         return make_peer(name, base, case.rank)
-    dtype = torch.float32 if name == "fft" else case.dtype  # weights that train are float32, as in train.py
-    return make_ours(name, our_model(case.shape, case.device, dtype), hot, case.rank)
+    return make_ours(name, our_model(case.shape, case.device, case.dtype), hot, case.rank)
 
 
 def take_turns(subjects: list[Subject], batches: list[Batch], case: Case) -> dict[str, np.ndarray]:
@@ -111,7 +118,8 @@ def take_turns(subjects: list[Subject], batches: list[Batch], case: Case) -> dic
     turns = range(case.repeats * len(batches))
     for turn in tqdm(turns, f"batch {case.batch}", unit="turn", disable=None):  # None: only on a terminal
         batch = batches[turn % len(batches)]
-        for subject in subjects if turn % 2 else subjects[::-1]:
+        forward = (turn + turn // len(batches)) % 2  # a batch meets both orders
+        for subject in subjects if forward else subjects[::-1]:
             times[subject.name].append(seconds(lambda s=subject, b=batch: s.step(b), case.device))
     return {name: np.reshape(spent, (case.repeats, len(batches))) for name, spent in times.items()}
 
@@ -142,7 +150,8 @@ def subject_row(
     spent = times[subject.name]
     over = {name: times_as_fast(spent, times[name]) for name in ("floor", *PEERS) if name in times}
     count = peft_flops if subject.name in PEERS else adapter_flops
-    needed = sum(model_flops(MoEConfig.from_dict(case.shape), batch) for batch in batches)
+    config, to_embeddings = MoEConfig.from_dict(case.shape), subject.name in ("floor", "fft")
+    needed = sum(model_flops(config, batch, to_embeddings=to_embeddings) for batch in batches)
     needed += 0 if subject.name in PEERS else sum(adapter_flops(subject.model, batch) for batch in batches)
     return {
         "name": subject.name,

@@ -53,8 +53,8 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def one_call(x: Tensor, *factors: Tensor) -> bool:
-    """Whether grouped_mm multiplies all groups. In 16 bits a CPU would compile a kernel for every number of rows."""
-    return (one_kernel(x.device) or x.dtype == torch.float32) and fits(*factors)
+    """Whether grouped_mm multiplies all groups: not without a row, and not in 16 bits on a CPU (see `whole_tiles`)."""
+    return len(x) > 0 and (one_kernel(x.device) or x.dtype == torch.float32) and fits(*factors)
 
 
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
@@ -79,6 +79,7 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, offsets = ctx.saved_tensors
         need_x, need_W, _ = ctx.needs_input_grad
+        grad = grad.contiguous()  # grouped_mm takes no expanded tensor
         grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
         if not need_W:
             return grad_x, None, None

@@ -26,9 +26,9 @@ from typing import IO
 
 from command import cli
 from command.cli import InputError, RunError
-from command.files import writable
-from paper.runs import Records, Run, summarize
-from run.folder import read_json
+from command.files import writable, write_text
+from paper.runs import Records, Run, outdated, summarize
+from run.folder import commit, read_json
 
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
@@ -140,6 +140,15 @@ def locked(path: Path) -> Iterator[IO | None]:
         yield file
 
 
+def remove_old(folder: Path) -> None:
+    """Remove a run folder that another commit of this code has made, and remember the present one beside it."""
+    mark, now = folder.with_name(f"{folder.name}.commit"), str(commit())
+    if folder.exists() and (before := mark.read_text() if mark.is_file() else "an unknown commit") != now:
+        cli.note(f"{folder} was made by {before}; it is made again")
+        shutil.rmtree(folder)
+    write_text(mark, now)
+
+
 def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
     """Train and evaluate, and write the record.  -> the record; None if another process makes the run"""
     records, name = place.records, place.records.name(run)
@@ -152,6 +161,7 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
             return records.find(run)[1]
         writable(records.folder / f"{name}.json")
         seconds, scored = {}, {}
+        remove_old(folder)
         if run.method != "base":
             arguments = [*run.train_flags(str(folder), records.data), *place.saving(run)]
             arguments += ["--save-every", str(SAVE_EVERY), "--resume"]
@@ -159,6 +169,7 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict | None:
             seconds["train"] = max(spent, read_json(folder / "result.json")["seconds"])  # also those before a stop
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             shutil.rmtree(folder / "stage-d", ignore_errors=True)
+            tasks |= outdated(run, records, folder)
         for task in sorted(tasks):
             source, scored[task] = run.model if run.method == "base" else str(folder), folder / f"evaluation-{task}"
             arguments = records.evaluate_flags(run, source, task, str(scored[task]))

@@ -12,15 +12,17 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import data
-from command.cli import InputError
+import evaluate
+from command.cli import InputError, RunError
 from command.files import write_text
 from hub.checkpoint import EMBEDDED, resolve
 from run.folder import MAY_CHANGE, read_json
+from run.processes import default_dtype
 from run.settings import Settings, parse_settings
 from run.source import base_content
 
@@ -65,8 +67,14 @@ def flags(given: dict) -> list[str]:
 
 
 def data_file(folder: str | None, task: str, split: str) -> str | None:
-    """The local copy of a task's split: the file or folder in `folder` named TASK-SPLIT, whatever its ending."""
-    found = sorted(Path(folder).glob(f"{task}-{split}*")) if folder else []
+    """The local copy of a task's split: the file or folder in `folder` named TASK-SPLIT, whatever its ending.
+
+    None: a task without one is read as without `folder`. Raises InputError for two.
+    """
+    inside = sorted(Path(folder).iterdir()) if folder else []
+    found = [path for path in inside if path.name.partition(".")[0] == f"{task}-{split}"]
+    if len(found) > 1:
+        raise InputError(f"--data {folder}: {' and '.join(path.name for path in found)} are the same split; keep one")
     return str(found[0]) if found else None
 
 
@@ -149,13 +157,16 @@ class Records:
     def scores(self, run: Run, task: str) -> dict | None:
         """What evaluate.py found on a task, if on today's test problems."""
         _, record = self.find(run) or (None, {"scores": {}})
-        found = record["scores"].get(task)
-        return found if found and found["evaluation"] == self.evaluated(task) else None
+        found, now = record["scores"].get(task), self.evaluated(task)
+        same = found and all(now.get(name) == value for name, value in found["evaluation"].items())
+        return found if same else None  # what an older score does not name was as it is now
 
     def evaluated(self, task: str) -> dict:
         """What decides a score besides the model, by content."""
-        test = data_content(task, "test", self.data_file(task, "test"))
-        return self.evaluation(task) | {"eval_data": test}
+        test, flags = data_content(task, "test", self.data_file(task, "test")), self.evaluation(task)
+        decoding = asdict(replace(evaluate.default_decoding(task), seed=None))  # the run's
+        decoding |= {"samples": flags["samples"]} if flags["samples"] else {}
+        return decoding | {"dtype": default_dtype(), **flags, "eval_data": test}
 
     def __iter__(self) -> Iterator[dict]:
         return (read_json(path) for path in sorted(self.folder.glob("*.json")))
@@ -164,10 +175,37 @@ class Records:
 # --------------------------------------------------------------------------------------------------- the record
 
 
+def spent(record: dict) -> float | None:
+    """Seconds of the training and all evaluations; None if one was not timed."""
+    parts = ["train", *(f"evaluate {task}" for task in record["scores"])]
+    seconds = [record["seconds"].get(part) for part in parts]
+    return None if None in seconds else sum(seconds)
+
+
+def outdated(run: Run, records: Records, folder: Path) -> set[str]:
+    """The tasks whose scores in the run's record are of another training than the one in `folder`."""
+    _, earlier = records.find(run) or (None, {"scores": {}, "losses": None})
+    return set(earlier["scores"]) if earlier["losses"] != loss_curve(folder / "log.jsonl") else set()
+
+
+def check_content(run: Run, records: Records, about: dict) -> None:
+    """Raise RunError if train.py has read other weights or data than this program. about: its config.json"""
+    if run.method == "base":
+        return
+    place = run.task, "train", records.data_file(run.task, "train")
+    now = data.digest(data.load_examples(*place))
+    if about["base"] != model_content(run.model):
+        raise RunError(f"{run.title}: the base model changed; give the command again")
+    if about["data"] != now or data_content.__wrapped__(*place) != data_content(*place):
+        raise RunError(f"{run.title}: the training data changed; give the command again")
+
+
 def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float], scored: dict[str, Path]) -> dict:
     """The record of a run that has ended. folder: of train.py. scored: the folder of each task's evaluation."""
     about, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    check_content(run, records, about)
     path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
+    earlier = None if outdated(run, records, folder) else earlier
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
     record = {
         "run": asdict(run),

@@ -73,8 +73,8 @@ def test_a_training_step_is_timed_beside_the_floor_and_the_peers(tiny_step, tmp_
     work = {
         name: table[name]["flops_per_s"] / table[name]["samples_per_s"] for name in ("floor", "hellora", "peft-all")
     }
-    assert work["hellora"] - work["floor"] == pytest.approx(hellora["adapter_flops"] / 3)
-    assert work["peft-all"] == pytest.approx(work["floor"])  # as much useful work, whatever it computes beside
+    assert work["hellora"] - work["peft-all"] == pytest.approx(hellora["adapter_flops"] / 3)
+    assert 0.9 * work["floor"] < work["peft-all"] < work["floor"]  # which lacks the gradient of the embeddings
     assert 2 / 8 < table["profile"]["hot_share"] < 1 and 0 < table["profile"]["share"] < 1
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import with_tokenizer
 
+import data
 import evaluate
 import reproduce
 from benchmarks import plan
-from command.cli import RunError
+from command.cli import InputError, RunError
 from paper import fullsize, runner, runs
 from paper.runner import Workplace, locked, make, pending
 from paper.runs import Records, Run
@@ -150,6 +152,41 @@ def test_the_memory_of_the_real_models_is_what_bench_plans_and_a_run_gets_the_fl
     assert "which is too much" in fullsize.plan(Run("gsm8k", "fft", model="mistralai/Mixtral-8x7B-v0.1"), 2)[1]
 
 
+def test_a_score_is_found_again_only_if_text_was_decoded_as_now(contents, tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    finish(RUN, records, tiny_math=0.5)
+    assert records.scores(RUN, "tiny-math")
+    monkeypatch.setattr(evaluate, "TINY_NEW_TOKENS", 7)
+    assert records.scores(RUN, "tiny-math") is None
+    file = next(tmp_path.glob("*.json"))
+    record = json.loads(file.read_text())
+    del record["scores"]["tiny-math"]["evaluation"]["max_new_tokens"]  # as before this was part of a record
+    file.write_text(json.dumps(record))
+    assert records.scores(RUN, "tiny-math")
+
+
+def test_local_data_is_the_file_with_the_name_of_the_split_and_not_one_like_it(tmp_path):
+    for name in ("gsm8k-train-old.jsonl", "gsm8k-train.jsonl.gz", "gsm8k-test.jsonl", "gsm8k-test.json"):
+        (tmp_path / name).touch()
+    assert runs.data_file(str(tmp_path), "gsm8k", "train") == str(tmp_path / "gsm8k-train.jsonl.gz")
+    assert runs.data_file(str(tmp_path), "hexphi", "test") is None
+    with pytest.raises(InputError, match="gsm8k-test.json and gsm8k-test.jsonl are the same split; keep one"):
+        runs.data_file(str(tmp_path), "gsm8k", "test")
+    with pytest.raises(InputError, match="absent: no such folder"):
+        reproduce.main(["table3", "--data", str(tmp_path / "absent"), "--dry-run"])
+
+
+def test_results_with_other_data_do_not_go_to_the_results_folder():
+    assert str(reproduce.Settings().folder) == "results"
+    assert str(reproduce.Settings(data="x").folder) != "results"
+
+
+def test_a_run_takes_as_long_as_all_its_parts_and_an_unknown_time_if_one_was_not_timed():
+    record = {"scores": {"a": {}, "b": {}}, "seconds": {"train": 1.5, "evaluate a": 2.5, "evaluate b": 4}}
+    assert runs.spent(record) == 8
+    assert runs.spent(record | {"seconds": {"train": 1.5, "evaluate a": 2.5}}) is None
+
+
 # --------------------------------------------------------------------------------------------------- making runs
 
 
@@ -219,6 +256,50 @@ def test_a_quick_table_is_made_once_and_an_interrupted_one_goes_on(inline, capsy
     reproduce.main(flags)
     assert inline == []
     assert "every run is finished already" in capsys.readouterr().out
+
+
+def test_a_run_that_comes_out_otherwise_the_second_time_is_scored_anew_on_every_task(inline):
+    flags = ["topup", "--model", "olmoe", "--quick", "--seeds", "1"]
+    reproduce.main(flags)
+    file = next(Path("runs/quick/runs").glob("*topup*"))
+    record = json.loads(file.read_text())
+    old = record["scores"].pop("tiny-math")
+    record["scores"]["tiny-safety"] = old | {"num_total": 99, "evaluation": {}}
+    for same in (True, False):
+        record["losses"][0][1] += 0 if same else 1
+        file.write_text(json.dumps(record))
+        inline.clear()
+        reproduce.main(flags)
+        found = json.loads(file.read_text())["scores"]
+        assert found["tiny-math"]["num_total"] == 3 and (found["tiny-safety"]["num_total"] == 99) == same
+        assert inline == ["train.py", *["evaluate.py"] * (1 if same else 2)]
+
+
+def test_what_another_commit_has_left_is_made_again(inline, capsys, monkeypatch):
+    flags = ["topup", "--model", "olmoe", "--quick", "--seeds", "1"]
+    for commit, made in (("a", "made again"), ("b", "was made by a"), ("b", "nothing to do")):
+        monkeypatch.setattr(runner, "commit", lambda commit=commit: commit)
+        shutil.rmtree("runs/quick", ignore_errors=True)
+        capsys.readouterr()
+        reproduce.main(flags)
+        told = "".join(capsys.readouterr())
+        assert (made in told) == (commit == "b")
+        assert ("nothing to do" in told) == (made == "nothing to do")
+
+
+def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monkeypatch):
+    load = data.load_examples
+    monkeypatch.setattr(data, "load_examples", lambda *args, **options: load(*args, **options)[1:])
+    call = Workplace.call
+
+    def change(self, script, arguments, log, lock) -> float:
+        monkeypatch.setattr(data, "load_examples", load)
+        return call(self, script, arguments, log, lock)
+
+    runs.data_content.cache_clear()
+    monkeypatch.setattr(Workplace, "call", change)
+    with pytest.raises(RunError, match="the training data changed; give the command again"):
+        reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1", "--jobs", "1"])
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, monkeypatch):
