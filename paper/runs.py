@@ -52,9 +52,14 @@ class Run:
         parts = [model, self.task, self.method, self.experts, self.targets, *named, f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
+    @property
+    def dtype(self) -> str | None:
+        """An embedded model has the same scores on every device."""
+        return "float32" if self.model in EMBEDDED else None
+
     def train_flags(self, out: str, data_folder: str | None = None) -> list[str]:
         """The arguments of train.py."""
-        names = ("model", "task", "method", "k", "experts", "targets", "steps", "seed")
+        names = ("model", "task", "method", "k", "experts", "targets", "steps", "seed", "dtype")
         given = {name: getattr(self, name) for name in names} | {"out": out}
         given["train_data"] = data_file(data_folder, self.task, "train")
         return flags(given)
@@ -116,7 +121,8 @@ class Records:
     def evaluate_flags(self, run: Run, source: str, task: str, out: str) -> list[str]:
         """The arguments of evaluate.py for the model that `source` names."""
         batch = BATCH if run.model in EMBEDDED else None  # no effect on scores
-        return [source, *flags(self.evaluation(task) | {"task": task, "seed": run.seed, "batch": batch, "out": out})]
+        given = {"task": task, "seed": run.seed, "dtype": run.dtype, "batch": batch, "out": out}
+        return [source, *flags(self.evaluation(task) | given)]
 
     def evaluation(self, task: str) -> dict:
         """What decides a score besides the model."""
@@ -157,16 +163,16 @@ class Records:
     def scores(self, run: Run, task: str) -> dict | None:
         """What evaluate.py found on a task, if on today's test problems."""
         _, record = self.find(run) or (None, {"scores": {}})
-        found, now = record["scores"].get(task), self.evaluated(task)
+        found, now = record["scores"].get(task), self.evaluated(run, task)
         same = found and all(now.get(name) == value for name, value in found["evaluation"].items())
         return found if same else None  # what an older score does not name was as it is now
 
-    def evaluated(self, task: str) -> dict:
+    def evaluated(self, run: Run, task: str) -> dict:
         """What decides a score besides the model, by content."""
         test, flags = data_content(task, "test", self.data_file(task, "test")), self.evaluation(task)
         decoding = asdict(replace(evaluate.default_decoding(task), seed=None))  # the run's
         decoding |= {"samples": flags["samples"]} if flags["samples"] else {}
-        return decoding | {"dtype": default_dtype(), **flags, "eval_data": test}
+        return decoding | {"dtype": run.dtype or default_dtype(), **flags, "eval_data": test}
 
     def __iter__(self) -> Iterator[dict]:
         return (read_json(path) for path in sorted(self.folder.glob("*.json")))
@@ -220,7 +226,7 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
         "cores": os.cpu_count(),
     }
     for task, out in scored.items():
-        record["scores"][task] = score(read_json(out / "score.json")) | {"evaluation": records.evaluated(task)}
+        record["scores"][task] = score(read_json(out / "score.json")) | {"evaluation": records.evaluated(run, task)}
     lines = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return record

@@ -38,7 +38,7 @@ def contents(monkeypatch) -> dict[str, str]:
 def finish(run: Run, records: Records, **scores: float) -> None:
     """Write the record of a run as if it had been made."""
     tasks = {task.replace("_", "-"): accuracy for task, accuracy in scores.items()}
-    found = {task: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(task)} for task, a in tasks.items()}
+    found = {task: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(run, task)} for task, a in tasks.items()}
     about = {"settings": runs.decisive_settings(run), "scores": found, "seconds": {"train": 90.0}}
     records.folder.mkdir(parents=True, exist_ok=True)
     file = records.folder / f"{records.name(run)}.json"
@@ -165,6 +165,15 @@ def test_a_score_is_found_again_only_if_text_was_decoded_as_now(contents, tmp_pa
     assert records.scores(RUN, "tiny-math")
 
 
+def test_the_runs_of_an_embedded_model_are_the_same_on_every_device(monkeypatch):
+    monkeypatch.setattr("run.settings.default_dtype", lambda: "bfloat16")  # as on a GPU
+    runs.decisive_settings.cache_clear()
+    assert runs.decisive_settings(RUN)["dtype"] == "float32"
+    assert runs.decisive_settings(replace(RUN, model="another"))["dtype"] == "bfloat16"
+    assert evaluate.read_settings(Records(Path()).evaluate_flags(RUN, "tiny", "tiny-math", "out")).dtype == "float32"
+    runs.decisive_settings.cache_clear()
+
+
 def test_local_data_is_the_file_with_the_name_of_the_split_and_not_one_like_it(tmp_path):
     for name in ("gsm8k-train-old.jsonl", "gsm8k-train.jsonl.gz", "gsm8k-test.jsonl", "gsm8k-test.json"):
         (tmp_path / name).touch()
@@ -212,6 +221,7 @@ class Inline:
 def inline(monkeypatch, tmp_path, make_checkpoint) -> list[str]:
     """reproduce.py in this process, in a folder with small models.  -> the scripts that were called"""
     called = []
+    runs.data_content.cache_clear()
 
     def call(self, script, arguments, log, lock) -> float:
         called.append(script)
@@ -296,7 +306,6 @@ def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monke
         monkeypatch.setattr(data, "load_examples", load)
         return call(self, script, arguments, log, lock)
 
-    runs.data_content.cache_clear()
     monkeypatch.setattr(Workplace, "call", change)
     with pytest.raises(RunError, match="the training data changed; give the command again"):
         reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1", "--jobs", "1"])
