@@ -39,11 +39,12 @@ from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
 from model import read_config
 from run import memory, source
+from run.folder import read_json
 from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.recipes import evaluation_of
 from run.step import held_out_loss
 from scoring import code, gsm8k, loss, refusals, sandbox
-from scoring.comparison import compare
+from scoring.comparison import compare, problems_digest
 from scoring.completions import read_completions, read_generations, write_generations
 from scoring.statistics import describe
 
@@ -226,7 +227,7 @@ def decode(
     dtype = settings.dtype or default_dtype()
     prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
     items = reader.encode(examples[: settings.limit]) if settings.task == "own" else []
-    longest = max(map(len, prompts))
+    longest = max(map(len, [*prompts, *(item.ids for item in items)]))
     sizes = {"tokens": batch * longest, "cached": batch * (longest + settings.decoding.max_new_tokens)}
 
     def choose_shard(plan_of: Callable[..., memory.Plan]) -> str:
@@ -322,19 +323,17 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
 def claim(out: Path, about: dict) -> None:
     """Make `out` the folder of the evaluation that `about` identifies. Completions of another one are removed."""
     file = out / "evaluation.json"
-    try:
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-        before = before if before is None or isinstance(before, dict) else {}
-    except ValueError:
-        before = {}
+    before = read_json(file) if file.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
     if before != about:
         if before is not None:
             changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
             note(f"{out} holds completions made with other {', '.join(changed)}: starting over")
-        for old in [*out.glob("generations*.jsonl"), out / "score.json", out / "items.jsonl"]:
-            old.unlink(missing_ok=True)
+        for old in out.glob("generations*.jsonl"):
+            old.unlink()
         write_json(file, about)
+    for old in ("score.json", "items.jsonl"):  # perhaps of fewer examples, or by another rule
+        (out / old).unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ extract and score
@@ -405,7 +404,8 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
     result, items = score(settings, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}
     used |= asdict(settings.decoding) if settings.source else {}
-    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": used | {"protection": protection}}
+    about = {"settings": used | {"protection": protection}, "problems": problems_digest(answers.examples)}
+    result |= {"seconds": time.perf_counter() - began} | seconds | about
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "items.jsonl", items)

@@ -251,11 +251,15 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
     if s.init_adapter:
         adapters.fill_factors(model, run.given, s.init_adapter)
     say(*hellora.report(model))
-    if processes.is_main:  # not earlier: by now any fault of the input has been found
-        write_config(Path(s.out), asdict(s), run.content)
-        if run.counted:
-            profile.save_profile(run.counted, Path(s.out) / "profile.json", s.model, s.task)
     return model
+
+
+def write_about(run: Run) -> None:
+    """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
+    out, settings = Path(run.settings.out), run.settings
+    write_config(out, asdict(settings), run.content)
+    if run.counted:
+        profile.save_profile(run.counted, out / "profile.json", settings.model, settings.task)
 
 
 def save(
@@ -353,6 +357,8 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}
     checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
+    if processes.is_main:
+        write_about(run)
     say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
     model.train()
     report_to = settings.report_to if processes.is_main else "none"

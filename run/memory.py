@@ -14,6 +14,8 @@ Dimensions: T tokens of a micro-batch, K experts per token, D hidden_size, F int
 import gc
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -120,9 +122,9 @@ def pass_bytes(
     """Bytes kept for the backward pass over all layers, and bytes allocated and freed on the way."""
     config, hidden = model.config, tokens * model.config.hidden_size * dtype.itemsize  # of one [T, D]
     head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 2  # logits and log-probabilities, float32
-    transient = tokens * transient_numbers(model, trains) * dtype.itemsize
+    transient = tokens * transient_numbers(model, trains) * dtype.itemsize + norm_bytes(model, dtype)
     if not trains:
-        return 0, max(transient, head)
+        return 0, max(transient + factor_copies(model, dtype) // config.num_hidden_layers, head)
     kept = kept_by_layers(model, dtype, tokens)
     if checkpointing:  # only the inputs of layers are kept; one layer at a time is computed again
         kept, transient = config.num_hidden_layers * hidden, kept // config.num_hidden_layers + transient
@@ -192,6 +194,14 @@ def factor_copies(model: MoETransformer, dtype: torch.dtype) -> int:
     return numbers * dtype.itemsize
 
 
+def norm_bytes(model: MoETransformer, dtype: torch.dtype) -> int:
+    """Bytes of the float32 copy of a projection's hot weights, of which DoRA takes the norm (`lora.row_norm`)."""
+    if dtype == torch.float32 or model.adapter is None or model.adapter.kind != "dora":
+        return 0
+    config, experts = model.config, [m.num_hot for m in model.modules() if isinstance(m, LoRAExperts)]
+    return max(experts, default=0) * config.hidden_size * config.intermediate_size * 4
+
+
 def transient_numbers(model: MoETransformer, trains: bool) -> int:
     """Numbers per token that are allocated at once within a layer, beside what it keeps.
 
@@ -200,8 +210,9 @@ def transient_numbers(model: MoETransformer, trains: bool) -> int:
     """
     config = model.config
     D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
-    if not trains:
-        return K * max(5 * F, F + 2 * D) + D
+    if not trains:  # while rows are gathered, in down or behind it; and the residual stream with its norms
+        results = {None: 0, "dora": 2}.get(model.adapter and model.adapter.kind, 1)  # of the adapters, scaled or not
+        return K * max((D if results else 0) + 2 * F * (1 + results), 3 * F + D * (1 + results), 2 * D) + 5 * D
     shared = 3 * config.shared_intermediate_size + (D if config.shared_expert_gate else 0)
     if model.adapter is None:
         return K * max(4 * F, 2 * D) - shared
@@ -229,7 +240,22 @@ def available(device: torch.device) -> int:
             free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except FileNotFoundError:  # not Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return free // processes_per_machine()
+    return min([free, *left_by_control_groups()]) // processes_per_machine()
+
+
+def left_by_control_groups(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes that each limit of a container or a batch system leaves (version 2). Caches of files count as free."""
+    left = []
+    try:
+        own = root / process.read_text().rpartition("0::/")[2].strip()
+    except OSError:  # not Linux
+        return left
+    for folder in (own, *own.parents):
+        with suppress(OSError, ValueError):  # no such group, or "max": no limit
+            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left.append(max(0, limit - used + int(stat["inactive_file"])))
+    return left
 
 
 SHARD_HELP = "how processes hold the base (default: the first that fits)"

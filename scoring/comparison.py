@@ -1,11 +1,13 @@
 """Two evaluations of the same examples: is the difference more than chance?"""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from command import cli
 from command.cli import InputError, flag, say
+from data import Example
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
 
@@ -25,9 +27,11 @@ def compare(argv: list[str]) -> dict:
     about = "Exact McNemar test on two evaluations of one task."
     a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=about).folders)
     right_a, right_b = read_verdicts(a), read_verdicts(b)
-    tasks = read_task(a), read_task(b)
-    if tasks[0] != tasks[1]:
-        raise InputError(f"{a} is of {tasks[0]} and {b} of {tasks[1]}; want two of one task")
+    (task_a, problems_a), (task_b, problems_b) = read_about(a), read_about(b)
+    if task_a != task_b:
+        raise InputError(f"{a} is of {task_a} and {b} of {task_b}; want two of one task")
+    if problems_a and problems_b and problems_a != problems_b:  # an older score does not name them
+        raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
     if right_a.keys() != right_b.keys():
         alone = sorted(right_a.keys() ^ right_b.keys())
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
@@ -53,9 +57,16 @@ def read_verdicts(folder: Path) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in verdicts.items()}
 
 
-def read_task(folder: Path) -> str:
-    """The task of an evaluation folder."""
+def problems_digest(examples: list[Example]) -> str:
+    """SHA-256 of the problems and their solutions, however they are put into prompts."""
+    text = json.dumps(sorted([example.id, example.row] for example in examples))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_about(folder: Path) -> tuple[str, str | None]:
+    """The task of an evaluation folder, and the digest of its problems."""
     try:
-        return json.loads(rows.read_text(folder / "score.json"))["settings"]["task"]
+        about = json.loads(rows.read_text(folder / "score.json"))
+        return about["settings"]["task"], about.get("problems")
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ import evaluate
 import export
 import hellora
 from command.cli import InputError
+from data import Example
 from model import load_model, save_model
 from run import adapters, source
 from scoring import statistics
+from scoring.comparison import problems_digest
 
 ROOT = Path(evaluate.__file__).parent
 SAFETY = ["--task", "saferpaca", "--eval-data"]
@@ -480,6 +483,20 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, t
     assert all(len(item["completion"].encode()) <= 20 for item in read_lines(out / "items.jsonl"))
 
 
+def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, gsm8k, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "complete", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*generating(checkpoint, gsm8k, out))
+    assert len(read_lines(out / "generations.jsonl")) == 3
+    assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
+
+
 def test_scoring_a_folders_own_generations_into_it_keeps_them(checkpoint, gsm8k, tmp_path):
     first = run(*generating(checkpoint, gsm8k, tmp_path / "out"))
     file = tmp_path / "out" / "generations.jsonl"
@@ -593,13 +610,13 @@ def test_tiny_tasks_are_decoded_as_the_full_tasks_with_fewer_tokens():
 # ------------------------------------------------------------------------------------------------------ comparing
 
 
-def evaluation(folder: Path, verdicts: list[tuple], task: str = "gsm8k") -> Path:
+def evaluation(folder: Path, verdicts: list[tuple], task: str = "gsm8k", **about) -> Path:
     """A folder with what `compare` reads; verdicts: (id, correct), or (id, correct, label)."""
     folder.mkdir(exist_ok=True)
     write_lines(
         folder / "items.jsonl", [dict(zip(("id", "correct", "label"), item, strict=False)) for item in verdicts]
     )
-    (folder / "score.json").write_text(json.dumps({"settings": {"task": task}}))
+    (folder / "score.json").write_text(json.dumps({"settings": {"task": task}} | about))
     return folder
 
 
@@ -619,6 +636,20 @@ def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, c
         run("compare", a, evaluation(tmp_path / "b", [("0",)]))
     with pytest.raises(InputError, match="a is of gsm8k and .*b of tiny-math; want two of one task"):
         run("compare", a, evaluation(tmp_path / "b", [(str(i), T) for i in range(9)], "tiny-math"))
+
+
+def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_path):
+    problems = [Example(i, f"{i}?", "", {"answer": "7"}) for i in ("b", "a")]
+    asked = [replace(example, prompt=f"Question: {example.prompt}") for example in problems[::-1]]
+    other = [replace(problems[0], row={"answer": "8"}), problems[1]]
+    same, again, different = map(problems_digest, (problems, asked, other))
+    assert same == again != different
+    verdicts = [("a", T), ("b", F)]
+    a = evaluation(tmp_path / "a", verdicts, problems=same)
+    for problems in ({"problems": again}, {}):  # an older score does not name them
+        assert run("compare", a, evaluation(tmp_path / "b", verdicts, **problems))["both"] == 1
+    with pytest.raises(InputError, match="a and .*b are of different problems; evaluate both on the same"):
+        run("compare", a, evaluation(tmp_path / "b", verdicts, problems=different))
 
 
 def test_in_a_comparison_a_problem_counts_once_and_a_safe_prompt_not_at_all(tmp_path):

@@ -17,7 +17,7 @@ from benchmarks.measure import allocated_peak, saved_bytes
 from command.cli import InputError
 from hub.config import PRESETS
 from hub.weights import init_weights
-from model import MoEConfig, MoETransformer, save_model
+from model import KVCache, MoEConfig, MoETransformer, save_model
 from ops import Dropout
 from ops.head import HEAD_ROWS
 from run import memory
@@ -93,6 +93,39 @@ def test_kept_and_transient_bytes_of_a_pass_are_planned_to_within_fifteen_percen
         assert plan.activations + plan.transient == pytest.approx(peak, rel=0.15)
     assert plan.transient == pytest.approx(peak - kept, rel=0.15)  # most of it, where little is kept
     assert plans[True].activations < 0.3 * plans[False].activations
+
+
+def test_memory_is_what_the_tightest_control_group_leaves(tmp_path):
+    process = tmp_path / "process"
+    process.write_text("12:devices:/other\n0::/batch/job7\n")
+    for folder, limit, used in (("", "max", 90), ("batch", "700", 300), ("batch/job7", "900", 250)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.current").write_text(f"{used}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 40\ninactive_file 30\n")
+    assert memory.left_by_control_groups(process, tmp_path) == [900 - 250 + 30, 700 - 300 + 30]
+    assert memory.left_by_control_groups(tmp_path / "absent", tmp_path) == []
+
+
+@pytest.mark.parametrize("family, method", [case for case in CASES if "dropout" not in case[1]])
+def test_the_bytes_of_decoding_are_planned_to_within_a_quarter(family, method):
+    """Of reading prompts, the largest step."""
+    model, attach, dtype = MoETransformer(wide(family)), ATTACH[method], torch.float32
+    init_weights(model, std=0.05)
+    if attach:
+        attach(model)
+    config, lengths = model.eval().config, torch.full((6,), 70)
+    ids = torch.randint(0, 200, (6, 70), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def read() -> None:
+        cache = KVCache(config, 6, 70, dtype=dtype, device="cpu")
+        model(ids, lengths, cache=cache, last_only=True)
+
+    read()
+    options = {"dtype": dtype, "num_processes": 1, "sharded": False, "tokens": 420, "cached": 420}
+    plan = memory.plan(config, attach, **options, trains=False)
+    assert plan.activations + plan.transient == pytest.approx(allocated_peak(read, torch.device("cpu")), rel=0.25)
 
 
 def test_the_heads_logits_are_planned_to_within_fifteen_percent():

@@ -38,7 +38,7 @@ def contents(monkeypatch) -> dict[str, str]:
 def finish(run: Run, records: Records, **scores: float) -> None:
     """Write the record of a run as if it had been made."""
     tasks = {task.replace("_", "-"): accuracy for task, accuracy in scores.items()}
-    found = {task: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(run, task)} for task, a in tasks.items()}
+    found = {t: {"accuracy": a, "rates": {}, "evaluation": records.evaluated(run, t)} for t, a in tasks.items()}
     about = {"settings": runs.decisive_settings(run), "scores": found, "seconds": {"train": 90.0}}
     records.folder.mkdir(parents=True, exist_ok=True)
     file = records.folder / f"{records.name(run)}.json"

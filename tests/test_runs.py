@@ -246,8 +246,10 @@ def test_what_may_not_change_on_resuming_is_named_and_more_steps_are_welcome(tmp
             train.main([*flags, "--steps", "2", "--resume", *change])
     with pytest.raises(InputError, match="k 3 then, 4 now, rank 4 then, 8 now"):
         train.main(["--batch", "2", "--sample", "0.005", "--k", "4", "--rank", "8", "--out", str(out), "--resume"])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="1 steps are fewer than the 2"):
         train.main([*flags, "--steps", "1", "--resume"])
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
 
 
