@@ -403,9 +403,9 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
     seconds = {"seconds_completing": time.perf_counter() - began}
     result, items = score(settings, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}
-    used |= asdict(settings.decoding) if settings.source else {}
-    about = {"settings": used | {"protection": protection}, "problems": problems_digest(answers.examples)}
-    result |= {"seconds": time.perf_counter() - began} | seconds | about
+    used |= {"protection": protection} | (asdict(settings.decoding) if settings.source else {})
+    problems = problems_digest({example.id: example.row for example in answers.examples})
+    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": used, "problems": problems}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "items.jsonl", items)

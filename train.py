@@ -257,8 +257,9 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
 def write_about(run: Run) -> None:
     """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
     out, settings = Path(run.settings.out), run.settings
-    write_config(out, asdict(settings), run.content)
-    if run.counted:
+    if run.processes.is_main:
+        write_config(out, asdict(settings), run.content)
+    if run.processes.is_main and run.counted:
         profile.save_profile(run.counted, out / "profile.json", settings.model, settings.task)
 
 
@@ -357,8 +358,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> dict:
     options = {"pinned": kept_same, "steps": steps, "keep": settings.keep, "processes": processes}
     checkpoints = Checkpoints(out / "checkpoint", trained, optimizer, parts, **options)
     first = checkpoints.resume() if settings.resume else 1
-    if processes.is_main:
-        write_about(run)
+    write_about(run)
     say(f"{steps:,} steps of {settings.batch} examples, {processes.count} process{'es' * (processes.count > 1)}")
     model.train()
     report_to = settings.report_to if processes.is_main else "none"

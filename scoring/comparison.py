@@ -7,7 +7,6 @@ from pathlib import Path
 
 from command import cli
 from command.cli import InputError, flag, say
-from data import Example
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
 
@@ -57,10 +56,9 @@ def read_verdicts(folder: Path) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in verdicts.items()}
 
 
-def problems_digest(examples: list[Example]) -> str:
-    """SHA-256 of the problems and their solutions, however they are put into prompts."""
-    text = json.dumps(sorted([example.id, example.row] for example in examples))
-    return hashlib.sha256(text.encode()).hexdigest()
+def problems_digest(problems: dict[str, dict]) -> str:
+    """SHA-256 of problems and their solutions by id, however they are put into prompts."""
+    return hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()
 
 
 def read_about(folder: Path) -> tuple[str, str | None]:

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ import evaluate
 import export
 import hellora
 from command.cli import InputError
-from data import Example
 from model import load_model, save_model
 from run import adapters, source
 from scoring import statistics
@@ -639,10 +637,9 @@ def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, c
 
 
 def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_path):
-    problems = [Example(i, f"{i}?", "", {"answer": "7"}) for i in ("b", "a")]
-    asked = [replace(example, prompt=f"Question: {example.prompt}") for example in problems[::-1]]
-    other = [replace(problems[0], row={"answer": "8"}), problems[1]]
-    same, again, different = map(problems_digest, (problems, asked, other))
+    problems = {"a": {"question": "3 + 4?", "answer": "7"}, "b": {"question": "2 + 2?", "answer": "4"}}
+    same, again = problems_digest(problems), problems_digest(dict(reversed(problems.items())))
+    different = problems_digest(problems | {"b": {"question": "2 + 2?", "answer": "5"}})
     assert same == again != different
     verdicts = [("a", T), ("b", F)]
     a = evaluation(tmp_path / "a", verdicts, problems=same)
