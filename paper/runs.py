@@ -27,7 +27,7 @@ from run.settings import Settings, parse_settings
 from run.source import base_content
 
 LOSSES = 20  # points of the loss curve that a record keeps
-BATCH = 128  # sequences that an embedded model decodes at once: four times the default, since it is small
+BATCH = 128  # sequences that an embedded model decodes at once: four times the default, which takes less time
 
 
 @dataclass(frozen=True)
