@@ -297,14 +297,17 @@ def test_what_another_commit_has_left_is_made_again(inline, capsys, monkeypatch)
         assert ("nothing to do" in told) == (made == "nothing to do")
 
 
-def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monkeypatch):
-    load = data.load_examples
-    monkeypatch.setattr(data, "load_examples", lambda *args, **options: load(*args, **options)[1:])
-    call = Workplace.call
+@pytest.mark.parametrize("other", ["before the training", "in the training"])
+def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monkeypatch, other):
+    load, call = data.load_examples, Workplace.call
+    fewer = lambda *args, **options: load(*args, **options)[1:]  # noqa: E731
+    monkeypatch.setattr(data, "load_examples", fewer if other == "before the training" else load)
 
     def change(self, script, arguments, log, lock) -> float:
+        monkeypatch.setattr(data, "load_examples", load if other == "before the training" else fewer)
+        seconds = call(self, script, arguments, log, lock)
         monkeypatch.setattr(data, "load_examples", load)
-        return call(self, script, arguments, log, lock)
+        return seconds
 
     monkeypatch.setattr(Workplace, "call", change)
     with pytest.raises(RunError, match="the training data changed; give the command again"):
