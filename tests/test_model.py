@@ -238,7 +238,7 @@ def test_grouped_linear_equals_one_product_per_group_on_both_of_its_paths(
     weight = torch.randn(len(counts), fan_out, fan_in, generator=generator).to(dtype).requires_grad_()
     upstream = torch.randn(sum(counts), fan_out, generator=generator).to(dtype)
     y = ops.grouped_linear(x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32))
-    assert bool(calls) == (fast and (devices == ("cpu",) or dtype == torch.float32))
+    assert bool(calls) == (fast and sum(counts) > 0 and (devices == ("cpu",) or dtype == torch.float32))
     assert y.shape == (sum(counts), fan_out) and y.dtype == dtype
     x_grad, weight_grad = torch.autograd.grad(y, (x, weight), upstream)  # raises if an idle group had none
     start = 0
