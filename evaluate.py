@@ -45,7 +45,7 @@ from run.recipes import evaluation_of
 from run.step import held_out_loss
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
-from scoring.completions import read_completions, read_generations, write_generations
+from scoring.completions import read_completions, read_generations, remove_score, write_generations
 from scoring.statistics import describe
 
 DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
@@ -332,8 +332,7 @@ def claim(out: Path, about: dict) -> None:
         for old in out.glob("generations*.jsonl"):
             old.unlink()
         write_json(file, about)
-    for old in ("score.json", "items.jsonl"):  # perhaps of fewer examples, or by another rule
-        (out / old).unlink(missing_ok=True)
+    remove_score(out)
 
 
 # ------------------------------------------------------------------------------------------------ extract and score
@@ -400,6 +399,7 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
         options = {"limit": settings.limit, "partial": settings.partial, "several": runs_code}
         texts = read_completions(Path(settings.completions), ids, **options)
         answers = Answers([example for example in examples if example.id in texts], list(texts.values()))
+    remove_score(out)
     seconds = {"seconds_completing": time.perf_counter() - began}
     result, items = score(settings, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}

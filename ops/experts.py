@@ -59,7 +59,7 @@ def one_call(x: Tensor, *factors: Tensor) -> bool:
 
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets int32 [G] ends -> [R, out]"""
-    return GroupedLinear.apply(x, W, offsets)
+    return GroupedLinear.apply(x.contiguous(), W, offsets)  # grouped_mm takes no expanded tensor
 
 
 class GroupedLinear(torch.autograd.Function):
@@ -79,7 +79,7 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, offsets = ctx.saved_tensors
         need_x, need_W, _ = ctx.needs_input_grad
-        grad = grad.contiguous()  # grouped_mm takes no expanded tensor
+        grad = grad.contiguous()
         grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
         if not need_W:
             return grad_x, None, None
@@ -112,6 +112,7 @@ def lora_grouped_linear(
     rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of them in the backward pass, and only
     the sources are kept.
     """
+    x = x.contiguous()
     if not torch.is_grad_enabled():  # nothing is kept, and decoding has few rows per group: the fewest calls are best
         y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
         seen = drop(x[:num_rows], slice(num_rows)) if drop else x[:num_rows]
@@ -153,7 +154,7 @@ class LoRAGroupedLinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
-        hot, num_rows, drop = offsets[: len(A)], len(low), ctx.drop
+        hot, num_rows, drop, grad = offsets[: len(A)], len(low), ctx.drop, grad.contiguous()
         grad_x = grad_A = None
         if need_x:
             grad_x = grad.new_empty(len(grad), W.shape[2]) if ctx.loops else grouped_linear(grad, W.mT, offsets)

@@ -251,7 +251,7 @@ def left_by_control_groups(process: Path = Path("/proc/self/cgroup"), root: Path
     except OSError:  # not Linux
         return left
     for folder in (own, *own.parents):
-        with suppress(OSError, ValueError):  # no such group, or "max": no limit
+        with suppress(OSError, ValueError, KeyError):  # no such group, or "max": no limit
             limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             left.append(max(0, limit - used + int(stat["inactive_file"])))

@@ -29,11 +29,11 @@ def compare(argv: list[str]) -> dict:
     (task_a, problems_a), (task_b, problems_b) = read_about(a), read_about(b)
     if task_a != task_b:
         raise InputError(f"{a} is of {task_a} and {b} of {task_b}; want two of one task")
-    if problems_a and problems_b and problems_a != problems_b:  # an older score does not name them
-        raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
     if right_a.keys() != right_b.keys():
         alone = sorted(right_a.keys() ^ right_b.keys())
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
+    if problems_a and problems_b and problems_a != problems_b:  # an older score does not name them
+        raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
     pairs = [(right_a[example], right_b[example]) for example in right_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
     neither = sum(x == y == 0 for x, y in pairs)
@@ -58,7 +58,8 @@ def read_verdicts(folder: Path) -> dict[str, float]:
 
 def problems_digest(problems: dict[str, dict]) -> str:
     """SHA-256 of problems and their solutions by id, however they are put into prompts."""
-    return hashlib.sha256(json.dumps(problems, sort_keys=True).encode()).hexdigest()
+    texts = sorted((name, json.dumps(row, default=str)) for name, row in problems.items())  # str: a date in Parquet
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def read_about(folder: Path) -> tuple[str, str | None]:

@@ -90,3 +90,9 @@ def write_generations(folder: Path, done: dict[tuple[str, int], dict]) -> None:
     write_jsonl(folder / "generations.jsonl", list(done.values()))
     for part in folder.glob("generations-*.jsonl"):
         part.unlink()
+
+
+def remove_score(folder: Path | None) -> None:
+    """Remove the score of an earlier evaluation, perhaps of fewer examples or by another rule, before a new one."""
+    for name in ("score.json", "items.jsonl") if folder else ():
+        (folder / name).unlink(missing_ok=True)

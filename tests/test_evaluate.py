@@ -1,5 +1,6 @@
 """Evaluating: a model's own completions or a file of them, in one process or two, whole or interrupted."""
 
+import datetime
 import json
 import math
 import os
@@ -495,6 +496,23 @@ def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, 
     assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
 
 
+def test_an_earlier_score_is_gone_while_other_completions_are_scored(gsm8k, tmp_path, monkeypatch):
+    out, task = tmp_path / "out", ["--task", "gsm8k", "--eval-data", gsm8k]
+    file = write_lines(tmp_path / "texts.jsonl", [{"id": str(i), "completion": f"#### {10 + i}"} for i in range(7)])
+    assert run(*task, "--completions", file, "--out", out)["num_correct"] == 7
+    with pytest.raises(InputError):  # what is refused leaves it
+        run(*task, "--completions", write_lines(tmp_path / "few.jsonl", []), "--out", out)
+    assert (out / "score.json").exists()
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*task, "--completions", file, "--out", out)
+    assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
+
+
 def test_scoring_a_folders_own_generations_into_it_keeps_them(checkpoint, gsm8k, tmp_path):
     first = run(*generating(checkpoint, gsm8k, tmp_path / "out"))
     file = tmp_path / "out" / "generations.jsonl"
@@ -641,6 +659,7 @@ def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_pa
     same, again = problems_digest(problems), problems_digest(dict(reversed(problems.items())))
     different = problems_digest(problems | {"b": {"question": "2 + 2?", "answer": "5"}})
     assert same == again != different
+    assert problems_digest({"c": {"seen": datetime.date(2026, 1, 2), None: ["more"]}})  # of Parquet, and of a long line
     verdicts = [("a", T), ("b", F)]
     a = evaluation(tmp_path / "a", verdicts, problems=same)
     for problems in ({"problems": again}, {}):  # an older score does not name them

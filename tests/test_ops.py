@@ -174,6 +174,33 @@ def test_adapted_groups_have_the_gradients_of_the_plain_formula_also_without_row
         torch.testing.assert_close(grad, want_grad)
 
 
+@every_device
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("way", ["expanded", "transposed", "strided"])
+def test_rows_and_gradients_need_not_lie_side_by_side_in_memory(monkeypatch, way, adapted, devices):
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
+    R, n, dtype, num_rows = sum(COUNTS), 3, torch.float32, sum(COUNTS[:3])
+    W, A, B = draw(5, 20, 12, dtype=dtype), draw(n, 4, 12, dtype=dtype), draw(n, 4, 20, dtype=dtype)
+
+    def laid_out(width: int) -> torch.Tensor:
+        shape = {"expanded": (1, width), "transposed": (width, R), "strided": (R, 2 * width)}[way]
+        drawn = draw(*shape, dtype=dtype).detach()
+        return drawn.expand(R, width) if way == "expanded" else drawn.mT if way == "transposed" else drawn[:, ::2]
+
+    results = []
+    for change in (lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)):
+        x, upstream = (change(laid_out(width)) for width in (12, 20))
+        x, offsets = x.requires_grad_(), ends(COUNTS)
+        if adapted:
+            made_by = (lambda rows, source: source[rows].contiguous(), x.detach()[:num_rows])
+            y, leaves = ops.lora_grouped_linear(x, W.detach(), A, B, offsets, num_rows, None, *made_by), (x, A, B)
+        else:
+            y, leaves = ops.grouped_linear(x, W, offsets), (x, W)
+        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
 @pytest.mark.parametrize("drops", [False, True], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("n", [1, 3, 5])
 @pytest.mark.parametrize("counts", [[19, 0, 5, 33, 2], [1, 16, 295, 0, 0], [0, 0, 0, 7, 21]], ids=str)
