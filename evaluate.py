@@ -32,14 +32,13 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from command import cli
 from command.cli import InputError, flag, note, number, say
-from command.files import write_json, write_jsonl
+from command.files import read_json, write_json, write_jsonl
 from data import Example
 from generate import Decoding, complete
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
 from model import read_config
 from run import memory, source
-from run.folder import read_json
 from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.recipes import evaluation_of
 from run.step import held_out_loss
@@ -323,7 +322,7 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
 def claim(out: Path, about: dict) -> None:
     """Make `out` the folder of the evaluation that `about` identifies. Completions of another one are removed."""
     file = out / "evaluation.json"
-    before = read_json(file) if file.is_file() else None
+    before = read_json(file, dict) if file.is_file() else None
     out.mkdir(parents=True, exist_ok=True)
     if before != about:
         if before is not None:

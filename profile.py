@@ -44,7 +44,7 @@ import data
 import hellora
 from command import cli
 from command.cli import InputError, RunError, flag
-from command.files import writable, write_text
+from command.files import parse_json, writable, write_text
 from hub.checkpoint import resolve
 from hub.config import IGNORE_HELP, PRESETS, ignore_keys
 from hub.digests import weights_digest
@@ -212,13 +212,11 @@ def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: st
 def load_profile(path: str | Path) -> RoutingProfile:
     """Read profile.json. Raises InputError, which names the file, for values that counting cannot have written."""
     try:
-        return checked(json.loads(Path(path).read_text(encoding="utf-8")))
+        return checked(parse_json(Path(path).read_bytes(), "the file"))
     except InputError as error:
         raise InputError(f"{path}: {error}; write it again with profile.py") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); profile.py --out makes such a file") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
 
 
 def checked(about: object) -> RoutingProfile:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -30,6 +31,43 @@ def writable(path: str | Path) -> Path:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
     return path
+
+
+def read_json(path: str | Path, kind: type = object, *, missing: Any = None) -> Any:
+    """What a JSON file holds, or `missing`, if that is given and there is no file.
+
+    Raises InputError, which names the file, if it cannot be read, and as `parse_json`.
+    """
+    try:
+        text = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise InputError(f"{path} is missing") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_json(text, path, kind)
+
+
+def parse_json(text: str | bytes, place: object, kind: type = object) -> Any:
+    """What a JSON text holds. Raises InputError, which names `place`, if it is not JSON or not a `kind`."""
+    try:
+        content = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place}: not readable as JSON ({error})") from None
+    if not isinstance(content, kind):
+        expected = {dict: "an object", list: "a list"}[kind]
+        raise InputError(f"{place}: it holds {content!r:.40}; expected {expected}")
+    return content
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Raises ValueError if a key has two different values."""
+    content = dict(pairs)
+    for key, value in pairs if len(content) < len(pairs) else ():
+        if content[key] != value:
+            raise ValueError(f"the key {key!r} has two values")
+    return content
 
 
 def write_text(path: Path, text: str) -> None:

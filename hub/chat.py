@@ -26,7 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer
 
 from command.cli import InputError
-from hub.tokenizer import Spans, named_tokens, never_text, read_json, refuse_special
+from command.files import read_json
+from hub.tokenizer import Spans, named_tokens, never_text, refuse_special
 
 SPECIAL, SPELLED = "\ufdd0{}\ufdd1", "\ufdd2{}\ufdd3"  # a special token of the template; one that a message spells
 A_SPECIAL, A_SPELLED = SPECIAL.format(r"\d+"), SPELLED.format(r"\d+")  # any of them, as patterns
@@ -73,7 +74,7 @@ def template_source(folder: Path) -> str | None:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: cannot be read ({error})") from None
-    found = read_json(path).get("chat_template")
+    found = read_json(path, dict, missing={}).get("chat_template")
     if isinstance(found, list):  # several, with names
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         if "default" not in named:

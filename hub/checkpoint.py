@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from command.cli import InputError
-from command.files import write_json, write_text
+from command.files import read_json, write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -62,14 +62,7 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
 
 def read_config_json(folder: Path, name: str = "config.json") -> dict:
     """config.json of a checkpoint folder, or another file that holds a JSON object. Raises InputError otherwise."""
-    file = folder / name
-    try:
-        hub = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(hub, dict):
-        raise InputError(f"{file}: want a JSON object, not {type(hub).__name__}; is it a {name} of the hub?")
-    return hub
+    return read_json(folder / name, dict)
 
 
 def read_config_numbers(folder: Path) -> dict:
@@ -206,9 +199,9 @@ def files(folder: Path) -> list[Path]:
     names = ["model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index, dict)["weight_map"].values()))
             elsewhere = [name for name in names if Path(name).name != name]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             names, elsewhere = [], []
         if not names or any(Path(name).is_absolute() or ".." in Path(name).parts for name in elsewhere):
             raise InputError(f"{index}: not a safetensors index; download it again")
@@ -326,8 +319,8 @@ def code_files(folder: Path) -> list[Path]:
     modules, found = [], []
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         try:
-            classes = list(json.loads((folder / name).read_text(encoding="utf-8"))["auto_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            classes = list(read_json(folder / name, dict)["auto_map"].values())
+        except (InputError, KeyError, AttributeError):
             continue
         classes = [each for value in classes for each in (value if isinstance(value, list) else [value])]
         # "module.Class", or "repository--module.Class" for code that may lie elsewhere

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError, note
+from command.files import parse_json, read_json
 from hub.checkpoint import check_finite, converted
 from hub.config import Family
 
@@ -120,7 +121,7 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        about = parse_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json", dict)
         tensors = load_file(folder / "adapter_model.safetensors")
         r, alpha = about["r"], about["lora_alpha"]
         if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < float("inf")):
@@ -131,7 +132,9 @@ def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shap
         advice = pickle if is_pickle else "want the folder of a PEFT adapter"
         missing = error.filename or folder / "adapter_model.safetensors"  # safetensors names no file
         raise InputError(f"{missing} is missing; {advice}") from None
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError, SafetensorError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
     try:
         check_settings(about)
@@ -297,10 +300,7 @@ def base_of(folder: str | Path) -> str | None:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, TypeError, KeyError):
-        name = None
+    name = read_json(path, dict).get("base_model_name_or_path")
     if not isinstance(name, str):
         raise InputError(f"{path} does not name a base model; add its folder or hub id as base_model_name_or_path")
     return name

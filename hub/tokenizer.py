@@ -4,13 +4,13 @@ tokenizer = read_tokenizer(folder, vocab_size, special_ids)
 ids = tokenize(["text"], tokenizer)
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from command.cli import InputError
+from command.files import read_json
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -52,22 +52,9 @@ def read_tokenizer(folder: Path, vocab_size: int, special_ids: set[int | None]) 
     return tokenizer
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file, empty if there is no file. Raises InputError for anything else."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
-            raise ValueError(f"it holds {about!r:.40}")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not a {path.name} ({error!r})") from None
-    return about
-
-
 def special_tokens(path: Path) -> set[str]:
     """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
-    about = read_json(path)
+    about = read_json(path, dict, missing={})
     try:
         several = [
             token for key in ("additional_special_tokens", "extra_special_tokens") for token in about.get(key) or ()
@@ -84,7 +71,9 @@ NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokenizer_config.j
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """What tokenizer_config.json calls `bos_token`, `eos_token` and the like: names that a template may use."""
-    about = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    older, newer = (read_json(folder / name, dict, missing={}) for name in names)
+    about = older | newer
     found = {f"{name}_token": about.get(f"{name}_token") for name in NAMED}
     found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: token for name, token in found.items() if isinstance(token, str)}

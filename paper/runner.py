@@ -26,9 +26,9 @@ from typing import IO
 
 from command import cli
 from command.cli import InputError, RunError
-from command.files import writable, write_text
+from command.files import read_json, writable, write_text
 from paper.runs import Records, Run, outdated, summarize
-from run.folder import commit, read_json
+from run.folder import commit
 
 ROOT = Path(__file__).parent.parent
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most

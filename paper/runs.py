@@ -19,9 +19,9 @@ from pathlib import Path
 import data
 import evaluate
 from command.cli import InputError, RunError
-from command.files import write_text
+from command.files import read_json, write_text
 from hub.checkpoint import EMBEDDED, resolve
-from run.folder import MAY_CHANGE, read_json
+from run.folder import MAY_CHANGE
 from run.processes import default_dtype
 from run.settings import Settings, parse_settings
 from run.source import base_content

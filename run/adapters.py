@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError
-from command.files import seal
+from command.files import parse_json, read_json, seal
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
 from hub.checkpoint import check_finite
 from hub.peft import PeftAdapter, Shapes, read_peft
@@ -60,7 +60,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+        about = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
         if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
             raise ValueError("sha256 mismatch: the files are not as they were saved")
         stored = load_file(folder / "adapter.safetensors")
@@ -72,7 +72,9 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
             adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None)
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
     for name, tensor in state.items():
         check_finite(tensor, f"{folder / 'adapter.safetensors'}: {name}")
@@ -94,8 +96,8 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
 
 def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     """A file of expert lists, one list per layer, or an adapter.json, which has them as `hot`.  -> bool [L, E]"""
+    about = read_json(path)
     try:
-        about = json.loads(Path(path).read_text(encoding="utf-8"))
         hot = about["hot"] if isinstance(about, dict) else about
         lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
         if not lists or any(type(e) is not int for ids in hot for e in ids):
@@ -103,7 +105,7 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
         mask = hot_mask(hot, config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{path}: want a JSON list of expert ids for every layer ({error})") from None
     return mask
 

@@ -8,7 +8,6 @@ RUN/adapter-best/          with validation: the adapter with the lowest loss so 
 RUN/adapter/, result.json  when the run is finished (run/adapters.py)
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from command.cli import InputError, say
-from command.files import remove_folder, write_json
+from command.files import read_json, remove_folder, write_json
 from run.processes import default_dtype
 from run.settings import Settings
 
@@ -38,11 +37,10 @@ def check_out(out: Path, settings: dict) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"--out {out} cannot be written: {place} is not a folder of yours; name another folder")
     try:
-        before = json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    except FileNotFoundError:
-        before = None if out.exists() and (not out.is_dir() or any(out.iterdir())) else settings
-    except (OSError, ValueError, KeyError, TypeError):
-        before = None
+        before = read_json(out / "config.json", dict).get("settings")
+    except InputError:
+        is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        before = settings if is_new else None
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
     free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
@@ -62,14 +60,14 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
     `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a checkpoint and
     is not to `resume`.
     """
-    before = content | read_json(out / "config.json")  # an earlier version did not name all of them
+    before = content | read_json(out / "config.json", dict, missing={})  # an earlier version did not name all of them
     changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
     kinds = {"data": "the training data", "valid": "the validation data"}
     changed += [said for kind, said in kinds.items() if before.get(kind) != content.get(kind)]
     if changed:
         names = " and ".join(changed)
         raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
-    result = read_json(out / "result.json")
+    result = read_json(out / "result.json", dict, missing={})
     finished = "steps" in result and any((out / name).is_dir() for name in ("adapter", "model"))
     if finished and result.get("planned_steps", result["steps"]) == steps:
         return result
@@ -79,15 +77,6 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
         ended = f"a run that ended after {result['steps']} steps, and no checkpoint to continue from"
         raise InputError(f"--out {out} holds {ended}; name another folder or remove it")
     return None
-
-
-def read_json(path: Path) -> dict:
-    """The JSON object in a file; empty if there is none."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def remove_results(folder: Path, is_new: bool) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from command.cli import InputError, RunError, say
-from command.files import write_text
+from command.files import parse_json, write_text
 from model import MoETransformer
 from routing.statistics import IdleExperts
 from run.folder import remove_results
@@ -185,10 +185,10 @@ def check_records(path: Path, steps: int, patience: int | None) -> None:
 def read_records(path: Path, steps: int, lines: list[str]) -> list[dict]:
     """The records of these lines of a log, one for each of the steps 1..steps. Raises InputError otherwise."""
     try:
-        records = [json.loads(line) for line in lines]
-        if [record["step"] for record in records] != list(range(1, steps + 1)):
-            raise ValueError("steps are missing")
-    except (ValueError, KeyError, TypeError) as error:
+        records = [parse_json(line, f"line {i}", dict) for i, line in enumerate(lines, 1)]
+        if [record.get("step") for record in records] != list(range(1, steps + 1)):
+            raise InputError("steps are missing")
+    except InputError as error:
         raise InputError(f"{path}: not the log of the first {steps} steps ({error}); start the run anew") from None
     return records
 

@@ -1,6 +1,5 @@
 """What a name on the command line stands for: a run folder of train.py, a checkpoint, a PEFT adapter, or a hub id."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from tokenizers import Tokenizer
 import data
 import hellora
 from command.cli import InputError, note
-from command.files import sha256
+from command.files import read_json, sha256
 from hub import digests
 from hub.checkpoint import resolve
 from hub.peft import base_of
@@ -27,10 +26,10 @@ def run_config(source: str) -> dict | None:
     folder = Path(source)
     try:
         folder = folder.parent if (folder / "adapter.json").is_file() else folder
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        is_run = isinstance(config["model"], str) and isinstance(config["settings"], dict)
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        config = read_json(folder / "config.json", dict)
+    except (OSError, InputError):  # is_file raises OSError for a name that is too long
         return None
+    is_run = isinstance(config.get("model"), str) and isinstance(config.get("settings"), dict)
     return config if is_run else None
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from command.cli import InputError, RunError, is_main_process, say
-from command.files import atomic_folder, remove_folder, seal, sha256
+from command.files import atomic_folder, read_json, remove_folder, seal, sha256
 from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
 from hub.weights import full_tensor, held_part
@@ -152,13 +152,13 @@ def save_state(
 def read_state(folder: Path) -> dict:
     """state.json of a state. Raises InputError if it or, on the main process, any other file of it is damaged."""
     try:
-        about = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        about = read_json(folder / "state.json", dict)
         if about.pop("seal") != seal(about):
             raise ValueError("not as it was saved")
         # One process reads every byte; the others read their parts.
         digests = about["sha256"].items() if is_main_process() else ()
         damaged = [name for name, digest in digests if sha256(folder / name) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         damaged = [f"state.json ({error})"]
     if damaged:
         raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import data
 from command.cli import InputError, say
-from command.files import remove_folder
+from command.files import read_json, remove_folder
 from model import MoETransformer
-from run.folder import read_json
 from run.processes import Processes
 from run.step import held_out_loss
 
@@ -88,7 +87,8 @@ class Validation:
         """Continue. A result that was kept at a later step than that of the checkpoint will be made again."""
         self.losses = [(step, loss) for step, loss in state["losses"]]
         best = best_of(self.losses)
-        if self.processes.once(lambda: read_json(self.folder / "validation.json").get("step")) == (best and best[0]):
+        about = self.processes.once(lambda: read_json(self.folder / "validation.json", dict, missing={}))
+        if about.get("step") == (best and best[0]):
             self.kept = best
         elif self.processes.is_main:
             remove_folder(self.folder)

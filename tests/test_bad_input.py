@@ -366,8 +366,8 @@ train --k MANY                                       | 1..64
 train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
-train --experts file                                 | file: want a JSON list
-train --experts deep.json                            | deep.json: want a JSON list
+train --experts file                                 | file: not readable as JSON
+train --experts deep.json                            | deep.json: not readable
 train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
 train --experts lists-high.json                      | expert 64
 train --experts lists-negative.json                  | 64 experts
@@ -465,7 +465,7 @@ train --profile profile-huge.json                    | profile-huge.json
 train --profile profile-mass.json                    | (4, 64) | (3, 64)
 train --profile profile-keys.json                    | model | want str
 train --model config-broken                          | config.json
-train --model config-list                            | JSON object
+train --model config-list                            | expected an object
 train --model config-deep                            | config-deep/config.json
 train --model config-huge                            | hidden_size | 1000000000000000000 | to 1,000,000
 train --model config-layers                          | num_hidden_layers | 900000

@@ -10,6 +10,7 @@ import pytest
 import train
 from command import cli
 from command.cli import InputError, Parser, number
+from command.files import read_json
 from run.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
@@ -172,3 +173,30 @@ def test_help_names_defaults_where_there_are_any(capsys):
         train.main(["--help"])
     said = capsys.readouterr().out
     assert "(default: tiny)" in said and "default: None" not in said and "default: False" not in said
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (b"", "not readable as JSON"),
+        (b'{"a": 1', "not readable as JSON"),
+        (b"[" * 100_000, "not readable as JSON"),  # deeper than Python's stack
+        (b'{"a": "\xff"}', "not readable as JSON"),
+        (b'{"b": {"a": 1, "a": 2}}', "the key 'a' has two values"),
+        (b"[1]", r"it holds \[1\]; expected an object"),
+    ],
+)
+def test_a_json_file_that_cannot_be_used_is_one_line_that_names_it(text, says, tmp_path):
+    (tmp_path / "a.json").write_bytes(text)
+    with pytest.raises(InputError, match=f"a.json: {says}" if "key" not in says else says):
+        read_json(tmp_path / "a.json", dict)
+
+
+def test_json_is_read_with_a_byte_order_mark_and_with_a_key_that_says_the_same_twice(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1, "a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    assert read_json(tmp_path / "b.json", missing={}) == {}
+    with pytest.raises(InputError, match="b.json is missing"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_json(tmp_path)

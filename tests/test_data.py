@@ -203,7 +203,7 @@ def test_a_special_token_that_tokenizer_config_alone_names_is_text_too(how, tmp_
 def test_a_damaged_tokenizer_config_is_an_error(text, tmp_path):
     sentencepiece_like().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(text)
-    with pytest.raises(InputError, match="tokenizer_config.json: not a tokenizer_config.json"):
+    with pytest.raises(InputError, match="tokenizer_config.json: "):
         data.load_tokenizer(tmp_path, config(vocab_size=400, eos_token_id=2))
 
 
