@@ -1,4 +1,4 @@
-"""Measure speed and memory: one file of benchmarks/ per command, each a fair comparison within one run.
+"""Measure speed and memory: one file of lab/benchmarks per command, each a fair comparison within one run.
 
     python bench.py step                 # a training step, beside the frozen model and beside transformers + peft
     python bench.py generate             # decoding, beside transformers' generate
@@ -10,16 +10,15 @@
 Compare the ratios within one run: the absolute numbers depend on the machine. `--json FILE` keeps the rows.
 """
 
-import importlib
-
 from command import cli
+from lab.benchmarks import full, generate, gpu, load, plan, step
 
-COMMANDS = ("step", "generate", "load", "plan", "full", "gpu")
+COMMANDS = {each.__name__.rpartition(".")[2]: each.main for each in (step, generate, load, plan, full, gpu)}
 
 
 def main(argv: list[str] | None = None) -> object:
     name, flags = cli.subcommand("bench.py", COMMANDS, argv, __doc__)
-    return importlib.import_module(f"benchmarks.{name}").main(flags)
+    return COMMANDS[name](flags)
 
 
 if __name__ == "__main__":

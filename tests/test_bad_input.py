@@ -771,8 +771,8 @@ def no_work(made, monkeypatch):
     for name in (
         "train.fit",
         "evaluate.complete",
-        "benchmarks.step.measure",
-        "benchmarks.generate.decode_ours",
+        "lab.benchmarks.step.measure",
+        "lab.benchmarks.generate.decode_ours",
     ):
         monkeypatch.setattr(name, reached)
 
@@ -803,7 +803,7 @@ def test_the_pickle_of_these_cases_leaves_a_mark_where_it_is_loaded_and_no_modul
     pickle.loads(A_PICKLE)
     assert Path("unpickled").is_dir()
     calls = re.compile(r"\b(pickle|marshal|shelve|dill|joblib)\b|torch\.load\(|allow_pickle|trust_remote_code|\beval\(")
-    modules = [*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tiny/*.py")]
+    modules = [*ROOT.glob("*.py"), *ROOT.glob("lab/**/*.py"), *ROOT.glob("tiny/*.py")]
     found = {path.name for path in modules for line in path.read_text().splitlines() if calls.search(code_of(line))}
     assert len(modules) > 20 and not found
 

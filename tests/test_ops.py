@@ -13,9 +13,9 @@ import hellora
 import lora
 import model as model_module
 import ops
-from benchmarks.measure import allocated_peak, saved_bytes
 from hub.config import FAMILIES
 from hub.weights import init_weights
+from lab.benchmarks.measure import allocated_peak, saved_bytes
 from model import MoEConfig, MoETransformer, load_model
 from ops.experts import grouped_outer, whole_tiles
 

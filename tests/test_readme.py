@@ -12,8 +12,8 @@ import evaluate
 import hellora
 import reproduce
 import train
-from benchmarks import plan
 from hub.config import FAMILIES
+from lab.benchmarks import plan
 from run.methods import METHODS, RECIPES
 from scoring.statistics import rate
 

@@ -16,9 +16,9 @@ import evaluate
 import export
 import hellora
 import train
+from lab.paper import params
 from lora import LoRALinear
 from model import MoETransformer, load_model, read_config
-from paper import params
 from run import adapters
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 import hellora
-from benchmarks.workload import LENGTHS
 from command import cli
 from command.cli import InputError, count_or_share, flag
 from command.files import writable, write_json
 from hub.config import PRESETS
+from lab.benchmarks.workload import LENGTHS
 from model import MoEConfig, MoETransformer
 from neighbours import drlora
 from run import memory

@@ -30,16 +30,16 @@ from torch import Tensor
 
 import data
 import hellora
-from benchmarks.flops import adapter_flops, model_flops
-from benchmarks.measure import grouped_matmul_speed
-from benchmarks.subjects import adamw, attach
-from benchmarks.workload import make_batches
 from command import cli
 from command.cli import InputError, flag, say
 from command.files import writable, write_json
 from hub.checkpoint import EMBEDDED, copy_beside, write_checkpoint
 from hub.config import PRESETS
 from hub.weights import hub_views
+from lab.benchmarks.flops import adapter_flops, model_flops
+from lab.benchmarks.measure import grouped_matmul_speed
+from lab.benchmarks.subjects import adamw, attach
+from lab.benchmarks.workload import make_batches
 from model import MoEConfig, MoETransformer, read_config
 from profile import count_task
 from run import memory

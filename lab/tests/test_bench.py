@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import bench
 import data
-from benchmarks import full, step, subjects
-from benchmarks.measure import allocated_peak, saved_bytes
-from benchmarks.workload import make_batches
 from command.cli import InputError
 from hub.weights import init_weights
+from lab.benchmarks import full, step, subjects
+from lab.benchmarks.measure import allocated_peak, saved_bytes
+from lab.benchmarks.workload import make_batches
 
 
 def test_decoding_is_timed_on_the_same_tokens_as_transformers(olmoe, tmp_path, capsys):
@@ -34,7 +34,7 @@ def test_decoding_is_timed_on_the_same_tokens_as_transformers(olmoe, tmp_path, c
 
 
 def test_drawn_lengths_have_the_deciles_they_are_drawn_from():
-    from benchmarks.generate import LENGTHS, draw_lengths
+    from lab.benchmarks.generate import LENGTHS, draw_lengths
 
     for deciles in LENGTHS.values():
         drawn = draw_lengths(deciles, 300_000, random.Random(0))

@@ -13,16 +13,15 @@ from conftest import with_tokenizer
 import data
 import evaluate
 import reproduce
-from benchmarks import plan
 from command.cli import InputError, RunError
-from paper import fullsize, runner, runs
-from paper.runner import Workplace, locked, make, pending
-from paper.runs import Records, Run
-from paper.tables import SCALES
+from lab.benchmarks import plan
+from lab.paper import command, fullsize, runner, runs
+from lab.paper.runner import Workplace, locked, make, pending
+from lab.paper.runs import Records, Run
+from lab.paper.tables import SCALES
 from run import methods
 from run.settings import parse_settings
 
-ROOT = Path(__file__).parent.parent
 RUN = Run("tiny-math", "hellora", seed=3, k=4)
 
 
@@ -108,7 +107,7 @@ def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
     records, models, seen = Records(tmp_path, limit=9, samples=10), SCALES[scale], set()
-    for table in reproduce.TABLES.values():
+    for table in command.TABLES.values():
         for run, tasks in table.needed(models, 2).items():
             if run.method != "base":
                 given = [*run.train_flags("out"), *fullsize.plan(run, 2)[0]] if scale == "paper" else None
@@ -186,8 +185,8 @@ def test_local_data_is_the_file_with_the_name_of_the_split_and_not_one_like_it(t
 
 
 def test_results_with_other_data_do_not_go_to_the_results_folder():
-    assert str(reproduce.Settings().folder) == "results"
-    assert str(reproduce.Settings(data="x").folder) != "results"
+    assert str(command.Settings().folder) == "results"
+    assert str(command.Settings(data="x").folder) != "results"
 
 
 def test_a_run_takes_as_long_as_all_its_parts_and_an_unknown_time_if_one_was_not_timed():
@@ -231,8 +230,8 @@ def inline(monkeypatch, tmp_path, make_checkpoint) -> list[str]:
     monkeypatch.setattr(Workplace, "call", call)
     monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(runner, "POLL", 0)
-    monkeypatch.setattr(reproduce, "QUICK", {"steps": 2})
-    monkeypatch.setattr(reproduce, "QUICK_LIMIT", 3)
+    monkeypatch.setattr(command, "QUICK", {"steps": 2})
+    monkeypatch.setattr(command, "QUICK_LIMIT", 3)
     monkeypatch.chdir(tmp_path)
     for family, sizes in (("olmoe", {}), ("mixtral", {"intermediate_size": 40})):  # rank 32 must fit
         make_checkpoint(family, **sizes).hf.save_pretrained(tmp_path / family)

@@ -6,11 +6,11 @@ from functools import cache
 
 import torch
 
-from benchmarks.plan import GPU_GB, Settings, plan_row
+from lab.benchmarks.plan import GPU_GB, Settings, plan_row
+from lab.paper.runner import Needed, Workplace, commands
+from lab.paper.runs import Run, flags
+from lab.paper.speed import PAPER
 from model import MoEConfig, MoETransformer
-from paper.runner import Needed, Workplace, commands
-from paper.runs import Run, flags
-from paper.speed import PAPER
 from run.memory import config_of
 from run.methods import METHODS, RECIPES, num_hot_experts
 

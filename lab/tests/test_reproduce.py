@@ -10,9 +10,9 @@ import lori
 import reproduce
 from command.cli import InputError
 from hub.checkpoint import TINY
+from lab.paper import params
 from lori import sparsify
 from model import load_model
-from paper import params
 from run import adapters
 from run.methods import METHODS
 

@@ -1,9 +1,9 @@
 """Pre-trains an embedded model: generated text -> tokenizer -> a mixture-of-experts model in the hub's layout.
 
     export OMP_NUM_THREADS=1
-    torchrun --nproc_per_node 2 tiny/make.py --minutes 65 --lr 5e-3                  # tokenizer and model from nothing
-    python tiny/make.py --family mixtral --tokenizer tiny --minutes 40 --words 0.12 --lr 5e-3
-    python tiny/make.py --base tiny --minutes 25 --words 0.12                        # continue with more text
+    torchrun --nproc_per_node 2 -m lab.make_tiny --minutes 65 --lr 5e-3              # tokenizer and model from nothing
+    python -m lab.make_tiny --family mixtral --tokenizer tiny --minutes 40 --words 0.12 --lr 5e-3
+    python -m lab.make_tiny --base tiny --minutes 25 --words 0.12                    # continue with more text
 
 Each model has about 5 million parameters, so an hour on a laptop suffices. It learns the three worlds of tasks.py from
 the text of documents.py. `--words` adds words of the fine-tuning formats in random order: a token that pre-training
@@ -19,7 +19,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,16 +30,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the repository, where model.py is
-
-from command.cli import flag, parse, run  # noqa: E402
-from hub.checkpoint import TINY, resolve  # noqa: E402
-from hub.weights import init_weights  # noqa: E402
-from model import MoEConfig, MoETransformer, load_model, save_model  # noqa: E402
-from run.processes import Processes, start_processes  # noqa: E402
-from run.step import load_balancing_loss  # noqa: E402
-from tiny import tasks  # noqa: E402
-from tiny.documents import ALPACA, pretraining_documents  # noqa: E402
+from command.cli import flag, parse, run
+from hub.checkpoint import TINY, resolve
+from hub.weights import init_weights
+from lab.documents import ALPACA, pretraining_documents
+from model import MoEConfig, MoETransformer, load_model, save_model
+from run.processes import Processes, start_processes
+from run.step import load_balancing_loss
+from tiny import tasks
 
 COMMON = {
     "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "silu",
@@ -313,7 +310,7 @@ def train(settings: Settings, processes: Processes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(Settings, argv, prog="make.py", description="Pre-train an embedded mixture-of-experts model.")
+    settings = parse(Settings, argv, prog="make_tiny", description="Pre-train an embedded mixture-of-experts model.")
     if settings.report:
         tokenizer = Tokenizer.from_file(str(settings.folder / "tokenizer.json"))
         print(report(load_model(settings.folder), tokenizer))

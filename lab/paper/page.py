@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from command.files import write_text
-from paper.verdicts import RULE, Estimate
+from lab.paper.verdicts import RULE, Estimate
 
 
 class Section(NamedTuple):

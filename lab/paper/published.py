@@ -2,9 +2,10 @@
 
 import json
 from functools import cache
-from pathlib import Path
 
-FOLDER = Path(__file__).parent.parent / "results" / "published"
+from lab import ROOT
+
+FOLDER = ROOT / "results" / "published"
 
 
 @cache

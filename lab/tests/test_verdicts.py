@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 
-import reproduce
-from paper.published import sieve_accuracies
-from paper.runs import Run
-from paper.tables import SCALES, Column, Row, Table
-from paper.verdicts import estimate, t_quantile, verdict
+from lab.paper import command as reproduce
+from lab.paper.published import sieve_accuracies
+from lab.paper.runs import Run
+from lab.paper.tables import SCALES, Column, Row, Table
+from lab.paper.verdicts import estimate, t_quantile, verdict
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which brings global state and looks for a display
 
-from benchmarks.step import EXAMPLES, times_as_fast
-from paper.page import Section, grid, mean_text, number_text
-from paper.verdicts import Estimate, estimate, verdict
+from lab.benchmarks.step import EXAMPLES, times_as_fast
+from lab.paper.page import Section, grid, mean_text, number_text
+from lab.paper.verdicts import Estimate, estimate, verdict
 
 PAPER = {  # Table 6, samples per second on GSM8K with two A100: hot experts alone, with the router, with attention too
     "lora": (10.01, 11.97, 10.44),

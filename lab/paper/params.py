@@ -14,9 +14,9 @@ import lori
 from command import cli
 from command.files import writable, write_json
 from hub.config import PRESETS
+from lab.paper.page import Section, grid
 from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
-from paper.page import Section, grid
 from routing.advice import without_weights
 from run.methods import METHODS, Recipe
 

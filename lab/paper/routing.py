@@ -17,10 +17,11 @@ import data
 from command.cli import InputError, RunError
 from hellora import hottest
 from hub.config import PRESETS
+from lab import ROOT
+from lab.paper.page import Section, grid
+from lab.paper.published import FOLDER
+from lab.paper.runs import model_content
 from model import MoEConfig
-from paper.page import Section, grid
-from paper.published import FOLDER
-from paper.runs import model_content
 from profile import RoutingProfile, load_profile
 from routing import advice, pictures
 from routing.statistics import chance_overlap, jaccard, shares, top_share
@@ -67,7 +68,7 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
     flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
-    command = [sys.executable, str(Path(__file__).parent.parent / "profile.py")]
+    command = [sys.executable, str(ROOT / "profile.py")]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

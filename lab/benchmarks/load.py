@@ -27,6 +27,7 @@ from command.files import writable, write_json
 from hub.checkpoint import resolve
 from hub.config import PRESETS
 from hub.weights import init_weights
+from lab import ROOT
 from model import MoEConfig, MoETransformer, read_config, save_model
 
 # OLMoE-1B-7B at half its width and with fewer layers: 1.1 G parameters, 2.2 GB in bfloat16.
@@ -66,7 +67,7 @@ print(json.dumps(dict(seconds=seconds, peak_bytes=resident("VmHWM") - before, he
 def read(name: str, folder: Path) -> dict:
     """One reading, in one process or two: the time of the slower one, the memory of the larger one."""
     count = 2 if "two processes" in name else 1
-    root = str(Path(__file__).parent.parent)
+    root = str(ROOT)
     with tempfile.TemporaryDirectory() as meet:
         command = [sys.executable, "-c", FRAME.format(reader=READERS[name]), str(folder), f"{meet}/meet"]
         options = {"stdout": subprocess.PIPE, "text": True, "env": os.environ | {"PYTHONPATH": root}}

@@ -1,14 +1,14 @@
 """Draw the method: count, choose, attach.
 
-    python docs/draw_method.py            # writes docs/method.png
+    python -m lab.draw_method            # writes docs/method.png
 
 An illustration with 8 experts, 2 of them hot, and made-up counts. Hatching and line width carry the meaning, so the
 picture reads without colour.
 """
 
-from pathlib import Path
-
 import matplotlib
+
+from lab import ROOT
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -109,7 +109,7 @@ def main() -> None:
     ax.set_xlim(-0.1, 15.7)
     ax.set_ylim(-0.4, 10.1)
     ax.axis("off")
-    figure.savefig(Path(__file__).with_name("method.png"), dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(ROOT / "docs/method.png", dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 if __name__ == "__main__":

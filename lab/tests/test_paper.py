@@ -5,8 +5,8 @@ import functools
 import pytest
 
 from hub.config import PRESETS
+from lab.paper import params
 from model import MoEConfig
-from paper import params
 
 TRAINABLE = {  # exact counts that give the printed percentages: attention, router and hot experts, rank 32
     ("olmoe-1b-7b", "fft", None, None): 6_919_161_856,

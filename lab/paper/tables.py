@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from paper.page import Section, grid, mean_text, number_text
-from paper.published import sieve_accuracies
-from paper.runner import Needed
-from paper.runs import Run
-from paper.verdicts import Estimate, estimate, verdict
+from lab.paper.page import Section, grid, mean_text, number_text
+from lab.paper.published import sieve_accuracies
+from lab.paper.runner import Needed
+from lab.paper.runs import Run
+from lab.paper.verdicts import Estimate, estimate, verdict
 
 
 class Scale(NamedTuple):

@@ -27,10 +27,10 @@ from typing import IO
 from command import cli
 from command.cli import InputError, RunError
 from command.files import read_json, writable, write_text
-from paper.runs import Records, Run, outdated, summarize
+from lab import ROOT
+from lab.paper.runs import Records, Run, outdated, summarize
 from run.folder import commit
 
-ROOT = Path(__file__).parent.parent
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
 POLL = 5  # seconds between looks at a run that another process makes
 # Measured on one idle core with the embedded model: for when there is no finished run to judge by.

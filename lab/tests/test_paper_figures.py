@@ -6,8 +6,8 @@ import statistics
 
 import pytest
 
-import reproduce
-from paper import routing, speed
+from lab.paper import command as reproduce
+from lab.paper import routing, speed
 
 OUT = ("fig1", "fig3", "fig4", "fig5", "fig6")
 

@@ -11,11 +11,12 @@ import data
 import hellora
 import profile
 from hub.checkpoint import EMBEDDED, TINY
+from lab import make_tiny as make
+from lab.documents import pretraining_documents
 from model import MoEConfig, load_model, read_config
 from routing import statistics
 from scoring import refusals
-from tiny import make, tasks
-from tiny.documents import pretraining_documents
+from tiny import tasks
 
 KINDS = ("tiny-math", "tiny-code", "tiny-safety")
 

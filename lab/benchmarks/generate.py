@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.measure import seconds
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
 from generate import generate
 from hub.checkpoint import resolve
+from lab.benchmarks.measure import seconds
 from model import MoETransformer, load_model
 from run.processes import DTYPE_HELP, DTYPES, default_dtype
 

@@ -26,14 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hellora
-from benchmarks.flops import adapter_flops, model_flops, peft_flops
-from benchmarks.measure import allocated_peak, grouped_matmul_speed, nbytes, saved_bytes, seconds
-from benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
-from benchmarks.workload import SHAPE, make_batches
 from command import cli
 from command.cli import InputError, flag, say
 from command.files import writable, write_json
 from data import Batch
+from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
+from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, nbytes, saved_bytes, seconds
+from lab.benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
+from lab.benchmarks.workload import SHAPE, make_batches
 from model import MoEConfig, MoETransformer
 from profile import profile_routing
 from run.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
@@ -256,7 +256,7 @@ def main(argv: list[str]) -> list[dict]:
     if out:
         write_json(out, rows)
     if picture:
-        from benchmarks import step_charts  # here, since importing matplotlib takes long
+        from lab.benchmarks import step_charts  # here, since importing matplotlib takes long
 
         (step_charts.lines if sweep else step_charts.bars)(rows, picture)
     return rows

@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 import hellora
-from benchmarks.flops import adapter_flops, model_flops
-from benchmarks.generate import LENGTHS, decode_ours, decode_theirs, draw_lengths
-from benchmarks.gpu_checks import Check, run_checks
-from benchmarks.measure import allocated_peak, nbytes, seconds
-from benchmarks.subjects import PEERS, attach, make_ours, make_peer, our_model, transformers_model
-from benchmarks.workload import SHAPE, make_batches
 from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import writable, write_json
 from data import Batch
 from hub.config import PRESETS
+from lab.benchmarks.flops import adapter_flops, model_flops
+from lab.benchmarks.generate import LENGTHS, decode_ours, decode_theirs, draw_lengths
+from lab.benchmarks.gpu_checks import Check, run_checks
+from lab.benchmarks.measure import allocated_peak, nbytes, seconds
+from lab.benchmarks.subjects import PEERS, attach, make_ours, make_peer, our_model, transformers_model
+from lab.benchmarks.workload import SHAPE, make_batches
 from model import MoETransformer
 from profile import profile_routing
 from run import memory

@@ -13,12 +13,12 @@ import bench
 import hellora
 import lora
 import ops
-from benchmarks import gpu, gpu_checks
-from benchmarks.flops import model_flops
 from command.cli import InputError, RunError
 from data import Batch
 from hub.config import PRESETS
 from hub.weights import init_weights
+from lab.benchmarks import gpu, gpu_checks
+from lab.benchmarks.flops import model_flops
 from model import MoEConfig, MoETransformer, grouped_linear, lay_out
 
 TINY = {
