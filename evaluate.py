@@ -37,11 +37,11 @@ from data import Example
 from generate import Decoding, complete
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
-from model import read_config
-from run import memory, source
+from run import memory
 from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from run.recipes import evaluation_of
 from run.step import held_out_loss
+from run.subject import Subject
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
 from scoring.completions import read_completions, read_generations, remove_score, write_generations
@@ -113,8 +113,8 @@ def default_decoding(task: str) -> Decoding:
     return replace(decoding, max_new_tokens=TINY_NEW_TOKENS) if task.startswith("tiny-") else decoding
 
 
-def read_settings(argv: list[str]) -> Settings:
-    """The settings of a command line, checked against each other. Raises InputError."""
+def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
+    """The settings of a command line, checked against each other, and the model that they name. Raises InputError."""
     rules = " ".join(each.HELP for each in (gsm8k, code, refusals))
     settings = cli.parse(
         Settings,
@@ -124,13 +124,14 @@ def read_settings(argv: list[str]) -> Settings:
         epilog=f"How an answer is found in a text: {rules} "
         "evaluate.py compare A B compares two evaluation folders of the same task.",
     )
+    subject = None
     if settings.completions is None:
         if settings.source is None:
             raise InputError("nothing to evaluate; name a run, a checkpoint or 'tiny', or pass --completions FILE")
         if settings.partial:
             raise InputError("--partial is for --completions; leave it out")
-        run = source.run_config(settings.source)
-        settings = as_trained(settings, run["settings"] if run else {})
+        subject = Subject(settings.source)
+        settings = as_trained(settings, subject.run["settings"] if subject.run else {})
     else:
         given = [f"--{name.replace('_', '-')}" for name in GENERATING if getattr(settings, name) is not None]
         if settings.source or given:
@@ -142,7 +143,7 @@ def read_settings(argv: list[str]) -> Settings:
         given = "is missing" if settings.task is None else f"{settings.task!r} is unknown"
         raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")
     check_task_flags(settings)
-    return settings
+    return settings, subject
 
 
 def as_trained(settings: Settings, trained: dict) -> Settings:
@@ -186,11 +187,10 @@ def check_task_flags(settings: Settings) -> None:
 # ----------------------------------------------------------------------------------------------------------- prompt
 
 
-def make_reader(settings: Settings) -> data.Reader:
-    """What reads the rows for the model that settings.source names."""
-    folder, _ = source.locate(settings.source)
-    options = {"bos": settings.bos, "max_length": settings.max_length or 512}
-    return data.Reader(settings.task, folder, read_config(folder), **options)
+def make_reader(settings: Settings, subject: Subject) -> data.Reader:
+    """What reads the rows for a model."""
+    length = settings.max_length or 512
+    return data.Reader(settings.task, subject.folder, subject.config, max_length=length, bos=settings.bos)
 
 
 def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
@@ -220,9 +220,14 @@ class Answers(NamedTuple):
 
 
 def decode(
-    settings: Settings, examples: list[Example], reader: data.Reader, out: Path, processes: Processes
+    settings: Settings,
+    subject: Subject,
+    examples: list[Example],
+    reader: data.Reader,
+    out: Path,
+    processes: Processes,
 ) -> Answers | None:
-    """The completions of the model that settings.source names; None on every process but the main one."""
+    """The completions of a model; None on every process but the main one."""
     dtype = settings.dtype or default_dtype()
     prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
     items = reader.encode(examples[: settings.limit]) if settings.task == "own" else []
@@ -233,10 +238,10 @@ def decode(
         plan_of = functools.partial(plan_of, **sizes)
         return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
 
-    model, tokenizer = source.load(settings.source, getattr(torch, dtype), processes.device, choose_shard)
+    model = subject.load(getattr(torch, dtype), processes.device, choose_shard)
     kept = [{}]
     if processes.is_main:
-        claim(out, identity(settings, dtype, examples, reader))
+        claim(out, identity(settings, dtype, examples, reader, subject.content))
         kept = [read_generations(out)]
     if processes.count > 1:
         dist.broadcast_object_list(kept)
@@ -247,7 +252,7 @@ def decode(
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
     written = complete(
         model,
-        tokenizer,
+        reader.tokenizer,
         prompts,
         todo[processes.index :: processes.count],
         decoding,
@@ -304,7 +309,7 @@ def check_folder(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
 
 
-def identity(settings: Settings, dtype: str, examples: list[Example], reader: data.Reader) -> dict:
+def identity(settings: Settings, dtype: str, examples: list[Example], reader: data.Reader, content: dict) -> dict:
     """Everything that decides the completions, by content. More examples or samples continue what is there.
 
     The prompts hold the text of --eval-data and --shots, so that the names of those files do not matter.
@@ -316,7 +321,7 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
     about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
     bos = [reader.bos.id, reader.bos.in_text, reader.bos.in_chat]
     about |= {"bos": bos} if bos != [bos[0], False, None] else {}
-    return about | source.content(settings.source)
+    return about | content
 
 
 def claim(out: Path, about: dict) -> None:
@@ -379,18 +384,18 @@ def report(result: dict, task: str) -> list[str]:
     return [*lines, f"{name} {describe(main)} on {task}, rule: {rule}{remark}"]
 
 
-def evaluate(settings: Settings, processes: Processes) -> dict | None:
+def evaluate(settings: Settings, subject: Subject | None, processes: Processes) -> dict | None:
     """Generate or read, score, write, print.  -> the score; None on every process but the main one"""
     runs_code = settings.benchmark == "humaneval"
     protection = check_protection(settings.allow_code_execution) if runs_code and processes.is_main else None
-    out = out_folder(settings)
+    out = out_folder(settings, subject)
     if out:
         check_folder(out)
     began = time.perf_counter()
-    reader = make_reader(settings) if settings.source else None
+    reader = make_reader(settings, subject) if subject else None
     examples = load_problems(settings, reader)
-    if settings.source:
-        answers = decode(settings, examples, reader, out, processes)
+    if subject:
+        answers = decode(settings, subject, examples, reader, out, processes)
         if answers is None:
             return None
     else:
@@ -402,7 +407,7 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
     seconds = {"seconds_completing": time.perf_counter() - began}
     result, items = score(settings, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}
-    used |= {"protection": protection} | (asdict(settings.decoding) if settings.source else {})
+    used |= {"protection": protection} | (asdict(settings.decoding) if subject else {})
     problems = problems_digest({example.id: example.row for example in answers.examples})
     result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": used, "problems": problems}
     if out:
@@ -415,13 +420,12 @@ def evaluate(settings: Settings, processes: Processes) -> dict | None:
     return result
 
 
-def out_folder(settings: Settings) -> Path | None:
+def out_folder(settings: Settings, subject: Subject | None) -> Path | None:
     """--out, or where an evaluation of a model lies by default."""
-    if settings.out or not settings.source:
+    if settings.out or subject is None:
         return Path(settings.out) if settings.out else None
-    name, folder = f"evaluation-{settings.task}", Path(settings.source)
-    is_run = source.run_config(settings.source) is not None
-    return folder / name if is_run else Path("runs", f"{name}-{folder.resolve().name}")
+    name, folder = f"evaluation-{settings.task}", Path(subject.name)
+    return folder / name if subject.run else Path("runs", f"{name}-{folder.resolve().name}")
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -432,13 +436,13 @@ def main(argv: list[str] | None = None) -> dict | None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["compare"]:
         return compare(argv[1:])
-    settings = read_settings(argv)
+    settings, subject = read_settings(argv)
     ignore_keys(settings.ignore_config_keys)
     if settings.completions:  # nothing to share out
-        return evaluate(settings, ALONE) if cli.is_main_process() else None
+        return evaluate(settings, None, ALONE) if cli.is_main_process() else None
     # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
     processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
-    result = evaluate(settings, processes)
+    result = evaluate(settings, subject, processes)
     if processes.count > 1:
         dist.barrier()  # a process that leaves while another still communicates would abort that one
         dist.destroy_process_group()

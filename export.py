@@ -39,7 +39,6 @@ from hub.checkpoint import (
     converted,
     copy_beside,
     read_slices,
-    resolve,
     stored,
     write_checkpoint,
 )
@@ -51,7 +50,7 @@ from lori import Scatter
 from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
 from run.adapters import adapted_matrices, hub_shapes
-from run.source import check_base, result_of, run_config
+from run.subject import Subject
 from run.validation import BEST
 
 
@@ -314,24 +313,20 @@ def main(argv: list[str] | None = None) -> None:
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)
-    run, out = run_config(settings.run), Path(settings.out).resolve()
-    if run is None:
+    subject, out = Subject(settings.run, base=settings.model), Path(settings.out).resolve()
+    if subject.run is None:
         raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
-    trained = run["settings"]
+    trained = subject.run["settings"]
     if trained["method"] == "fft":
         raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
-    folder = Path(settings.run)
-    folder = folder if (folder / "adapter.json").is_file() else result_of(run, folder, "adapter")
-    base_name = settings.model or run["model"]
-    base = resolve(base_name)
-    config = read_config(base)
+    folder, base, config = subject.adapter, subject.folder, subject.config
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     check_out(out)
-    check_base(run, base)
+    subject.check_base()
     if settings.to == "peft":
-        is_local = base_name in EMBEDDED or Path(base_name).exists()
-        name = str(base.resolve()) if is_local else base_name
+        is_local = subject.base in EMBEDDED or Path(subject.base).exists()
+        name = str(base.resolve()) if is_local else subject.base
         with atomic_folder(out) as part:
             write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype or torch.float32)
     else:

@@ -41,9 +41,9 @@ from run.processes import Processes, end_processes, freed_memory_kept, processes
 from run.report import package, reporting
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
-from run.source import content_of
 from run.state import Checkpoints, moment_bytes, pinned
 from run.step import global_step, load_shared
+from run.subject import content_of
 from run.validation import BEST, Validation, split
 
 # -------------------------------------------------------------------------------------------------------------- run

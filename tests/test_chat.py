@@ -371,19 +371,18 @@ def test_the_tasks_of_the_paper_have_no_bos_unless_asked_for(tmp_path):
 
 @pytest.mark.parametrize("kind", ["olmoe", "qwen2"])  # whose templates write BOS, and do not
 @pytest.mark.parametrize("added", [True, False])  # by the tokenizer
-def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, added, tmp_path, monkeypatch):
+def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, added, tmp_path):
     tokenizer = byte_level()
     if added:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     config = save(tmp_path, tokenizer, TEMPLATES[kind])
-    monkeypatch.setattr("run.source.content", lambda source: {})  # of the model, which stays the same
     settings = evaluate.Settings(source="model", task="own")
     for rows in ([{"messages": turns("a", "b")}], [{"prompt": "a", "completion": "b"}]):
         path, prompts = write(tmp_path / "rows.jsonl", rows), {}
         for bos in ("auto", "yes", "no"):
             reader = Reader("own", tmp_path, config, bos=bos)
             examples = reader.load("test", path)
-            about = json.dumps(evaluate.identity(settings, "float32", examples, reader))
+            about = json.dumps(evaluate.identity(settings, "float32", examples, reader, {}))
             prompts.setdefault(about, []).append(reader.prompts(examples))
         assert all(found == found[:1] * len(found) for found in prompts.values())
 

@@ -20,7 +20,8 @@ import export
 import hellora
 from command.cli import InputError
 from model import load_model, save_model
-from run import adapters, source
+from run import adapters
+from run.subject import base_content
 from scoring import statistics
 from scoring.comparison import problems_digest
 
@@ -575,7 +576,7 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
 
     (folder / "config.json").write_text(json.dumps(about))
     run_all()  # a run of an earlier version names no digests
-    (folder / "config.json").write_text(json.dumps(about | {"base": source.base_content(base)}))
+    (folder / "config.json").write_text(json.dumps(about | {"base": base_content(base)}))
     capsys.readouterr()
     run_all()
     assert "changed since" not in capsys.readouterr().err

@@ -30,7 +30,7 @@ from data import Example
 from hub import peft as peft_files
 from hub.checkpoint import TINY
 from model import load_model, read_config
-from run import adapters, source
+from run import adapters
 from run import state as states
 from scoring import completions, gsm8k
 from scoring.extraction import compiles, extract, finished
@@ -368,8 +368,8 @@ def formats(tmp_path_factory, olmoe) -> dict[str, Callable[[], Format]]:
         path = folder(config__json=json.dumps({"model": "tiny", "settings": about, "commit": None}))
 
         def read(path: Path):
-            evaluate.read_settings([str(path)])
-            return read_config(source.locate(str(path))[0])
+            _, subject = evaluate.read_settings([str(path)])
+            return subject.config
 
         return Format(path, ["config.json"], read)
 

@@ -29,9 +29,10 @@ from command.cli import InputError, RunError
 from command.files import seal, sha256
 from hub.checkpoint import TINY
 from model import load_model, read_config
-from run import adapters, source
+from run import adapters
 from run.processes import Processes
 from run.state import Checkpoints, last_state, load_tensors, save_state, states
+from run.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -575,7 +576,7 @@ def test_an_adapter_of_an_earlier_version_loads_and_exports(old_run, tmp_path):
     assert same(ours, stored) and sum(tensor.numel() for tensor in stored.values()) == 2880
     for what in (["peft"], ["merged", "--dtype", "float32"]):
         export.main([str(old_run), "--to", *what, "--out", str(tmp_path / what[0])])
-    subject, _ = source.load(str(old_run), torch.float32, torch.device("cpu"))
+    subject = Subject(str(old_run)).load(torch.float32, torch.device("cpu"))
     ids = torch.arange(12).view(2, 6)
     assert torch.allclose(subject(ids)[0], model(ids)[0], atol=1e-4)
     assert torch.allclose(load_model(tmp_path / "merged")(ids)[0], model(ids)[0], atol=1e-4)

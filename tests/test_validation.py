@@ -21,10 +21,11 @@ import export
 import train
 from command.cli import InputError
 from model import load_model, read_config
-from run import adapters, source
+from run import adapters
 from run.methods import METHODS
 from run.processes import ALONE
 from run.step import held_out_loss
+from run.subject import Subject
 from run.validation import BEST, best_of, out_of_patience, split
 
 ROOT = Path(__file__).parent.parent
@@ -226,10 +227,10 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
     for flags, name in ((VALID, "adapter"), ([*VALID, "--patience", "2"], "adapter-best")):
         out = tmp_path / name
         run(out, *flags)
-        assert source.locate(str(out))[1] == out / name
+        assert Subject(str(out)).adapter == out / name
         for asked, there in ((out, name), (out / "adapter", "adapter"), (out / "adapter-best", "adapter-best")):
             capsys.readouterr()
-            subject, _ = source.load(str(asked), torch.float32, torch.device("cpu"))
+            subject = Subject(str(asked)).load(torch.float32, torch.device("cpu"))
             want = load_model("base")
             adapters.load_adapter(want, out / there)
             ids = torch.arange(2, 14).view(2, 6)

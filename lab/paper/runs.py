@@ -24,7 +24,7 @@ from hub.checkpoint import EMBEDDED, resolve
 from run.folder import MAY_CHANGE
 from run.processes import default_dtype
 from run.settings import Settings, parse_settings
-from run.source import base_content
+from run.subject import base_content
 
 LOSSES = 20  # points of the loss curve that a record keeps
 BATCH = 128  # sequences that an embedded model decodes at once: four times the default, which takes less time

@@ -1,0 +1,159 @@
+"""What a name on the command line stands for: a run folder of train.py, a checkpoint, a PEFT adapter, or a hub id.
+
+subject = Subject("runs/tiny-math-hellora")      # the run; its base and its adapter
+model = subject.load(torch.float32, device)
+
+A command makes one Subject and hands it on, so that a file of the run or of the base is read once.
+"""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+
+import hellora
+from command.cli import InputError, note
+from command.files import read_json, sha256
+from hub import digests
+from hub.checkpoint import resolve
+from hub.peft import base_of
+from model import MoEConfig, MoETransformer, read_config
+from run import memory
+from run.adapters import fill_adapter, place_adapter, read_any_adapter
+from run.step import load_shared
+from run.validation import BEST
+
+DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
+OF_ADAPTER = ("adapter.json", "adapter_config.json")  # ours, and PEFT's
+
+
+class Subject:
+    """A model with what it consists of. Each part is read when it is first needed, and then kept."""
+
+    def __init__(self, name: str, base: str | None = None) -> None:
+        """base: the model that an adapter is put on, by default the one that it was trained on."""
+        self.name, self.run = name, run_config(name)
+        place = Path(name)
+        self.adapter: Path | None = None  # the adapter's folder; None: the checkpoint is all
+        if self.run is None:
+            trained_on = base_of(place)  # of an adapter that PEFT saved
+            self.adapter, self.base = place if trained_on else None, base or trained_on or name
+        elif (place / "model").is_dir():  # of full fine-tuning
+            self.base = str(result_of(self.run, place, "model"))
+        else:
+            is_adapter = (place / "adapter.json").is_file()
+            self.adapter = place if is_adapter else result_of(self.run, place, "adapter")
+            self.base = base or self.run["model"]
+
+    @cached_property
+    def folder(self) -> Path:
+        """The checkpoint's folder. Raises InputError if there is no such checkpoint."""
+        return resolve(self.base)
+
+    @cached_property
+    def config(self) -> MoEConfig:
+        """config.json of the checkpoint."""
+        return read_config(self.folder)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What decides the completions of the checkpoint: {"weights" or name of a file: digest}."""
+        return base_content(self.folder)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What decides the completions: `digests`, and those of the adapter's files."""
+        if self.adapter is None:
+            return self.digests
+        found = {name: sha256(self.adapter / name) for name in OF_ADAPTER if (self.adapter / name).is_file()}
+        return self.digests | found | {"adapter": digests.combined(sorted(self.adapter.glob("*.safetensors")))}
+
+    def check_base(self) -> None:
+        """Raise InputError if the adapter of a run was trained on other weights than those of the checkpoint."""
+        if self.run and self.adapter:
+            check_base(self.run, self.folder, self.digests)
+
+    def load(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        choose_shard: Callable[[Callable[..., memory.Plan]], str] | None = None,
+    ) -> MoETransformer:
+        """The model with its adapter, for decoding.
+
+        choose_shard(plan_of): how the processes hold the model, see `memory.choose_shard`; None: each holds all of it.
+        In float32 the adapter is then merged, which is faster and is how LoRI evaluates. In bfloat16 merging would
+        round the update off, so the adapter stays apart.
+        """
+        self.check_base()
+        if (used := self.adapter or self.folder).name in BEST.values():
+            note(f"{used}: the best of the run by its validation loss")
+        stored = self.adapter and read_any_adapter(self.adapter, self.config)
+
+        def attach(model: MoETransformer) -> None:
+            if stored:
+                place_adapter(model, *stored)
+
+        plan_of = partial(memory.plan, self.config, attach, dtype=dtype, trains=False)
+        shard = choose_shard(plan_of) if choose_shard else "none"
+        model = load_shared(self.folder, dtype, device, shard=shard, attach=attach)
+        if stored:
+            fill_adapter(model, *stored, self.adapter)
+            if dtype == torch.float32 and shard == "none":
+                hellora.merge(model)
+        return model.eval()
+
+
+def run_config(name: str) -> dict | None:
+    """config.json of a run folder of train.py, or of that which holds the adapter `name`; None if there is none."""
+    folder = Path(name)
+    try:
+        folder = folder.parent if (folder / "adapter.json").is_file() else folder
+        config = read_json(folder / "config.json", dict)
+    except (OSError, InputError):  # is_file raises OSError for a name that is too long
+        return None
+    is_run = isinstance(config.get("model"), str) and isinstance(config.get("settings"), dict)
+    return config if is_run else None
+
+
+def result_of(run: dict, folder: Path, kind: str) -> Path:
+    """The adapter or the model of the run in `folder`: the last one, or with --patience the best."""
+    best = folder / BEST[kind]
+    return best if run["settings"].get("patience") and best.is_dir() else folder / kind
+
+
+def base_content(folder: Path) -> dict[str, str]:
+    """What decides the completions of a checkpoint: {"weights" or name of a file: digest}."""
+    found = {name: sha256(folder / name) for name in DECIDING if (folder / name).is_file()}
+    return found | {"weights": digests.weights_digest(folder)}
+
+
+def check_base(run: dict, folder: Path, content: dict[str, str]) -> None:
+    """Raise InputError if the checkpoint in `folder` has other weights than the run's adapter was trained on.
+
+    run: config.json of the run. content: as of `base_content`. Other files that differ are noted.
+    """
+    trained_on = run.get("base")
+    if not isinstance(trained_on, dict):  # a run of an earlier version
+        return
+    changed = [name for name in ("weights", *DECIDING) if trained_on.get(name) != content.get(name)]
+    if "weights" in changed:
+        raise InputError(
+            f"{folder} is not the base that this adapter was trained on: the weights differ; "
+            f"restore the base that config.json of the run names ({run['model']}), or train on this one"
+        )
+    if changed:
+        note(f"{folder}: {', '.join(changed)} changed since the adapter was trained on this base")
+
+
+def content_of(folder: Path, start: str | None) -> dict:
+    """What a run starts from.  -> {"base": digests of the base model's files}
+
+    start: the run, its adapter's folder or PEFT's folder that the run starts from. Raises InputError if that is a run
+    on other base weights.
+    """
+    content = base_content(folder)
+    if start and (before := run_config(start)):
+        check_base(before, folder, content)
+    return {"base": content}
