@@ -1,5 +1,5 @@
 # make demo: the whole method on the embedded model.   make test: the test suite.   make lint: ruff.
-# make gpu: checks and measures a GPU. make gpu DEVICE=cpu SHAPE=small: the rehearsal. PYTHON has torch for that device.
+# make gpu: checks and measures a GPU. make gpu DEVICE=cpu SHAPE=small: the rehearsal.
 # The packages go into $(VENV), which is made first. PYTHON and VENV can be set: make test PYTHON=python3.13 VENV=.venv-313
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,8 +29,8 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-gpu:
-	$(PYTHON) bench.py gpu --device $(DEVICE) --shape $(SHAPE) --json $(if $(filter cuda,$(DEVICE)),results,runs)/gpu.json
+gpu: $(VENV)/dev
+	$(VENV)/bin/python bench.py gpu --device $(DEVICE) --shape $(SHAPE) --json $(if $(filter cuda,$(DEVICE)),results,runs)/gpu.json
 
 clean:
 	rm -rf runs

@@ -1,8 +1,7 @@
 """Measure speed and memory: one file of lab/benchmarks per command, each a fair comparison within one run.
 
-    python bench.py step                 # a training step, beside the frozen model and beside transformers + peft
+    python bench.py step                 # a training step, beside the frozen base and beside transformers + peft
     python bench.py generate             # decoding, beside transformers' generate
-    python bench.py load                 # reading a checkpoint, beside transformers' from_pretrained
     python bench.py full                 # OLMoE-1B-7B's full size on this machine, with random weights
     python bench.py gpu                  # checks and measures a GPU (--device cpu --shape small: the rehearsal)
     python bench.py plan --model mixtral-8x7b --method hellora --gpus 2      # memory on machines you do not have
@@ -11,9 +10,9 @@ Compare the ratios within one run: the absolute numbers depend on the machine. `
 """
 
 from command import cli
-from lab.benchmarks import full, generate, gpu, load, plan, step
+from lab.benchmarks import full, generate, gpu, plan, step
 
-COMMANDS = {each.__name__.rpartition(".")[2]: each.main for each in (step, generate, load, plan, full, gpu)}
+COMMANDS = {each.__name__.rpartition(".")[2]: each.main for each in (step, generate, plan, full, gpu)}
 
 
 def main(argv: list[str] | None = None) -> object:

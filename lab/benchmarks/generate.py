@@ -2,6 +2,7 @@
 
     python bench.py generate                                  # the embedded model, batch 32
     python bench.py generate --model DIR --dtype bfloat16 --prompts 512 --json rows.json
+    python bench.py generate --shape full                     # random weights of OLMoE-1B-7B's size
 
 Prompts and answers are as long as those of GSM8K's test set (LENGTHS); the tokens are random. Each answer ends at a
 length fixed beforehand, so both sides decode the same number of tokens, and greedily the same tokens. transformers
@@ -24,6 +25,8 @@ from command.files import writable, write_json
 from generate import generate
 from hub.checkpoint import resolve
 from lab.benchmarks.measure import seconds
+from lab.benchmarks.subjects import our_model, transformers_model
+from lab.benchmarks.workload import SHAPES
 from model import MoETransformer, load_model
 from run.processes import DTYPE_HELP, DTYPES, default_dtype
 
@@ -92,6 +95,7 @@ class Settings:
     """The flags of `bench.py generate`."""
 
     model: str = flag("tiny", "'tiny', a checkpoint folder or a hub id")
+    shape: str | None = flag(None, "random weights in place of --model, as in bench.py step", choices=list(SHAPES))
     prompts: int = flag(128, "sequences to decode", type=cli.number(int, 1))
     batch: int = flag(32, "sequences decoded at once", type=cli.number(int, 1))
     repeats: int = flag(3, "turns of each side", type=cli.number(int, 1))
@@ -107,8 +111,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     out = settings.json and writable(settings.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = replace(settings, dtype=settings.dtype or default_dtype())
-    folder, dtype = resolve(settings.model), getattr(torch, settings.dtype)
-    model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
+    dtype = getattr(torch, settings.dtype)
+    if settings.shape:
+        model = our_model(SHAPES[settings.shape], device, dtype)
+        hf = transformers_model(model).eval()
+    else:
+        folder = resolve(settings.model)
+        model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
     rng = random.Random(settings.seed)
     lengths = {name: draw_lengths(deciles, settings.prompts, rng) for name, deciles in LENGTHS.items()}
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths["prompt"]]
@@ -127,7 +136,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name, spent in times.items():
         rate, over = settings.prompts / statistics.median(spent), ratio if name == "hellora" else 1.0
         tokens = rate * sum(lengths["answer"]) / settings.prompts
-        row = {"name": name, "model": settings.model, "batch": settings.batch, "dtype": settings.dtype}
+        row = {
+            "name": name,
+            "model": settings.shape or settings.model,
+            "batch": settings.batch,
+            "dtype": settings.dtype,
+        }
         row |= {"seconds": spent, "samples_per_s": rate, "tokens_per_s": tokens, "over_transformers": over}
         rows.append(row)
         cli.say(f"{name:12}  {rate:8.2f} samples/s  {tokens:9.0f} tokens/s  {over:.2f}x")

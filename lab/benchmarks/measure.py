@@ -1,9 +1,12 @@
-"""How long a computation takes, how much it allocates, and how much autograd keeps of it."""
+"""How long a computation takes, how much it allocates, how much autograd keeps of it, how often it waits for a GPU."""
 
 import os
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -84,3 +87,18 @@ def saved_bytes(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int
         result = forward()  # noqa: F841 - keeps the graph
     own = {w.untyped_storage().data_ptr() for w in weights}
     return nbytes(t for t in kept if t.untyped_storage().data_ptr() not in own)
+
+
+def host_waits(work: Callable[[], object], device: torch.device) -> dict[str, int] | None:
+    """How often the host waits for the GPU in `work`, by file and line. None on a CPU, which waits for nothing."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchronizing" in str(warning.message)]
+    return dict(Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits))

@@ -1,21 +1,23 @@
-"""Time and memory of a training step: each method beside the frozen model, and beside transformers + peft.
+"""Time and memory of a training step: each method beside the frozen base, and beside transformers + peft.
 
     python bench.py step                                      # batches of 8 and of 32
-    python bench.py step --json step.json --plot step.png
-    python bench.py step --batch 8 --sweep k --plot k.png     # how time and memory grow with k
+    python bench.py step --batch 8 --k 16 --names floor hellora --json step.json
+    python bench.py step --shape full                         # OLMoE-1B-7B's own size: a GPU of 40 GB or more
 
-`floor` is the model alone: all weights are frozen, and there is no adapter; it runs forward, and backward to the input
-of every layer. A step is forward, backward, optimizer step and clearing the gradients. All rows are timed in turn in
-one process, on the same batches. Compare the ratios: the absolute numbers depend on the machine.
+The frozen base, whose row is named `floor`, is the model alone: all weights are frozen, and there is no adapter. It
+runs forward, and backward to the input of every layer. A step is forward, backward, optimizer step and clearing the
+gradients. All rows are timed in turn in one process, on the same batches. At full size they come one after the other,
+since only one model fits. Compare the ratios: the absolute numbers depend on the machine.
 
-The model has the shape of OLMoE-1B-7B at a quarter of its width and depth, with random weights. Rank 8 is a quarter of
-the paper's 32, so that adapters have their real share of the multiplications. Lengths follow GSM8K's under OLMoE's
-tokenizer. Token ids follow Zipf's law, so that routing is as skewed as on text. The hot experts are profiled on the
-same data.
+The model has random weights, and by default the shape of OLMoE-1B-7B at a quarter of its width and depth. Rank 8 is a
+quarter of the paper's 32, so that adapters have their real share of the multiplications. Lengths follow GSM8K's under
+OLMoE's tokenizer. Token ids follow Zipf's law, so that routing is as skewed as on text. The hot experts are profiled on
+the same data.
 
 Dimensions: L layers, E experts per layer.
 """
 
+import gc
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from statistics import median
@@ -31,97 +33,105 @@ from command.cli import InputError, flag, say
 from command.files import writable, write_json
 from data import Batch
 from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
-from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, nbytes, saved_bytes, seconds
+from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
 from lab.benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
-from lab.benchmarks.workload import SHAPE, make_batches
-from model import MoEConfig, MoETransformer
+from lab.benchmarks.workload import SHAPES, make_batches
+from model import MoEConfig
 from profile import profile_routing
 from run.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
-SWEEPS = {  # --sweep -> the values tried
-    "k": (1, 2, 4, 8, 16, 32, 64),
-    "experts": (16, 32, 64, 128),
-    "length": (64, 128, 256, 512),
-    "batch": (1, 2, 4, 8, 16, 32),
-    "rank": (1, 2, 4, 8, 16, 32, 64),
-}
-SWEPT = ("floor", "hellora", "lora")
+RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}
 POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
 
 @dataclass(frozen=True)
-class Case:
-    """What one table measures: these rows, on one model and one size of batch."""
+class Settings:
+    """The flags of `bench.py step`."""
 
-    names: tuple[str, ...]
-    shape: dict  # config.json of the model
-    batch: int
-    k: int
-    rank: int
-    repeats: int
-    device: torch.device
-    dtype: torch.dtype  # of base model and products
-    length: int | None = None  # of every sequence; None: as GSM8K's
+    shape: str = flag("small", "a quarter of OLMoE-1B-7B's width and depth, or its full size", choices=list(SHAPES))
+    batch: list[int] | None = flag(None, "sequences per step (default: 8 32, full size 16)", type=POSITIVE, nargs="+")
+    k: int = flag(8, "hot experts per layer", type=POSITIVE)
+    rank: int | None = flag(None, "LoRA rank r (default: 8, full size 32); alpha is 2 r", type=POSITIVE)
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
+    names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=NAMES)
+    repeats: int = flag(5, "times each row is timed", type=POSITIVE)
+    json: str | None = flag(None, "write the rows", metavar="FILE")
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(case: Case) -> list[dict]:
-    """The rows of one table."""
-    count = max(1, EXAMPLES // case.batch)
-    batches = make_batches(case.batch, count, case.shape["vocab_size"], case.device, case.length)
-    base = our_model(case.shape, case.device, case.dtype)
-    counts = profile_routing(base, batches).counts
-    hot = hellora.select_experts("hot", counts, case.k)
-    subjects, rows = [], []
-    for name in case.names:
-        if why := missing(name, case):
-            say(f"{name}: not run, {why}")
-            keys = ("samples_per_s", "tokens_per_s", "over_floor", "peak_bytes", "saved_bytes", "adapter_flops")
-            rows.append({"name": name, "batch": case.batch, **dict.fromkeys(keys), "note": why})
-        else:
-            subjects.append(make_subject(name, case, base, hot))
-    with freed_memory_kept(case.device):
-        times = take_turns(subjects, batches, case)
-        routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
+def measure(settings: Settings, batch: int) -> list[dict]:
+    """The rows of one size of batch."""
+    shape, dtype = SHAPES[settings.shape], getattr(torch, settings.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batches = make_batches(batch, max(1, EXAMPLES // batch), shape["vocab_size"], device)
+    base = our_model(shape, device, dtype)
+    counts = profile_routing(base, batches).counts  # [L, E]
+    hot = hellora.select_experts("hot", counts, settings.k)
+    profiling = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(settings.repeats))
+    routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
+    with freed_memory_kept(device):
         fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
-    say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
-    rows += [subject_row(subject, batches, times, case, fastest) for subject in subjects]
+        say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
+        config, base = base.config, None
+        absent = {name: why for name in settings.names if (why := missing(name, dtype))}
+        present = [name for name in settings.names if name not in absent]
+        rows, times = [], {}
+        for group in [present] if settings.shape == "small" else [[name] for name in present]:
+            try:
+                subjects = [make_subject(name, our_model(shape, device, dtype), hot, settings.rank) for name in group]
+                times |= take_turns(subjects, batches, settings.repeats)
+                rows += [subject_row(subject, config, batches, times[subject.name]) for subject in subjects]
+            except torch.OutOfMemoryError:
+                absent |= dict.fromkeys(group, "out of memory")
+            subjects = []
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    for row in rows:
+        mine = times[row["name"]]
+        row |= {f"over_{other}": times_as_fast(mine, times[other]) for other in ("floor", *PEERS) if other in times}
+        row |= {"dtype": settings.dtype, "share_of_matmul": row["flops_per_s"] / fastest}
+    for name, why in absent.items():
+        say(f"{name}: not run, {why}")
+        rows.append({"name": name, "batch": batch, "samples_per_s": None, "note": why})
     if "hellora" in times:
-        rows.append(profile_row(base, batches, counts, hot, times["hellora"], case))
+        share = 0.1 * profiling / (0.1 * profiling + 3 * time_of_all(times["hellora"]))
+        hot_share = float((counts * hot).sum() / counts.sum())
+        rows.append({"name": "profile", "batch": batch, "samples_per_s": batch * len(batches) / profiling})
+        rows[-1] |= {"share": share, "hot_share": hot_share}
     return rows
 
 
-def missing(name: str, case: Case) -> str | None:
+def missing(name: str, dtype: torch.dtype) -> str | None:
     """Why a row cannot be measured; None if it can."""
-    if name == "fft" and case.dtype != torch.float32:
+    if name == "fft" and dtype != torch.float32:
         return "weights that train are float32"
     lacks = [package for package in ("transformers", "peft") if name in PEERS and not find_spec(package)]
     return f"{lacks[0]} is not installed" if lacks else None
 
 
-def make_subject(name: str, case: Case, base: MoETransformer, hot: Tensor) -> Subject:
+def make_subject(name: str, base: torch.nn.Module, hot: Tensor, rank: int) -> Subject:
     """The model of one row."""
-    if name in PEERS:
-        return make_peer(name, base, case.rank)
-    return make_ours(name, our_model(case.shape, case.device, case.dtype), hot, case.rank)
+    return make_peer(name, base, rank) if name in PEERS else make_ours(name, base, hot, rank)
 
 
-def take_turns(subjects: list[Subject], batches: list[Batch], case: Case) -> dict[str, np.ndarray]:
+def take_turns(subjects: list[Subject], batches: list[Batch], repeats: int) -> dict[str, np.ndarray]:
     """Seconds of each subject's steps, timed in turn.  -> [repeats, batches] each"""
     for subject in subjects:
         subject.step(batches[0])  # warm up; the optimizer allocates its moments
     times = {subject.name: [] for subject in subjects}
-    turns = range(case.repeats * len(batches))
-    for turn in tqdm(turns, f"batch {case.batch}", unit="turn", disable=None):  # None: only on a terminal
+    turns = range(repeats * len(batches))
+    for turn in tqdm(turns, f"batch {len(batches[0].lengths)}", unit="turn", disable=None):  # None: only on a terminal
         batch = batches[turn % len(batches)]
         forward = (turn + turn // len(batches)) % 2  # a batch meets both orders
         for subject in subjects if forward else subjects[::-1]:
-            times[subject.name].append(seconds(lambda s=subject, b=batch: s.step(b), case.device))
-    return {name: np.reshape(spent, (case.repeats, len(batches))) for name, spent in times.items()}
+            spent = seconds(lambda s=subject, b=batch: s.step(b), batch.input_ids.device)
+            times[subject.name].append(spent)
+    return {name: np.reshape(spent, (repeats, len(batches))) for name, spent in times.items()}
 
 
 def times_as_fast(seconds: np.ndarray, others: np.ndarray) -> float:
@@ -139,49 +149,29 @@ def time_of_all(spent: np.ndarray) -> float:
     return float(np.median(spent, axis=0).sum())
 
 
-def subject_row(
-    subject: Subject, batches: list[Batch], times: dict[str, np.ndarray], case: Case, fastest: float
-) -> dict:
-    """Speed, memory and adapter FLOPs of one subject.  fastest: FLOP/s of the best grouped matmul
+def subject_row(subject: Subject, config: MoEConfig, batches: list[Batch], spent: np.ndarray) -> dict:
+    """Speed, memory and adapter FLOPs of one subject.  spent [repeats, batches]
 
-    `flops_per_s` counts the multiplications and additions that the frozen model and our adapters need on the real
+    `flops_per_s` counts the multiplications and additions that the frozen base and our adapters need on the real
     tokens. What a peer computes beyond, on padding or to form B A, does not count; nor do gradients of base weights.
     """
-    spent = times[subject.name]
-    over = {name: times_as_fast(spent, times[name]) for name in ("floor", *PEERS) if name in times}
-    count = peft_flops if subject.name in PEERS else adapter_flops
-    config, to_embeddings = MoEConfig.from_dict(case.shape), subject.name in ("floor", "fft")
+    first, is_peer = batches[0], subject.name in PEERS
+    to_embeddings = subject.name in ("floor", "fft")
     needed = sum(model_flops(config, batch, to_embeddings=to_embeddings) for batch in batches)
-    needed += 0 if subject.name in PEERS else sum(adapter_flops(subject.model, batch) for batch in batches)
+    needed += 0 if is_peer else sum(adapter_flops(subject.model, batch) for batch in batches)
+    device, total = first.input_ids.device, time_of_all(spent)
     return {
         "name": subject.name,
-        "batch": case.batch,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "samples_per_s": case.batch * len(batches) / time_of_all(spent),
-        "tokens_per_s": sum(int(batch.lengths.sum()) for batch in batches) / time_of_all(spent),
-        "over_floor": over.pop("floor", None),
-        **{f"over_{name}": ratio for name, ratio in over.items()},
+        "batch": len(first.lengths),
+        "samples_per_s": len(first.lengths) * len(batches) / total,
+        "tokens_per_s": sum(int(batch.lengths.sum()) for batch in batches) / total,
         # weights, moments, gradients, activations
-        "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda: subject.step(batches[0]), case.device),
-        "saved_bytes": saved_bytes(lambda: subject.loss(batches[0]), subject.resident()),
-        "adapter_flops": count(subject.model, batches[0]),
-        "flops_per_s": needed / time_of_all(spent),
-        "share_of_matmul": needed / time_of_all(spent) / fastest,
+        "peak_bytes": nbytes(subject.resident()) + allocated_peak(lambda: subject.step(first), device),
+        "saved_bytes": saved_bytes(lambda: subject.loss(first), subject.resident()),
+        "host_waits": host_waits(lambda: subject.step(first), device),
+        "adapter_flops": (peft_flops if is_peer else adapter_flops)(subject.model, first),
+        "flops_per_s": needed / total,
         "seconds": spent.flatten().tolist(),
-    }
-
-
-def profile_row(
-    base: MoETransformer, batches: list[Batch], counts: Tensor, hot: Tensor, hellora_times: np.ndarray, case: Case
-) -> dict:
-    """What it costs to choose the experts, beside training on them for three epochs.  counts, hot [L, E]"""
-    spent = median(seconds(lambda: profile_routing(base, batches), case.device) for _ in range(case.repeats))
-    return {
-        "name": "profile",
-        "batch": case.batch,
-        "samples_per_s": case.batch * len(batches) / spent,
-        "share": 0.1 * spent / (0.1 * spent + 3 * time_of_all(hellora_times)),
-        "hot_share": float((counts * hot).sum() / counts.sum()),
     }
 
 
@@ -190,9 +180,9 @@ def profile_row(
 
 def show(rows: list[dict]) -> None:
     """Print one table."""
-    peers = [f"over_{peer}" for peer in PEERS if any(f"over_{peer}" in row for row in rows)]
-    ratios = "".join(f"{'/ ' + peer.removeprefix('over_'):>17}" for peer in peers)
-    heads = f"{'':15}{'batch':>6}{'samples/s':>11}{'tokens/s':>10}{'/ floor':>9}{ratios}"
+    others = [name for name in ("floor", *PEERS) if any(f"over_{name}" in row for row in rows)]
+    ratios = "".join(f"{'/ ' + name:>17}" for name in others)
+    heads = f"{'':15}{'batch':>6}{'samples/s':>11}{'tokens/s':>10}{ratios}"
     say(f"{heads}{'peak MB':>9}{'saved MB':>10}{'adapter GFLOP':>15}{'GFLOP/s':>9}{'/ matmul':>10}")
     for row in rows:
         line = f"{row['name']:15}{row['batch']:6d}"
@@ -204,59 +194,31 @@ def show(rows: list[dict]) -> None:
                 f" time of 3 epochs; the hot experts receive {row['hot_share']:.0%} of the routed tokens"
             )
         else:
-            ratio = "" if row["over_floor"] is None else f"{row['over_floor']:.2f}"
-            ratios = "".join(f"{row[peer]:17.2f}" for peer in peers)
-            line += f"{row['samples_per_s']:11.2f}{row['tokens_per_s']:10,.0f}{ratio:>9}{ratios}"
+            ratios = "".join(f"{row[f'over_{name}']:17.2f}" for name in others)
+            line += f"{row['samples_per_s']:11.2f}{row['tokens_per_s']:10,.0f}{ratios}"
             line += f"{row['peak_bytes'] / 1e6:9,.0f}{row['saved_bytes'] / 1e6:10,.1f}"
             line += f"{row['adapter_flops'] / 1e9:15,.1f}{row['flops_per_s'] / 1e9:9,.0f}"
             say(f"{line}{row['share_of_matmul']:10.2f}")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The flags of `bench.py step`."""
-
-    batch: list[int] | None = flag(None, "sequences per step (default: 8 32; for a sweep 8)", type=POSITIVE, nargs="+")
-    k: int = flag(8, "hot experts per layer", type=POSITIVE)
-    rank: int = flag(8, "LoRA rank r; alpha is 2 r", type=POSITIVE)
-    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=NAMES)
-    repeats: int = flag(5, "times each row is timed, in turn", type=POSITIVE)
-    sweep: str | None = flag(None, f"measure {', '.join(SWEPT)} for several values of this", choices=list(SWEEPS))
-    json: str | None = flag(None, "write the rows", metavar="FILE")
-    plot: str | None = flag(None, "draw the rows", type=cli.picture, metavar="FILE")
+            for place, count in (row["host_waits"] or {}).items():
+                say(f"{'':15}waits for the GPU {count} times in {place}")
 
 
 def main(argv: list[str]) -> list[dict]:
     settings = cli.parse(Settings, argv, prog="bench.py step", description="Time and memory of a training step.")
-    sweep, sizes = settings.sweep, settings.batch or ([8] if settings.sweep else [8, 32])
-    if settings.k > SHAPE["num_experts"]:
-        raise InputError(f"--k {settings.k}: want 1..{SHAPE['num_experts']}, the experts of a layer")
-    if sweep and len(sizes) > 1:
-        raise InputError(f"--sweep {sweep} measures one batch size, --batch names {len(sizes)}; give one")
-    out, picture = (file and writable(file) for file in (settings.json, settings.plot))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    name = settings.dtype or default_dtype()
-    shape = f"hidden {SHAPE['hidden_size']}, rank {settings.rank}, k {settings.k}"
-    say(f"{where}, torch {torch.__version__}; {shape}, {name}")
-    dtype = getattr(torch, name)
-    case = Case(tuple(settings.names), SHAPE, sizes[0], settings.k, settings.rank, settings.repeats, device, dtype)
+    num_experts = SHAPES[settings.shape]["num_experts"]
+    if settings.k > num_experts:
+        raise InputError(f"--k {settings.k}: expected 1..{num_experts}, the experts of a layer")
+    out = settings.json and writable(settings.json)
+    dtype, rank = settings.dtype or default_dtype(), settings.rank or RANKS[settings.shape]
+    settings = replace(settings, dtype=dtype, rank=rank)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    size = f"hidden {SHAPES[settings.shape]['hidden_size']}, rank {rank}, k {settings.k}"
+    say(f"{where}, torch {torch.__version__}; {size}, {dtype}", "floor: the frozen base alone")
     rows = []
-    for value in SWEEPS[sweep] if sweep else sizes:
-        if sweep:
-            say(f"{sweep} {value}")
-            change = {"shape": {**SHAPE, "num_experts": value}} if sweep == "experts" else {sweep: value}
-            part = measure(replace(case, names=SWEPT, **change))
-            rows += [{"sweep": sweep, "value": value, **row} for row in part]
-        else:
-            part = measure(replace(case, batch=value))
-            rows += part
+    for batch in settings.batch or BATCHES[settings.shape]:
+        part = measure(settings, batch)
         show(part)
+        rows += part
     if out:
         write_json(out, rows)
-    if picture:
-        from lab.benchmarks import step_charts  # here, since importing matplotlib takes long
-
-        (step_charts.lines if sweep else step_charts.bars)(rows, picture)
     return rows

@@ -1,11 +1,10 @@
-"""What `bench.py step` and `bench.py gpu` compare: our model under each method, and transformers' model under peft.
+"""What `bench.py step` compares: our model under each method, and transformers' model under peft.
 
 Dimensions: L layers, E experts per layer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class Subject:
     model: torch.nn.Module
     loss: Callable[[Batch], Tensor]
     optimizer: torch.optim.Optimizer | None
-    release: Callable[[], object] = lambda: None  # makes the model again what it was before
 
     def step(self, batch: Batch) -> None:
         self.loss(batch).backward()
@@ -68,12 +66,11 @@ def attach(name: str, model: MoETransformer, hot: Tensor, rank: int) -> None:
 
 
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
-    """Our model under a method, or as "floor".  hot [L, E] bool: the experts that hot methods adapt"""
-    release = partial(hellora.detach, model)
+    """Our model under a method, or frozen as "floor".  hot [L, E] bool: the experts that hot methods adapt"""
     if name == "floor":
         model.requires_grad_(False)
         # The backward pass then runs down to the input of the first layer, as if something below it trained.
-        release = model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_()).remove
+        model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
     elif name != "fft":
         attach(name, model, hot, rank)
         if METHODS[name].sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
@@ -86,15 +83,13 @@ def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subje
         nll, _ = model(batch.input_ids, batch.lengths, labels=batch.labels)
         return nll / (batch.labels != -100).sum()
 
-    return Subject(name, model, loss, None if name == "floor" else adamw(model), release)
+    return Subject(name, model, loss, None if name == "floor" else adamw(model))
 
 
 def transformers_model(base: MoETransformer) -> torch.nn.Module:
     """transformers' OLMoE on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    for layer in base.layers:
-        hellora.move_to_front(layer.mlp.experts, [])  # where experts were adapted, back into the hub's order
     with torch.device("meta"):
         hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
     weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}

@@ -1,9 +1,9 @@
 """What a GPU will be asked for, without one: the kit that measures it, rehearsed, and how often it is waited for."""
 
 import json
-import sys
 import traceback
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,65 +15,31 @@ import lora
 import ops
 from command.cli import InputError, RunError
 from data import Batch
-from hub.config import PRESETS
 from hub.weights import init_weights
-from lab.benchmarks import gpu, gpu_checks
+from lab.benchmarks import gpu
 from lab.benchmarks.flops import model_flops
+from lab.benchmarks.measure import host_waits
+from lab.tests.test_device import CONFIG
 from model import MoEConfig, MoETransformer, grouped_linear, lay_out
-
-TINY = {
-    **PRESETS["olmoe-1b-7b"], "vocab_size": 97, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 3, "eos_token_id": 0,
-    "pad_token_id": 0,
-}  # fmt: skip
-
-
-@pytest.fixture
-def tiny_size(monkeypatch):
-    monkeypatch.setitem(gpu.SIZES, "small", gpu.Size(TINY, k=2, rank=8, batch=3, steps=2, prompts=2, matmul=64))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: `make gpu` is the test")
-def test_the_kit_runs_from_the_first_check_to_the_last_table(tiny_size, tmp_path, capsys):
-    found = bench.main(["gpu", "--device", "cpu", "--shape", "small", "--json", str(tmp_path / "gpu.json")])
-    assert json.loads((tmp_path / "gpu.json").read_text()) == found
-    assert all(check["passed"] for check in found["checks"]) and len(found["checks"]) > 20
-    rows = {row["name"]: row for row in found["steps"]}
-    assert list(rows) == list(gpu.NAMES) and rows["floor"]["over_floor"] == 1
-    assert all(row["peak_bytes"] > rows["floor"]["peak_bytes"] for row in found["steps"][1:])
-    assert all(rows[name]["planned_bytes"] for name in ("hellora", "lora", "dora"))
-    assert [row["name"] for row in found["decoding"]] == ["hellora", "transformers"]
-    said = capsys.readouterr().out
-    assert said.count("not counted on a CPU") >= len(rows) and "FAILED" not in said
-
-
-def test_a_peer_that_is_missing_or_too_large_is_a_row_that_says_so(monkeypatch):
-    base = gpu.our_model(TINY, torch.device("cpu"), gpu.DTYPE)
-    size = gpu.Size(TINY, k=2, rank=8, batch=3, steps=1, prompts=2, matmul=64)
-    monkeypatch.setattr(gpu, "NAMES", ("dora", "peft-all"))
-    monkeypatch.setattr(gpu, "make_ours", lambda *of: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    monkeypatch.setitem(sys.modules, "peft", None)
-    rows = gpu.measure_all(base, size, 1.0)
-    assert [row["note"] for row in rows] == ["out of memory", "peft is not installed"]
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert gpu.measure_decoding(base, size)[1]["note"] == "transformers is not installed"
-
-
-def test_a_check_that_raises_or_is_off_fails_the_kit_and_the_others_still_run(tiny_size, monkeypatch, capsys):
-    def off(device):
-        yield gpu_checks.Check("off", float("nan"), 1.0)
-
-    def broken(device):
-        raise ZeroDivisionError
-
+def test_the_kit_runs_the_tests_of_the_device_and_both_benchmarks(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(gpu.step, "main", lambda argv: calls.append(argv) or [{"name": "floor"}])
+    monkeypatch.setattr(gpu.generate, "main", lambda argv: calls.append(argv) or [])
     monkeypatch.setattr(
-        gpu, "run_checks", lambda device: gpu_checks.run_checks(device, (off, broken, gpu_checks.no_token))
+        gpu.subprocess, "run", lambda command, cwd: calls.append(command) or SimpleNamespace(returncode=0)
     )
-    monkeypatch.setattr(gpu, "measure_all", lambda *of: [])
-    monkeypatch.setattr(gpu, "measure_decoding", lambda *of: [])
-    with pytest.raises(RunError, match="2 of 3 checks failed: off, broken: see the traceback"):
-        gpu.main(["--device", "cpu", "--shape", "small"])
-    assert "ZeroDivisionError" in capsys.readouterr().err
+    flags = ["gpu", "--device", "cpu", "--shape", "small", "--json", str(tmp_path / "gpu.json")]
+    rows = bench.main(flags)
+    assert json.loads((tmp_path / "gpu.json").read_text()) == rows and rows["steps"] == [{"name": "floor"}]
+    assert calls[0][-3:] == ["lab/tests/test_device.py", "--device", "cpu"]
+    assert all(argv[:4] == ["--shape", "small", "--dtype", "bfloat16"] for argv in calls[1:3])
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, cwd: SimpleNamespace(returncode=1))
+    with pytest.raises(RunError, match="tests failed on CPU"):
+        bench.main(flags)
+    assert json.loads((tmp_path / "gpu.json").read_text())["passed"] is False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -91,8 +57,8 @@ def test_waits_are_counted_by_line(monkeypatch):
             warnings.warn(message, stacklevel=1)
 
     line = work.__code__.co_firstlineno + 2
-    assert gpu.host_waits(work, torch.device("cuda")) == {f"test_gpu.py:{line}": 2} and modes == ["warn", "default"]
-    assert gpu.host_waits(work, torch.device("cpu")) is None
+    assert host_waits(work, torch.device("cuda")) == {f"test_gpu.py:{line}": 2} and modes == ["warn", "default"]
+    assert host_waits(work, torch.device("cpu")) is None
 
 
 # ------------------------------------------------------------------------------------------------ waiting for a GPU
@@ -109,7 +75,7 @@ def test_the_layers_wait_for_a_gpu_once_each_if_some_experts_are_cold_and_else_n
     """On the meta device, on which every number that is read back is an error: forward and backward of all layers."""
     monkeypatch.setattr("ops.kernels.ONE_KERNEL", ("meta",))  # as on a GPU
     with torch.device("meta"):
-        model = MoETransformer(gpu_checks.CONFIG)
+        model = MoETransformer(CONFIG)
     if num_hot:
         dropped = ops.Dropout(dropout, 3)
         hot = (torch.arange(16) < num_hot).expand(3, -1)
