@@ -168,18 +168,28 @@ def keep_records(path: Path, steps: int) -> list[dict]:
 
     Raises InputError if it does not hold them.
     """
-    records = read_records(path, steps, path.read_text(encoding="utf-8").splitlines()[:steps] if path.exists() else [])
+    records = read_records(path, steps, log_lines(path)[:steps])
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
 def check_records(path: Path, steps: int, patience: int | None) -> None:
     """Raise InputError if log.jsonl holds neither the records of exactly `steps` steps nor of a run out of patience."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = log_lines(path)
     records = read_records(path, min(steps, len(lines)) if patience else steps, lines)
     validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
     if len(records) < steps and not out_of_patience(validated, patience):
         read_records(path, steps, lines)
+
+
+def log_lines(path: Path) -> list[str]:
+    """The lines of log.jsonl; none if there is no such file. Raises InputError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_records(path: Path, steps: int, lines: list[str]) -> list[dict]:

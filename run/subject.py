@@ -106,13 +106,17 @@ class Subject:
 
 
 def run_config(name: str) -> dict | None:
-    """config.json of a run folder of train.py, or of that which holds the adapter `name`; None if there is none."""
+    """config.json of a run folder of train.py, or of that which holds the adapter `name`; None if there is none.
+
+    Raises InputError for a config.json that is damaged.
+    """
     folder = Path(name)
     try:
         folder = folder.parent if (folder / "adapter.json").is_file() else folder
-        config = read_json(folder / "config.json", dict)
-    except (OSError, InputError):  # is_file raises OSError for a name that is too long
+        is_folder = folder.is_dir()
+    except OSError:  # a name that is too long
         return None
+    config = read_json(folder / "config.json", dict, missing={}) if is_folder else {}
     is_run = isinstance(config.get("model"), str) and isinstance(config.get("settings"), dict)
     return config if is_run else None
 

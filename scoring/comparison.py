@@ -7,6 +7,7 @@ from pathlib import Path
 
 from command import cli
 from command.cli import InputError, flag, say
+from command.files import read_json
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
 
@@ -53,6 +54,8 @@ def read_verdicts(folder: Path) -> dict[str, float]:
             raise InputError(f"{place}: not an item of evaluate.py with a verdict; want --out of any task but own")
         if item.get("label") != "safe":
             verdicts.setdefault(str(item["id"]), []).append(item["correct"])
+    if not verdicts:
+        raise InputError(f"{folder / 'items.jsonl'}: no item with a verdict; want --out of evaluate.py")
     return {name: sum(found) / len(found) for name, found in verdicts.items()}
 
 
@@ -64,8 +67,8 @@ def problems_digest(problems: dict[str, dict]) -> str:
 
 def read_about(folder: Path) -> tuple[str, str | None]:
     """The task of an evaluation folder, and the digest of its problems."""
+    about = read_json(folder / "score.json", dict)
     try:
-        about = json.loads(rows.read_text(folder / "score.json"))
         return about["settings"]["task"], about.get("problems")
-    except (ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None

@@ -195,19 +195,11 @@ FILES = {
     "empty": folder_of(),
     # data
     "nothing.jsonl": text(""),
-    "broken.jsonl": text(f'{GSM8K}\n{{"question": "And\n{GSM8K}\n'),
     "columns.jsonl": text('{"q": "How many?", "a": "#### 1"}\n'),
     "blank.jsonl": text('{"question": "  ", "answer": "#### 1"}\n'),
-    "latin.jsonl": text(f"{GSM8K}\n".encode() + "Zoë".encode("latin-1")),
-    "utf16.jsonl": text(GSM8K.encode("utf-16")),
-    "cut.jsonl.gz": text(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\x01"),
-    "deep.json": text("[" * 100_000),
-    "half.jsonl": text('{"question": "\\ud83d", "answer": "#### 1"}'),
-    "pickle.json": text(A_PICKLE),
     "alpaca.json": text(f"[{ALPACA}]"),
     "gsm8k.jsonl": text(f"{GSM8K}\n" * 3),
     "gold.jsonl": text(f"{GSM8K}\n{GSM8K.replace('#### 1', '#### 1/2')}\n"),
-    "rows.parquet": text(b"PAR1\x15\x04\x15\x80"),
     "own-good.jsonl": rows(GOOD, GOOD),
     "own-one.jsonl": rows(GOOD),
     "own-order.jsonl": rows(GOOD, chat(ASKED, ASKED, ANSWERED)),
@@ -220,15 +212,10 @@ FILES = {
     "own-calls.jsonl": rows(GOOD, chat(ASKED, {"role": "assistant", "content": "4", "tool_calls": [{}]})),
     "own-tools.jsonl": rows(GOOD, chat(ASKED, ANSWERED, tools=[{"name": "add"}])),
     "own-mixed.jsonl": rows(GOOD, {"prompt": "2 + 2?", "completion": "4"}),
-    "own-types.jsonl": rows(GOOD, chat(ASKED, ("assistant", 4))),
     "own-parts.jsonl": rows(GOOD, chat(ASKED, ("assistant", [{"type": "text", "text": "4"}]))),
-    "own-string.jsonl": rows(GOOD, {"messages": "2 + 2? 4"}),
-    "own-turn.jsonl": rows(GOOD, chat("2 + 2?", "4")),
-    "own-list.jsonl": rows([GOOD]),
     "own-columns.jsonl": rows({"question": "2 + 2?", "answer": "4"}),
-    "own-number.jsonl": rows({"prompt": "2 + 2?", "completion": 4}),
     "own-blank.jsonl": rows({"text": "  "}),
-    "own-huge.jsonl": rows(chat(("user", "2 + 2? " * 100_000), ANSWERED)),
+    "own-huge.jsonl": rows(chat(("user", "2 + 2? " * 5_000), ANSWERED)),
     "own-character.jsonl": rows(GOOD, chat(("user", "\ufdd00\ufdd1"), ANSWERED)),
     "own-long.jsonl": rows(chat(ASKED, ("assistant", "It is 4."))),
     "own-twice.csv": text("prompt,completion,prompt\n2 + 2?,4,1 + 1?\n"),
@@ -243,29 +230,18 @@ FILES = {
     "short.csv": text("prompt,type\nx,y\nx\n"),
     # models
     "no-config": folder_of(tokenizer__json="{}"),
-    "config-broken": config_text('{"model_type": "olmoe",'),
-    "config-list": config_text("[]"),
-    "config-deep": config_text('{"a":' * 10_000 + "1" + "}" * 10_000),
     "config-huge": model(hidden_size=10**18),
     "config-layers": model(num_hidden_layers=900_000),
     "config-experts": model(num_experts=900_000),
     "config-wide": model(hidden_size=10**6, intermediate_size=10**6, num_attention_heads=1, num_key_value_heads=1),
     "config-negative": model(num_hidden_layers=-4),
-    "config-float": model(num_experts=64.0),
-    "config-bool": model(num_attention_heads=True),
-    "config-text": model(vocab_size="4096"),
     "config-missing": model(num_experts_per_tok=...),
     "config-k": model(num_experts_per_tok=65),
     "config-theta": model(rope_theta=10**400),
     "config-nan": model(rms_norm_eps=float("nan")),
-    "config-norm": model(norm_topk_prob="false"),
-    "config-eos": model(eos_token_id="</s>"),
     "config-pad": model(pad_token_id=10**6),
-    "config-type": model(model_type=["olmoe"]),
-    "config-rope": model(rope_parameters=[10000.0]),
     "config-rope-kinds": model(rope_parameters={"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}),
     "config-layer-types": model(layer_types=[["full_attention"]]),
-    "config-positions": model(max_position_embeddings="long"),
     "config-other": model(intermediate_size=64),
     "config-causal": model(is_causal=False),
     "config-scaling": model(logits_scaling=8),
@@ -274,36 +250,23 @@ FILES = {
     "config-no-end": model(eos_token_id=...),
     "config-short": model(max_position_embeddings=12),
     "weights-cut": model(weights=lambda content: content[: len(content) // 2]),
-    "weights-short": model(weights=lambda content: content[:5]),
-    "weights-header": model(weights=lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:]),
-    "weights-length": model(weights=lambda content: b"\xff" * 8 + content[8:]),
-    "weights-pickle": model(weights=lambda content: A_PICKLE),
     "weights-nan": model(weights=lambda content: content[:-4] + b"\xff\x7f\xff\x7f"),  # of float32 and of bfloat16
     "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
     "tokenizer-big": model(vocab_size=1000),
     "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
-    "tokenizer-list": model(tokenizer=lambda content: b"[]"),
     # profiles and lists of experts
     "profile.json": text(profile_of()),
     "profile-layers.json": text(profile_of(layers=3)),
     "profile-experts.json": text(profile_of(experts=32)),
     "profile-k.json": text(profile_of(k=16)),
     "profile-nan.json": text(profile_of(gate_mass=[[float("nan")] * 64] * 4)),
-    "profile-counts-nan.json": text(profile_of(counts=[[float("nan")] * 64] * 4)),
     "profile-negative.json": text(profile_of(counts=[[-1, 3, *[1] * 62]] * 4)),
     "profile-sum.json": text(profile_of(num_tokens=9)),
-    "profile-float.json": text(profile_of(counts=UNEVEN)),
-    "profile-ragged.json": text(profile_of(counts=[[1] * 64, [1]])),
-    "profile-huge.json": text(profile_of(counts=[[10**30] * 64] * 4)),
     "profile-mass.json": text(profile_of(gate_mass=[[1.0] * 64] * 3)),
     "profile-model.json": text(profile_of(model="no/such-model")),
-    "profile-keys.json": text('{"counts": [[1]]}'),
     "lists-short.json": text("[[1, 2], [3]]"),
     "lists-high.json": text("[[1], [2], [3], [64]]"),
     "lists-negative.json": text("[[1], [2], [3], [-1]]"),
-    "lists-float.json": text("[[1.5], [2], [3], [4]]"),
-    "lists-text.json": text('{"hot": "all"}'),
-    "lists-twice.json": text("[[1, 1], [2], [3], [4]]"),
     "lists-none.json": text("[[], [], [], []]"),
     # runs and adapters
     "run": copy_of("run"),
@@ -313,28 +276,21 @@ FILES = {
     "run-task": folder_of(config__json='{"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}'),
     "run-model": copy_of("run", write("config.json", '{"model": 7, "settings": {"task": "tiny-math"}}')),
     "run-flip": copy_of("run", lambda run: flip(run / "adapter/adapter.safetensors", -3)),
-    "run-edited": copy_of("run", edit),
-    "run-cut": copy_of("run", write("adapter/adapter.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{}")),
     "run-pickle": copy_of("run", write("adapter/adapter.safetensors", A_PICKLE)),
-    "run-list-json": copy_of("run", write("adapter/adapter.json", "[]")),
     "run-no-adapter": copy_of("run", lambda run: shutil.rmtree(run / "adapter")),
     "run-layers": copy_of("run", reseal(hot=[[0, 1, 2]] * 5)),
     "run-experts": copy_of("run", reseal(hot=[[0, 1, 64]] * 4)),
     "run-k": copy_of("run", reseal(hot=[[0, 1]] * 4)),
     "run-rank": copy_of("run", reseal(r=8)),
-    "peft-text-rank": peft({"r": "2"}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
     "peft-dora": peft({"use_dora": True}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
     "peft-other": peft({}, {Q_PROJ("A"): torch.ones(2, 40), Q_PROJ("B"): torch.ones(40, 2)}),
     "peft-half": peft({}, {Q_PROJ("A"): torch.ones(2, 256)}),
-    "peft-rank": peft({"r": 1e400}, {Q_PROJ("A"): torch.ones(2, 256)}),
     "peft-base": peft({"base_model_name_or_path": None}, {Q_PROJ("A"): torch.ones(2, 256)}),
     # completions and evaluations
     "answers.jsonl": text('{"id": 0, "completion": "7"}\n'),
     "answers-id.jsonl": text('{"id": 400, "completion": "7"}\n'),
     "answers-twice.jsonl": text('{"id": 0, "completion": "7"}\n' * 2),
-    "answers-text.jsonl": text('{"id": 0, "completion": 7}\n'),
     "answers-keys.jsonl": text('{"id": 0, "text": "7"}\n'),
-    "answers-list.jsonl": text("[0]\n"),
     "evaluation": folder_of(
         items__jsonl='{"id": "0", "correct": true}\n', score__json='{"settings": {"task": "tiny-math"}}'
     ),
@@ -354,61 +310,27 @@ train --model file                                   | model 'file' | config.jso
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong
 train --model ''                                     | empty
-train --task chess                                   | 'chess' | tiny-math
-train --method magic                                 | 'magic' | hellora
-train --methd lora                                   | --methd
 train extra                                          | extra
 train --k 0                                          | '0' | at least 1
 train --k 1.5                                        | '1.5' | between 0 and 1
-train --k eight                                      | 'eight'
 train --k 65                                         | 65 | 1..64
 train --k MANY                                       | 1..64
 train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
 train --experts file                                 | file: not readable as JSON
-train --experts deep.json                            | deep.json: not readable
 train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
 train --experts lists-high.json                      | expert 64
 train --experts lists-negative.json                  | 64 experts
-train --experts lists-float.json                     | 1.5
-train --experts lists-text.json                      | lists-text.json
 train --experts lists-none.json                      | lists-none.json
 train --experts coverage                             | give both or neither
-train --coverage 0.5                                 | give both or neither
-train --experts coverage --coverage 1.5              | '1.5' | at most 1
-train --experts coverage --coverage x                | 'x'
-train --scores mass                                  | 'mass' | gate-mass
-train --targets most                                 | 'most' | gate
-train --rank 0                                       | '0' | at least 1
-train --rank 1.0                                     | '1.0' | whole number
 train --rank 49 --task gsm8k --train-data absent.jsonl | 49 | 1..48
 train --rank MANY                                    | --rank
 train --profile profile-layers.json --task gsm8k --train-data absent.jsonl | profile-layers.json
-train --alpha 0                                      | '0' | above 0
-train --alpha nan                                    | 'nan'
-train --lr 0                                         | '0' | above 0
-train --lr inf                                       | 'inf'
-train --lr=-1e-3                                     | -1e-3 | above 0
-train --epochs 0                                     | '0' | at least 1
-train --steps -1                                     | '-1' | at least 1
-train --steps 1e3                                    | '1e3' | whole number
 train --steps MANY                                   | --steps
-train --batch 0                                      | '0' | at least 1
-train --micro-batch 0.5                              | '0.5' | whole number
 train --max-length 7                                 | '7' | at least 8
-train --clip 0                                       | '0' | above 0
-train --router-aux-loss=-1e-9                        | -1e-9 | above 0
-train --router-aux-form both                         | 'both' | layer
-train --sample 0                                     | '0' | above 0
 train --sample 1.01                                  | '1.01' | at most 1
-train --warmup dora                                  | 'dora' | lora
-train --save-every 0                                 | '0' | at least 1
-train --keep 0                                       | '0' | at least 1
 train --resume now                                   | now
-train --on-nonfinite ignore                          | 'ignore' | skip
-train --shard half                                   | 'half' | full
-train --seed -1                                      | '-1' | at least 0
 train --seed 2147483648                              | '2147483648' | at most
 train --out notes                                    | --out notes | another folder
 train --out file                                     | --out file
@@ -441,52 +363,31 @@ train --init-adapter run-experts                     | expert 64 | 64 experts
 train --init-adapter run-k --sample 0.001            | (3, | (2,
 train --init-adapter run-rank --sample 0.001         | (8,
 train --init-adapter run-flip                        | run-flip/adapter | sha256
-train --init-adapter run-pickle                      | run-pickle/adapter
-train --init-adapter peft-text-rank                  | r '2' | numbers above 0
 train --init-adapter peft-dora                       | lora_m
 train --init-adapter peft-other                      | another model or rank
 train --init-adapter peft-half                       | lora_A alone
-train --init-adapter peft-rank                       | peft-rank
 train --profile absent.json                          | absent.json
 train --profile notes                                | notes
 train --profile ''                                   | empty
-train --profile deep.json                            | deep.json
-train --profile pickle.json                          | pickle.json
 train --profile profile-layers.json                  | 3 layers | 4 layers of 64
 train --profile profile-experts.json                 | 32 experts | 64 experts
 train --profile profile-k.json                       | 16 per token | 8 per token
 train --profile profile-nan.json                     | gate_mass of layer 0, expert 0 is nan
-train --profile profile-counts-nan.json              | counts | whole numbers
 train --profile profile-negative.json                | layer 0, expert 0 is -1
 train --profile profile-sum.json                     | sum to 64, not to 9 tokens
-train --profile profile-float.json                   | whole numbers
-train --profile profile-ragged.json                  | profile-ragged.json
-train --profile profile-huge.json                    | profile-huge.json
 train --profile profile-mass.json                    | (4, 64) | (3, 64)
-train --profile profile-keys.json                    | model | want str
-train --model config-broken                          | config.json
-train --model config-list                            | expected an object
-train --model config-deep                            | config-deep/config.json
 train --model config-huge                            | hidden_size | 1000000000000000000 | to 1,000,000
 train --model config-layers                          | num_hidden_layers | 900000
 train --model config-experts                         | 900000
 train --model config-wide                            | shape
 train --model config-negative                        | num_hidden_layers is -4 | from 1
-train --model config-float                           | num_experts is 64.0 | whole number
-train --model config-bool                            | num_attention_heads is True | whole number
-train --model config-text                            | vocab_size is '4096' | whole number
 train --model config-missing                         | num_experts_per_tok is missing
 train --model config-k                               | num_experts_per_tok 65 | at most 64
 train --model config-theta                           | rope_theta
 train --model config-nan                             | rms_norm_eps is nan | positive
-train --model config-norm                            | norm_topk_prob is 'false' | true or false
-train --model config-eos                             | eos_token_id | '</s>'
 train --model config-pad                             | pad_token_id is 1000000
-train --model config-type                            | model_type ['olmoe'] | mixtral
-train --model config-rope                            | rope_parameters
 train --model config-rope-kinds                      | rope_parameters | full_attention
 train --model config-layer-types                     | layer_types
-train --model config-positions                       | max_position_embeddings is 'long'
 train --model config-other                           | shape | config.json wants
 train --model config-causal                          | is_causal False is not implemented
 train --model config-scaling                         | logits_scaling 8 is not implemented
@@ -496,31 +397,17 @@ train --model config-end-outside                     | eos_token_id is 5000 | ne
 train --model config-no-end                          | eos_token_id is None | needs one to end each target
 train --model config-short                           | --max-length 512 | made for 12 positions
 train --model weights-cut                            | model.safetensors | download it again
-train --model weights-short                          | model.safetensors | download it again
-train --model weights-header                         | model.safetensors
-train --model weights-length                         | model.safetensors | download it again
-train --model weights-pickle                         | model.safetensors | download it again
 train --model weights-none                           | tokenizer.json
 train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
-train --model tokenizer-list                         | tokenizer.json
 train --task gsm8k --train-data absent.jsonl         | absent.jsonl | GSM8K rows
 train --task gsm8k --train-data notes                | notes | GSM8K rows
 train --task gsm8k --train-data nothing.jsonl        | nothing.jsonl: no rows
-train --task gsm8k --train-data broken.jsonl         | broken.jsonl, line 2 | GSM8K rows
 train --task gsm8k --train-data columns.jsonl        | 'question' | GSM8K rows
 train --task gsm8k --train-data blank.jsonl          | 'question'
-train --task gsm8k --train-data latin.jsonl          | line 2 | UTF-8
-train --task gsm8k --train-data utf16.jsonl          | line 1 | UTF-8
-train --task gsm8k --train-data cut.jsonl.gz         | cut.jsonl.gz
-train --task gsm8k --train-data deep.json            | deep.json
-train --task gsm8k --train-data half.jsonl           | line 1
-train --task gsm8k --train-data pickle.json          | pickle.json | pickle, which is never opened
 train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
-train --task gsm8k --train-data rows.parquet         | rows.parquet: a parquet file | to_json
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
 train --task own                                     | task own: this task is your own data; pass | --train-data FILE
-train --task own --train-data absent.jsonl           | absent.jsonl | No such file
 train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
 train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
 train --task own --train-data own-empty.jsonl        | own-empty.jsonl, line 2: turn 2 (assistant) is empty
@@ -531,16 +418,11 @@ train --task own --train-data own-tool.jsonl         | line 2: turn 2 has 'role'
 train --task own --train-data own-calls.jsonl        | line 2: turn 2 has 'tool_calls'
 train --task own --train-data own-tools.jsonl        | line 2: it has 'tools'
 train --task own --train-data own-mixed.jsonl        | line 2: a row of prompt and completion after rows of messages
-train --task own --train-data own-types.jsonl        | line 2: turn 2 has 'content' 4, want text
 train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | want text
-train --task own --train-data own-string.jsonl       | line 2: 'messages' is '2 + 2? 4', want a list of turns
-train --task own --train-data own-turn.jsonl         | line 2: turn 1 is '2 + 2?', want an object
 train --task own --train-data own-columns.jsonl      | line 1: no format is known | 'messages'
-train --task own --train-data own-number.jsonl       | line 1: 'completion' is 4, want text
 train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
 train --task own --train-data own-huge.jsonl         | no target token within 512 tokens  | --max-length
 train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
-train --task own --train-data rows.parquet           | rows.parquet | parquet
 train --task own --train-data own-good.jsonl --model no-template       | no-template has no chat template | completion
 train --task own --train-data own-good.jsonl --model template-damaged  | template-damaged: its chat template is damaged
 train --task own --train-data own-good.jsonl --model template-raises   | line 1 | no system message, please
@@ -551,18 +433,15 @@ train --task own --train-data own-long.jsonl --model template-cuts     | line 1 
 train --task own --train-data own-good.jsonl --model template-character | line 1 | U+FDD0
 train --task own --train-data own-twice.csv              | own-twice.csv, line 1: a column occurs twice
 train --task own --train-data own-good.jsonl --bos yes                 | --bos yes | names a BOS token
-train --task own --train-data own-good.jsonl --bos maybe               | 'maybe' | auto
 train --task own --train-data own-good.jsonl --valid-data own-order.jsonl | own-order.jsonl, line 2
 train --task own --train-data own-one.jsonl --valid-share 0.5          | leaves none to train on
 train --valid-share 0.6                              | '0.6' | at most 0.5
 train --valid-share 0.1 --valid-data own-good.jsonl  | contradict
 train --valid-every 5                                | --valid-every | --valid-data or --valid-share
 train --patience 2                                   | --patience | --valid-data or --valid-share
-train --patience 0 --valid-share 0.1                 | '0' | at least 1
 train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
 evaluate                                             | nothing to evaluate
 evaluate tiny                                        | --task is missing | gsm8k
-evaluate tiny --task chess                           | 'chess' | tiny-math
 evaluate nowhere/at-all --task tiny-math             | nowhere/at-all
 evaluate notes --task tiny-math                      | notes | config.json
 evaluate weights-cut --task tiny-math                | model.safetensors
@@ -577,19 +456,12 @@ evaluate run-task                                    | chess
 evaluate run-model --task tiny-math                  | run-model
 evaluate run-no-adapter                              | missing
 evaluate run-flip                                    | run-flip/adapter | sha256
-evaluate run-edited                                  | run-edited/adapter | sha256
-evaluate run-cut                                     | run-cut/adapter
 evaluate run-pickle                                  | run-pickle/adapter
-evaluate run-list-json                               | run-list-json/adapter
 evaluate run-experts                                 | expert 64
 evaluate run-k                                       | (3,
 evaluate peft-other --task tiny-math                 | another model or rank
 evaluate peft-base --task tiny-math                  | base model
-evaluate tiny --task tiny-math --limit 0             | '0' | at least 1
-evaluate tiny --task tiny-math --batch many          | 'many'
-evaluate tiny --task tiny-math --max-new-tokens 0    | '0'
 evaluate tiny --task tiny-math --temperature -1      | -1
-evaluate tiny --task tiny-math --top-p 0             | '0' | above 0
 evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
 evaluate tiny --task tiny-math --top-p 0.9           | 0.9 | --temperature
 evaluate tiny --task tiny-math --samples 2           | --samples 2 | scores one completion
@@ -597,12 +469,7 @@ evaluate tiny --task tiny-code --samples 2 --temperature 0 | greedy samples
 evaluate tiny --task tiny-code --shots 2             | --shots 2
 evaluate tiny --task tiny-math --shots 61            | 60 problems
 evaluate tiny --task tiny-math --train-data file     | --shots
-evaluate tiny --task tiny-math --seed -1             | '-1'
-evaluate tiny --task tiny-math --dtype int8          | 'int8' | bfloat16
 evaluate tiny --task tiny-math --refusal-rule lori   | --refusal-rule lori
-evaluate tiny --task tiny-safety --refusal-rule no   | 'no' | lori
-evaluate tiny --task tiny-math --timeout 0           | '0' | above 0
-evaluate tiny --task tiny-math --workers 0           | '0'
 evaluate tiny --task tiny-math --partial             | --completions
 evaluate tiny --task tiny-math --out notes           | --out notes
 evaluate tiny --task tiny-math --out file            | --out file
@@ -614,14 +481,10 @@ evaluate --task tiny-math --completions answers.jsonl --batch 2 | --batch | one 
 evaluate --task tiny-math --completions absent.jsonl | absent.jsonl
 evaluate --task tiny-math --completions notes        | notes
 evaluate --task tiny-math --completions nothing.jsonl | holds no completions
-evaluate --task tiny-math --completions latin.jsonl  | UTF-8
 evaluate --task tiny-math --completions answers.jsonl        | 399 of 400 ids | --partial
 evaluate --task tiny-math --completions answers-id.jsonl     | line 1 | '400' is unknown
 evaluate --task tiny-math --completions answers-twice.jsonl  | line 2 | already
-evaluate --task tiny-math --completions answers-text.jsonl   | line 1 | not text
 evaluate --task tiny-math --completions answers-keys.jsonl   | line 1 | 'text'
-evaluate --task tiny-math --completions answers-list.jsonl   | line 1 | list
-evaluate --task tiny-math --completions deep.json            | line 1
 evaluate --task tiny-math --completions ''           | empty
 evaluate compare evaluation                          | FOLDER
 evaluate compare evaluation absent                   | absent
@@ -631,15 +494,12 @@ evaluate compare evaluation evaluation-items         | line 1 | with a verdict |
 export                                               | run
 export run                                           | --to
 export run --to merged                               | --out
-export run --to gguf --out new                       | 'gguf' | merged
 export notes --to merged --out new                   | notes is not a run folder
 export tiny --to merged --out new                    | tiny is not a run folder
 export run-bare --to merged --out new                | run-bare
 export run-list --to merged --out new                | run-list
 export run-model --to merged --out new               | run-model
 export run-flip --to merged --out new                | sha256
-export run-flip --to peft --out new                  | sha256
-export run-pickle --to peft --out new                | run-pickle/adapter
 export run-no-adapter --to peft --out new            | missing
 export run-experts --to peft --out new               | expert 64
 export run --to merged --out notes                   | not empty
@@ -651,8 +511,6 @@ export run --to merged --out new --model config-other   | shape
 export run --to merged --out new --model weights-nan    | not the base
 export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
-export run --to merged --out new --dtype int8        | 'int8' | bfloat16
-export run --to merged --out new --examples 0        | '0'
 export run --to merged --out new --train-data file   | file
 export run --to merged --out new --compact           | --compact
 export run --to peft --out new --examples 2          | --examples
@@ -669,13 +527,6 @@ profile --out file/p.json                            | file/p.json
 profile --out new/p.json --k 65                      | 65 | 1..64
 profile --out p.json --plot p.txt                    | 'p.txt' | .png
 profile --out p.json --sample 2                      | '2' | at most 1
-profile --out p.json --warmup yes                    | 'yes' | lora
-profile --out p.json --seed x                        | 'x'
-profile --out p.json --batch 0                       | '0'
-profile --out p.json --max-length 1                  | '1' | at least 8
-profile --out p.json --shard some                    | 'some' | full
-evaluate tiny --task tiny-math --shard halves        | 'halves' | hybrid
-profile --out p.json --task chess                    | 'chess'
 profile --out p.json --model weights-cut             | model.safetensors
 profile --out p.json --model config-unknown          | mup False
 profile --out p.json --model config-short            | --max-length 512
@@ -688,18 +539,13 @@ profile compare profile.json profile.json --plot p.gif | 'p.gif' | .png
 profile compare profile.json profile-negative.json   | profile-negative.json
 profile advise absent.json                           | absent.json | No such file | --out
 profile advize profile.json                          | 'advize' | advise
-profile advise profile.json --rank 0                 | '0'
 profile advise profile.json --rank 49                | 49 | 1..48
-profile advise profile.json --coverage 0             | '0'
 profile advise profile.json --model mixtral-8x7b     | 32 layers of 8 experts
 profile advise profile-model.json                    | no/such-model
 bench                                                | no command | step
 bench stride                                         | 'stride' | step
-bench step --batch 0                                 | '0'
 bench step --k 65                                    | 65 | 1..64
-bench step --rank x                                  | 'x'
 bench step --names lora nothing                      | 'nothing' | floor
-bench step --repeats 0                               | '0'
 bench step --sweep width                             | 'width' | rank
 bench step --json file/rows.json                     | file/rows.json
 bench step --json notes                              | notes
@@ -708,16 +554,10 @@ bench step --sweep k --batch 8 32                    | one
 bench plan --model nowhere/at-all                    | nowhere/at-all | olmoe-1b-7b
 bench plan --k 65                                    | 65 | 1..64
 bench plan --rank 1025                               | 1025 | 1..1024
-bench plan --method magic                            | 'magic' | hellora
-bench plan --gpus 0                                  | '0'
-bench plan --memory 0                                | '0'
 bench plan --json notes                              | notes
 bench load --model nowhere/at-all                    | nowhere/at-all
 bench load --model file                              | config.json
-bench load --repeat 0                                | '0'
 bench load --json notes                              | notes
-bench generate --prompts 0                           | '0'
-bench generate --dtype int8                          | 'int8' | bfloat16
 bench generate --model nowhere/at-all                | nowhere/at-all
 bench generate --json file/rows.json                 | file/rows.json
 bench generate --json notes                          | notes
@@ -783,16 +623,11 @@ def test_wrong_input_ends_in_one_line_with_status_2_and_writes_nothing(command, 
     assert all(part in line for part in said), line
 
 
-def test_a_process_of_its_own_answers_the_same(made, no_work, capsys):
-    commands = ("train --experts warm", "evaluate run-pickle", "export notes --to merged --out new")
-    lines = [complaint(command, made, capsys) for command in commands]
-    started = [
-        subprocess.Popen([sys.executable, ROOT / f"{name}.py", *flags], stderr=subprocess.PIPE, text=True)
-        for name, *flags in map(arguments, commands)
-    ]
-    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in started]
-    # argparse's advice names the program: here that is pytest
-    assert ends == [(re.sub(r"see \S+ --help", "see train.py --help", line), 2) for line in lines]
+def test_a_process_of_its_own_answers_the_same_and_unpickles_nothing(made, no_work, capsys):
+    line = complaint("evaluate run-pickle", made, capsys)
+    command = [sys.executable, ROOT / "evaluate.py", "run-pickle"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr, done.returncode) == ("", line, 2)
     assert not Path("unpickled").exists()
 
 
