@@ -115,14 +115,13 @@ def default_decoding(task: str) -> Decoding:
 
 def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
     """The settings of a command line, checked against each other, and the model that they name. Raises InputError."""
-    rules = " ".join(each.HELP for each in (gsm8k, code, refusals))
     settings = cli.parse(
         Settings,
         argv,
         prog="evaluate.py",
         description="Generate completions of a task and score them, or score completions that exist.",
-        epilog=f"How an answer is found in a text: {rules} "
-        "evaluate.py compare A B compares two evaluation folders of the same task.",
+        epilog="evaluate.py compare A B compares two evaluation folders of one task. How an answer is found in a text "
+        "is said in docs/tasks.md.",
     )
     subject = None
     if settings.completions is None:

@@ -9,13 +9,6 @@ human_eval/execution.py.
 from scoring import extraction, sandbox
 from scoring.statistics import pass_at_k, rate
 
-HELP = """Code: fenced blocks count before the text around them, and lines that are not Python are skipped. A text that
-begins with the body of the function is put behind the prompt. A text that defines the function is put behind the
-imports and helpers of the prompt. Of what follows the function, only what the function uses is kept. The first
-definition that is not a stub counts; within one fenced block, the last. Text before </think> counts only if the
-function is not found after it. If the function is not found at all, prompt and text are run as they are. --code-rule
-bigcode cuts at bigcode's stop words instead; --code-rule uncut runs prompt and text as they are."""
-
 STOP_WORDS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")  # bigcode's
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+from scoring.thoughts import without_thoughts
+
 FENCE = re.compile(  # indentation, fence, content, and the closing fence, which may stand behind the last line of code
     r"^([ \t]*)(```|~~~)[^\n]*\n(.*?)(^[ \t]*\2|\2[`~]*[ \t]*$|\Z)", re.MULTILINE | re.DOTALL
 )
@@ -29,7 +31,6 @@ INVISIBLE = {0xA0: " ", 0x200B: None, 0xFEFF: None}  # spaces that are not code
 SPECIAL = re.compile(  # tokens that other tools leave in a text; DeepSeek's have wide bars
     r"<\|\w+\|>|<\uff5c[^\uff5c\n]+\uff5c>|</?s>|<(?:eos|pad|unk|file_sep|end_of_turn)>"
 )
-THOUGHT = "</think>"  # ends what a reasoning model writes before its answer
 TRIES = 100  # how often the end of one statement is looked for
 
 
@@ -286,11 +287,10 @@ def read(prompt: str, entry_point: str, text: str, cut: bool) -> Found | None:
 
 
 def extract(prompt: str, entry_point: str, text: str) -> str:
-    """The program that a completion means; prompt and text as they are if no function is found in it."""
-    plain = text.replace("\r\n", "\n")
-    parts = dict.fromkeys([plain.rpartition(THOUGHT)[2], plain])  # the answer counts before what was thought
-    found = next(filter(None, (find(prompt, entry_point, part) for part in parts)), None)
-    return found.program if found else prompt + text
+    """The program that a completion means; prompt and answer as they are if no function is found in it."""
+    answer = without_thoughts(text)
+    found = find(prompt, entry_point, answer.replace("\r\n", "\n"))
+    return found.program if found else prompt + answer
 
 
 def find(prompt: str, entry_point: str, text: str) -> Found | None:
@@ -341,7 +341,7 @@ def finished(prompt: str, entry_point: str, text: str) -> bool:
     The text must have gone on behind the function, with a line that does not belong to it. In an open fenced block the
     function may be defined again, and what is thought is not yet the answer.
     """
-    text = text.rpartition(THOUGHT)[2]
+    text = text.rpartition("</think>")[2]
     lines = text.split("\n")
     last = next(reversed(starts(lines)[:-1]), 0)
     if last == 0 or entry_point.startswith(lines[last]) or lines[last].startswith(entry_point):

@@ -11,31 +11,37 @@ from decimal import Decimal
 from fractions import Fraction
 
 from scoring.statistics import lori_as_published, share
+from scoring.thoughts import without_thoughts
 
-HELP = """GSM8K: a completion ends where a line begins with another "Question:". The answer is the first number that
-directly follows "####" or "The final answer is:", else the first that directly follows "The answer is", else the last
-number. Numbers are compared as numbers."""
 FIRST_MARKED = "first marked answer"
 
 # ----------------------------------------------------------------------------------------------- the headline rule
 
 # A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5.
-NUMBER = (
+NUMBER = re.compile(
     r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?"
-    r"(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(?P<over>\d+)(?![\d.]))?"
+    r"(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(?P<over>\d+)(?![\d.]))?",
+    re.ASCII,
 )
-ANSWER = re.compile(NUMBER, re.ASCII)
-MARKED = [  # the forms of GSM8K's file and of our training targets come before a sentence of the reasoning
-    re.compile(rf"{marker}[\s:*=]*{NUMBER}", re.ASCII)
-    for marker in (r"(?:####|\b[Tt]he final answer is:)", r"\b[Tt]he (?:final )?answer is")
+MARKERS = [  # the forms of GSM8K's file, of our training targets and of LaTeX come before a sentence of the reasoning
+    re.compile(r"(?P<heading>####)|\b[Tt]he final answer is:|\\boxed(?={)"),
+    re.compile(r"\b[Tt]he (?:final )?answer is"),
 ]
-OPERATOR = re.compile(r"\s*[-+*/\u00d7\u00f7=]\s*\$?\d", re.ASCII)  # "The answer is 5 + 3 = 8" marks no number
+DIRECTLY = re.compile(rf"(?:\\[A-Za-z]+|[\W_])*?{NUMBER.pattern}", re.ASCII)  # behind ": **" or "{\text{", not words
+OPERATION = re.compile(  # behind a number, and behind its unit: "4 apples + 5"
+    r"(?:[^\W\d]|[\s%)}])*?(?:[-+*/\u00d7\u00f7]|(?<![A-Za-z])x|\\?(?:times|cdot|div|plus|minus))\s*[\\$({]*\d",
+    re.ASCII,
+)
+TITLE = re.compile(r"[.):]\**[ \t]+[^\W\d]", re.ASCII)  # behind the number of a heading: "#### 1. Add"
+END = re.compile(r"[.,;:!?](?=\s|$)|\n|\s(?:\(|because\b|since\b)")  # of what is said to be the answer
+THOUSANDS = re.compile(  # 1 250, and LaTeX's 1{,}250 and 1\,250
+    r"(?<![\d.,])\d{1,3}(?:(?:[ \u00a0\u2009\u202f'\u2019_~]|\\[,;: ]|\{\\?,\})\d{3})+(?!\d|-\w)", re.ASCII
+)
 MARKER = re.compile(r"####|The final answer is:")  # of GSM8K's file; of our training targets, which are LoRI's
 NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")
 SPELLING = str.maketrans(  # dashes, fraction slash, full-width signs
     "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d\u2044\uff0c\uff0e\uff04\uff0f", "-------/,.$/"
 )
-SPACED = re.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}\b)")  # 1 250
 GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
 
 
@@ -53,14 +59,31 @@ def gold(answer: str) -> Decimal:
 
 
 def first_marked(completion: str) -> str | None:
-    """The first number that follows a marker, else the last number, before the next question; as plain text."""
-    text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), completion.translate(SPELLING))
-    text = SPACED.sub("", NEXT_QUESTION.split(text)[0])
-    marked = (found for marker in MARKED for found in marker.finditer(text) if not OPERATOR.match(text, found.end()))
-    if found := next(marked, None):
-        return plain_number(found)
-    found = list(ANSWER.finditer(text))
-    return plain_number(found[-1]) if found else None
+    """The first number that a marker marks, else the last number, as plain text.
+
+    Neither thoughts nor what follows another "Question:" belong to the answer.
+    """
+    text = NEXT_QUESTION.split(without_thoughts(completion))[0].translate(SPELLING)
+    text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+    text = THOUSANDS.sub(lambda groups: re.sub(r"\D", "", groups[0]), text)
+    marked = (marked_by(found) for marker in MARKERS for found in marker.finditer(text))
+    number = next(filter(None, [*marked, *reversed(list(NUMBER.finditer(text)))]), None)
+    return plain_number(number) if number else None
+
+
+def marked_by(marker: re.Match) -> re.Match | None:
+    """The number that directly follows a marker. Of a calculation, the last side of an "=" that is one number.
+
+    "The answer is 18 apples" and "The answer is 3 x 6 = 18" mark 18; "The answer is 3 x 6" and "#### 1. Add" mark none.
+    """
+    text = marker.string[marker.end() :]
+    number = DIRECTLY.match(text)
+    if number is None or (marker.groupdict().get("heading") and TITLE.match(text, number.end())):
+        return None
+    end = END.search(text, number.end())
+    sides = map(DIRECTLY.match, text[: end and end.start()].split("="))
+    alone = [side for side in sides if side and not OPERATION.match(side.string, side.end())]
+    return alone[-1] if alone else None
 
 
 def plain_number(found: re.Match) -> str:
@@ -146,7 +169,7 @@ def score(items: list[dict], answers: list[str], shots: int = 0) -> tuple[dict, 
     texts = [item["completion"] for item in items]
     verdicts = {rule: [verdict(rule, *pair) for pair in zip(texts, answers, strict=True)] for rule in RULES}
     rates = {rule: share([correct for _, correct in found]) for rule, found in verdicts.items()}
-    rates["has answer marker"] = share([bool(MARKER.search(text)) for text in texts])
+    rates["has answer marker"] = share([bool(MARKER.search(without_thoughts(text))) for text in texts])
     if not shots:  # LoRI reads the prompt too
         read = [item["prompt"] + item["completion"] for item in items]
         rates |= lori_as_published([verdict("lori", *pair)[1] for pair in zip(read, answers, strict=True)])

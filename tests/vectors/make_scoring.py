@@ -16,6 +16,13 @@ GSM8K = (  # rule, completion, the answer of the data set, what the rule finds, 
     (FIRST, "#### 3/4", "0.75", "3/4", True),
     (FIRST, "#### \u22127", "-7", "-7", True),
     (FIRST, "I do not know.", "7", None, False),
+    (FIRST, "<think>#### 7? no.</think>\n#### 9", "9", "9", True),
+    (FIRST, "The answer is 3 x 3 = 9.", "9", "9", True),
+    (FIRST, "The answer is 9 = 3 x 3.", "9", "9", True),
+    (FIRST, "#### 1. Add\n4 + 5 = 9\n#### 2. Answer\n9", "9", "9", True),
+    (FIRST, "So \\boxed{18}. Check: 18/3 = 6", "18", "18", True),
+    (FIRST, "It is $9{,}500.", "9500", "9500", True),
+    (FIRST, "#### 9 500", "9500", "9500", True),
     (LORI, "The final answer is:  18.0", "18", "18.0", True),
     (LORI, "The final answer is: 5. The final answer is: 9.", "5", "5.", True),
     (LORI, "10 apples, and 7-5 left", "5", "-5", False),
@@ -34,9 +41,10 @@ def gsm8k_verdict() -> Iterator[tuple]:
     """By hand from the rules as published. LoRI: juzhengz/LoRI@9183468, src/eval_model.py (extract_answer_gsm8k).
 
     strict-match, flexible-extract: EleutherAI/lm-evaluation-harness@4e7e0d4, lm_eval/tasks/gsm8k/gsm8k.yaml.
-    "first marked answer" is ours: the first number that directly follows ####, "The final answer is" or "The answer
-    is", unless an operator and another number follow it; else the last number before another "Question:". Numbers are
-    compared as fractions.
+    "first marked answer" is ours: the first number that directly follows ####, \\boxed or "The final answer is:", else
+    "The answer is"; else the last number. Of a calculation, the last side of an "=" that is one number. The number of
+    a heading ("#### 1. Add") marks nothing. What is before </think> or behind another "Question:" is left out. Numbers
+    are compared as fractions.
     """
     for rule, completion, answer, found, correct in GSM8K:
         inputs = {"rule": rule, "completion": completion, "answer": answer}
