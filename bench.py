@@ -9,6 +9,8 @@
 Compare the ratios within one run: the absolute numbers depend on the machine. `--json FILE` keeps the rows.
 """
 
+import command.start  # noqa: F401
+
 from command import cli
 from lab.benchmarks import full, generate, gpu, plan, step
 

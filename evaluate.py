@@ -13,6 +13,8 @@ scoring/extraction.py and scoring/refusals.py; the published rules are reported 
 score.json, items.jsonl and generations.jsonl. The same command again continues an interrupted evaluation.
 """
 
+import command.start  # noqa: F401
+
 import functools
 import hashlib
 import json

@@ -14,6 +14,8 @@ that look for each expert by name (SGLang). It does not load in vLLM, nor under 
 Dimensions: r rank, T tokens, V vocabulary.
 """
 
+import command.start  # noqa: F401
+
 import hashlib
 import os
 import shutil

@@ -15,6 +15,8 @@ Dimensions: L layers with experts, E experts per layer, K experts per token, B s
 """
 
 # ruff: noqa: E402
+import command.start  # noqa: F401
+
 # This file hides the standard library's `profile`. cProfile needs names from it, and every torch optimizer imports
 # cProfile. So take over those names first. A Python without the module (PEP 799) needs none of them.
 from importlib.machinery import PathFinder

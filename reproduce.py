@@ -8,6 +8,8 @@ Our values come from the embedded models and tasks. Runs are kept in results/run
 interrupted command continues where it stopped when it is run again. The code is in lab/paper.
 """
 
+import command.start  # noqa: F401
+
 from command import cli
 from lab.paper.command import COMMANDS
 

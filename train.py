@@ -9,6 +9,8 @@ trains what the method asks for. `load` builds the model without weights, attach
 shards, and only then reads the weights, each process its own. `fit` is the loop. L layers with experts, E per layer.
 """
 
+import command.start  # noqa: F401
+
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace

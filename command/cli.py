@@ -12,13 +12,18 @@ there is a bug (traceback).
 """
 
 import argparse
+import errno
 import math
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field, fields
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 # A debugger, IPython or `python -m cProfile` may have imported the standard library's `profile` before ours.
 _loaded = sys.modules.get("profile")
@@ -37,33 +42,96 @@ class RunError(RuntimeError):
 # ------------------------------------------------------------------------------------------------- what is printed
 
 
+class Place(NamedTuple):
+    """Which process this is of how many, and which of those on its machine, counted from 0."""
+
+    index: int = 0
+    count: int = 1
+    index_on_machine: int = 0
+
+
+def place() -> Place:
+    """The place that torchrun gave this process in a group; alone without one.
+
+    A shell may have some of torchrun's variables, as in a pod of a cluster. Only all of them together make a group.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    numbers = [int(value) for value in map(os.environ.get, names) if value and value.isdecimal()]
+    can_meet = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    if len(numbers) < len(names) or not can_meet or not numbers[0] < numbers[1]:
+        return Place()
+    return Place(*numbers)
+
+
 def is_main_process() -> bool:
-    """True for the process that prints and writes: the only one, or rank 0 under torchrun."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """True for the process that prints and writes: the only one, or the first of a group."""
+    return place().index == 0
 
 
 def say(*lines: str) -> None:
     """Print lines to stdout, from the main process only."""
     if is_main_process():
-        print(*lines, sep="\n", flush=True)
+        print_to(sys.stdout, *lines)
 
 
 def note(*lines: str) -> None:
     """Print remarks to stderr, from the main process only: stdout belongs to the results."""
     if is_main_process():
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        print_to(sys.stderr, *lines)
+
+
+def print_to(stream: TextIO, *lines: str) -> None:
+    """Print lines. If the reader is gone, a closed terminal or pipe, these and all later ones go nowhere.
+
+    Raises RunError if they cannot be written for another reason, such as a full disk.
+    """
+    try:
+        print(*lines, sep="\n", file=stream, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise RunError(f"the output cannot be written ({error.strerror})") from None
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk says that takes no more
 
 
 def run(main: Callable[[], object]) -> None:
-    """Call `main()`. Wrong input becomes one line on stderr and exit status 2."""
+    """Call `main()`. Wrong input becomes one line on stderr and exit status 2; what stops a run, status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which command/start.py replaced
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the command
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         main()
     except (InputError, RunError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once per machine: the fault may be on one machine only
-            print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever it quotes
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        end(str(error), 2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        end(f"{error.filename or 'a file'} cannot be written ({error.strerror})", 1)
+    except RuntimeError as error:
+        if place().count == 1 or "closed by peer" not in str(error):
+            raise
+        end("another process ended and closed its connection; its own line says why", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def end(message: str, status: int) -> None:
+    """Print an error in one line, and exit. Every process of a group says which one it is.
+
+    Before they have met, one process of each machine prints for all: they were given the same flags and files.
+    """
+    index, count, index_on_machine = place()
+    torch_group = sys.modules.get("torch.distributed")
+    have_met = torch_group is not None and torch_group.is_initialized()
+    if have_met or index_on_machine == 0:
+        origin = f" (process {index} of {count})" if have_met and count > 1 else ""
+        one_line = " ".join(message.split())  # whatever it quotes
+        print_to(sys.stderr, f"error{origin}: {one_line}")
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------- settings as flags
@@ -80,12 +148,12 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     return field(default=default, metadata={"help": help} | options)
 
 
-def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | None = None, **about: Any) -> T:
+def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | None = None, **texts: Any) -> T:
     """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError.
 
-    defaults: by name, in place of those of the fields.
+    defaults: by name, in place of those of the fields. texts: for argparse's ArgumentParser.
     """
-    parser, groups = Parser(**about), {}
+    parser, groups = Parser(**texts), {}
     for f in fields(settings):
         options = dict(f.metadata)
         group, positional = options.pop("group", None), options.pop("positional", False)
@@ -97,6 +165,8 @@ def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | 
         elif not positional:
             options["required"] = True
         place.add_argument(f.name if positional else f"--{f.name.replace('_', '-')}", **options)
+    argv = sys.argv[1:] if argv is None else argv
+    parser.check_flags(argv, [f"--{f.name.replace('_', '-')}" for f in fields(settings)])
     return settings(**vars(parser.parse_args(argv)))
 
 
@@ -108,7 +178,8 @@ def subcommand(program: str, names: Iterable[str], argv: list[str] | None, about
         sys.exit(0)
     if name not in names:
         given = repr(name) if name else "no command"
-        raise InputError(f"got {given}; want one of {', '.join(names)} (see {program} --help)")
+        expected = f"expected one of {', '.join(names)}{did_you_mean(name, names)}"
+        raise InputError(f"got {given}; {expected} (see {program} --help)")
     return name, rest
 
 
@@ -130,8 +201,27 @@ class Parser(argparse.ArgumentParser):
             raise InputError(f"an argument is empty (an unset variable?); leave it out (see {self.prog} --help)")
         return super().parse_known_args(args, namespace)
 
+    def check_flags(self, args: list[str], flags: list[str]) -> None:
+        """Raise InputError for an argument that looks like a flag and is none, before anything that follows from it."""
+        for arg in takewhile("--".__ne__, args):
+            name = arg.partition("=")[0]
+            if re.fullmatch(r"--?[a-zA-Z]\S*", name) and name not in (*flags, "-h", "--help"):
+                self.error(f"unknown flag {name}{did_you_mean(name, flags)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices))
+            raise
+
     def error(self, message: str):
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that is most like it, if any is."""
+    return "".join(f"; did you mean {near}?" for near in get_close_matches(name, names, n=1))
 
 
 LARGEST = 2**31 - 1  # the largest whole number that a flag takes
@@ -150,7 +240,7 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
             bound = "above" if above else "at least"
             upper = f" and at most {top:,}" if high < math.inf or (value or 0) > top else ""
             name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r:.40}; want {name} {bound} {low:g}{upper}")
+            raise argparse.ArgumentTypeError(f"got {text!r:.40}; expected {name} {bound} {low:g}{upper}")
         return value
 
     return parse
@@ -163,7 +253,9 @@ def count_or_share(text: str) -> int | float:
     except ValueError:
         value = 0
     if not (value >= 1 if isinstance(value, int) else 0 < value < 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}; want a whole number at least 1, or a share between 0 and 1")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; expected a whole number at least 1, or a share between 0 and 1"
+        )
     return value
 
 
@@ -173,5 +265,5 @@ PICTURE_FORMATS = (".png", ".pdf", ".svg")
 def picture(text: str) -> str:
     """An argparse type: the name of a file that can hold a picture."""
     if Path(text).suffix not in PICTURE_FORMATS:
-        raise argparse.ArgumentTypeError(f"got {text!r}; want a file that ends in {', '.join(PICTURE_FORMATS)}")
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected a file that ends in {', '.join(PICTURE_FORMATS)}")
     return text

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from command import cli
 from command.cli import InputError
 
 T = TypeVar("T")
@@ -31,7 +32,7 @@ class Processes(NamedTuple):
         return self.index == 0
 
     def once(self, function: Callable[[], T]) -> T:
-        """What `function` returns on the main process, for all of them. Its InputError is raised on all of them."""
+        """What `function` returns on the main process, for all of them. Its InputError ends all of them."""
         outcome = [None, None]
         if self.is_main:
             try:
@@ -40,6 +41,8 @@ class Processes(NamedTuple):
                 outcome[1] = error
         if self.count > 1:
             dist.broadcast_object_list(outcome)
+        if outcome[1] and not self.is_main:
+            sys.exit(2)  # the main process says why
         if outcome[1]:
             raise outcome[1]
         return outcome[0]
@@ -62,7 +65,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 def processes_per_machine() -> int:
     """How many processes of the run torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or cli.place().count)
 
 
 @contextmanager
@@ -89,12 +92,20 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 
 
 def start_processes(backend: str | None = None, timeout: timedelta | None = None) -> Processes:
-    """Join the process group that torchrun describes, if any. Raises InputError if there are not enough GPUs.
+    """Join the process group that torchrun describes, if any.
+
+    Raises InputError if there are not enough GPUs, or if the environment describes a part of a group.
 
     backend: of torch.distributed, by default NCCL on GPUs and Gloo otherwise. timeout: how long one waits for another.
     """
-    index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local, cuda = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.is_available()
+    (index, count, local), cuda = cli.place(), torch.cuda.is_available()
+    alone = {"RANK": "0", "WORLD_SIZE": "1"}
+    told = [f"{name}={value}" for name in alone if (value := os.environ.get(name)) and value != alone[name]]
+    if count == 1 and told:
+        raise InputError(
+            f"the environment says {' and '.join(told)}, but not all that makes a group of processes; "
+            "start them with torchrun, or unset these variables"
+        )
     if cuda and local >= torch.cuda.device_count():
         gpus = torch.cuda.device_count()
         raise InputError(f"process {local + 1} of this machine has no GPU, there are {gpus}; start {gpus} processes")

@@ -1,15 +1,21 @@
 """command/cli.py: what every command accepts, refuses and answers."""
 
 import argparse
+import errno
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import export
 import train
 from command import cli
-from command.cli import InputError, Parser, number
+from command.cli import InputError, Parser, RunError, number
 from command.files import read_json
 from run.processes import start_processes
 
@@ -18,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in GROUP:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -83,6 +89,7 @@ def test_number_refuses_everything_else_and_says_what_is_allowed(limits, above, 
         (["--salt", "0"], "'0'"),
         (["--dish", "cake"], "cake"),
         (["--pepper", "1"], "--pepper"),
+        (["--dish", "soop"], "did you mean soup?"),
         (["extra"], "extra"),
     ],
     ids=str,
@@ -103,16 +110,6 @@ def test_right_flags_are_parsed_and_the_help_shows_the_defaults(capsys):
     assert "how often to stir (default: 30)" in capsys.readouterr().out
 
 
-def test_a_subcommand_is_as_strict_as_its_parser():
-    parser = Parser(prog="cook.py")
-    boil = parser.add_subparsers(dest="command", required=True).add_parser("boil")
-    boil.add_argument("--minutes", type=number(int, 1))
-    assert parser.parse_args(["boil", "--minutes", "4"]).minutes == 4
-    for argv in (["boil", "--min", "4"], ["boil", "--minutes", "x"], ["fry"], []):
-        with pytest.raises(InputError):
-            parser.parse_args(argv)
-
-
 def stop(error: BaseException):
     def main():
         raise error
@@ -129,17 +126,109 @@ def test_wrong_input_ends_a_command_with_status_2_and_one_line_on_stderr(capsys,
     assert (out, err) == ("", f"error: {' '.join(text.split())}\n")
 
 
-def test_the_main_process_prints_and_of_errors_one_process_of_every_machine(capsys, monkeypatch):
-    for rank, local, says, warns in (("0", "0", True, True), ("1", "1", False, False), ("2", "0", False, True)):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", local)
-        assert cli.is_main_process() == says
-        cli.say("first", "second")
-        with pytest.raises(SystemExit) as end:
-            cli.run(stop(InputError("wrong")))
-        out, err = capsys.readouterr()
-        assert end.value.code == 2
-        assert (out, err) == ("first\nsecond\n" if says else "", "error: wrong\n" if warns else "")
+GROUP = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "changes, index, prints_errors",
+    [
+        ({"RANK": "0", "LOCAL_RANK": "0"}, 0, True),
+        ({}, 1, False),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, 2, True),  # the first process of the second machine
+        # What a shell may have without being one of several processes:
+        ({"LOCAL_RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None, "WORLD_SIZE": None}, 0, True),
+        ({"LOCAL_RANK": None}, 0, True),
+        ({"MASTER_PORT": ""}, 0, True),
+        ({"RANK": "first"}, 0, True),
+        ({"RANK": "7"}, 0, True),
+    ],
+    ids=str,
+)
+def test_the_main_process_prints_and_of_errors_one_process_of_every_machine(
+    changes, index, prints_errors, capsys, monkeypatch
+):
+    for name, value in (GROUP | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert cli.place().index == index
+    cli.say("first", "second")
+    with pytest.raises(SystemExit) as end:
+        cli.run(stop(InputError("wrong")))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2
+    assert (out, err) == ("" if index else "first\nsecond\n", "error: wrong\n" if prints_errors else "")
+
+
+@pytest.mark.parametrize("given", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "2"}, {"RANK": "x"}])
+def test_a_part_of_a_group_is_refused_where_processes_would_have_to_meet(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="but not all that makes a group of processes; start them with torchrun"):
+        start_processes()
+
+
+def test_export_writes_for_a_shell_that_has_a_rank(monkeypatch, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="is not a run folder"):  # it does something, instead of nothing
+        export.main([str(tmp_path), "--to", "peft", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_reader_that_is_gone_ends_nothing_and_a_full_disk_does(number, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    with open(os.devnull, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr("builtins.print", fails)
+        if number == errno.ENOSPC:
+            with pytest.raises(RunError, match="the output cannot be written .No space left on device."):
+                cli.say("line")
+        else:
+            cli.say("line")
+
+
+def test_a_closed_pipe_and_closed_streams_are_no_reason_to_stop():
+    body = "for i in range(9999): cli.say('x' * 99)\n    cli.note('end')"
+    code = f"from command import cli\ndef main():\n    {body}\ncli.run(main)"
+    program = f'{sys.executable} -c "{code}"'
+    piped = subprocess.run(f"{program} | head -1", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (piped.stdout, piped.stderr) == ("x" * 99 + "\n", "end\n")
+    closed = subprocess.run(f"{program} >&- 2>&-", shell=True, cwd=ROOT, timeout=60)
+    assert closed.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a/log"),
+            "error: a/log cannot be written (No space left on device)\n",
+        ),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "error: a file cannot be written (Disk quota exceeded)\n"),
+        (RunError("the loss is NaN"), "error: the loss is NaN\n"),
+    ],
+)
+def test_what_stops_a_run_is_one_line_and_status_1(error, line, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run(stop(error))
+    assert end.value.code == 1 and capsys.readouterr().err == line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py", "profile.py"])
+def test_an_interrupt_while_a_command_is_imported_leaves_no_traceback(program):
+    process = subprocess.Popen(
+        [sys.executable, program, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    modules = f"/proc/{process.pid}/maps"
+    while "libtorch" not in Path(modules).read_text():  # torch is being imported
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
+
+
+def test_importing_a_command_elsewhere_leaves_interrupts_alone():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_bug_keeps_its_traceback_and_a_finished_command_returns():
@@ -166,6 +255,26 @@ def test_the_exit_status_of_a_command_tells_wrong_input_from_a_bug(body, status,
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == status
     assert done.stderr == said if said else "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, line",
+    [
+        (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs? (see train.py --help)"),
+        (["--savevery=3"], "unknown flag --savevery; did you mean --save-every?"),
+        (["-k", "3"], "unknown flag -k; did you mean --k?"),
+        (["--xyz"], "unknown flag --xyz (see"),
+        (["--method", "helora"], "did you mean hellora?"),
+    ],
+)
+def test_a_flag_that_does_not_exist_is_named_beside_the_one_that_was_meant(argv, line):
+    with pytest.raises(InputError, match=re.escape(line)):
+        train.main(argv)
+
+
+def test_an_unknown_flag_is_named_before_what_is_missing_without_it():
+    with pytest.raises(InputError, match="unknown flag --too; did you mean --to?"):
+        export.main(["run", "--too", "peft", "--out", "x"])
 
 
 def test_help_names_defaults_where_there_are_any(capsys):
