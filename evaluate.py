@@ -39,15 +39,15 @@ from data import Example
 from generate import Decoding, complete
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
-from run import memory
-from run.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
-from run.recipes import evaluation_of
-from run.step import held_out_loss
+from machine import memory
+from machine.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
+from recipes.papers import evaluation_of
 from run.subject import Subject
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
 from scoring.completions import read_completions, read_generations, remove_score, write_generations
 from scoring.statistics import describe
+from training_step import held_out_loss
 
 DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
     "gsm8k": Decoding(512),

@@ -25,10 +25,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-# A debugger, IPython or `python -m cProfile` may have imported the standard library's `profile` before ours.
-_loaded = sys.modules.get("profile")
-if _loaded is not None and Path(_loaded.__file__).parent != Path(__file__).parent.parent:
-    del sys.modules["profile"]
+import command.standard_profile  # noqa: F401  before anything imports `profile`
 
 
 class InputError(ValueError):
@@ -143,7 +140,7 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     """A dataclass field that is a flag of the command line. options: as for argparse's add_argument.
 
     False as default makes a switch. positional=True makes an argument without dashes. group="..." names the section of
-    `--help` in which the flag is shown. Without a default the flag is required.
+    `--help` in which the flag is shown. alias="..." is an older name of the flag. Without a default it is required.
     """
     return field(default=default, metadata={"help": help} | options)
 
@@ -153,10 +150,10 @@ def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | 
 
     defaults: by name, in place of those of the fields. texts: for argparse's ArgumentParser.
     """
-    parser, groups = Parser(**texts), {}
+    parser, groups, flags = Parser(**texts), {}, []
     for f in fields(settings):
         options = dict(f.metadata)
-        group, positional = options.pop("group", None), options.pop("positional", False)
+        group, positional, alias = (options.pop(key, None) for key in ("group", "positional", "alias"))
         place = groups.setdefault(group, parser.add_argument_group(group)) if group else parser
         if f.default is False:
             options["action"] = "store_true"
@@ -164,9 +161,11 @@ def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | 
             options["default"] = (defaults or {}).get(f.name, f.default)
         elif not positional:
             options["required"] = True
-        place.add_argument(f.name if positional else f"--{f.name.replace('_', '-')}", **options)
+        names = [f.name] if positional else [f"--{f.name.replace('_', '-')}", *([alias] if alias else ())]
+        place.add_argument(*names, **options)
+        flags += names
     argv = sys.argv[1:] if argv is None else argv
-    parser.check_flags(argv, [f"--{f.name.replace('_', '-')}" for f in fields(settings)])
+    parser.check_flags(argv, flags)
     return settings(**vars(parser.parse_args(argv)))
 
 

@@ -34,9 +34,9 @@ from command.cli import flag, parse, run
 from hub.checkpoint import TINY, resolve
 from hub.weights import init_weights
 from lab.documents import ALPACA, pretraining_documents
+from machine.processes import Processes, start_processes
 from model import MoEConfig, MoETransformer, load_model, save_model
-from run.processes import Processes, start_processes
-from run.step import load_balancing_loss
+from routing.balance import load_balancing_loss
 from tiny import tasks
 
 COMMON = {

@@ -5,6 +5,8 @@
     loss.backward(); growth.observe(counts)     # every step: update the scores, mask the gradients
     clip; optimizer.step(); growth.grow(step)   # at some steps: the ranks of every layer grow
 
+In a run, `Growth` of run/observers.py calls it.
+
 Of the r_max dimensions of an expert the first R train. In the others B is zero, so they add nothing, and the gradient
 of A is zero too. The gradient of B is not, so `observe` masks it before clipping. AdamW's moments then stay zero, and
 without weight decay the parameters stay as drawn. An expert grows when R is raised. The model's function
@@ -39,6 +41,7 @@ Sources: arXiv 2601.04823, and the authors' code (gz-d/dr-lora). Both have S = f
 Dimensions: L layers, E experts per layer (all of them adapted), R rank of an expert, r_max reserved rank.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,6 +105,7 @@ class RankGrowth:
 
     def __init__(self, model: MoETransformer, r_target: int, steps: int) -> None:
         """model: pairs of kind `lora` on all experts, r_max >= r_target. Raises InputError for a run of one step."""
+        self.model = model
         self.pairs = [list(model.layers[i].mlp.experts.lora.values()) for i in model.config.moe_layers]
         B = self.pairs[0][0].lora_B  # [E, out, r_max]
         L, E, self.r_max = len(self.pairs), len(B), B.shape[-1]
@@ -124,7 +128,8 @@ class RankGrowth:
         return {"active_ranks": int(self.ranks().sum()), "rank_budget": len(self.ranks()) * self.budget}
 
     def set_masks(self) -> None:
-        """Which columns of B train, sharded as B is.  L times [E, 1, r_max]"""
+        """Which columns of B train, sharded as B is.  L times [E, 1, r_max]. The adapter knows the ranks."""
+        self.model.adapter = replace(self.model.adapter, ranks=self.ranks().tolist())
         self.masks = []
         for (pair, *_), row in zip(self.pairs, self.ranks(), strict=True):
             B, mask = pair.lora_B, trains(row, self.r_max).unsqueeze(1).to(pair.lora_B.device)
@@ -171,6 +176,14 @@ class RankGrowth:
         ]
         self.history.append((step, torch.stack(grown)))
         self.set_masks()
+
+    def unused(self) -> int:
+        """How many reserved parameters never grew: without them the adapter has the size of LoRA at the target rank."""
+        unused = 0
+        for pairs, ranks in zip(self.pairs, self.ranks(), strict=True):
+            dimensions = len(ranks) * self.r_max - int(ranks.sum())
+            unused += dimensions * sum(pair.lora_A.shape[-1] + pair.lora_B.shape[1] for pair in pairs)
+        return unused
 
     def state_dict(self) -> dict[str, list]:
         """Everything that a resumed run needs, as JSON can hold it; the same on every process."""

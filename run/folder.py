@@ -18,7 +18,7 @@ import torch
 
 from command.cli import InputError, say
 from command.files import read_json, remove_folder, write_json
-from run.processes import default_dtype
+from machine.processes import default_dtype
 from run.settings import Settings
 
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes

@@ -1,13 +1,10 @@
 """What a run reports while it trains: log.jsonl, the progress bar, steps that are not finite, signals, the pictures."""
 
 import json
-import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,40 +13,57 @@ from tqdm import tqdm
 
 from command.cli import InputError, RunError, say
 from command.files import parse_json, write_text
+from machine.processes import Processes
 from model import MoETransformer
 from routing.statistics import IdleExperts
 from run.folder import remove_results
-from run.processes import Processes
+from run.observer import Observer
 from run.state import last_state
-from run.step import Step
 from run.validation import Losses, out_of_patience
+from training_step import Step
 
 
-class Recorder:
-    """The record of a run: one line of log.jsonl per step, and the totals that `result` returns.
+class FiniteSteps(Observer):
+    """The rule of --on-nonfinite: a step whose loss or gradient is not finite ends the run, or is skipped."""
 
-        with recorder.recording(first):         # the log is open, records of steps before `first` stay in it
-            if recorder.is_finite(step, ...):   # the rule of --on-nonfinite
-                ...
-            recorder.record(step, ...)
-        recorder.result()
+    def __init__(self, folder: Path, skips: bool) -> None:
+        self.folder, self.skips = folder, skips
+
+    def after(self, number: int, done: Step) -> None:
+        """Raises RunError, which names the examples and the last good checkpoint."""
+        if done.is_finite:
+            return
+        values = f"step {number}: loss {done.loss.item()}, gradient norm {done.grad_norm}"
+        if not self.skips:
+            good = last_state(self.folder / "checkpoint")
+            raise RunError(
+                f"{values}, on examples {' '.join(done.examples)}; the last good checkpoint is "
+                f"{good or 'none (--save-every N makes them)'}. Lower --lr, look at the examples, or pass "
+                "--on-nonfinite skip"
+            )
+        say(f"{values}: skipped")
+
+
+class Recorder(Observer):
+    """One line of log.jsonl per step, the progress bar, and the totals of the run.
 
     Only the main process writes. Every process holds the same totals, because checkpoints contain them.
     """
 
+    name = "totals"
+
     def __init__(
-        self, folder: Path, model: MoETransformer, processes: Processes, *, title: str, steps: int,
-        steps_per_epoch: int, skips_nonfinite: bool,
+        self, folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, processes: Processes,
+        *, steps: int, steps_per_epoch: int,
     ) -> None:  # fmt: skip
-        self.folder, self.processes, self.title = folder, processes, title
-        self.steps, self.steps_per_epoch, self.skips_nonfinite = steps, steps_per_epoch, skips_nonfinite
+        self.folder, self.optimizer, self.processes = folder, optimizer, processes
+        self.steps, self.steps_per_epoch = steps, steps_per_epoch
         self.idle_experts = IdleExperts(model)
         self.totals = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
         self.losses = []  # per step, None for a skipped one; after a resume complete on the main process alone
         self.log = None
 
-    @contextmanager
-    def recording(self, first: int) -> Iterator[None]:
+    def start(self, first: int) -> None:
         """Open log.jsonl, whose records of steps before `first` stay. Start the clock and the progress bar."""
         if self.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -59,94 +73,65 @@ class Recorder:
             self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         shown = self.processes.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
-        self.done = first - 1
-        self.first, self.began = first, time.perf_counter() - self.totals["seconds"]
-        try:
-            yield
-        finally:
-            self.bar.close()
-            if self.log:
-                self.log.close()
+        self.first, self.done, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
 
-    def is_finite(self, step: int, loss: float, norm: float, examples: list[str]) -> bool:
-        """Whether loss and gradient norm are finite. If not, the step is skipped, or RunError is raised.
+    def close(self) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()
 
-        examples: the ids of the batch, for the message.
-        """
-        if math.isfinite(loss) and math.isfinite(norm):
-            return True
-        if self.skips_nonfinite:
-            self.totals["skipped"] += 1
-            say(f"step {step}: loss {loss}, gradient norm {norm}: skipped")
-            return False
-        good = last_state(self.folder / "checkpoint")
-        raise RunError(
-            f"step {step}: loss {loss}, gradient norm {norm}, on examples {' '.join(examples)}; "
-            f"the last good checkpoint is {good or 'none (--save-every N makes them)'}. Lower --lr, look at "
-            "the examples, or pass --on-nonfinite skip"
-        )
-
-    def record(self, step: int, done: Step, norm: float, lr: float, batch: int, extra: dict[str, float]) -> dict:
-        """Add a step of `batch` examples to the log and to the totals.  -> its record
-
-        norm: of the gradient, before clipping. lr: the rate of this step. extra: further keys of its record.
-        """
-        self.idle_experts.observe(done.routing[0], end_of_epoch=step % self.steps_per_epoch == 0)
-        loss, totals = done.loss.item(), self.totals
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        self.done = step
-        totals["examples"] += batch
+    def after(self, number: int, done: Step) -> None:
+        """Add the step to the log and to the totals."""
+        self.idle_experts.observe(done.routing[0], end_of_epoch=number % self.steps_per_epoch == 0)
+        totals = self.totals
+        self.done = number
+        totals["examples"] += len(done.examples)
         totals["tokens"] += done.tokens
+        totals["skipped"] += not done.is_finite
         totals["seconds"] = seconds = time.perf_counter() - self.began
-        self.losses.append(loss if is_finite else None)
-        record = {
-            "step": step,
+        self.losses.append(done.loss.item() if done.is_finite else None)
+        done.record = {
+            "step": number,
             "loss": self.losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
-            "grad_norm": norm if is_finite else None,  # before clipping
-            "lr": lr,
+            "grad_norm": done.grad_norm if done.is_finite else None,  # before clipping
+            "lr": self.optimizer.param_groups[0]["lr"],
             "target_tokens": done.target_tokens,
             "samples_per_s": totals["examples"] / seconds,
             "tokens_per_s": totals["tokens"] / seconds,
             "seconds": seconds,
-        } | extra
+        } | done.record
         if self.log:
-            print(json.dumps(record), file=self.log, flush=True)
-        self.show(record, loss, norm)
-        return record
+            print(json.dumps(done.record), file=self.log, flush=True)
+        self.show(done)
 
-    def show(self, record: dict, loss: float, norm: float) -> None:
+    def show(self, done: Step) -> None:
         """The progress bar on a terminal; elsewhere one line for every twentieth of the run."""
-        step, speed = record["step"], f"{record['samples_per_s']:.1f} samples/s"
+        record, loss = done.record, done.loss.item()
+        number, speed = record["step"], f"{record['samples_per_s']:.1f} samples/s"
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.bar.update()
-        if self.bar.disable and (step == self.first or step % max(1, self.steps // 20) == 0):
-            left = record["seconds"] / step * (self.steps - step)
+        if self.bar.disable and (number == self.first or number % max(1, self.steps // 20) == 0):
+            left = record["seconds"] / number * (self.steps - number)
             say(
-                f"step {step:5d}/{self.steps}  loss {loss:.4f}  grad norm {norm:.3f}  {speed}  "
+                f"step {number:5d}/{self.steps}  loss {loss:.4f}  grad norm {done.grad_norm:.3f}  {speed}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s  {left:.0f} s left"
             )
 
-    def sync(self) -> None:
-        """Wait until the log is on the disk: a checkpoint must not be ahead of it."""
+    def state_dict(self) -> dict:
+        """Asked for when a checkpoint is written, which must not be ahead of the log on the disk."""
         if self.log:
             os.fsync(self.log.fileno())
+        return self.totals | {"idle_experts": self.idle_experts.state_dict()}
 
-    def state_dict(self) -> dict[str, float]:
-        return self.totals
+    def load_state_dict(self, state: dict) -> None:
+        self.idle_experts.load_state_dict(state["idle_experts"])
+        self.totals = {name: state[name] for name in self.totals}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.totals |= state
-
-    def result(self, validated: Losses) -> dict:
-        """Draw loss.png and sum up the run.  -> for result.json: losses, speed, idle experts
-
-        Raises RunError if every step was skipped.
-        """
+    def result(self) -> dict:
+        """For result.json: losses, speed, idle experts. Raises RunError if every step was skipped."""
         losses = [loss for loss in self.losses if loss is not None]
-        if self.processes.is_main:
-            if not losses:
-                raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
-            draw_loss(losses, validated, self.folder / "loss.png", self.title)
+        if self.processes.is_main and not losses:
+            raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
         idle = self.idle_experts.names()
         if idle:
             say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
@@ -161,6 +146,19 @@ class Recorder:
             "skipped_steps": self.totals["skipped"],
             "idle_hot_experts": idle,
         }
+
+
+class LossPicture(Observer):
+    """loss.png: the loss of every step, its moving average, and the validation losses."""
+
+    def __init__(self, recorder: Recorder, validation: Observer | None, title: str) -> None:
+        self.recorder, self.validation, self.title = recorder, validation, title
+
+    def draw(self) -> None:
+        if self.recorder.processes.is_main:
+            losses = [loss for loss in self.recorder.losses if loss is not None]
+            validated = self.validation.losses if self.validation else []
+            draw_loss(losses, validated, self.recorder.folder / "loss.png", self.title)
 
 
 def keep_records(path: Path, steps: int) -> list[dict]:
@@ -210,34 +208,37 @@ def summary(result: dict) -> str:
     return f"{result['method']} on {result['task']}: {losses}, {speed}"
 
 
-@contextmanager
-def stop_signals(processes: Processes) -> Iterator[Callable[[], int]]:
-    """SIGTERM and the first Ctrl-C let the step finish.  -> function: the signal that any process received, or 0"""
-    received = [0]
+class Signals(Observer):
+    """SIGTERM and the first Ctrl-C let the step finish, and then end the training on every process."""
 
-    def remember(number: int, frame) -> None:
-        received[0] = number
+    def __init__(self, processes: Processes) -> None:
+        self.processes, self.received, self.number = processes, 0, 0
+
+    def start(self, first: int) -> None:
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def remember(self, number: int, frame) -> None:
+        self.received = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
-    def signalled() -> int:
-        if processes.count == 1:
-            return received[0]
-        anywhere = torch.tensor(received, device=processes.device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)  # all processes stop after the same step
-        return int(anywhere)
+    def after(self, number: int, done: Step) -> None:
+        received = torch.tensor(self.received, device=self.processes.device)
+        if self.processes.count > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)  # all processes stop after the same step
+        self.received, self.number = int(received), number
+        self.interrupted = self.received > 0
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signalled
-    finally:
-        for number, handler in before.items():
+    def close(self) -> None:
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
-
-def stop(number: int, step: int) -> None:
-    """End the program after `step` and its checkpoint, because of the signal `number`, with the exit status for it."""
-    say(f"stopped by {signal.Signals(number).name} after step {step}; --resume continues from there")
-    raise SystemExit(128 + number)
+    def result(self) -> dict:
+        """Ends the program with the exit status of the signal, if there was one: there is no result."""
+        if self.interrupted:
+            name = signal.Signals(self.received).name
+            say(f"stopped by {name} after step {self.number}; --resume continues from there")
+            raise SystemExit(128 + self.received)
+        return {}
 
 
 def draw_loss(losses: list[float], validated: Losses, path: Path, title: str) -> None:

@@ -4,15 +4,14 @@ In Weights & Biases, a resumed run is a second run of the same name. In TensorBo
 """
 
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from command.cli import InputError
+from run.observer import Observer
+from training_step import Step
 
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # what is installed -> what is imported
-Send = Callable[[dict], None]
 
 
 def package(report_to: str) -> ModuleType:
@@ -24,24 +23,32 @@ def package(report_to: str) -> ModuleType:
         raise InputError(f"--report-to {report_to}: the package {report_to} is not installed; {how}") from None
 
 
-@contextmanager
-def reporting(report_to: str, folder: Path, settings: dict, first: int) -> Iterator[Send]:
-    """Start the report of a run that is named after its folder, at step `first`.  -> what takes each record"""
-    if report_to == "none":
-        yield lambda record: None
-    elif report_to == "tensorboard":
-        writer = package(report_to).SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-        try:
-            yield lambda record: [writer.add_scalar(name, n, record["step"]) for name, n in numbers(record).items()]
-        finally:
-            writer.close()
-    else:
-        wandb = package(report_to)
-        wandb.init(project="hellora", name=str(folder), dir=str(folder), config=settings)
-        try:
-            yield lambda record: wandb.log(numbers(record), step=record["step"])
-        finally:
-            wandb.finish()
+class Report(Observer):
+    """The report of a run that is named after its folder."""
+
+    def __init__(self, report_to: str, folder: Path, settings: dict) -> None:
+        self.report_to, self.folder, self.settings = report_to, folder, settings
+
+    def start(self, first: int) -> None:
+        service = package(self.report_to)
+        if self.report_to == "tensorboard":
+            self.writer = service.SummaryWriter(str(self.folder / "tensorboard"), purge_step=first)
+        else:
+            self.writer = service
+            service.init(project="hellora", name=str(self.folder), dir=str(self.folder), config=self.settings)
+
+    def after(self, number: int, done: Step) -> None:
+        if self.report_to == "tensorboard":
+            for name, value in numbers(done.record).items():
+                self.writer.add_scalar(name, value, number)
+        else:
+            self.writer.log(numbers(done.record), step=number)
+
+    def close(self) -> None:
+        if self.report_to == "tensorboard":
+            self.writer.close()
+        else:
+            self.writer.finish()
 
 
 def numbers(record: dict) -> dict[str, float]:

@@ -13,10 +13,10 @@ from command import cli
 from command.cli import InputError, count_or_share, flag, number
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
-from run.memory import CHOSEN, SHARD_HELP
-from run.methods import METHODS, RECIPES, experts_flag
-from run.processes import DTYPE_HELP, DTYPES, default_dtype
-from run.recipes import PAPERS, settings_of
+from machine.memory import CHOSEN, SHARD_HELP
+from machine.processes import DTYPE_HELP, DTYPES, default_dtype
+from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, experts_flag
+from recipes.papers import PAPERS, settings_of
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
 
@@ -47,12 +47,18 @@ class Settings:
     scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
     sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
-    warmup: str = flag("none", "count on the base model, or while LoRA trains", choices=("none", "lora"), **CHOICE)
-    targets: str | None = flag(None, "other modules (default: by method)", choices=list(hellora.TARGETS), **ADAPTER)
+    count_on: str = flag(
+        "base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup", **CHOICE
+    )
+    targets: str | None = flag(
+        None,
+        "modules that get a pair beside the experts (default: by method)",
+        choices=list(hellora.TARGETS),
+        **ADAPTER,
+    )
     rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
     alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
     lora_dropout: float = flag(0.0, "dropout on the inputs of the factors A", type=number(float, 0, 0.99), **ADAPTER)
-    mask: str | None = flag(None, "a finished lori-d or hellori-d run, in place of stage D", metavar="RUN", **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
     schedule: str = flag("constant", "learning rate after the warm-up", choices=list(SCHEDULES), **STEP)
@@ -93,7 +99,6 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 
 CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "alpha", "profile")
-CHOSEN_BY_A_MASK = ("k", "experts", "coverage", "scores", "profile")
 
 
 def check(settings: Settings) -> None:
@@ -108,7 +113,7 @@ def check(settings: Settings) -> None:
 
     if method.experts is None:
         reason = f": --method {s.method} trains every weight, without adapters; leave it out"
-        refuse((*CHOSEN_WITH_AN_ADAPTER, "mask", "init_adapter"), reason)
+        refuse((*CHOSEN_WITH_AN_ADAPTER, "init_adapter"), reason)
         if s.lora_dropout:
             raise InputError(f"--lora-dropout{reason}")
     if s.prompt != "lori" and data.TASKS[s.task].benchmark != "gsm8k":
@@ -137,12 +142,8 @@ def check(settings: Settings) -> None:
         if method.sparse or method.grows:
             raise InputError(f"--init-adapter: --method {s.method} starts from zero; choose another method")
         refuse(CHOSEN_WITH_AN_ADAPTER, " contradicts --init-adapter, which sets it; leave one out")
-    if s.profile and s.warmup == "lora":
-        raise InputError("--warmup lora is a way to count, and --profile has the counts already; leave one out")
-    if s.mask:
-        if not method.sparse:
-            raise InputError(f"--mask is for lori-s and hellori-s, not for --method {s.method}; leave it out")
-        refuse(CHOSEN_BY_A_MASK, " contradicts --mask, whose run has chosen its experts; leave one out")
+    if s.profile and s.count_on == "lora":
+        raise InputError("--count-on lora is a way to count, and --profile has the counts already; leave one out")
 
 
 def resolved(settings: Settings) -> Settings:

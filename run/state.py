@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,11 @@ from command.files import atomic_folder, read_json, remove_folder, seal, sha256
 from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
 from hub.weights import full_tensor, held_part
+from machine.processes import Processes
 from model import MoETransformer
 from run.adapters import placement_digest
-from run.processes import Processes
+from run.observer import Observer
+from training_step import Step
 
 
 def pinned(
@@ -38,28 +39,32 @@ def amount(items: list[Encoded]) -> str:
     return f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
 
 
-UNSAID = {"balancing loss": "per micro-batch", "validation": "none"}  # what earlier versions did but did not save
-
-
-class Checkpoints:
-    """The checkpoints of one training: `resume` continues from the newest, `save` adds one and drops old ones."""
+class Checkpoints(Observer):
+    """The checkpoints of one training: `resume` continues from the newest, and new ones replace old ones."""
 
     def __init__(
-        self, folder: Path, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, parts: dict[str, Any],
-        *, pinned: dict[str, object], steps: int, keep: int, processes: Processes,
+        self, folder: Path, model: MoETransformer, optimizer: torch.optim.AdamW, observers: list[Observer],
+        *, pinned: dict[str, object], steps: int, save_every: int | None, keep: int, processes: Processes,
     ) -> None:  # fmt: skip
-        """parts: by name, what else has a state_dict and load_state_dict, which JSON can hold.
+        """observers: those of the training, whose states are kept too.
 
         pinned: by name, what must be the same when a run continues, as JSON can hold it.
         """
-        self.folder, self.trained, self.optimizer, self.parts = folder, trained, optimizer, parts
-        self.pinned, self.steps, self.keep, self.processes = pinned, steps, keep, processes
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.folder, self.optimizer, self.observers = folder, optimizer, observers
+        self.pinned, self.steps, self.save_every, self.keep, self.processes = pinned, steps, save_every, keep, processes
 
-    def save(self, step: int) -> None:
-        """Write the state after `step`. Every process must call it."""
-        about = {"steps": self.steps} | self.pinned
-        about |= {name: part.state_dict() for name, part in self.parts.items()}
-        save_state(self.folder, step, self.trained, self.optimizer, about, self.keep)
+    def after(self, number: int, done: Step) -> None:
+        is_last = number == self.steps or any(each.ended for each in self.observers)
+        is_due = self.save_every and (is_last or number % self.save_every == 0)
+        if is_due or any(each.interrupted for each in self.observers):
+            self.save(number)
+
+    def save(self, number: int) -> None:
+        """Write the state after step `number`. Every process must call it."""
+        state = {"steps": self.steps} | self.pinned
+        state |= {each.name: each.state_dict() for each in self.observers if each.name}
+        save_state(self.folder, number, self.trained, self.optimizer, state, self.keep)
 
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one. Every process must call it.  -> the first step to do
@@ -68,31 +73,36 @@ class Checkpoints:
         see the same checkpoints.
         """
         last = last_state(self.folder)
-        about = read_state(last) if last else {"step": 0}
-        first = about["step"] + 1
+        state = read_state(last) if last else {"step": 0}
+        first = state["step"] + 1
         if self.processes.count > 1:  # before anything is loaded, for which they may have to wait for each other
             furthest = torch.tensor([first, -first], device=self.processes.device)
             dist.all_reduce(furthest, dist.ReduceOp.MAX)
             if furthest.sum():
-                raise InputError(f"processes resume from steps {-furthest[1]} to {furthest[0]}; want one --out for all")
+                raise InputError(
+                    f"processes resume from steps {-furthest[1]} to {furthest[0]}; expected one --out for all"
+                )
         if last:
-            self.check(about, last)
-            load_tensors(last, self.trained, self.optimizer, about["updates"])
-            for name, part in self.parts.items():
-                part.load_state_dict(about[name])
-            say(f"continuing after step {about['step']} from {last}")
+            self.check(state, last)
+            load_tensors(last, self.trained, self.optimizer, state["updates"])
+            for each in self.observers:
+                if each.name:
+                    each.load_state_dict(state[each.name])
+            say(f"continuing after step {state['step']} from {last}")
         else:
             say(f"no checkpoint in {self.folder} yet: starting from the beginning")
         return first
 
-    def check(self, about: dict, path: Path) -> None:
+    def check(self, state: dict, path: Path) -> None:
         """Raise InputError if the state read from `path` is not one of this run."""
-        if self.steps < about["step"]:
-            raise InputError(f"{self.steps} steps are fewer than the {about['step']} that {path} has done; want more")
+        if self.steps < state["step"]:
+            raise InputError(f"{self.steps} steps are fewer than the {state['step']} that {path} has done; give more")
         for name, value in self.pinned.items():
-            before = about.get(name, UNSAID.get(name, value))
-            if before != value:
-                raise InputError(f"{path} was saved with {name} {before}, now it is {value}; give the same")
+            if state.get(name) != value:
+                raise InputError(f"{path} was saved with {name} {state.get(name)}, now it is {value}; give the same")
+
+    def result(self) -> dict:
+        return {"optimizer_bytes": moment_bytes(self.optimizer)}
 
 
 def states(folder: Path) -> list[Path]:

@@ -18,11 +18,11 @@ from command.files import read_json, sha256
 from hub import digests
 from hub.checkpoint import resolve
 from hub.peft import base_of
+from machine import memory
 from model import MoEConfig, MoETransformer, read_config
-from run import memory
 from run.adapters import fill_adapter, place_adapter, read_any_adapter
-from run.step import load_shared
 from run.validation import BEST
+from training_step import load_shared
 
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
 OF_ADAPTER = ("adapter.json", "adapter_config.json")  # ours, and PEFT's

@@ -11,9 +11,10 @@ from pathlib import Path
 import data
 from command.cli import InputError, say
 from command.files import read_json, remove_folder
+from machine.processes import Processes
 from model import MoETransformer
-from run.processes import Processes
-from run.step import held_out_loss
+from run.observer import Observer
+from training_step import Step, held_out_loss
 
 BEST = {"adapter": "adapter-best", "model": "model-best"}  # what is saved last, and the name of the best
 Losses = list[tuple[int, float]]  # (step, validation loss)
@@ -43,17 +44,16 @@ def split(items: list, share: float, seed: int) -> tuple[list, list]:
     return rest, [items[i] for i in sorted(held_out)]
 
 
-class Validation:
-    """The validations of one training. Every process must call its methods, with the same arguments.
+class Validation(Observer):
+    """The validations of one training. Every process must call its methods, with the same arguments."""
 
-    Without held-out examples it does nothing.
-    """
+    name = "validations"
 
     def __init__(
         self, items: list[data.Encoded], model: MoETransformer, processes: Processes, folder: Path,
-        save: Callable[..., object], *, micro_batch: int, every: int, steps: int, patience: int | None,
+        save: Callable[[Path, dict], object], *, micro_batch: int, every: int, steps: int, patience: int | None,
     ) -> None:  # fmt: skip
-        """folder: of the best result. save(folder, about): writes what has been learnt so far."""
+        """folder: of the best result. save(folder, validation): writes what has been learnt so far."""
         self.items, self.model, self.processes, self.folder, self.save = items, model, processes, folder, save
         self.micro_batch, self.every, self.steps, self.patience = micro_batch, every, steps, patience
         self.losses: Losses = []
@@ -64,21 +64,29 @@ class Validation:
         """Whether --patience is used up."""
         return out_of_patience(self.losses, self.patience)
 
-    def after(self, step: int) -> dict[str, float | None]:
-        """Validate if it is due after this step, and keep the best.  -> for the log: the loss"""
-        if not self.items or (step % self.every and step != self.steps):
-            return {}
+    def after(self, number: int, done: Step) -> None:
+        """Validate if it is due, and keep the best."""
+        if number % self.every and number != self.steps:
+            return
         loss, _ = held_out_loss(self.model, self.items, self.micro_batch, self.processes)
-        self.losses.append((step, loss))
+        self.losses.append((number, loss))
         is_best = math.isfinite(loss) and (self.kept is None or loss < self.kept[1])
         if is_best:
-            self.kept = (step, loss)
-            self.save(self.folder, {"step": step, "valid_loss": loss})
-        say(f"step {step}: validation loss {loss:.4f}{', the best so far' if is_best else ''}")
+            self.kept = (number, loss)
+            self.save(self.folder, {"step": number, "valid_loss": loss})
+        say(f"step {number}: validation loss {loss:.4f}{', the best so far' if is_best else ''}")
         if self.ended:
             best = f"the best is that of step {self.kept[0]}" if self.kept else "none was finite"
-            say(f"{self.patience} validations without a better one: stopping after step {step}; {best}")
-        return {"valid_loss": loss if math.isfinite(loss) else None}
+            say(f"{self.patience} validations without a better one: stopping after step {number}; {best}")
+        done.record["valid_loss"] = loss if math.isfinite(loss) else None
+
+    def result(self) -> dict[str, float | int]:
+        """For result.json: the validation losses of the last result and of the best, and the step of the best."""
+        if not self.losses or not self.kept:
+            return {}
+        last = self.losses[-1][1]
+        best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]}
+        return {"last_valid_loss": last if math.isfinite(last) else None} | best
 
     def state_dict(self) -> dict[str, Losses]:
         return {"losses": self.losses}
@@ -92,11 +100,3 @@ class Validation:
             self.kept = best
         elif self.processes.is_main:
             remove_folder(self.folder)
-
-    def result(self) -> dict[str, float | int]:
-        """For result.json: the validation losses of the last result and of the best, and the step of the best."""
-        if not self.losses or not self.kept:
-            return {}
-        last = self.losses[-1][1]
-        best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]}
-        return {"last_valid_loss": last if math.isfinite(last) else None} | best

@@ -347,13 +347,7 @@ train --method dr-lora --experts hot                 | all experts
 train --method dr-lora --steps 1                     | at least 2 steps
 train --steps 3 --epochs 1                           | contradict
 train --router-aux-form layer                        | both or neither
-train --profile profile.json --warmup lora           | --warmup lora | --profile
-train --mask run                                     | lori-s and hellori-s
-train --method hellori-s --mask lori --k 3           | contradicts --mask
-train --method hellori-s --mask notes                | adapter.json is missing
-train --method hellori-s --mask run --rank 4 --alpha 8       | kind lora | hellori-d
-train --method hellori-s --mask lori --rank 8                | rank 4 | 8
-train --method hellori-s --mask lori --rank 4 --alpha 8 --seed 1 | seed 0 | 1
+train --profile profile.json --warmup lora           | --count-on lora | --profile
 train --init-adapter notes                           | missing
 train --init-adapter run --k 8                       | contradicts --init-adapter
 train --init-adapter lori                            | kind lori | lora

@@ -23,11 +23,11 @@ from command.cli import InputError
 from hub.config import FAMILIES
 from hub.weights import full_tensor
 from lori import sparsify
+from machine.processes import ALONE, DTYPES
 from model import MoETransformer, RMSNorm, lay_out, load_model, read_config, save_model
 from neighbours import drlora
-from run.methods import METHODS, num_hot_experts
-from run.processes import ALONE, DTYPES
-from run.step import global_step, shard_model
+from recipes.methods import METHODS, num_hot_experts
+from training_step import global_step, shard_model
 
 R = 8
 LOGITS, GRADIENTS = 0.05, 0.12  # bounds of |bfloat16 - float32| / |float32|; the largest seen are 0.03 and 0.09

@@ -17,7 +17,7 @@ import train
 from command import cli
 from command.cli import InputError, Parser, RunError, number
 from command.files import read_json
-from run.processes import start_processes
+from machine.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,13 +20,13 @@ from test_hellora import fresh_model
 import hellora
 import lora
 import train
+import training_step
 from command.cli import InputError
+from machine.processes import start_processes
 from model import MoETransformer
 from neighbours import drlora
 from neighbours.ranks import pad, truncate
 from run import adapters
-from run import step as parallel
-from run.processes import start_processes
 
 ROOT = Path(__file__).parent.parent
 L, E, R_TARGET, R_MAX, SCALE = 2, 7, 4, 12, 1.5  # every expert starts with rank 2
@@ -281,7 +281,7 @@ def test_a_skipped_step_leaves_no_score_and_its_growth_still_happens():
 
 @pytest.mark.parametrize("steps, skipped", [(2, {1}), (23, {22}), (23, {1}), (23, set(range(1, 23)))])
 def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_path, monkeypatch, steps, skipped):
-    real, calls = train.global_step, []
+    real, calls = training_step.global_step, []
 
     def sometimes(model, *args, **kwargs):
         done = real(model, *args, **kwargs)
@@ -293,7 +293,7 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
                     parameter.grad.fill_(math.nan)
         return done
 
-    monkeypatch.setattr(train, "global_step", sometimes)
+    monkeypatch.setattr(training_step, "global_step", sometimes)
     flags = ["--method", "dr-lora", "--rank", "4", "--steps", str(steps), "--batch", "1", "--sample", "0.005"]
     flags += ["--save-every", str(steps)]
     result = train.main([*flags, "--on-nonfinite", "skip", "--out", str(tmp_path / "run")])
@@ -322,7 +322,7 @@ def test_a_run_of_one_step_is_refused():
 def full_run(index: int = 0, count: int = 1) -> dict:
     model = adapted(targets="all")
     if count > 1:
-        parallel.shard_model(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
+        training_step.shard_model(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step, index, count)

@@ -14,11 +14,11 @@ import hellora
 import lora
 import ops
 from command.cli import InputError
+from machine.processes import ALONE
 from model import MoETransformer, load_model
 from ops import Dropout
-from run.processes import ALONE
 from run.settings import parse_settings
-from run.step import global_step
+from training_step import global_step
 
 
 def attached(folder, kind: str = "lora", p: float = 0.3, seed: int = 3) -> tuple[MoETransformer, Dropout]:

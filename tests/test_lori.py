@@ -12,10 +12,10 @@ from test_hellora import ALPHA, HOT, L, R, fresh_model
 import hellora
 import lora
 import lori
+import training_step
 from command.cli import InputError
 from model import MoETransformer
 from run import adapters
-from run import step as parallel
 
 
 def adapted(seed: int = 5) -> MoETransformer:
@@ -98,7 +98,7 @@ def choose_in_process(rank: int, world: int, out: Path) -> None:
     patience = timedelta(minutes=3)
     dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=rank, world_size=world)
     model = with_random_B()
-    parallel.shard_model(model, torch.device("cpu"))
+    training_step.shard_model(model, torch.device("cpu"))
     torch.save(lori.top_entries(adapters.adapter_state(model)), out / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import evaluate
 import train
 from hub.checkpoint import TINY
+from machine.processes import end_processes, start_processes
 from model import load_model
-from run.processes import end_processes, start_processes
-from run.step import load_shared
+from training_step import load_shared
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")

@@ -17,12 +17,12 @@ from command.cli import InputError
 from hub.config import PRESETS
 from hub.weights import init_weights
 from lab.benchmarks.measure import allocated_peak, saved_bytes
+from machine import memory
+from machine.processes import freed_memory_kept
 from model import KVCache, MoEConfig, MoETransformer, save_model
 from ops import Dropout
 from ops.head import HEAD_ROWS
-from run import memory
-from run.processes import freed_memory_kept
-from run.step import load_shared
+from training_step import load_shared
 
 S, R = 65, 8
 DROPOUT = Dropout(0.1, 0)

@@ -14,11 +14,11 @@ import data
 import hellora
 import train
 from command.cli import InputError
+from machine.processes import ALONE
 from model import load_model, read_config
 from run import adapters
-from run.processes import ALONE
 from run.schedule import SCHEDULES, rate, warmup_steps
-from run.step import global_step
+from training_step import global_step
 
 STEPS, BATCH = 6, 3
 

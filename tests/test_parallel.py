@@ -13,10 +13,11 @@ import data
 import hellora
 import hub.weights
 from hub import config
+from machine.processes import ALONE, Processes
 from model import load_model, save_model
 from ops import Dropout
-from run.processes import ALONE, Processes
-from run.step import global_step, load_balancing_loss, load_shared
+from routing.balance import load_balancing_loss
+from training_step import global_step, load_shared
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
 R, ALPHA = 5, 7.0

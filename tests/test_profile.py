@@ -18,9 +18,9 @@ import hellora
 import profile
 from command import cli
 from hub.config import FAMILIES
+from machine.processes import Processes
 from model import MoEConfig, MoETransformer, load_model, read_config
-from routing import statistics
-from run.processes import Processes
+from routing import profiles, statistics
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 sequences do not divide evenly by 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05)  # a rate at which routing has changed by the second step
@@ -232,8 +232,8 @@ def test_a_saved_profile_loads_as_it_was_and_holds_the_documented_keys(olmoe, tm
     model = load_model(olmoe.folder)
     counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
     path = tmp_path / "new folder" / "profile.json"
-    profile.save_profile(counted, path, "a model", "a task")
-    loaded = profile.load_profile(path)
+    profiles.save_profile(counted, path, "a model", "a task")
+    loaded = profiles.load_profile(path)
     assert loaded.counts.equal(counted.counts) and loaded.gate_mass.equal(counted.gate_mass)
     assert (loaded.num_tokens, loaded.num_experts_per_tok) == (counted.num_tokens, counted.num_experts_per_tok)
     about = json.loads(path.read_text())
@@ -274,15 +274,15 @@ BAD = {
 def test_a_file_that_no_counting_can_have_written_is_refused_by_name(tmp_path, change, problem):
     path = write(tmp_path, change if isinstance(change, str) else json.dumps(GOOD | change))
     with pytest.raises(cli.InputError, match=problem) as error:
-        profile.load_profile(path)
+        profiles.load_profile(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_good_file_loads_and_a_missing_one_or_a_folder_is_refused(tmp_path):
-    assert profile.load_profile(write(tmp_path, json.dumps(GOOD))).counts.tolist() == GOOD["counts"]
+    assert profiles.load_profile(write(tmp_path, json.dumps(GOOD))).counts.tolist() == GOOD["counts"]
     for path in (tmp_path, tmp_path / "none.json"):
         with pytest.raises(cli.InputError, match=str(path)):
-            profile.load_profile(path)
+            profiles.load_profile(path)
 
 
 def test_a_profile_of_another_model_is_refused(olmoe):
@@ -291,11 +291,11 @@ def test_a_profile_of_another_model_is_refused(olmoe):
     for layers, experts, top_k in ((L, E, K), (L + 1, E, K), (L, E - 1, K), (L, E, K + 1)):
         counted = profile.RoutingProfile(torch.ones(layers, experts), torch.ones(layers, experts), 5, top_k)
         if (layers, experts, top_k) == (L, E, K):
-            profile.check_fits(counted, config, "p.json")
+            profiles.check_fits(counted, config, "p.json")
         else:
             wrong = f"p.json is of a model with {layers} layers of {experts} experts, {top_k} per token"
             with pytest.raises(cli.InputError, match=wrong):
-                profile.check_fits(counted, config, "p.json")
+                profiles.check_fits(counted, config, "p.json")
 
 
 # ---------------------------------------------------------------------------------------------------- command
@@ -330,7 +330,7 @@ def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path,
     counted = profile.main([*flags, "--out", str(out), "--plot", str(picture)])
     printed = capsys.readouterr().out.splitlines()
     assert printed[-6:] == list(statistics.table(counted.counts, 5))
-    assert profile.load_profile(out).counts.equal(counted.counts)
+    assert profiles.load_profile(out).counts.equal(counted.counts)
     assert picture.read_text().startswith("<?xml")
 
 

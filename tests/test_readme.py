@@ -14,7 +14,7 @@ import reproduce
 import train
 from hub.config import FAMILIES
 from lab.benchmarks import plan
-from run.methods import METHODS, RECIPES
+from recipes.methods import METHODS, RECIPES
 from scoring.statistics import rate
 
 ROOT = Path(__file__).parent.parent

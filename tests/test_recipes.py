@@ -9,7 +9,7 @@ import data
 import evaluate
 import train
 from command.cli import InputError
-from run.recipes import PAPERS
+from recipes.papers import PAPERS
 from run.settings import parse_settings
 
 PUBLISHED = {  # by hand, from the papers
@@ -18,7 +18,8 @@ PUBLISHED = {  # by hand, from the papers
     ("hellora", "saferpaca"): dict(rank=32, alpha=64, lr=4e-4, batch=128, epochs=1, sample=0.1, loss_on="answer"),
     ("moe-sieve", "gsm8k"): dict(
         method="moe-sieve", rank=32, alpha=64, lr=4e-4, batch=64, epochs=3, schedule="linear", lr_warmup=None,
-        lora_dropout=0.05, max_length=2048, loss_on="all", sample=1, warmup="none", prompt="question", targets="shared",
+        lora_dropout=0.05, max_length=2048, loss_on="all", sample=1, count_on="base", prompt="question",
+        targets="shared",
     ),
     ("dr-lora", "gsm8k"): dict(
         method="dr-lora", rank=16, alpha=32, lr=2e-5, batch=48, steps=3750, epochs=None, schedule="linear",

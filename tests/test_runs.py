@@ -25,12 +25,13 @@ import export
 import lora
 import profile
 import train
+import training_step
 from command.cli import InputError, RunError
 from command.files import seal, sha256
 from hub.checkpoint import TINY
+from machine.processes import Processes
 from model import load_model, read_config
 from run import adapters
-from run.processes import Processes
 from run.state import Checkpoints, last_state, load_tensors, save_state, states
 from run.subject import Subject
 
@@ -267,7 +268,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
 
 
 def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
-    real, calls = train.global_step, []
+    real, calls = training_step.global_step, []
 
     def sometimes(*args, **kwargs):
         done = real(*args, **kwargs)
@@ -279,7 +280,7 @@ def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatc
                     parameter.grad.fill_(float("inf"))
         return done
 
-    monkeypatch.setattr(train, "global_step", sometimes)
+    monkeypatch.setattr(training_step, "global_step", sometimes)
     flags = [*SMALL, "--steps", "4", "--save-every", "1"]
     with pytest.raises(RunError) as caught:
         train.main([*flags, "--out", str(tmp_path / "stop")])
@@ -482,7 +483,7 @@ def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, cap
 
 
 def test_an_unfinished_run_is_started_over_completely(tmp_path, monkeypatch):
-    out, real = tmp_path / "run", train.global_step
+    out, real = tmp_path / "run", training_step.global_step
     flags = [*SMALL, "--out", str(out)]
     train.main([*flags, "--steps", "4"])
     first = {path.name: path.read_bytes() for path in (out / "adapter").iterdir()}
@@ -492,27 +493,27 @@ def test_an_unfinished_run_is_started_over_completely(tmp_path, monkeypatch):
         assert not list(out.rglob("adapter*")) and not (out / "loss.png").exists()  # nothing of the run before
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "global_step", broken)
+    monkeypatch.setattr(training_step, "global_step", broken)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--steps", "4"])
-    monkeypatch.setattr(train, "global_step", real)
+    monkeypatch.setattr(training_step, "global_step", real)
     train.main([*flags, "--steps", "4"])
     assert {path.name: path.read_bytes() for path in (out / "adapter").iterdir()} == first
 
 
 def test_a_longer_run_does_not_leave_the_results_of_the_shorter_one_beside_its_log(tmp_path, monkeypatch):
-    out, real = tmp_path / "run", train.global_step
+    out, real = tmp_path / "run", training_step.global_step
     flags = [*SMALL, "--save-every", "1", "--out", str(out)]
     train.main([*flags, "--steps", "2"])
 
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "global_step", broken)
+    monkeypatch.setattr(training_step, "global_step", broken)
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--steps", "4", "--resume"])
     assert not any((out / name).exists() for name in ("result.json", "loss.png", "adapter"))
-    monkeypatch.setattr(train, "global_step", real)
+    monkeypatch.setattr(training_step, "global_step", real)
     train.main([*flags, "--steps", "4", "--resume"])
     train.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "uncut")])
     assert same(adapter(out), adapter(tmp_path / "uncut")) and losses(out) == losses(tmp_path / "uncut")

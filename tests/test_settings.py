@@ -14,8 +14,8 @@ import train
 from command.cli import InputError
 from hub.weights import hub_views
 from model import load_model
+from recipes.methods import METHODS
 from run import adapters
-from run.methods import METHODS
 
 E, L, R, STEPS = 7, 4, 4, 3
 SIDES = {  # d_in, d_out of the fixture's matrices: width 48, 6 heads of 8 that share 2 keys, 7 experts of 40
@@ -141,7 +141,6 @@ def test_experts_are_chosen_by_tokens_or_by_the_weight_they_get(flags, hot, base
         (["--scores", "gate-mass", "--experts", "random"], "has no meaning with --method hellora and experts random"),
         (["--scores", "counts", "--method", "lora"], "has no meaning with --method lora and experts all"),
         (["--scores", "gate-mass", "--method", "fft"], "trains every weight"),
-        (["--scores", "gate-mass", "--method", "hellori-s", "--mask", "run"], "contradicts --mask"),
         (["--k", "3", "--experts", "all"], "--k 3 has no meaning"),
     ],
 )

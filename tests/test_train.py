@@ -19,12 +19,13 @@ import profile
 import train
 from command.cli import InputError
 from hub.checkpoint import TINY
+from machine.processes import ALONE, Processes
 from model import load_model, read_config
+from recipes.methods import METHODS, num_hot_experts
+from routing import profiles
 from run import adapters
 from run.folder import check_out, write_config
-from run.methods import METHODS, num_hot_experts
-from run.processes import ALONE, Processes
-from run.step import global_step
+from training_step import global_step
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +93,7 @@ def test_a_run_learns_and_its_folder_holds_what_is_documented(tmp_path):
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["model"] == "tiny" and config["settings"]["rank"] == 8
     about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
-    counts = profile.load_profile(tmp_path / "run/profile.json").counts
+    counts = profiles.load_profile(tmp_path / "run/profile.json").counts
     hot = hellora.select_experts("hot", counts, 4)
     assert about["hot"] == [row.nonzero().flatten().tolist() for row in hot]
     model = load_model(TINY)
@@ -150,9 +151,6 @@ GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
         (["--k", "1.5"], "a share between 0 and 1"),
         (["--method", "fft", "--k", "8"], "trains every weight"),
         (["--method", "fft", "--rank", "8"], "trains every weight"),
-        (["--mask", "x"], "is for lori-s and hellori-s"),
-        (["--method", "hellori-s", "--mask", "x", "--k", "4"], "contradicts --mask"),
-        (["--method", "hellori-s", "--mask", "{folder}/nothing"], "adapter.json is missing"),
         (["--experts", "warm"], "choose from hot"),
         (["--experts", "{folder}/lists.json"], "layers"),
         (["--experts", "{folder}/broken.jsonl"], "expert ids"),
@@ -246,16 +244,13 @@ def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint_with_all_t
     assert all(changed)
 
 
-def test_mask_of_a_finished_d_run_is_stage_d_done_already(tmp_path):
+def test_stage_d_of_hellori_s_is_a_run_of_hellori_d(tmp_path):
     flags = ["--steps", "2", "--batch", "4", "--sample", "0.01", "--k", "3"]
     train.main([*flags, "--method", "hellori-s", "--out", str(tmp_path / "both")])
     train.main([*flags, "--method", "hellori-d", "--out", str(tmp_path / "d")])
-    rest = [*flags[:-2], "--method", "hellori-s", "--mask", str(tmp_path / "d")]
-    train.main([*rest, "--out", str(tmp_path / "s")])
-    both, s = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("both", "s"))
-    assert both.keys() == s.keys() and all(torch.equal(both[name], s[name]) for name in both)
-    with pytest.raises(InputError, match="has rank 8, this run 4; they must agree"):
-        train.main([*rest, "--rank", "4", "--out", str(tmp_path / "t")])
+    folders = (tmp_path / "both/stage-d", tmp_path / "d")
+    first, alone = (load_file(folder / "adapter/adapter.safetensors") for folder in folders)
+    assert first.keys() == alone.keys() and all(torch.equal(first[name], alone[name]) for name in first)
 
 
 def test_experts_can_be_listed_in_a_file_or_given_as_a_share(tmp_path):

@@ -24,8 +24,8 @@ import lora
 import model
 import profile
 import train
+import training_step
 from neighbours.drlora import RankGrowth
-from run import step
 
 PAGE = (Path(__file__).parent.parent / "docs/porting.md").read_text(encoding="utf-8")
 IDS = torch.arange(33).view(3, 11)
@@ -88,7 +88,7 @@ TRAPS = {
         Mistake(
             test_parallel.test_the_balancing_loss_of_a_step_is_that_of_transformers,
             {"family": "olmoe"},
-            step.global_step,
+            training_step.global_step,
             "load_balancing_loss(routing.probs,",
             "load_balancing_loss(routing.probs.softmax(-1),",
         ),

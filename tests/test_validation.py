@@ -19,14 +19,15 @@ import data
 import evaluate
 import export
 import train
+import training_step
 from command.cli import InputError
+from machine.processes import ALONE
 from model import load_model, read_config
+from recipes.methods import METHODS
 from run import adapters
-from run.methods import METHODS
-from run.processes import ALONE
-from run.step import held_out_loss
 from run.subject import Subject
 from run.validation import BEST, best_of, out_of_patience, split
+from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
@@ -111,7 +112,7 @@ def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_
     method, tmp_path, monkeypatch
 ):
     flags = [*VALID, "--save-every", "2"]
-    uncut, cut, real = tmp_path / "uncut", tmp_path / "cut", train.global_step
+    uncut, cut, real = tmp_path / "uncut", tmp_path / "cut", training_step.global_step
     whole = run(uncut, *flags, method=method)
     stages = ["stage-d", "."] if METHODS[method].sparse else ["."]
     for killed, stage in enumerate(stages):  # in each stage, two steps after its first checkpoint
@@ -124,10 +125,10 @@ def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(train, "global_step", broken)
+        monkeypatch.setattr(training_step, "global_step", broken)
         with pytest.raises(KeyboardInterrupt):
             run(cut, *flags, *["--resume"] * killed, method=method)
-    monkeypatch.setattr(train, "global_step", real)
+    monkeypatch.setattr(training_step, "global_step", real)
     resumed = run(cut, *flags, "--resume", method=method)
     kind = "adapter" if METHODS[method].experts else "model"
     for stage in stages:
@@ -157,15 +158,17 @@ def test_the_best_result_is_that_of_a_run_which_ends_at_its_step(tmp_path):
 def test_what_was_kept_after_the_checkpoint_is_made_again_and_not_taken_for_the_best(tmp_path, monkeypatch):
     """Of a run on other processes, say, which rounds otherwise: here the forgery would be better than all others."""
     out, flags = tmp_path / "run", [*VALID, "--save-every", "2"]
-    whole, real = run(tmp_path / "uncut", *flags), train.global_step
-    monkeypatch.setattr(train, "global_step", lambda *a, **k: real(*a, **k) if len(log(out, "step")) < 3 else 1 / 0)
+    whole, real = run(tmp_path / "uncut", *flags), training_step.global_step
+    monkeypatch.setattr(
+        training_step, "global_step", lambda *a, **k: real(*a, **k) if len(log(out, "step")) < 3 else 1 / 0
+    )
     out.mkdir()
     (out / "log.jsonl").touch()
     (out / "config.json").write_text((tmp_path / "uncut/config.json").read_text())
     with pytest.raises(ZeroDivisionError):
         run(out, *flags)
     (out / "adapter-best/validation.json").write_text(json.dumps({"step": 3, "valid_loss": 0.0}))
-    monkeypatch.setattr(train, "global_step", real)
+    monkeypatch.setattr(training_step, "global_step", real)
     resumed = run(out, *flags, "--resume")
     assert resumed["best_valid_loss"] == whole["best_valid_loss"] or resumed["best_step"] > 2
     kept = json.loads((out / "adapter-best/validation.json").read_text())
@@ -217,8 +220,8 @@ def test_a_run_out_of_patience_stops_says_so_and_is_finished(method, tmp_path, m
     # Killed when it had stopped and saved, but not yet written its result, it does no further step.
     for name in ("result.json", "adapter", "model"):
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    real, steps = train.global_step, []
-    monkeypatch.setattr(train, "global_step", lambda *a, **k: steps.append(1) or real(*a, **k))
+    real, steps = training_step.global_step, []
+    monkeypatch.setattr(training_step, "global_step", lambda *a, **k: steps.append(1) or real(*a, **k))
     again = run(out, *flags, "--resume", method=method)
     assert not steps and again["steps"] == result["steps"] and again["best_step"] == result["best_step"]
 
@@ -265,9 +268,9 @@ def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, m
     assert split(items, 0.1, seed=3) == (rest, held_out) != split(items, 0.1, seed=4)
     with pytest.raises(InputError, match="--valid-share 0.5 of 1 examples leaves none to train on"):
         split([0], 0.5, seed=0)
-    seen, real = [], train.global_step
+    seen, real = [], training_step.global_step
     monkeypatch.setattr(
-        train, "global_step", lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)
+        training_step, "global_step", lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)
     )
     run(tmp_path / "run", "--valid-share", "0.2")
     rest, held_out = split(items_of(Path(), "train"), 0.2, seed=0)

@@ -40,11 +40,11 @@ from lab.benchmarks.flops import adapter_flops, model_flops
 from lab.benchmarks.measure import grouped_matmul_speed
 from lab.benchmarks.subjects import adamw, attach
 from lab.benchmarks.workload import make_batches
+from machine import memory
+from machine.processes import ALONE, freed_memory_kept
 from model import MoEConfig, MoETransformer, read_config
 from profile import count_task
-from run import memory
-from run.processes import ALONE, freed_memory_kept
-from run.step import global_step, load_shared
+from training_step import global_step, load_shared
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
 SHAPE = PRESETS["olmoe-1b-7b"] | TOKENS | {"torch_dtype": "bfloat16"}

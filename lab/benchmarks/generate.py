@@ -27,8 +27,8 @@ from hub.checkpoint import resolve
 from lab.benchmarks.measure import seconds
 from lab.benchmarks.subjects import our_model, transformers_model
 from lab.benchmarks.workload import SHAPES
+from machine.processes import DTYPE_HELP, DTYPES, default_dtype
 from model import MoETransformer, load_model
-from run.processes import DTYPE_HELP, DTYPES, default_dtype
 
 # Tokens of GSM8K's 1,319 test problems, counted with OLMoE's tokenizer: least, deciles, most.
 LENGTHS = {

@@ -21,11 +21,11 @@ from command.cli import InputError, count_or_share, flag
 from command.files import writable, write_json
 from hub.config import PRESETS
 from lab.benchmarks.workload import LENGTHS
+from machine import memory
+from machine.memory import config_of
 from model import MoEConfig, MoETransformer
 from neighbours import drlora
-from run import memory
-from run.memory import config_of
-from run.methods import METHODS, Recipe, num_hot_experts
+from recipes.methods import METHODS, Recipe, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
 GPU_GB, MACHINE_GB = 80, 24  # memory, unless a flag says otherwise

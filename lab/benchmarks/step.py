@@ -36,9 +36,9 @@ from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
 from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
 from lab.benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
 from lab.benchmarks.workload import SHAPES, make_batches
+from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 from model import MoEConfig
 from profile import profile_routing
-from run.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}

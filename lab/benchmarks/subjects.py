@@ -14,7 +14,7 @@ from data import Batch
 from hub.weights import init_weights, materialize
 from lori import sparsify
 from model import MoEConfig, MoETransformer
-from run.methods import METHODS
+from recipes.methods import METHODS
 
 OURS = ("hellora", "hellori-d", "hellori-s", "lora", "lori-d", "lori-s", "dora")  # rows of METHODS
 PEERS = {  # name -> modules and parameters that peft adapts

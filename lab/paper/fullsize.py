@@ -10,9 +10,9 @@ from lab.benchmarks.plan import GPU_GB, Settings, plan_row
 from lab.paper.runner import Needed, Workplace, commands
 from lab.paper.runs import Run, flags
 from lab.paper.speed import PAPER
+from machine.memory import config_of
 from model import MoEConfig, MoETransformer
-from run.memory import config_of
-from run.methods import METHODS, RECIPES, num_hot_experts
+from recipes.methods import METHODS, RECIPES, num_hot_experts
 
 EXAMPLES = {"gsm8k": 7_473, "codealpaca": 20_022, "saferpaca": 22_000}  # of the training sets
 SPEED_OF = {"dora": "lora", "dr-lora": "lora", "moe-sieve": "hellora"}  # methods that Table 6 does not have

@@ -17,8 +17,8 @@ from hub.config import PRESETS
 from lab.paper.page import Section, grid
 from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
+from recipes.methods import METHODS, Recipe
 from routing.advice import without_weights
-from run.methods import METHODS, Recipe
 
 
 class Row(NamedTuple):

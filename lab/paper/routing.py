@@ -22,10 +22,10 @@ from lab.paper.page import Section, grid
 from lab.paper.published import FOLDER
 from lab.paper.runs import model_content
 from model import MoEConfig
-from profile import RoutingProfile, load_profile
+from recipes.methods import Recipe
 from routing import advice, pictures
+from routing.profiles import RoutingProfile, load_profile
 from routing.statistics import chance_overlap, jaccard, shares, top_share
-from run.methods import Recipe
 
 OLMOE = {
     "GSM8K": "olmoe-gsm8k",

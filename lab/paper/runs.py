@@ -21,8 +21,8 @@ import evaluate
 from command.cli import InputError, RunError
 from command.files import read_json, write_text
 from hub.checkpoint import EMBEDDED, resolve
+from machine.processes import default_dtype
 from run.folder import MAY_CHANGE
-from run.processes import default_dtype
 from run.settings import Settings, parse_settings
 from run.subject import base_content
 

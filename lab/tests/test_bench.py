@@ -191,7 +191,7 @@ def test_examples_of_the_full_size_are_those_of_the_workload():
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_written(monkeypatch, tmp_path):
-    monkeypatch.setattr("run.memory.available", lambda device: 10**9)
+    monkeypatch.setattr("machine.memory.available", lambda device: 10**9)
     with pytest.raises(InputError, match="memory: 1.0 GB are free, 1.5 GB are needed; give fewer --layers"):
         bench.main(["full", "--layers", "1", "--keep-at", str(tmp_path / "kept")])
     assert not (tmp_path / "kept").exists()

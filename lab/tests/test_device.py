@@ -20,9 +20,9 @@ import ops
 import train
 from generate import generate
 from hub.weights import full_tensor, init_weights
+from machine.processes import Processes
 from model import KVCache, MoEConfig, MoETransformer, save_model
-from run.processes import Processes
-from run.step import global_step, load_shared
+from training_step import global_step, load_shared
 
 EXACT, HALF = 1e-3, 0.1  # limits in float32, where kernels sum in another order, and in bfloat16
 each_dtype = pytest.mark.parametrize("dtype, limit", [(torch.float32, EXACT), (torch.bfloat16, HALF)], ids=str)

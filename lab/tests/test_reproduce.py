@@ -13,8 +13,8 @@ from hub.checkpoint import TINY
 from lab.paper import params
 from lori import sparsify
 from model import load_model
+from recipes.methods import METHODS
 from run import adapters
-from run.methods import METHODS
 
 
 def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figure(tmp_path, capsys):

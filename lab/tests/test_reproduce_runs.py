@@ -19,7 +19,7 @@ from lab.paper import command, fullsize, runner, runs
 from lab.paper.runner import Workplace, locked, make, pending
 from lab.paper.runs import Records, Run
 from lab.paper.tables import SCALES
-from run import methods
+from recipes import methods
 from run.settings import parse_settings
 
 RUN = Run("tiny-math", "hellora", seed=3, k=4)

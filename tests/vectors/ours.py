@@ -13,11 +13,11 @@ import lori
 import model as transformer
 from lora import KINDS, LoRAExperts
 from lora import init_A as fill_A
+from machine.processes import Processes
 from neighbours.drlora import RankGrowth
-from run.processes import Processes
-from run.step import global_step
 from scoring import gsm8k, refusals
 from scoring.statistics import pass_at_k  # noqa: F401
+from training_step import global_step
 
 
 def tensor(array: np.ndarray, requires_grad: bool = False) -> Tensor:

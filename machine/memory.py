@@ -29,9 +29,9 @@ from hub.checkpoint import resolve
 from hub.config import HUB_IDS, PRESETS
 from hub.weights import shard_dim
 from lora import LoRAExperts, LoRALinear
+from machine.processes import processes_per_machine
 from model import MoEConfig, MoETransformer, read_config
 from ops.head import HEAD_ROWS
-from run.processes import processes_per_machine
 
 SPARE = 0.1  # share of a device's memory that is left to the allocator and to what the plan does not count
 

@@ -82,3 +82,11 @@ def experts_flag(text: str) -> str:
         allowed = ", ".join(hellora.POLICIES)
         raise argparse.ArgumentTypeError(f"got {text!r}; choose from {allowed}, or name a JSON file of expert lists")
     return text
+
+
+COUNT_ON_HELP = "count on the frozen base, or while LoRA on all experts trains (the paper's warm-up)"
+
+
+def count_on_flag(text: str) -> str:
+    """An argparse type: base or lora. `--warmup none` is the older name of `--count-on base`."""
+    return "base" if text == "none" else text

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import data
 from command.cli import InputError
-from run.methods import METHODS, RECIPES
+from recipes.methods import METHODS, RECIPES
 
 REAL = {"gsm8k": "gsm8k", "humaneval": "codealpaca", "hexphi": "saferpaca"}  # benchmark -> the paper's task
 
@@ -23,7 +23,7 @@ class Paper:
     evaluate: dict[str, dict] = field(default_factory=dict)  # by benchmark; what is not here is evaluate.py's default
 
 
-PLAIN = {"weight_decay": 0.0, "warmup": "none"}
+PLAIN = {"weight_decay": 0.0, "count_on": "base"}
 PAPERS = {
     "hellora": Paper(
         "arXiv 2605.18795",

@@ -1,7 +1,9 @@
-"""One model on one process or many: loaded in parts, and the loss and gradients of one global batch.
+"""The step that trains, on one process or many, in the order in which it happens.
 
-    model = load_shared(folder, dtype, device, shard="full", attach=lambda model: hellora.attach(model, hot, r, alpha))
-    step = global_step(model, items, micro_batch, processes)     # the loss, and p.grad of whatever trains
+    model = load_shared(folder, dtype, device, shard="full", attach=attach)      # wrap with FSDP, read the weights
+    done = train_step(model, optimizer, items, micro_batch, processes, clip=1.0)
+        global_step         the batch's loss, backward, the reduction over processes
+        clip, update
 
 The loss is the mean negative log-likelihood of the target tokens of the whole global batch. The batch is cut into
 micro-batches of similar length. Gradients are summed over micro-batches and processes, so the numbers of both
@@ -9,13 +11,13 @@ change the result only by rounding. Sharded (FSDP2), a process holds a part of e
 time: a part for each process, or with "hybrid" sharding for each process of one machine. Replicated, it holds the whole
 frozen base, and only the gradients of what trains are communicated.
 
-Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, T real tokens of a
-micro-batch.
+Dimensions: L layers with experts, E experts per layer, K experts per token, T real tokens of a micro-batch.
 """
 
 import gc
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,11 +29,14 @@ from torch.distributed.tensor import Shard
 
 import data
 import hellora
-from hub.weights import shard_dim
+from hub.weights import full_tensor, shard_dim
+from machine.processes import Processes, processes_per_machine
 from model import MoETransformer, load_model
 from ops import Dropout
+from routing.balance import load_balancing_loss
 from routing.statistics import tally
-from run.processes import Processes, processes_per_machine
+
+# ------------------------------------------------------------------------------------------------------------ wrapping
 
 
 def shard_model(
@@ -47,14 +52,14 @@ def shard_model(
     parts = parts or count
     shape = {"copies": count // parts, "parts": parts} if parts < count else {"parts": parts}
     mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32),
-        "shard_placement_fn": lambda parameter: Shard(shard_dim(parameter.shape, parts)),
-    }
-    for layer in model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=compute_dtype and torch.float32)
+    for module in (*model.layers, model):
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, parts)),
+        )
 
 
 def load_shared(
@@ -85,26 +90,7 @@ def load_shared(
     return model
 
 
-def load_balancing_loss(probs: Tensor, selected: Tensor, lengths: Tensor, form: str = "layer") -> Tensor:
-    """Sum over the sequences s of len_s * balance_s; divided by all tokens, the mean balance of a token's sequence.
-
-    probs [L, T, E], selected [L, T, K], lengths [B] -> []. Within a sequence, f_le is the number of selections of
-    expert e in layer l per token, and P_le its mean probability.
-    "layer": balance = mean_l E sum_e (f_le / K) P_le, which is 1 under uniform routing (Switch; HELLoRA, eq. 1).
-    "concat": balance = E sum_e f_e P_e with f and P averaged over the layers, which is K under uniform routing (the
-    form of the hub and of OLMoE's pre-training, in which layers may cancel each other).
-    A sum over sequences does not depend on how a batch is cut into micro-batches.
-    """
-    (L, _, E), K = probs.shape, selected.shape[-1]
-    sequence = torch.arange(len(lengths)).repeat_interleave(lengths.cpu()).to(probs.device)  # [T]
-    lengths = lengths.to(probs.device)
-    chosen = torch.zeros_like(probs).scatter(-1, selected, 1.0)  # [L, T, E]
-    f, P = (
-        x.new_zeros(L, len(lengths), E).index_add(1, sequence, x) / lengths.clamp(min=1)[:, None]  # [L, B, E]
-        for x in (chosen, probs)
-    )
-    balance = E * (f.mean(0) * P.mean(0) if form == "concat" else (f * P).mean(0) / K).sum(-1)  # [B]
-    return (lengths * balance).sum()
+# ---------------------------------------------------------------------------------------------------------- one step
 
 
 @dataclass
@@ -116,6 +102,44 @@ class Step:
     routing: Tensor  # float64 [2, L, E] tokens that chose each expert, and the routing weights they gave it; on the CPU
     target_tokens: int
     tokens: int
+    examples: list[str]  # ids of the batch
+    grad_norm: float = math.nan  # before clipping
+    record: dict = field(default_factory=dict)  # what observers add to its line of log.jsonl
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are finite. If not, nothing is updated."""
+        return math.isfinite(self.loss.item()) and math.isfinite(self.grad_norm)
+
+
+def train_step(
+    model: MoETransformer,
+    optimizer: torch.optim.Optimizer,
+    items: list[data.Encoded],
+    micro_batch: int,
+    processes: Processes,
+    *,
+    clip: float,
+    aux_loss: float | None = None,
+    aux_form: str = "layer",
+    dropout: Dropout | None = None,
+    on_gradients: Callable[[Step], None] | None = None,
+) -> Step:
+    """One update of whatever the optimizer holds, on one global batch.
+
+    clip: the largest gradient norm. on_gradients: called with the reduced gradients, before they are clipped.
+    """
+    done = global_step(model, items, micro_batch, processes, aux_loss=aux_loss, aux_form=aux_form, dropout=dropout)
+    if aux_loss:
+        done.record["aux_loss"] = done.aux_loss.item()
+    if on_gradients is not None:
+        on_gradients(done)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    done.grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
+    if done.is_finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return done
 
 
 def global_step(
@@ -151,7 +175,7 @@ def global_step(
         nll, selected, routing = model(
             batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )
-        chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K]
+        chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
         loss = nll / max(1, targets)
         losses[0] += loss.detach()
         routed += tally(chosen, routing.weights, config.num_experts)
@@ -166,7 +190,18 @@ def global_step(
         dist.all_reduce(routed)
         if not sharded:
             sum_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
-    return Step(losses[0], losses[1], routed.cpu(), targets, tokens)
+    return Step(losses[0], losses[1], routed.cpu(), targets, tokens, [item.example for item in items])
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Replace every gradient by its sum over the processes, all in one message."""
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
+# ------------------------------------------------------------------------------------------------------- no training
 
 
 @torch.no_grad()
@@ -188,11 +223,3 @@ def held_out_loss(
         dist.all_reduce(total)
     targets = sum(item.num_targets for item in items)
     return total.item() / targets, targets
-
-
-def sum_gradients(parameters: list[Tensor]) -> None:
-    """Replace every gradient by its sum over the processes, all in one message."""
-    flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(part.view_as(parameter))

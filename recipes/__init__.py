@@ -1,0 +1,1 @@
+"""What --method, --task and --recipe stand for: tables of settings."""

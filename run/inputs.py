@@ -1,0 +1,151 @@
+"""What a run starts from: the checkpoint, the rows, the counts or the adapter that are given. All of it is checked.
+
+run = prepare(parse_settings(argv))       # reads and checks; the processes of torchrun start here
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import hellora
+from command import cli
+from command.cli import note, say
+from hub.checkpoint import resolve
+from hub.config import ignore_keys
+from machine.processes import Processes, start_processes
+from model import MoEConfig, read_config
+from neighbours import drlora
+from ops import Dropout
+from recipes import papers
+from recipes.methods import METHODS, Method, num_hot_experts
+from routing.profiles import RoutingProfile, check_fits, load_profile
+from run import adapters
+from run.folder import check_out
+from run.report import package
+from run.schedule import warmup_steps
+from run.settings import Settings
+from run.subject import content_of
+from run.validation import split
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the parts of a run share."""
+
+    settings: Settings
+    folder: Path  # checkpoint of the base model
+    config: MoEConfig
+    content: dict  # digests of the base model and the training data
+    processes: Processes
+    items: list[data.Encoded]
+    held_out: list[data.Encoded]  # for validation; none without
+    steps: int
+    counted: RoutingProfile | None  # None: the experts have yet to be counted
+    hot: Tensor | None  # bool [L, E], the adapted experts; None: they have yet to be chosen, or every weight trains
+    start: dict[str, Tensor] | None  # tensors of --init-adapter
+    dropout: Dropout | None = None  # shared by all adapters
+    shard: str = "none"  # how the processes hold the base model, see `load_shared`
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.settings.method]
+
+    @property
+    def out(self) -> Path:
+        return Path(self.settings.out)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of the weights, and of the computation. Whatever trains is float32; a frozen base need not be."""
+        dtype = getattr(torch, self.settings.dtype)
+        return (dtype if self.method.experts else torch.float32), dtype
+
+
+def prepare(settings: Settings) -> Run:
+    """Everything that a run needs before its experts are counted. Raises InputError for what does not fit."""
+    if settings.recipe:
+        say(*papers.described(asdict(settings)))
+    ignore_keys(settings.ignore_config_keys)
+    if settings.report_to != "none":
+        package(settings.report_to)  # an error now, not after the download
+    folder = resolve(settings.model)
+    config = read_config(folder)
+    settings, hot, start = read_given(settings, config)
+    check_sizes(settings, config)
+    if cli.is_main_process():
+        check_out(Path(settings.out), asdict(settings))
+    counted = read_counts(settings, config) if METHODS[settings.method].experts else None
+    processes = start_processes()
+    digests, items, held_out = read_data(settings, folder, config)
+    steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
+    if METHODS[settings.method].grows:
+        drlora.growth_steps(steps)  # an error now, not in the middle of the run
+    warmup_steps(settings.lr_warmup, steps)  # the same
+    content = processes.once(lambda: content_of(folder, settings.init_adapter)) | digests
+    dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
+    return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start, dropout)
+
+
+def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor | None, dict[str, Tensor] | None]:
+    """What --init-adapter or a file of --experts brings.  -> settings, experts bool [L, E], adapter's tensors
+
+    An adapter to start from brings its rank, alpha and targets.
+    """
+    s = settings
+    if s.init_adapter:
+        adapter, tensors = adapters.read_start(s.init_adapter, config, METHODS[s.method].kind, s.seed)
+        s = replace(s, rank=adapter.r, alpha=adapter.alpha, targets=adapter.targets)
+        return s, adapters.hot_mask(adapter.hot, config), tensors
+    if s.experts and s.experts not in hellora.POLICIES:
+        return s, adapters.read_hot(s.experts, config), None
+    return s, None, None
+
+
+def check_sizes(settings: Settings, config: MoEConfig) -> None:
+    """Raise InputError for a number of experts or a rank that the model does not have room for."""
+    num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
+    if METHODS[settings.method].grows:
+        drlora.check_rank(settings.rank, hellora.largest_rank(config))
+    elif METHODS[settings.method].experts:
+        hellora.check_rank(config, settings.rank)
+
+
+def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:
+    """The routing counts of --profile, or those of the run to resume. None: they have yet to be made."""
+    before = Path(settings.out) / "profile.json"
+    source = before if settings.resume and before.is_file() else settings.profile
+    if not source:
+        return None
+    counted = load_profile(source)
+    check_fits(counted, config, source)
+    return counted
+
+
+def read_data(
+    settings: Settings, folder: Path, config: MoEConfig
+) -> tuple[dict[str, str], list[data.Encoded], list[data.Encoded]]:
+    """Digests of the data for config.json, and the examples to train on and those to validate on, as token ids."""
+    reader = data.Reader(
+        settings.task, folder, config, max_length=settings.max_length, bos=settings.bos, prompt=settings.prompt
+    )
+    examples = reader.load("train", settings.train_data)
+    eos_id, eos = data.end_token(reader.tokenizer, config)
+    items, held_out, digests = reader.encode(examples), [], {"data": data.digest(examples)}
+    if settings.valid_data:
+        others = reader.load("train", settings.valid_data)
+        held_out, digests["valid"] = reader.encode(others), data.digest(others)
+    elif settings.valid_share:
+        items, held_out = split(items, settings.valid_share, settings.seed)
+    known = {tuple(item.ids) for item in items}
+    if twice := sum(tuple(item.ids) in known for item in held_out):
+        note(f"{twice} of {len(held_out)} rows to validate on are among the rows to train on; hold out others")
+    tokens = f"{sum(len(item.ids) for item in items):,} tokens"
+    if settings.loss_on == "all":
+        items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))
+    begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.said}"
+    begin += f"; {len(held_out):,} examples held out for validation" if held_out else ""
+    say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id}){begin}")
+    return digests, items, held_out

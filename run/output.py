@@ -1,0 +1,48 @@
+"""What a run writes: config.json and profile.json at its start, the adapter or the checkpoint at its end."""
+
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from command.files import atomic_folder, write_json
+from hub.checkpoint import copy_beside
+from model import MoETransformer, save_model
+from neighbours.ranks import truncate
+from routing.profiles import save_profile
+from run import adapters
+from run.folder import write_config
+from run.inputs import Run
+
+
+def write_about(run: Run) -> None:
+    """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
+    if run.processes.is_main:
+        write_config(run.out, asdict(run.settings), run.content)
+        if run.counted:
+            save_profile(run.counted, run.out / "profile.json", run.settings.model, run.settings.task)
+
+
+def save(run: Run, model: MoETransformer, folder: Path, validated: dict | None = None) -> dict[str, Tensor]:
+    """Write what has been learnt so far: an adapter, or the checkpoint of full fine-tuning.  -> the adapter's tensors
+
+    validated: the validation that chose it, for validation.json. Of ranks that grow, what never grew is not kept.
+    Every process must call it.
+    """
+    is_main, adapter = run.processes.is_main, model.adapter
+    state = adapters.adapter_state(model) if adapter else {}
+    if adapter and adapter.ranks is not None:
+        state = truncate(state, torch.tensor(adapter.ranks))
+    with atomic_folder(folder) if is_main else nullcontext(folder) as part:
+        if adapter is None:
+            save_model(model, part)
+        if is_main:
+            if adapter is None:
+                copy_beside(run.folder, part)
+            else:
+                adapters.save_adapter(state, part, adapter, model=run.settings.model, method=run.settings.method)
+            if validated:
+                write_json(part / "validation.json", validated)
+    return state
