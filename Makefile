@@ -24,6 +24,7 @@ demo: $(VENV)/run
 
 test: $(VENV)/dev
 	$(VENV)/bin/python -m pytest -q -n 2
+	HELLORA_PLAIN=1 $(VENV)/bin/python -m pytest -q tests/test_tour.py tests/test_trajectory.py
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

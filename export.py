@@ -32,7 +32,7 @@ import hellora
 from command import cli
 from command.cli import InputError, RunError, flag, say
 from command.files import atomic_folder
-from hellora import SHARED, TARGETS, Adapter
+from hellora import KINDS, SHARED, TARGETS, Adapter
 from hub.checkpoint import (
     EMBEDDED,
     SHARD_BYTES,
@@ -47,7 +47,7 @@ from hub.checkpoint import (
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, PeftAdapter, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
-from lora import KINDS, init_A
+from lora import init_A
 from lori import Scatter
 from model import MoEConfig, MoETransformer, load_model, read_config
 from run import adapters
@@ -144,7 +144,7 @@ def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
 @torch.no_grad()
 def fold(W: Tensor, factors: Factors, adapter: Adapter) -> Tensor:
     """The weight that computes by itself what W [out, in] computes with its factors.  -> float32 [out, in]"""
-    pair = KINDS[adapter.kind][1](W.unsqueeze(0), adapter.r, adapter.alpha)
+    pair = KINDS[adapter.kind][1].pair(W.unsqueeze(0), adapter.r, adapter.alpha)
     pair.load_state_dict({name: factor.unsqueeze(0) for name, factor in factors.items()})
     return pair.merged(W.unsqueeze(0))[0]
 

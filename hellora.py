@@ -15,19 +15,22 @@ Dimensions: L layers with experts, E experts per layer.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
-import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from command.cli import InputError
-from hub.weights import full_tensor
-from lora import KINDS, LoRAExperts, LoRALinear, StackedLoRA, hot_weights, init_A, uniform
+from hub.weights import fill
+from lora import LoRAExperts, LoRALinear, StackedLoRA, init_A
 from model import Experts, MoEConfig, MoETransformer
-from ops import Dropout
+from neighbours import policies
+from neighbours.dora import DoRAExperts, DoRALinear
 
+KINDS = {  # what trains in a pair -> the classes of a linear layer and of a layer's experts
+    "lora": (LoRALinear, LoRAExperts),  # A and B
+    "dora": (DoRALinear, DoRAExperts),  # A, B and a magnitude per output row
+    "lori": (LoRALinear, LoRAExperts),  # only B: all of it, or a few entries (`lori.sparsify`)
+}
 ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate")
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 TARGETS = {  # what gets an adapter besides the chosen experts, where a layer has it
@@ -36,104 +39,59 @@ TARGETS = {  # what gets an adapter besides the chosen experts, where a layer ha
     "gate": ("mlp.gate",),
     "pure": (),
 }
+SCORED = ("hot", "model-hot", "cold", "greedy")  # policies that take a number of experts
+SEEDED = ("random", "topup")  # these too, and a seed
+POLICIES = (*SCORED, "coverage", *SEEDED, "all")
 
 
 # ------------------------------------------------------------------------------------------------ which experts
 
 
-def hot_first(scores: Tensor) -> Tensor:
-    """Expert ids by descending score; of equal scores the lower id comes first.  [..., E] -> [..., E]"""
-    return scores.argsort(dim=-1, descending=True, stable=True)
-
-
-def hottest(scores: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` most-used experts of every layer: HELLoRA (§3); MoE-Sieve with a quarter of E."""
-    return _mask(scores, hot_first(scores)[:, :num_hot])
-
-
-def hottest_of_model(scores: Tensor, num_hot: int) -> Tensor:
-    """One set for all layers: the ids with the largest scores summed over layers (ablation HELLoRA_M, §4.5.1)."""
-    return _mask(scores, hot_first(scores.sum(0))[:num_hot].expand(len(scores), -1))
-
-
-def coldest(scores: Tensor, num_hot: int) -> Tensor:
-    """The `num_hot` least-used experts of every layer (ablation HELLoRA_C, §4.5.1)."""
-    return _mask(scores, scores.argsort(dim=-1, stable=True)[:, :num_hot])
-
-
-def any_experts(scores: Tensor, num_hot: int, seed: int) -> Tensor:
-    """`num_hot` random experts of every layer: the control that MoE-Sieve has and the paper lacks."""
-    return hottest(_noise(scores, seed), num_hot)
-
-
-def topped_up(scores: Tensor, num_hot: int, seed: int) -> Tensor:
-    """The num_hot / 2 hottest experts of every layer, and random ones that are not among the `num_hot` hottest.
-
-    It tests whether cold experts only add noise, as MoE-Sieve supposes.
-    """
-    hot, kept = hottest(scores, num_hot), hottest(scores, num_hot // 2)
-    return hottest(_noise(scores, seed) + 3 * kept.float() - hot.float(), num_hot)  # kept: above 2; cold: 0..1
-
-
-def covering(scores: Tensor, coverage: float) -> Tensor:
-    """Per layer the smallest set whose share of the scores reaches `coverage`.
-
-    Of counts this is ESFT-Token (arXiv 2407.01906) and MoE-Sieve's ablation, of gate mass ESFT-Gate. The share is of
-    the layer's sum; ESFT's released script divides by the sum over layers, which is not what its paper says.
-    """
-    share = scores.double() / scores.double().sum(-1, keepdim=True)
-    order = hot_first(share)
-    before = share.gather(-1, order).cumsum(-1) - share.gather(-1, order)  # share of the hotter experts
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, before < coverage - 1e-12)
-
-
-def greedy(scores: Tensor, num_hot: int) -> Tensor:
-    """`num_hot` experts a layer on average, spent where they cover the largest shares (MoE-Sieve's ablation)."""
-    share = scores.double() / scores.double().sum(-1, keepdim=True)
-    chosen = hot_first(share.flatten())[: num_hot * len(scores)]
-    return torch.zeros(scores.numel(), dtype=torch.bool).scatter(0, chosen, True).view(scores.shape)
-
-
-def _noise(scores: Tensor, seed: int) -> Tensor:
-    """float32 in [0, 1) of the shape of `scores`."""
-    return torch.from_numpy(uniform(seed, "select_experts", scores.numel())).view(scores.shape)
-
-
-def _mask(scores: Tensor, ids: Tensor) -> Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, ids, True)
-
-
-SCORED = {"hot": hottest, "model-hot": hottest_of_model, "cold": coldest, "greedy": greedy}
-SEEDED = {"random": any_experts, "topup": topped_up}
-POLICIES = (*SCORED, "coverage", *SEEDED, "all")
+def hottest(counts: Tensor, num_hot: int) -> Tensor:
+    """The `num_hot` most-used experts of every layer; of equal counts the lower id (HELLoRA, §3).  [L, E] -> bool"""
+    order = counts.argsort(dim=-1, descending=True, stable=True)  # expert ids
+    return torch.zeros_like(counts, dtype=torch.bool).scatter(-1, order[:, :num_hot], True)
 
 
 def select_experts(
-    policy: str, scores: Tensor, num_hot: int | None, *, coverage: float | None = None, seed: int = 0
+    policy: str, counts: Tensor, num_hot: int | None, *, coverage: float | None = None, seed: int = 0
 ) -> Tensor:
-    """Which experts get an adapter.  scores [L, E] -> hot [L, E] bool
+    """Which experts get an adapter.  counts [L, E], of tokens or of gate mass -> hot bool [L, E]
 
     num_hot: experts per layer, the paper's k; None for `all` and `coverage`. coverage: in (0, 1], for `coverage`.
-    Raises InputError for an unknown policy, a num_hot or coverage out of range, and scores that no routing gives.
+    Raises InputError for an unknown policy, a num_hot or coverage out of range, and counts that no routing gives.
     """
+    check_choice(policy, counts, num_hot, coverage)
+    if policy == "all":
+        return torch.ones_like(counts, dtype=torch.bool)
+    if policy == "coverage":
+        return policies.covering(counts, coverage)
+    if policy == "greedy":
+        return policies.greedy(counts, num_hot)
+    if policy == "model-hot":
+        counts = policies.model_wide(counts)
+    elif policy == "cold":
+        counts = policies.coldest_first(counts)
+    elif policy == "random":
+        counts = policies.random_ranking(counts, seed)
+    elif policy == "topup":
+        counts = policies.topped_up(counts, num_hot, seed)
+    return hottest(counts, num_hot)
+
+
+def check_choice(policy: str, counts: Tensor, num_hot: int | None, coverage: float | None) -> None:
+    """Raise InputError for what `select_experts` cannot choose by."""
     if policy not in POLICIES:
         raise InputError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
-    E = scores.shape[-1]
-    if not bool(torch.isfinite(scores.double()).all()) or bool((scores < 0).any()):
-        raise InputError("scores hold a negative or non-finite number; profile again")
-    if policy == "all":
-        return torch.ones_like(scores, dtype=torch.bool)
-    if bool((scores.sum(-1) == 0).any()):
-        raise InputError("scores of a layer are all zero: no token was routed; profile on more text")
-    if policy == "coverage":
-        if coverage is None or not 0 < coverage <= 1:
-            raise InputError(f"coverage is {coverage}; want a share above 0 and at most 1")
-        return covering(scores, coverage)
-    if num_hot is None or not 1 <= num_hot <= E:
-        raise InputError(f"k is {num_hot}; want 1..{E}, the experts of a layer")
-    if policy in SEEDED:
-        return SEEDED[policy](scores, num_hot, seed)
-    return SCORED[policy](scores, num_hot)
+    if not bool(torch.isfinite(counts.double()).all()) or bool((counts < 0).any()):
+        raise InputError("the counts hold a negative or non-finite number; profile again")
+    if policy != "all" and bool((counts.sum(-1) == 0).any()):
+        raise InputError("the counts of a layer are all zero: no token was routed; profile on more text")
+    if policy == "coverage" and (coverage is None or not 0 < coverage <= 1):
+        raise InputError(f"coverage is {coverage}; expected a share above 0 and at most 1")
+    E = counts.shape[-1]
+    if policy in SCORED + SEEDED and (num_hot is None or not 1 <= num_hot <= E):
+        raise InputError(f"k is {num_hot}; expected 1..{E}, the experts of a layer")
 
 
 # ------------------------------------------------------------------------------------- attach, merge, save, load
@@ -143,7 +101,7 @@ def select_experts(
 class Adapter:
     """What is attached to a model; `adapter.json` holds it."""
 
-    kind: str  # key of lora.KINDS
+    kind: str  # key of KINDS
     r: int
     alpha: float
     targets: str  # key of TARGETS
@@ -161,7 +119,7 @@ def largest_rank(config: MoEConfig) -> int:
 def check_rank(config: MoEConfig, r: int) -> None:
     """Raise InputError for a rank that no pair of this model's experts can have."""
     if not 1 <= r <= largest_rank(config):
-        raise InputError(f"rank {r}; want 1..{largest_rank(config)}, the smaller side of an expert's matrices")
+        raise InputError(f"rank {r}; expected 1..{largest_rank(config)}, the smaller side of an expert's matrices")
 
 
 def attach(
@@ -174,14 +132,14 @@ def attach(
     targets: str = "all",
     seed: int = 0,
     r_max: int | None = None,
-    dropout: Dropout | None = None,
+    dropout: float = 0.0,
 ) -> None:
     """Freeze the model, then put LoRA pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
     The model's function does not change, since B starts at zero. r_max: the rank of the experts' pairs, if it is not r;
-    their scale is still alpha / r. dropout: of what the factors A see in training. On the meta device the factors stay
-    empty, and `init_factors` fills them once the weights are read. Raises InputError for a wrong r, targets or shape,
-    and if the model already has an adapter.
+    their scale is still alpha / r. dropout: the share of what the factors A see that is set to zero in training. On
+    the meta device the factors stay empty, and `init_factors` fills them once the weights are read. Raises InputError
+    for a wrong r, targets or shape, and if the model already has an adapter.
     """
     L, E = len(model.config.moe_layers), model.config.num_experts
     if model.adapter is not None:
@@ -192,17 +150,15 @@ def attach(
         raise InputError(f"targets {targets!r} is unknown; choose from {', '.join(TARGETS)}")
     reserved = r_max or r
     check_rank(model.config, reserved)
-    linear_pair, stacked_pair = KINDS[kind]
+    linear_class, experts_class = KINDS[kind]
     model.requires_grad_(False)
     for name in adapted_linears(model.config, targets):
-        drop = dropout and partial(dropout, matrix=name)
-        model.set_submodule(name, linear_pair(model.get_submodule(name), r, alpha, drop))
-    for i, row in zip(model.config.moe_layers, hot, strict=True):
-        moe, ids = model.layers[i].mlp, row.nonzero().flatten().tolist()
+        model.set_submodule(name, linear_class(model.get_submodule(name), r, alpha, dropout))
+    for i, is_hot in zip(model.config.moe_layers, hot, strict=True):
+        moe, ids = model.layers[i].mlp, is_hot.nonzero().flatten().tolist()
         if ids:  # `greedy` may leave a layer without
             move_to_front(moe.experts, ids)
-            drop = dropout and partial(dropout.of_rows, i)
-            moe.experts = LoRAExperts(moe.experts, len(ids), stacked_pair, reserved, alpha * reserved / r, drop)
+            moe.experts = experts_class(moe.experts, len(ids), reserved, alpha * reserved / r, dropout)
     if kind == "lori":
         for name, parameter in model.named_parameters():
             if name.endswith("lora_A"):
@@ -229,40 +185,32 @@ def init_factors(model: MoETransformer) -> None:
 
     Frozen A's are not stored but drawn again; the SHA-256 over all of them goes into `model.adapter` (LoRI, §3.1).
     """
-    adapter, digest = model.adapter, hashlib.sha256()
+    digest = hashlib.sha256()
     for name, module in sorted(model.named_modules()):
-        if not isinstance(module, LoRALinear | StackedLoRA):
-            continue
-        A = torch.empty(module.lora_A.shape)
-        matrices = [name]
-        if isinstance(module, StackedLoRA):
-            ids = model.get_submodule(name.rsplit(".lora.")[0]).expert_ids[: len(A)]
-            matrices = [name.replace(".lora.", f".{e}.") for e in ids]
-        for matrix, rows in zip(matrices, A.view(-1, *A.shape[-2:]), strict=True):
-            init_A(rows, adapter.seed, matrix)
-        digest.update(A.numpy().astype("<f4").tobytes())
-        fill(module.lora_A, A)
+        if isinstance(module, LoRALinear | StackedLoRA):
+            A = draw_A(model, name, module.lora_A.shape)
+            digest.update(A.numpy().astype("<f4").tobytes())
+            fill(module.lora_A, A)
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             parameter.zero_()
-    if adapter.kind == "dora":
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                fill(module.lora_m, full_tensor(module.weight).float().norm(dim=-1))
-            elif isinstance(module, LoRAExperts):
-                hot = hot_weights(full_tensor(module.gate_up_proj), full_tensor(module.down_proj), module.num_hot)
-                for name, W in hot.items():
-                    fill(module.lora[name].lora_m, W.float().norm(dim=-1))
-    if adapter.kind == "lori":
-        model.adapter = replace(adapter, sha256_A=digest.hexdigest())
+    for module in model.modules():
+        if isinstance(module, DoRALinear | DoRAExperts):
+            module.set_magnitude()
+    if model.adapter.kind == "lori":
+        model.adapter = replace(model.adapter, sha256_A=digest.hexdigest())
 
 
-def fill(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter, or the part of it that this process holds."""
-    if isinstance(parameter, DTensor):
-        mesh, places = parameter.device_mesh, parameter.placements
-        values = distribute_tensor(values.to(parameter.device), mesh, places, src_data_rank=None)
-    parameter.copy_(values)
+def draw_A(model: MoETransformer, name: str, shape: torch.Size) -> Tensor:
+    """The initial lora_A of the module `name`: [r, in], or [n, r, in] of a layer's hot experts."""
+    A = torch.empty(shape)
+    path, is_stack, projection = name.partition(".lora.")
+    if not is_stack:
+        init_A(A, model.adapter.seed, name)
+        return A
+    for expert, A_e in zip(model.get_submodule(path).expert_ids, A, strict=False):  # the hot ones come first
+        init_A(A_e, model.adapter.seed, f"{path}.{expert}.{projection}")
+    return A
 
 
 def move_to_front(experts: Experts, ids: list[int]) -> None:
@@ -278,18 +226,16 @@ def move_to_front(experts: Experts, ids: list[int]) -> None:
 @torch.no_grad()
 def detach(model: MoETransformer) -> None:
     """Remove the adapters. The model is the base again; its experts keep their storage order."""
+    with torch.device("meta"):
+        base = MoETransformer(model.config)
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
-            with torch.device("meta"):
-                base = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-            base.weight, base.bias = module.weight, module.bias
-            model.set_submodule(name, base)
-        elif isinstance(module, LoRAExperts):
-            with torch.device("meta"):
-                base = Experts(model.config)
-            base.gate_up_proj, base.down_proj, base.position = module.gate_up_proj, module.down_proj, module.position
-            base.expert_ids = module.expert_ids
-            model.set_submodule(name, base)
+        if isinstance(module, LoRALinear | LoRAExperts):
+            plain = base.get_submodule(name)
+            for key, _ in list(plain.named_parameters()):
+                setattr(plain, key, getattr(module, key))
+            if isinstance(module, LoRAExperts):
+                plain.position, plain.expert_ids = module.position, module.expert_ids
+            model.set_submodule(name, plain)
     model.adapter = None
 
 
@@ -307,8 +253,8 @@ def merge(model: MoETransformer) -> None:
 
 def count_parameters(model: MoETransformer) -> tuple[int, int]:
     """(trainable, total), frozen adapter tensors included in the total: the convention of the paper and of PEFT."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for parameter in model.parameters())
 
 
 def report(model: MoETransformer) -> Iterator[str]:

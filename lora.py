@@ -4,9 +4,8 @@
 
 (LoRA, section 4.1; HELLoRA, eq. 3.) A and B of one matrix are a LoRA pair. The paper writes x W + x A B with A [in, r].
 As in every checkpoint, ours are the transposes. The pairs of a layer's hot experts are stacked, [n, r, in] and
-[n, out, r]. W + B A is never formed in training. `lora_grouped_linear` is the reference formula for experts; training
-calls the optimized version in ops/. Dropout is off unless a run asks for it. A token at a cold expert passes W alone:
-the gradient still reaches its input and, through the routing weight, the router's pair.
+[n, out, r]. W + B A is never formed in training. Dropout is off unless a run asks for it. A token at a cold expert
+passes W alone: the gradient still reaches its input and, through the routing weight, the router's pair.
 
 Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R routed rows (sorted,
 those of hot experts first), H of them that reach a hot expert, T tokens.
@@ -14,7 +13,6 @@ those of hot experts first), H of them that reach a hot expert, T tokens.
 
 import math
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,9 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from model import Experts, grouped_linear
-
-Dropped = Callable[[Tensor], Tensor]  # x -> what A sees of it in training
+from model import Experts
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -38,6 +34,11 @@ def uniform(seed: int, name: str, size: int) -> np.ndarray:
     return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
+def seed_dropout(seed: int, step: int, process: int) -> None:
+    """Let the dropout masks to come depend on these alone: a resumed run then drops what an uninterrupted one does."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]))
+
+
 def init_A(A: Tensor, seed: int, name: str) -> None:
     """Fill lora_A [r, in] of one matrix, uniform in +-1 / sqrt(in): Kaiming with a = sqrt(5), as PEFT and LoRI."""
     if not A.is_meta:  # a model that is only counted
@@ -45,21 +46,10 @@ def init_A(A: Tensor, seed: int, name: str) -> None:
         A.copy_((2 * u - 1) / math.sqrt(A.shape[1]))
 
 
-def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Euclidean norm of every row of W + s B A, from low-rank products: BA is never formed.  [..., out]
-
-    |W_i + s (BA)_i|^2 = |W_i|^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T
-    """
-    W = W.to(A.dtype)
-    cross = (W @ A.mT * B).sum(-1)  # [..., out]
-    square = (B @ (A @ A.mT) * B).sum(-1)  # [..., out]
-    return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()
-
-
 class LoRALinear(nn.Linear):
     """y = W x + bias + (alpha / r) B A dropout(x), with W and bias frozen.  [T, in] -> [T, out]"""
 
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: Dropped | None = None) -> None:
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
@@ -71,50 +61,48 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        seen = self.dropout(x) if self.dropout and self.training else x
-        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(F.linear(seen, A), B)
+        low = F.linear(F.dropout(x, self.dropout, self.training), A)  # [T, r]
+        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(low, B)
 
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
         return self.weight.float() + self.scaling * self.lora_B @ self.lora_A
 
 
-class DoRALinear(LoRALinear):
-    """y = m (W x + s B A dropout(x)) / |W + s B A| + bias, with norm and magnitude m per output row (DoRA, eq. 5).
-
-    W is frozen. The norm is a constant in the backward pass (DoRA, section 4.3), and m starts as the norm of W.
-    """
-
-    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: Dropped | None = None) -> None:
-        super().__init__(base, r, alpha, dropout)
-        self.lora_m = nn.Parameter(base.weight.detach().float().norm(dim=-1))
-
-    def scale(self) -> Tensor:
-        with torch.no_grad():
-            norm = row_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
-        return self.lora_m / norm  # [out]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, scale = super().forward(x), self.scale().to(x.dtype)
-        return scale * y if self.bias is None else scale * (y - self.bias) + self.bias
-
-    def merged(self) -> Tensor:
-        return self.scale()[:, None] * super().merged()
+Pair = tuple[Tensor, Tensor]  # A [n, r, in] and alpha / r times B [n, out, r], for the first n experts
 
 
 def lora_grouped_linear(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, drop=None, recompute=None, *sources
+    x: Tensor, W: Tensor, pairs: list[Pair], offsets: Tensor, num_rows: int, dropout: float
 ) -> Tensor:
-    """W_e x + B_e A_e drop(x) for rows sorted by expert; only the first n experts have factors.  x [R, in] -> [R, out]
+    """W_e x for rows sorted by expert, plus B_e A_e dropout(x) on the first num_rows, which reach hot experts.
 
-    W [E, out, in], A [n, r, in], B [n, r, out] (transposed, times alpha / r), offsets [E] ends of the experts' rows,
-    num_rows of the hot experts together. drop(x, rows): what A sees of a slice of these rows; None: all of x. recompute
-    and sources are used by the optimized version in ops/ alone.
+    x [R, in], W [E, out, in], offsets [E] ends of the experts' rows -> [R, out]. Several pairs see the same x: their
+    outputs lie side by side.
     """
-    y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-    seen = drop(x[:num_rows], slice(num_rows)) if drop else x[:num_rows]
-    low = grouped_linear(seen, A, hot)  # A_e drop(x)  [H, r]
-    return torch.cat((y[:num_rows] + grouped_linear(low, B.mT, hot), y[num_rows:]))
+    y = ops.grouped_linear(x, W, offsets)  # [R, out]
+    x = F.dropout(x[:num_rows], dropout)  # [H, in]
+    added = []
+    for A, B in pairs:
+        low = ops.grouped_linear(x, A, offsets[: len(A)])  # [H, r]
+        added.append(ops.grouped_linear(low, B, offsets[: len(B)]))
+    return torch.cat((y[:num_rows] + torch.cat(added, dim=-1), y[num_rows:]))
+
+
+@ops.reference
+def lora_gate_up(
+    x: Tensor, token: Tensor, W: Tensor, gate: Pair, up: Pair, offsets: Tensor, num_rows: int, dropout: float
+) -> Tensor:
+    """gate and up of every row.  x [T, D], token [R] of each row, W [E, 2F, D] -> [R, 2F]"""
+    return lora_grouped_linear(x[token], W, [gate, up], offsets, num_rows, dropout)
+
+
+@ops.reference
+def lora_down(
+    gate_up: Tensor, weight: Tensor, W: Tensor, down: Pair, offsets: Tensor, num_rows: int, dropout: float
+) -> Tensor:
+    """down of every row, scaled by its routing weight.  gate_up [R, 2F], weight [R, 1], W [E, D, F] -> [R, D]"""
+    return lora_grouped_linear(ops.weighted_swiglu(gate_up, weight), W, [down], offsets, num_rows, dropout)
 
 
 class StackedLoRA(nn.Module):
@@ -128,25 +116,13 @@ class StackedLoRA(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(n, fan_out, r, device=W.device))
         self.scaling = alpha / r
 
+    def factors(self, dtype: torch.dtype) -> Pair:
+        """A and (alpha / r) B in the dtype in which they multiply."""
+        return self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype)
+
     def merged(self, W: Tensor) -> Tensor:
         """The weights that compute the same without an adapter.  float32 [n, out, in]"""
         return W.float() + self.scaling * self.lora_B @ self.lora_A
-
-
-class StackedDoRA(StackedLoRA):
-    """DoRA on the n hot experts of one projection: see DoRALinear."""
-
-    def __init__(self, W: Tensor, r: int, alpha: float) -> None:
-        super().__init__(W, r, alpha)
-        self.lora_m = nn.Parameter(W.detach().float().norm(dim=-1))  # [n, out]
-
-    def scale(self, W: Tensor) -> Tensor:
-        with torch.no_grad():
-            norm = row_norm(W, self.lora_A, self.lora_B, self.scaling)
-        return self.lora_m / norm  # [n, out]
-
-    def merged(self, W: Tensor) -> Tensor:
-        return self.scale(W)[..., None] * super().merged(W)
 
 
 def hot_weights(gate_up_proj: Tensor, down_proj: Tensor, n: int) -> dict[str, Tensor]:
@@ -162,15 +138,14 @@ class LoRAExperts(Experts):
     None: FSDP2 reduces only parameters that have a gradient on a process, and would otherwise mix up experts silently.
     """
 
-    def __init__(
-        self, base: Experts, n: int, pair: type[StackedLoRA], r: int, alpha: float, dropout: Callable | None = None
-    ) -> None:
-        """dropout(projection, token, expert): `ops.Dropout.of_rows` of this layer; None: nothing is dropped."""
+    pair = StackedLoRA  # of one projection
+
+    def __init__(self, base: Experts, n: int, r: int, alpha: float, dropout: float = 0.0) -> None:
         nn.Module.__init__(self)
         self.gate_up_proj, self.down_proj, self.expert_ids = base.gate_up_proj, base.down_proj, base.expert_ids
         self.register_buffer("position", base.position, persistent=False)
         self.num_hot, self.dropout = n, dropout
-        self.lora = nn.ModuleDict({name: pair(W, r, alpha) for name, W in self.hot_weights().items()})
+        self.lora = nn.ModuleDict({name: self.pair(W, r, alpha) for name, W in self.hot_weights().items()})
 
     def hot_weights(self) -> dict[str, Tensor]:
         return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
@@ -178,50 +153,14 @@ class LoRAExperts(Experts):
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         # The hot experts' rows come first. How many there are is the one number that a GPU is waited for in a layer.
         num_rows = len(token) if self.num_hot == len(offsets) else int(offsets[self.num_hot - 1])
-        both, hot_tokens = ("gate_proj", "up_proj"), token[:num_rows]
-        # The gathered rows [R, D] get no name, which would keep them until the end.
-        gate_up = self.adapted(
-            both, x.index_select(0, token), self.gate_up_proj, offsets, hot_tokens, rows_of_tokens, x, hot_tokens
-        )  # [R, 2F]
-        hidden = ops.weighted_swiglu(gate_up, weight)  # [R, F]
-        sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
-        return self.adapted(("down_proj",), hidden, self.down_proj, offsets, hot_tokens, rows_of_hidden, *sources)
+        gate_up = self.gate_up(x, token, offsets, num_rows)  # [R, 2F]
+        return self.down(gate_up, weight, offsets, num_rows)  # [R, D]
 
-    def adapted(self, names: tuple[str, ...], x: Tensor, W: Tensor, offsets: Tensor, token: Tensor, *made_by) -> Tensor:
-        """W x with the pairs `names`, which see the same x. Their outputs lie side by side.  [R, in] -> [R, out]
+    def gate_up(self, x: Tensor, token: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+        gate, up = self.lora["gate_proj"].factors(x.dtype), self.lora["up_proj"].factors(x.dtype)
+        dropout = self.dropout if self.training else 0.0
+        return ops.lora_gate_up(x, token, self.gate_up_proj, gate, up, offsets, num_rows, dropout)
 
-        token [H]: of the hot rows. made_by: a function and tensors that give these rows of x again, see
-        `lora_grouped_linear`.
-        """
-        pairs, num_rows = [self.lora[name] for name in names], len(token)
-        A = torch.cat([pair.lora_A for pair in pairs], dim=1)  # [n, p * r, in]
-        out, last = pairs[0].lora_B.shape[1], len(pairs) - 1
-        B = [F.pad(pair.lora_B.mT, (i * out, (last - i) * out)) for i, pair in enumerate(pairs)]  # block-diagonal
-        B = pairs[0].scaling * torch.cat(B, dim=1)  # [n, p * r, p * out]
-        counts, drop = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1)), None  # [n] rows of each hot expert
-        if self.dropout and self.training:
-            ids = self.position.argsort()[: self.num_hot]  # expert_ids, on the device
-            drop = self.dropout(names[0], token, ids.repeat_interleave(counts, output_size=num_rows))
-        y = ops.lora_grouped_linear(x, W, A.to(x.dtype), B.to(x.dtype), offsets, num_rows, drop, *made_by)
-        if isinstance(pairs[0], StackedDoRA):
-            weights = self.hot_weights()
-            scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(x.dtype)  # [n, out]
-            y = torch.cat((y[:num_rows] * scale.repeat_interleave(counts, 0, output_size=num_rows), y[num_rows:]))
-        return y
-
-
-def rows_of_tokens(rows: slice, x: Tensor, token: Tensor) -> Tensor:
-    """Some rows of what gate and up multiply.  x [T, D], token [H] -> [rows, D]"""
-    return x.index_select(0, token[rows])
-
-
-def rows_of_hidden(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
-    """Some rows of what down multiplies.  gate_up [H, 2F], weight [H, 1] -> [rows, F]"""
-    return ops.weighted_swiglu(gate_up[rows], weight[rows])
-
-
-KINDS = {  # what trains in a pair -> its classes
-    "lora": (LoRALinear, StackedLoRA),  # A and B
-    "dora": (DoRALinear, StackedDoRA),  # A, B and a magnitude per output row
-    "lori": (LoRALinear, StackedLoRA),  # only B: all of it, or a few entries (`lori.sparsify`)
-}
+    def down(self, gate_up: Tensor, weight: Tensor, offsets: Tensor, num_rows: int) -> Tensor:
+        down, dropout = self.lora["down_proj"].factors(gate_up.dtype), self.dropout if self.training else 0.0
+        return ops.lora_down(gate_up, weight, self.down_proj, down, offsets, num_rows, dropout)

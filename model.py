@@ -6,7 +6,8 @@
 OLMoE, Mixtral, DeepSeekMoE and Qwen's models share the forward pass in this file. They differ in config values and key
 names. Only attention uses which sequence a token belongs to. The rest works on a flat list of real tokens: padding is
 never routed. The E experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls
-ops.NAME, the reference formula NAME is here or in lora.py; the optimized version gives the same values and gradients.
+ops.NAME, the formula NAME is here or in lora.py, marked `@ops.reference`. What runs is an optimized version with the
+same values and gradients; with HELLORA_PLAIN=1 it is the formula itself.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,
@@ -112,6 +113,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
 
 
+@ops.reference
+def attend_to_batch(q: Tensor, k: Tensor, v: Tensor, layout: "Layout", scale: float | None) -> Tensor:
+    """Every token attends to its own sequence.  q [T, Hq, Dh], k, v [T, Hk, Dh] -> [T, Hq * Dh]"""
+    # Right padding comes after every real token, so plain causal attention never sees it.
+    return layout.unpad(attend(layout.pad(q), layout.pad(k), layout.pad(v), layout.mask, scale))
+
+
 class KVCache:
     """Keys and values of B growing sequences: `model(new_ids, lengths, cache=cache)` appends to it."""
 
@@ -153,7 +161,8 @@ class Layout:
 
 def lay_out(config: MoEConfig, weight: Tensor, S: int, lengths: Tensor, cache: KVCache | None) -> Layout:
     """The layout of B sequences of `lengths` [B] tokens, padded to S, on the device and in the dtype of `weight`."""
-    place, past = torch.arange(S), torch.zeros_like(lengths) if cache is None else cache.lengths  # on the host
+    place = torch.arange(S)  # on the host, as all that follows until it is moved
+    past = torch.zeros_like(lengths) if cache is None else cache.lengths  # [B] tokens before these
     queries = past[:, None] + place  # [B, S] positions
     index = (place < lengths[:, None]).flatten().nonzero().flatten()  # [T]
     positions = queries.flatten()[index].to(weight.device, non_blocking=True)  # [T]
@@ -161,10 +170,12 @@ def lay_out(config: MoEConfig, weight: Tensor, S: int, lengths: Tensor, cache: K
     angle = positions[:, None].float() * (1.0 / config.rope_theta**exponent)  # [T, Dh / 2], rounded as the hub does
     angle = torch.cat((angle, angle), dim=-1)[:, None]  # [T, 1, Dh]
     rotary = angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
-    mask, window = None, config.sliding_window or math.inf
+    window = config.sliding_window or math.inf
+    mask = None
     if past.any() or window < S:
-        ago = queries[:, None, :, None] - torch.arange(int((past + lengths).max() if cache else S))  # [B, 1, S, M]
-        mask = ((ago >= 0) & (ago < window)).to(weight.device, non_blocking=True)
+        num_keys = S if cache is None else int((past + lengths).max())
+        distance = queries[:, None, :, None] - torch.arange(num_keys)  # [B, 1, S, M] from a query back to a key
+        mask = ((distance >= 0) & (distance < window)).to(weight.device, non_blocking=True)
     return Layout(S, lengths, index.to(weight.device, non_blocking=True), positions, rotary, mask)
 
 
@@ -195,13 +206,10 @@ class Attention(nn.Module):
         if qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
-        # A GPU attends to the padded batch at once. On a CPU padding takes as long as tokens do.
-        if layout.mask is None and cache is None and len(layout.lengths) and not ops.one_kernel(x.device):
-            return self.o_proj(ops.attend_by_sequence(q, k, v, layout.lengths, scale))
-        q = layout.pad(q)  # [B, Hq, S, Dh]
-        k, v = cache.append(layer, layout, k, v) if cache else (layout.pad(k), layout.pad(v))  # [B, Hk, M, Dh]
-        # Right padding comes after every real token, so plain causal attention never sees it.
-        return self.o_proj(layout.unpad(attend(q, k, v, layout.mask, scale)))
+        if cache is None:
+            return self.o_proj(ops.attend_to_batch(q, k, v, layout, scale))
+        k, v = cache.append(layer, layout, k, v)  # [B, Hk, M, Dh]
+        return self.o_proj(layout.unpad(attend(layout.pad(q), k, v, layout.mask, scale)))
 
 
 # ------------------------------------------------------------------------------------------- mixture of experts
@@ -227,12 +235,14 @@ def route(router_logits: Tensor, config: MoEConfig) -> tuple[Tensor, Routing]:
     return selected, Routing(weights, probs, router_logits)
 
 
+@ops.reference
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets [G] ends of the groups' rows -> [R, out]"""
-    starts = [0, *offsets.tolist()]
-    return torch.cat([F.linear(x[start:end], W_g) for start, end, W_g in zip(starts, starts[1:], W, strict=False)])
+    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()  # [G] rows of each group
+    return torch.cat([F.linear(x_g, W_g) for x_g, W_g in zip(x.split(counts), W, strict=True)])
 
 
+@ops.reference
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:
     """silu(gate) * up * weight.  gate_up [R, 2F], weight [R, 1] -> [R, F]"""
     gate, up = gate_up.chunk(2, dim=-1)
@@ -279,6 +289,35 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def sort_by_expert(expert_of_slot: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring the rows of each expert together, and say where they come from and go back to.
+
+    Slot t * K + k is the k-th choice of token t. Rows are the slots sorted by expert, R = T * K of both.
+    -> slot_of_row [R]; offsets int32 [E], where the rows of each expert end; row_of_slot [R]
+
+    T = 3 tokens choose K = 2 of E = 4 experts each:
+
+    >>> selected_experts = torch.tensor([[2, 0], [0, 3], [2, 1]])
+    >>> slot_of_row, offsets, row_of_slot = sort_by_expert(selected_experts.flatten(), 4)
+    >>> slot_of_row
+    tensor([1, 2, 5, 0, 4, 3])
+    >>> slot_of_row // 2  # the token that each row computes with
+    tensor([0, 1, 2, 0, 2, 1])
+    >>> offsets.tolist()  # expert 0 has rows 0 and 1, expert 1 has row 2, expert 2 rows 3 and 4, expert 3 row 5
+    [2, 3, 5, 6]
+    >>> row_of_slot.view(3, 2)  # token 0 adds up rows 3 and 0
+    tensor([[3, 0],
+            [1, 5],
+            [4, 2]])
+    """
+    expert_of_row, slot_of_row = expert_of_slot.sort(stable=True)
+    experts = torch.arange(num_experts, device=expert_of_slot.device)
+    offsets = torch.searchsorted(expert_of_row, experts, right=True, out_int32=True)
+    rows = torch.arange(len(slot_of_row), device=expert_of_slot.device)
+    row_of_slot = torch.empty_like(slot_of_row).scatter_(0, slot_of_row, rows)
+    return slot_of_row, offsets, row_of_slot
+
+
 class SparseMoE(nn.Module):
     """The weighted sum of a token's K experts' outputs, plus that of a shared expert if there is one."""
 
@@ -293,15 +332,13 @@ class SparseMoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """x [T, D] -> y [T, D], selected_experts [T, K], Routing"""
-        T, E, K = len(x), len(self.experts.position), self.config.num_experts_per_tok
+        (T, D), K = x.shape, self.config.num_experts_per_tok
         selected_experts, routing = route(self.gate(x), self.config)  # [T, K]
-        row = self.experts.position[selected_experts].flatten()  # [R] where the chosen expert is stored
-        row, order = row.sort(stable=True)  # [R] twice; order: sorted place -> token * K + slot
-        offsets = torch.searchsorted(row, torch.arange(E, device=row.device), right=True, out_int32=True)  # [E]
-        weight = routing.weights.to(x.dtype).flatten().index_select(0, order).unsqueeze(-1)  # [R, 1]
-        out = self.experts(x, order // K, weight, offsets)  # [R, D]
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(T * K, device=x.device))  # order's inverse
-        y = out.index_select(0, place).view(T, K, x.shape[-1]).sum(dim=1)  # [T, D]
+        position_of_slot = self.experts.position[selected_experts].flatten()  # [R] where its expert is in the stacks
+        slot_of_row, offsets, row_of_slot = sort_by_expert(position_of_slot, self.config.num_experts)
+        weight = routing.weights.to(x.dtype).flatten().index_select(0, slot_of_row).unsqueeze(-1)  # [R, 1]
+        out = self.experts(x, slot_of_row // K, weight, offsets)  # [R, D]
+        y = out.index_select(0, row_of_slot).view(T, K, D).sum(dim=1)  # [T, D]
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             y = y + (shared if self.shared_expert_gate is None else self.shared_expert_gate(x).sigmoid() * shared)
@@ -324,17 +361,18 @@ class DecoderLayer(nn.Module):
 
     def forward(self, *inputs) -> tuple:
         if self.activation_checkpointing and torch.is_grad_enabled():
-            return recompute_in_backward(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return recompute_in_backward(self.compute, *inputs, use_reentrant=False)
         return self.compute(*inputs)
 
     def compute(self, x: Tensor, layout: Layout, layer: int, cache: KVCache | None) -> tuple:
-        """x [T, D] -> x [T, D], and for an MoE layer selected_experts [T, K] and Routing"""
+        """x [T, D] -> x [T, D]; selected_experts [T, K] and Routing, both None if the layer has no experts"""
         x = x.add(self.self_attn(self.input_layernorm(x), layout, layer, cache), alpha=self.multiplier)  # [T, D]
         h = self.post_attention_layernorm(x)
-        y, *routed = (self.mlp(h),) if isinstance(self.mlp, MLP) else self.mlp(h)
-        return x.add(y, alpha=self.multiplier), *routed
+        y, selected_experts, routing = (self.mlp(h), None, None) if isinstance(self.mlp, MLP) else self.mlp(h)
+        return x.add(y, alpha=self.multiplier), selected_experts, routing
 
 
+@ops.reference
 def target_loss(x: Tensor, W: Tensor, target: Tensor) -> Tensor:
     """Sum of -log softmax(W x)[target] in nats.  x [N, D], W [V, D], target [N] -> []"""
     logits = F.linear(x, W)  # [N, V]
@@ -377,25 +415,31 @@ class MoETransformer(nn.Module):
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
         layout = lay_out(self.config, self.embed_tokens.weight, S, lengths, cache)
         x = self.embed_tokens(input_ids.flatten()[layout.index]) * self.config.embedding_multiplier  # [T, D]
-        routed = []  # selected_experts and Routing of each MoE layer
+        selections, routings = [], []  # of the layers with experts
         for i, layer in enumerate(self.layers):
-            x, *of_layer = layer(x, layout, i, cache)
-            routed += [of_layer] if of_layer else []
+            x, selected, routing = layer(x, layout, i, cache)
+            if selected is not None:
+                selections.append(selected)
+                routings.append(routing)
         if cache is not None:
             cache.lengths = cache.lengths + lengths
-        selected, routings = zip(*routed, strict=True)
-        selected = torch.stack(selected)  # [L, T, K]
-        selected_experts = selected.new_full((len(selected), B * S, selected.shape[-1]), -1)  # -1 at padding
-        selected_experts = selected_experts.index_copy(1, layout.index, selected).unflatten(1, (B, S))
-        outputs = (self.head(x, layout, labels, last_only), selected_experts)
-        return (*outputs, Routing(*map(torch.stack, zip(*routings, strict=True)))) if output_routing else outputs
+        selected = torch.stack(selections)  # [L, T, K]
+        padded = selected.new_full((len(selected), B * S, selected.shape[-1]), -1)
+        selected_experts = padded.index_copy(1, layout.index, selected).unflatten(1, (B, S))
+        result = self.head(x, layout, labels, last_only)
+        if not output_routing:
+            return result, selected_experts
+        weights = torch.stack([routing.weights for routing in routings])
+        probs = torch.stack([routing.probs for routing in routings])
+        logits = torch.stack([routing.logits for routing in routings])
+        return result, selected_experts, Routing(weights, probs, logits)
 
     def head(self, x: Tensor, layout: Layout, labels: Tensor | None, last_only: bool) -> Tensor:
         """Final norm and LM head, only where their result is used.  x [T, D] -> see `forward`"""
         if labels is not None:
             labels = labels.flatten()[layout.index]  # [T]
-            wanted = (labels != -100).nonzero().flatten()  # [N]
-            return ops.target_loss(self.scaled_norm(x[wanted]), self.lm_head.weight, labels[wanted])
+            predicting = (labels != -100).nonzero().flatten()  # [N] the tokens before a target
+            return ops.target_loss(self.scaled_norm(x[predicting]), self.lm_head.weight, labels[predicting])
         if last_only:
             last = layout.lengths.cumsum(0) - 1  # the sequences' real tokens lie one after the other
             return self.lm_head(self.scaled_norm(x[last.to(x.device)]))  # [B, V]

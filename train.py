@@ -26,6 +26,7 @@ import profile
 from command import cli
 from command.cli import say
 from command.files import write_json
+from lora import seed_dropout
 from lori import sparsify, top_entries
 from machine import memory
 from machine.processes import end_processes, freed_memory_kept, processes_per_machine
@@ -125,7 +126,7 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
             targets=s.targets,
             seed=s.seed,
             r_max=drlora.RESERVED * s.rank if run.method.grows else None,
-            dropout=run.dropout,
+            dropout=s.lora_dropout,
         )
     if positions is not None:
         sparsify(model, positions)
@@ -203,8 +204,8 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
         for number, batch in data.numbered_batches(len(run.items), s.batch, s.seed, first, run.steps):
             if observers.ended:
                 break
-            if run.dropout:
-                run.dropout.step = number
+            if s.lora_dropout:
+                seed_dropout(s.seed, number, run.processes.index)
             optimizer.param_groups[0]["lr"] = rate(s.lr, s.schedule, number, run.steps, warmup)
             done = train_step(
                 model,
@@ -215,7 +216,6 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
                 clip=s.clip,
                 aux_loss=s.router_aux_loss,
                 aux_form=s.router_aux_form,
-                dropout=run.dropout,
                 on_gradients=observers.on_gradients,
             )
             observers.after(number, done)

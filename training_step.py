@@ -32,7 +32,6 @@ import hellora
 from hub.weights import full_tensor, shard_dim
 from machine.processes import Processes, processes_per_machine
 from model import MoETransformer, load_model
-from ops import Dropout
 from routing.balance import load_balancing_loss
 from routing.statistics import tally
 
@@ -122,14 +121,13 @@ def train_step(
     clip: float,
     aux_loss: float | None = None,
     aux_form: str = "layer",
-    dropout: Dropout | None = None,
     on_gradients: Callable[[Step], None] | None = None,
 ) -> Step:
     """One update of whatever the optimizer holds, on one global batch.
 
     clip: the largest gradient norm. on_gradients: called with the reduced gradients, before they are clipped.
     """
-    done = global_step(model, items, micro_batch, processes, aux_loss=aux_loss, aux_form=aux_form, dropout=dropout)
+    done = global_step(model, items, micro_batch, processes, aux_loss=aux_loss, aux_form=aux_form)
     if aux_loss:
         done.record["aux_loss"] = done.aux_loss.item()
     if on_gradients is not None:
@@ -150,12 +148,8 @@ def global_step(
     *,
     aux_loss: float | None = None,
     aux_form: str = "layer",
-    dropout: Dropout | None = None,
 ) -> Step:
-    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance.
-
-    dropout: the one that was attached, if any; its `step` is that of the batch.
-    """
+    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance."""
     config, device = model.config, model.embed_tokens.weight.device
     sharded = isinstance(model, FSDPModule)
     targets = sum(item.num_targets for item in items)
@@ -170,8 +164,6 @@ def global_step(
             model.set_requires_gradient_sync(model.adapter is None or i == len(mine) - 1)
         # A process whose share is empty still takes part, with no token at all: the others wait for it.
         batch = data.collate(part, config.pad_token_id or 0)
-        if dropout:
-            dropout.see([item.example for item in part] or [""], batch.lengths, device)
         nll, selected, routing = model(
             batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )

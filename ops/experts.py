@@ -1,9 +1,8 @@
-"""The products of a layer's experts, with and without LoRA pairs, and what each keeps for its backward pass.
+"""The products of a layer's experts, one call for all of them where the device has such a kernel.
 
 Autograd keeps every input of a product, also where it is cheap to compute again. The Functions here keep less.
 
-Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of an expert, n hot experts (the first
-groups), H rows that reach them (the first rows), r rank.
+Dimensions: G groups (experts), R rows sorted by group, F intermediate_size of an expert.
 """
 
 import torch
@@ -41,12 +40,6 @@ def group_product(x: Tensor, W: Tensor, rows: slice, y: Tensor) -> None:
     torch.mm(x[rows], W, out=y[rows])
 
 
-def first(x: Tensor, rows: slice) -> Tensor:
-    """x with zeros behind as many rows as `rows` has: those that fill a tile."""
-    n = rows.stop - rows.start
-    return x if len(x) == n else F.pad(x[:n], (0, 0, 0, len(x) - n))
-
-
 def fits(*tensors: Tensor) -> bool:
     """Whether grouped_mm takes these: rows of a multiple of 16 bytes (small ranks are not), and not float64."""
     return all(t.dtype != torch.float64 and all(n * t.element_size() % 16 == 0 for n in t.shape[1:]) for t in tensors)
@@ -68,12 +61,7 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, W, offsets)
-        if one_call(x, W):
-            return F.grouped_mm(x, W.mT, offs=offsets)
-        y = x.new_empty(len(x), W.shape[1])
-        for rows, W_g in zip(slices(offsets), W, strict=True):
-            group_product(x, W_g.T, rows, y)
-        return y
+        return F.grouped_mm(x, W.mT, offs=offsets) if one_call(x, W) else linear_by_loop(x, W, offsets)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,106 +71,29 @@ class GroupedLinear(torch.autograd.Function):
         grad_x = GroupedLinear.apply(grad, W.mT, offsets) if need_x else None
         if not need_W:
             return grad_x, None, None
-        if one_call(grad, W):
-            return grad_x, grouped_outer(grad, x, offsets), None
-        grad_W = torch.empty_like(W)
-        for rows, own in zip(slices(offsets), grad_W, strict=True):  # also of empty groups: zero
-            torch.mm(grad[rows].T, x[rows], out=own)
-        return grad_x, grad_W, None
+        return grad_x, (grouped_outer if one_call(grad, W) else outer_by_loop)(grad, x, offsets), None
+
+
+def linear_by_loop(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_linear`, one group after the other."""
+    y = x.new_empty(len(x), W.shape[1])
+    for rows, W_g in zip(slices(offsets), W, strict=True):
+        group_product(x, W_g.T, rows, y)
+    return y
+
+
+def outer_by_loop(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """`grouped_outer`, one group after the other; zero for an empty group."""
+    outer = y.new_empty(len(offsets), y.shape[1], x.shape[1])
+    for rows, outer_g in zip(slices(offsets), outer, strict=True):
+        torch.mm(y[rows].T, x[rows], out=outer_g)
+    return outer
 
 
 def grouped_outer(y: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     """sum y x^T over the rows of each group, by one kernel.  y [R, out], x [R, in] -> [G, out, in]"""
     empty = offsets.diff(prepend=offsets.new_zeros(1)) == 0  # [G]; for these some GPUs return uninitialised memory
     return F.grouped_mm(y.T, x, offs=offsets).masked_fill_(empty[:, None, None], 0)
-
-
-def all_of(x: Tensor, rows: slice) -> Tensor:
-    """No dropout."""
-    return x
-
-
-def lora_grouped_linear(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int, drop, recompute, *sources: Tensor
-) -> Tensor:
-    """W_g x by group, plus B_g A_g drop(x) on the rows of the hot groups.  x [R, in], W [G, out, in] -> [R, out]
-
-    A [n, r, in] and B [n, r, out] (transposed and scaled) belong to the first n groups, whose rows are the first
-    num_rows. drop(x, rows): what A sees of a slice of these rows (dropout); None: all of x. A's gradient needs these
-    rows of x, which are large and cheap: recompute(rows, *sources) gives a slice of them in the backward pass, and only
-    the sources are kept.
-    """
-    x = x.contiguous()
-    if not torch.is_grad_enabled():  # nothing is kept, and decoding has few rows per group: the fewest calls are best
-        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-        seen = drop(x[:num_rows], slice(num_rows)) if drop else x[:num_rows]
-        y[:num_rows] += grouped_linear(grouped_linear(seen, A, hot), B.mT, hot)
-        return y
-    return LoRAGroupedLinear.apply(x, W, A, B, offsets, num_rows, drop, recompute, *sources)
-
-
-class LoRAGroupedLinear(torch.autograd.Function):
-    """`lora_grouped_linear` with W frozen.
-
-    On a GPU each product is one kernel for all groups. On a CPU the loop does all work of a group while its rows are in
-    the cache: fetching rows takes longer there than multiplying them by a low rank. B is transposed because its
-    gradient is then a product with the short side first, which is several times faster.
-    """
-
-    @staticmethod
-    def forward(ctx, x, W, A, B, offsets, num_rows: int, drop, recompute, *sources) -> Tensor:
-        hot, ctx.recompute, ctx.loops = offsets[: len(A)], recompute, not one_kernel(x.device)
-        ctx.one_kernel = num_rows > 0 and not ctx.loops and fits(A, B)
-        ctx.drop = drop = drop or all_of  # linear and symmetric: it also takes the gradient back
-        y = x.new_empty(len(x), W.shape[1]) if ctx.loops else grouped_linear(x, W, offsets)
-        if ctx.one_kernel:
-            low = F.grouped_mm(drop(x[:num_rows], slice(num_rows)), A.mT, offs=hot)  # [H, r]
-            y[:num_rows] += F.grouped_mm(low, B, offs=hot)
-        else:
-            low = x.new_empty(num_rows, A.shape[1])
-            for g, own in enumerate(slices(offsets if ctx.loops else hot)):
-                if ctx.loops:
-                    group_product(x, W[g].T, own, y)
-                if g < len(A):
-                    rows = whole_tiles(own, num_rows, x)
-                    torch.mm(drop(x[rows], rows), A[g].T, out=low[rows])
-                    y[rows].addmm_(low[rows], B[g])
-        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W, A, B, low, offsets, *sources = ctx.saved_tensors
-        need_x, _, need_A, *_ = ctx.needs_input_grad
-        hot, num_rows, drop, grad = offsets[: len(A)], len(low), ctx.drop, grad.contiguous()
-        grad_x = grad_A = None
-        if need_x:
-            grad_x = grad.new_empty(len(grad), W.shape[2]) if ctx.loops else grouped_linear(grad, W.mT, offsets)
-        if ctx.one_kernel:
-            grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
-            if need_x:
-                grad_x[:num_rows] += drop(F.grouped_mm(grad_low, A, offs=hot), slice(num_rows))
-            if need_A:
-                seen = drop(ctx.recompute(slice(num_rows), *sources), slice(num_rows))
-                grad_A = grouped_outer(grad_low, seen, hot)
-            grad_B = grouped_outer(low, grad[:num_rows], hot)
-        else:
-            grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
-            for g, own in enumerate(slices(offsets if ctx.loops else hot)):
-                if need_x and ctx.loops:
-                    group_product(grad, W[g], own, grad_x)
-                if g >= len(A):
-                    continue
-                rows = whole_tiles(own, num_rows, grad)
-                grad_low = F.linear(grad[rows], B[g])  # [rows, r]
-                if need_x and drop is all_of:
-                    grad_x[rows].addmm_(grad_low, A[g])
-                elif need_x:
-                    grad_x[rows] += drop(grad_low @ A[g], rows)
-                if need_A:
-                    torch.mm(first(grad_low, own).T, drop(ctx.recompute(rows, *sources), rows), out=grad_A[g])
-                torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
-        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 def weighted_swiglu(gate_up: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class Method:
     """Which experts get an adapter, and what trains in it."""
 
     experts: str | None  # key of hellora.POLICIES; None: no adapter, every base weight trains
-    kind: str = "lora"  # key of lora.KINDS
+    kind: str = "lora"  # key of hellora.KINDS
     sparse: bool = False  # a second stage trains a tenth of B, chosen by a first stage that trains all of it
     grows: bool = False  # ranks start at half of --rank and grow where saliency is high (neighbours/drlora.py)
     k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-import hellora
 from model import MoETransformer
 
 # ------------------------------------------------------------------------------------------------------ one profile
@@ -49,7 +48,10 @@ def table(counts: Tensor, num_hot: int) -> Iterator[str]:
     """Lines of text: for each layer the share of the `num_hot` hottest experts, entropy, hottest and coldest."""
     E, share = counts.shape[-1], 100 * top_share(counts, num_hot)
     top, shown = f"top {num_hot} of {E}", min(8, E)
-    hottest, coldest = hellora.hot_first(counts)[:, :shown], counts.argsort(dim=-1, stable=True)[:, : shown // 2]
+    hottest, coldest = (
+        counts.argsort(dim=-1, descending=True, stable=True)[:, :shown],
+        counts.argsort(dim=-1, stable=True)[:, : shown // 2],
+    )
     yield f"layer  {top:>12}  entropy  {'hottest':{4 * shown}}  coldest"
     for layer, h in enumerate(entropy(counts)):
         hot, cold = (" ".join(f"{e:3d}" for e in ids[layer]) for ids in (hottest, coldest))

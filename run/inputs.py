@@ -18,7 +18,6 @@ from hub.config import ignore_keys
 from machine.processes import Processes, start_processes
 from model import MoEConfig, read_config
 from neighbours import drlora
-from ops import Dropout
 from recipes import papers
 from recipes.methods import METHODS, Method, num_hot_experts
 from routing.profiles import RoutingProfile, check_fits, load_profile
@@ -46,7 +45,6 @@ class Run:
     counted: RoutingProfile | None  # None: the experts have yet to be counted
     hot: Tensor | None  # bool [L, E], the adapted experts; None: they have yet to be chosen, or every weight trains
     start: dict[str, Tensor] | None  # tensors of --init-adapter
-    dropout: Dropout | None = None  # shared by all adapters
     shard: str = "none"  # how the processes hold the base model, see `load_shared`
 
     @property
@@ -85,8 +83,7 @@ def prepare(settings: Settings) -> Run:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     warmup_steps(settings.lr_warmup, steps)  # the same
     content = processes.once(lambda: content_of(folder, settings.init_adapter)) | digests
-    dropout = Dropout(settings.lora_dropout, settings.seed) if settings.lora_dropout else None
-    return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start, dropout)
+    return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start)
 
 
 def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor | None, dict[str, Tensor] | None]:

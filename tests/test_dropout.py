@@ -1,209 +1,163 @@
-"""LoRA's dropout: PEFT's in expectation, the same on every process, and the reference formula's gradients."""
+"""LoRA's dropout: PEFT's in expectation, off outside training, drawn again alike by a resumed run."""
 
 import copy
-from functools import partial
+import json
 
 import peft
 import pytest
 import torch
+from conftest import with_tokenizer
 from peft.tuners.lora import Linear
+from safetensors.torch import load_file
 from test_ops import IDS, LABELS, LENGTHS, PLAIN, ends, every_device, every_family, gradients
 
-import data
 import hellora
 import lora
 import ops
+import train
 from command.cli import InputError
-from machine.processes import ALONE
 from model import MoETransformer, load_model
-from ops import Dropout
 from run.settings import parse_settings
-from training_step import global_step
 
 
-def attached(folder, kind: str = "lora", p: float = 0.3, seed: int = 3) -> tuple[MoETransformer, Dropout]:
-    """A model in training with random factors on two or three experts per layer, and its dropout."""
-    model, dropout = load_model(folder), Dropout(p, seed)
+def attached(folder, kind: str = "lora", p: float = 0.3) -> MoETransformer:
+    """A model in training with random factors on two or three experts per layer."""
+    model = load_model(folder)
     hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
     hot[:, [1, 4]] = hot[0, 5] = True
-    hellora.attach(model, hot, 8, 12.0, kind=kind, targets="shared", dropout=dropout)
+    hellora.attach(model, hot, 8, 12.0, kind=kind, targets="shared", dropout=p)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return model.train(), dropout
+    return model.train()
 
 
-def backward(model: MoETransformer, dropout: Dropout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    dropout.see(list("edgac"), LENGTHS)
+def backward(model: MoETransformer, step: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    lora.seed_dropout(0, step, 0)
     loss, _ = model(IDS, LENGTHS, labels=LABELS)
     loss.backward()
     return loss, gradients(model)
 
 
-def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, grad in got.items():
-        scale = want[name].abs().max().item()
-        torch.testing.assert_close(grad, want[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
-
-
 @every_device
-@pytest.mark.parametrize("kind", lora.KINDS)
-def test_fast_versions_drop_what_the_reference_formula_drops(make_checkpoint, monkeypatch, kind, devices):
-    """The reference drops inside autograd, which takes the gradient back by itself."""
+@pytest.mark.parametrize("kind", hellora.KINDS)
+def test_fast_versions_drop_what_the_reference_formulas_drop(make_checkpoint, monkeypatch, kind, devices):
     results, folder = [], make_checkpoint("qwen2_moe").folder
     monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
     for plain in (False, True):
         for name, module in PLAIN.items() if plain else ():
             monkeypatch.setattr(ops, name, vars(module)[name])
-        results.append(backward(*attached(folder, kind)))
-    (loss, grads), (want_loss, want_grads) = results
-    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
-    assert_same_gradients(grads, want_grads)
-    undropped, _ = attached(folder, kind)
-    assert (undropped.eval()(IDS, LENGTHS, labels=LABELS)[0] - loss).abs() > 1e-3 * loss
-
-
-@every_device
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", lora.KINDS)
-def test_a_pass_without_gradients_gives_the_same_logits(make_checkpoint, monkeypatch, kind, dtype, devices):
-    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
-    model, dropout = attached(make_checkpoint("qwen2_moe").folder, kind)
-    dropout.see(list("edgac"), LENGTHS)
-    want, _ = model.to(dtype)(IDS, LENGTHS)
-    with torch.no_grad():
-        logits, _ = model(IDS, LENGTHS)
-        undropped, _ = model.eval()(IDS, LENGTHS)
-    assert want.requires_grad and not logits.requires_grad
-    torch.testing.assert_close(logits, want.detach(), atol=1e-5, rtol=1e-5)
-    assert (undropped - logits).abs().max() > 1e-3
+        results.append(backward(attached(folder, kind)))
+    (loss, grads), (plain_loss, plain_grads) = results
+    torch.testing.assert_close(loss, plain_loss, rtol=1e-5, atol=0)
+    assert grads.keys() == plain_grads.keys()
+    for name, grad in grads.items():
+        scale = plain_grads[name].abs().max().item()
+        torch.testing.assert_close(grad, plain_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
+    assert (backward(attached(folder, kind), step=4)[0] - loss).abs() > 1e-3 * loss  # other masks
 
 
 @every_family
 def test_activation_checkpointing_drops_the_same_again(make_checkpoint, family):
-    model, dropout = attached(make_checkpoint(family).folder)
-    loss, grads = backward(model, dropout)
+    model = attached(make_checkpoint(family).folder)
+    loss, grads = backward(model)
     grads = {name: grad.clone() for name, grad in grads.items()}
     model.zero_grad()
     for layer in model.layers:
         layer.activation_checkpointing = True
-    again, grads_again = backward(model, dropout)
+    again, grads_again = backward(model)
     assert loss == again and all(torch.equal(grads[name], grad) for name, grad in grads_again.items())
 
 
-def test_micro_batches_drop_the_same_and_another_step_something_else(olmoe):
-    generator, results = torch.Generator().manual_seed(1), []
-    items = [
-        data.Encoded(torch.randint(2, 50, (n,), generator=generator).tolist(), ((2, n),), example=str(i))
-        for i, n in enumerate([9, 4, 6, 13, 5, 8, 3])
-    ]
-    for micro_batch, step in ((7, 5), (3, 5), (2, 5), (7, 6)):
-        model, dropout = attached(olmoe.folder)
-        dropout.step = step
-        done = global_step(model, items, micro_batch, ALONE, dropout=dropout)
-        results.append((done.loss.item(), gradients(model)))
-    (loss, grads), *same, (other_loss, _) = results
-    for again, grads_again in same:
-        assert again == pytest.approx(loss, rel=1e-6)
-        assert_same_gradients(grads_again, grads)
-    assert other_loss != pytest.approx(loss, rel=1e-4)
+def test_seed_step_and_process_each_change_what_is_dropped():
+    def mask(*key: int) -> torch.Tensor:
+        lora.seed_dropout(*key)
+        return torch.nn.functional.dropout(torch.ones(10_000), 0.5) != 0
+
+    masks = [mask(0, 0, 0), mask(1, 0, 0), mask(0, 1, 0), mask(0, 0, 1)]
+    assert torch.equal(masks[0], mask(0, 0, 0))
+    for i, one in enumerate(masks):
+        for other in masks[i + 1 :]:
+            assert (one == other).float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 10_000**0.5)
 
 
-def peft_linear(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, p: float, **options) -> Linear:
+def peft_linear(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, p: float) -> Linear:
     """PEFT's own layer with these factors, in training."""
     base = torch.nn.Linear(W.shape[1], len(W), bias=False)
     base.weight.data = W
-    config = peft.LoraConfig(r=len(A), lora_alpha=alpha, lora_dropout=p, **options)
+    config = peft.LoraConfig(r=len(A), lora_alpha=alpha, lora_dropout=p)
     layer = Linear(base, "default", config, r=len(A), lora_alpha=alpha)
     layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = A, B
     return layer.train()
 
 
-def assert_same_moments(got: torch.Tensor, want: torch.Tensor) -> None:
+def assert_same_moments(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """Mean and variance of rows that differ by dropout alone, to five standard errors of either.  [N, out] each"""
-    for x in (got, want):
+    for x in (ours, theirs):
         assert x.var(0).min() > 0
-    error = ((got.var(0) + want.var(0)) / len(got)).sqrt()
-    assert ((got.mean(0) - want.mean(0)).abs() < 5 * error).all()
-    torch.testing.assert_close(got.var(0), want.var(0), rtol=5 * 2 * (2 / len(got)) ** 0.5, atol=0)
+    error = ((ours.var(0) + theirs.var(0)) / len(ours)).sqrt()
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all()
+    torch.testing.assert_close(ours.var(0), theirs.var(0), rtol=5 * 2 * (2 / len(ours)) ** 0.5, atol=0)
 
 
 N, P = 6000, 0.2
 
 
+@torch.no_grad()
 def test_a_linear_layer_drops_as_peft_does_in_mean_and_variance():
     generator = torch.Generator().manual_seed(0)
     W, A, B, x = (torch.randn(shape, generator=generator) for shape in ((5, 24), (3, 24), (5, 3), (1, 24)))
-    base, dropout = torch.nn.Linear(24, 5, bias=False), Dropout(P, seed=1)
+    base = torch.nn.Linear(24, 5, bias=False)
     base.weight.data = W
-    ours = lora.LoRALinear(base, 3, 7.0, partial(dropout, matrix="q_proj"))
+    ours = lora.LoRALinear(base, 3, 7.0, P)
     ours.lora_A.data, ours.lora_B.data = A, B
-    dropout.see(list(map(str, range(N // 10))), torch.full((N // 10,), 10))
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         assert_same_moments(ours(x.expand(N, -1)), peft_linear(W, A, B, 7.0, P)(x.expand(N, -1)))
 
 
-def test_experts_drop_as_pefts_layers_of_single_experts_do_in_mean_and_variance():
+@every_device
+@torch.no_grad()
+def test_experts_drop_as_pefts_layers_of_single_experts_do_in_mean_and_variance(monkeypatch, devices):
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
     generator = torch.Generator().manual_seed(0)
-    shapes = (4, 5, 24), (2, 3, 24), (2, 5, 3), (4, 24)
-    W, A, B, x = (torch.randn(shape, generator=generator) for shape in shapes)
-    dropout = Dropout(P, seed=1)
-    dropout.see(list(map(str, range(N))), torch.ones(N, dtype=torch.int64))
-    rows, token = x.repeat_interleave(N, 0), torch.arange(N).repeat(2)  # each token reaches every expert
-    drop = dropout.of_rows(0, "down_proj", token, torch.tensor([9, 2]).repeat_interleave(N))
-    offsets = ends([N] * 4)
-    y = ops.lora_grouped_linear(rows, W, A, 7 / 3 * B.mT, offsets, 2 * N, drop, None)
-    with torch.no_grad(), torch.random.fork_rng():
+    shapes = (4, 5, 24), (2, 3, 24), (2, 5, 3), (4, 48)
+    W, A, B, gate_up = (torch.randn(shape, generator=generator) for shape in shapes)
+    x, weight = ops.weighted_swiglu(gate_up, torch.ones(4, 1)), torch.ones(4 * N, 1)
+    with torch.random.fork_rng():
         torch.manual_seed(0)
+        rows = gate_up.repeat_interleave(N, 0)
+        y = ops.lora_down(rows, weight, W, (A, 7 / 3 * B), ends([N] * 4), 2 * N, P)
         for e in (0, 1):
             assert_same_moments(y[e * N : (e + 1) * N], peft_linear(W[e], A[e], B[e], 7.0, P)(x[e].expand(N, -1)))
     torch.testing.assert_close(y[2 * N :], torch.cat([x[e].expand(N, -1) @ W[e].T for e in (2, 3)]))
 
 
-def test_whatever_names_a_number_changes_whether_it_is_dropped():
-    """Masks under two names agree as often as independent ones do: for p = 1/2 in half of all places."""
-    x, lengths = torch.ones(4000, 25), torch.full((400,), 10)
-
-    def mask(seed=0, step=0, first=0, matrix="q", shift=0) -> torch.Tensor:
-        dropout = Dropout(0.5, seed)
-        dropout.step = step
-        dropout.see([str(i) for i in range(first, first + 400)], lengths)
-        return (dropout(x, matrix) != 0).roll((shift, shift), (0, 1))
-
-    expert = Dropout(0.5, 0)
-    expert.see(list(map(str, range(400))), lengths)
-    token = torch.arange(4000)
-    of_experts = [expert.of_rows(1, "up_proj", token, torch.full((4000,), e))(x, slice(4000)) != 0 for e in range(2)]
-    others = [mask(seed=1), mask(step=1), mask(first=1), mask(matrix="k"), mask(shift=1), *of_experts]
-    for i, one in enumerate([mask(), *others]):
-        assert one.float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 1e5**0.5)
-        for other in others[i:]:
-            assert (one == other).float().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 1e5**0.5)
-    assert torch.equal(mask(), mask())
-
-
-def test_p_is_kept_to_within_its_rounding_and_the_mean_of_x_stays():
-    for p in (0.05, 0.1, 0.7):
-        dropout = Dropout(p, 0)
-        dropout.see(["0"], torch.tensor([2000]))
-        y = dropout(torch.ones(2000, 403), "q")
-        error = (p * (1 - p) / y.numel()) ** 0.5
-        assert (y == 0).float().mean().item() == pytest.approx(p, abs=5 * error + 2**-16)
-        assert dropout.scale == pytest.approx(1 / (1 - p), rel=1e-4)
-        assert y.unique().tolist() == pytest.approx([0, dropout.scale])
-
-
 def test_nothing_is_dropped_outside_training_and_merging_knows_no_dropout(olmoe):
-    model, _ = attached(olmoe.folder)
-    plain = copy.deepcopy(model.eval())
+    model = attached(olmoe.folder).eval()
+    plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, lora.LoRALinear | lora.LoRAExperts):
-            module.dropout = None
-    assert torch.equal(model(IDS, LENGTHS)[0], plain(IDS, LENGTHS)[0])
-    assert model.adapter == plain.adapter
+            module.dropout = 0.0
+    logits, _ = model(IDS, LENGTHS)
+    assert torch.equal(logits, plain(IDS, LENGTHS)[0]) and model.adapter == plain.adapter
+    assert (model.train()(IDS, LENGTHS)[0] - logits).abs().max() > 1e-3
+    hellora.merge(model.eval())
+    torch.testing.assert_close(model(IDS, LENGTHS)[0], logits, rtol=0, atol=1e-4)
+
+
+def test_a_resumed_run_drops_what_an_uninterrupted_one_does(make_checkpoint, tmp_path):
+    model = with_tokenizer(make_checkpoint("olmoe").folder)
+    flags = ["--model", str(model), "--rank", "2", "--batch", "2", "--sample", "0.001", "--warmup", "none"]
+    flags += ["--lora-dropout", "0.3", "--save-every", "2"]
+    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--steps", "2", "--out", str(tmp_path / "parts")])
+    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "parts"), "--resume"])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert len(set(losses)) == 4
+    whole, parts = (load_file(tmp_path / run / "adapter/adapter.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_without_an_adapter_there_is_nothing_to_drop():

@@ -16,6 +16,7 @@ import lora
 from command.cli import InputError
 from hub.weights import hub_views, init_weights
 from model import Experts, MoEConfig, MoETransformer, load_model, route
+from neighbours.dora import StackedDoRA
 from run import adapters
 
 L, E, K, D, F_, R, ALPHA = 2, 12, 3, 40, 24, 4, 14.0  # pairwise different; 40 and 24: grouped_mm takes them
@@ -117,9 +118,9 @@ def test_topped_up_experts_are_half_of_the_hottest_and_random_ones_from_outside_
     "policy, counts, num_hot, coverage, says",
     [
         ("hottest", COUNTS, 1, None, "choose from"),
-        ("hot", COUNTS, 0, None, "want 1..5"),
-        ("hot", COUNTS, 6, None, "want 1..5"),
-        ("hot", COUNTS, None, None, "want 1..5"),
+        ("hot", COUNTS, 0, None, "expected 1..5"),
+        ("hot", COUNTS, 6, None, "expected 1..5"),
+        ("hot", COUNTS, None, None, "expected 1..5"),
         ("hot", -COUNTS, 1, None, "negative"),
         ("hot", COUNTS * math.nan, 1, None, "non-finite"),
         ("hot", COUNTS * 0, 1, None, "no token"),
@@ -142,7 +143,7 @@ def test_a_linear_pair_equals_peft_in_values_gradients_and_merged_weight(kind, b
     base = torch.nn.Linear(13, 29, bias=bias)
     config = peft.LoraConfig(use_dora=kind == "dora")
     theirs = peft.tuners.lora.Linear(copy.deepcopy(base), "a", config, r=5, lora_alpha=14, use_dora=kind == "dora")
-    ours = lora.KINDS[kind][0](base.requires_grad_(False), r=5, alpha=14)
+    ours = hellora.KINDS[kind][0](base.requires_grad_(False), r=5, alpha=14)
     ours.lora_A.data.copy_(theirs.lora_A["a"].weight.data)
     ours.lora_B.data.normal_()
     theirs.lora_B["a"].weight.data.copy_(ours.lora_B.data)
@@ -167,7 +168,7 @@ def test_a_linear_pair_equals_peft_in_values_gradients_and_merged_weight(kind, b
 def plain_weight(W: torch.Tensor, pair: lora.StackedLoRA, i: int) -> torch.Tensor:
     """The i-th hot expert's weight with its adapter, written out.  [out, in]"""
     V = W + ALPHA / R * pair.lora_B[i] @ pair.lora_A[i]
-    if isinstance(pair, lora.StackedDoRA):
+    if isinstance(pair, StackedDoRA):
         V = pair.lora_m[i][:, None] * V / V.detach().norm(dim=1, keepdim=True)
     return V
 
@@ -371,7 +372,7 @@ def edit(folder, tensors=None, **changes) -> None:
 
 
 def test_rank_and_expert_list_are_checked():
-    with pytest.raises(InputError, match="want 1..24"):
+    with pytest.raises(InputError, match="expected 1..24"):
         hellora.attach(fresh_model(), HOT, 25, ALPHA)
     with pytest.raises(InputError, match="the expert list is for"):
         hellora.attach(fresh_model(), HOT[:1], R, ALPHA)

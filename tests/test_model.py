@@ -1,6 +1,7 @@
 """model.py and config.py against transformers' OLMoE and Mixtral, and against plainer formulas."""
 
 import copy
+import doctest
 import json
 import shutil
 from pathlib import Path
@@ -13,12 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import ops
 from command.cli import InputError
 from hub.checkpoint import TINY, resolve
 from hub.config import FAMILIES, MULTIPLIERS
 from hub.weights import init_weights
-from model import KVCache, MoEConfig, MoETransformer, SparseMoE, lay_out, load_model, read_config, save_model
+from model import (
+    KVCache,
+    MoEConfig,
+    MoETransformer,
+    SparseMoE,
+    lay_out,
+    load_model,
+    read_config,
+    save_model,
+    sort_by_expert,
+)
 
 B, S = 5, 11  # sequences and positions; all sizes of one model are different, see conftest.py
 LENGTHS = torch.tensor([7, 11, 1, 4, 9])  # real tokens of each sequence, right padding after them
@@ -214,40 +224,9 @@ def test_the_moe_block_equals_the_sum_over_all_experts_in_values_and_gradients(m
         torch.testing.assert_close(grad, want_grad, atol=1e-5, rtol=1e-5)
 
 
-GROUPED = [
-    (torch.float32, 12, 20, True),
-    (torch.bfloat16, 16, 24, True),
-    (torch.float32, 12, 18, False),
-    (torch.float32, 14, 20, False),
-    (torch.bfloat16, 12, 24, False),
-    (torch.float64, 12, 20, False),
-]
-
-
-@pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "as on a GPU"])
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 9, 0, 0], [18, 0, 33, 5], [0, 0, 0, 0]], ids=str)
-@pytest.mark.parametrize("dtype, fan_in, fan_out, fast", GROUPED, ids=str)
-def test_grouped_linear_equals_one_product_per_group_on_both_of_its_paths(
-    monkeypatch, dtype, fan_in, fan_out, fast, counts, devices
-):
-    calls, grouped_mm = [], F.grouped_mm
-    monkeypatch.setattr("ops.kernels.ONE_KERNEL", devices)
-    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(counts), fan_in, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(len(counts), fan_out, fan_in, generator=generator).to(dtype).requires_grad_()
-    upstream = torch.randn(sum(counts), fan_out, generator=generator).to(dtype)
-    y = ops.grouped_linear(x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32))
-    assert bool(calls) == (fast and sum(counts) > 0 and (devices == ("cpu",) or dtype == torch.float32))
-    assert y.shape == (sum(counts), fan_out) and y.dtype == dtype
-    x_grad, weight_grad = torch.autograd.grad(y, (x, weight), upstream)  # raises if an idle group had none
-    start = 0
-    for g, count in enumerate(counts):
-        rows = slice(start, start := start + count)
-        w, tolerance = weight[g].double(), {"atol": 0.1, "rtol": 0.02} if dtype == torch.bfloat16 else {}
-        want = [x[rows].double() @ w.T, upstream[rows].double() @ w, upstream[rows].double().T @ x[rows].double()]
-        for got, expected in zip((y[rows], x_grad[rows], weight_grad[g]), want, strict=True):
-            torch.testing.assert_close(got, expected.to(dtype), **tolerance)
+def test_the_worked_example_of_sorting_by_expert_is_right():
+    example = doctest.DocTestFinder().find(sort_by_expert, globs={"sort_by_expert": sort_by_expert, "torch": torch})
+    assert doctest.DocTestRunner().run(*example) == (0, 6)
 
 
 @pytest.mark.parametrize("norm_topk_prob", [False, True])

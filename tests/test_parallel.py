@@ -15,7 +15,6 @@ import hub.weights
 from hub import config
 from machine.processes import ALONE, Processes
 from model import load_model, save_model
-from ops import Dropout
 from routing.balance import load_balancing_loss
 from training_step import global_step, load_shared
 
@@ -42,19 +41,16 @@ def items(vocab_size: int) -> list[data.Encoded]:
     return [data.Encoded(row, ((2, len(row)),), example=str(i)) for i, row in enumerate(ids)]
 
 
-KINDS = ("lora", "dora", "lori", "dropout")
-DROPOUT = Dropout(0.3, seed=2)
+KINDS = ("lora", "dora", "lori")
 
 
 def attach(model, kind: str) -> None:
-    kind, dropout = ("lora", DROPOUT) if kind == "dropout" else (kind, None)
     hot = hot_experts(model.config)
-    hellora.attach(model, hot, R, ALPHA, kind=kind, targets="shared", seed=3, dropout=dropout)
+    hellora.attach(model, hot, R, ALPHA, kind=kind, targets="shared", seed=3)
 
 
 def step_of(model, processes: Processes):
-    """Gradients of the batch; no other kind has an adapter that drops anything."""
-    return global_step(model.train(), items(model.config.vocab_size), 2, processes, dropout=DROPOUT)
+    return global_step(model.train(), items(model.config.vocab_size), 2, processes)
 
 
 def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:

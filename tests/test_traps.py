@@ -98,8 +98,8 @@ TRAPS = {
             test_hellora.test_a_batch_without_hot_experts_gives_zero_gradients_not_none,
             {"ids": IDS},
             lora.LoRAExperts.forward,
-            "both, hot_tokens =",
-            "if num_rows == 0: return Experts.forward(self, x, token, weight, offsets)\n    both, hot_tokens =",
+            "gate_up = self",
+            "if num_rows == 0: return Experts.forward(self, x, token, weight, offsets)\n    gate_up = self",
         )
     ],
     "padding is counted": [
@@ -122,7 +122,12 @@ TRAPS = {
         ),
     ],
     "rows of a stacked adapter in another order than rising expert id": [
-        vectors("moe_layer", hellora.attach, "ids = model.layers[i].mlp, row", "ids = model.layers[i].mlp, row.flip(0)")
+        vectors(
+            "moe_layer",
+            hellora.attach,
+            "ids = model.layers[i].mlp, is_hot",
+            "ids = model.layers[i].mlp, is_hot.flip(0)",
+        )
     ],
     "router probabilities in bfloat16": [
         parity("olmoe", model.route, "torch.promote_types(router_logits.dtype, torch.float32)", "torch.bfloat16")

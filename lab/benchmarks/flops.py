@@ -3,8 +3,9 @@
 import torch
 
 from data import Batch
-from lora import DoRALinear, LoRAExperts, LoRALinear, StackedDoRA
+from lora import LoRAExperts, LoRALinear
 from model import MoEConfig, MoETransformer
+from neighbours.dora import DoRALinear, StackedDoRA
 
 
 def model_flops(config: MoEConfig, batch: Batch, *, to_embeddings: bool = False) -> int:

@@ -87,7 +87,7 @@ def test_logits(device, dtype, limit):
 
 
 @each_dtype
-@pytest.mark.parametrize("kind", lora.KINDS)
+@pytest.mark.parametrize("kind", hellora.KINDS)
 def test_loss_and_gradients(device, kind, dtype, limit):
     losses, gradients = [], []
     for model in (make_model(CPU, torch.float32, kind), make_model(device, dtype, kind)):
@@ -123,22 +123,26 @@ def test_grouped_products(device, monkeypatch, in_one_kernel, counts, dtype, lim
 
 
 def product(counts: tuple[int, ...], device: torch.device, dtype: torch.dtype, module) -> tuple[Tensor, ...]:
-    """Values of `lora_grouped_linear` of a module, and its gradients if they are on.
+    """Values of `lora_down` of a module, and its gradients if they are on.
 
     module: lora, which has the reference formula, or ops.
     """
     generator, (n, fan_in, fan_out, r) = torch.Generator().manual_seed(2), (3, 32, 48, 8)
-    shapes = (sum(counts), fan_in), (len(counts), fan_out, fan_in), (n, r, fan_in), (n, r, fan_out)
-    drawn = [torch.empty(shape).normal_(generator=generator).to(torch.bfloat16).to(device, dtype) for shape in shapes]
-    x, A, B = (drawn[i].requires_grad_() for i in (0, 2, 3))
-    offsets, num_rows = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device), sum(counts[:n])
-    source = x.detach()[:num_rows]
-    y = module.lora_grouped_linear(
-        x, drawn[1], A, B, offsets, num_rows, None, lambda rows, source: source[rows], source
+    shapes = (
+        (sum(counts), 2 * fan_in),
+        (sum(counts), 1),
+        (len(counts), fan_out, fan_in),
+        (n, r, fan_in),
+        (n, fan_out, r),
     )
+    drawn = [torch.empty(shape).normal_(generator=generator).to(torch.bfloat16).to(device, dtype) for shape in shapes]
+    gate_up, weight, W, A, B = drawn
+    trained = [tensor.requires_grad_() for tensor in (gate_up, weight, A, B)]
+    offsets, num_rows = torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device), sum(counts[:n])
+    y = module.lora_down(gate_up, weight, W, (A, B), offsets, num_rows, 0.0)
     if not torch.is_grad_enabled():
         return (y,)
-    return y, *torch.autograd.grad(y.square().sum() / 100, (x, A, B), materialize_grads=True)
+    return y, *torch.autograd.grad(y.square().sum() / 100, trained, materialize_grads=True)
 
 
 def test_a_batch_without_a_token_has_gradients_that_are_zero_and_not_missing(device):

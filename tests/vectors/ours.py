@@ -11,7 +11,7 @@ import data
 import hellora
 import lori
 import model as transformer
-from lora import KINDS, LoRAExperts
+from hellora import KINDS
 from lora import init_A as fill_A
 from machine.processes import Processes
 from neighbours.drlora import RankGrowth
@@ -114,7 +114,7 @@ def expert(kind, x, W, factors, alpha, grad_y):
     F, D = W["gate_proj"].shape
     base = transformer.Experts(config(1, F, D))
     fill_experts(base, {name: stack[None] for name, stack in W.items()})
-    experts = LoRAExperts(base, 1, KINDS[kind][1], len(factors["gate_proj"]["A"]), alpha).double()
+    experts = KINDS[kind][1](base, 1, len(factors["gate_proj"]["A"]), alpha).double()
     pairs = dict(experts.lora.items())
     fill(kind, pairs, factors)
     T, x = len(x), tensor(x, True)

@@ -1,0 +1,151 @@
+"""The products of a layer's experts with LoRA pairs on the first of them, and what these keep for the backward pass.
+
+The gradient of a factor A needs the rows of x that A multiplied. They are large, and cheap to make again from the
+tensors that they were made from: only those are kept.
+
+Dimensions: G groups (experts), R rows sorted by group, n hot experts (the first groups), H rows that reach them (the
+first rows), r rank, D hidden_size, F intermediate_size of an expert, T tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.experts import fits, group_product, grouped_linear, grouped_outer, slices, weighted_swiglu, whole_tiles
+from ops.kernels import one_kernel
+
+Pair = tuple[Tensor, Tensor]  # A [n, r, in] and alpha / r times B [n, out, r]
+
+
+def lora_gate_up(
+    x: Tensor, token: Tensor, W: Tensor, gate: Pair, up: Pair, offsets: Tensor, num_rows: int, dropout: float
+) -> Tensor:
+    """W x of each row's token, and the products of gate's and up's pairs.  x [T, D], W [G, 2F, D] -> [R, 2F]"""
+    (A_gate, B_gate), (A_up, B_up) = gate, up
+    F_ = B_gate.shape[1]
+    A = torch.cat((A_gate, A_up), dim=1)  # [n, 2r, D]: both multiply the same rows
+    B = torch.cat((F.pad(B_gate.mT, (0, F_)), F.pad(B_up.mT, (F_, 0))), dim=1)  # [n, 2r, 2F], block-diagonal
+    # The gathered rows [R, D] get no name, which would keep them until the end.
+    return lora_grouped_linear(
+        x.index_select(0, token), W, A, B, offsets, num_rows, dropout, gathered, x.detach(), token[:num_rows]
+    )
+
+
+def gathered(rows: slice, x: Tensor, token: Tensor) -> Tensor:
+    """Some rows of what gate and up multiply.  x [T, D], token [H] -> [rows, D]"""
+    return x.index_select(0, token[rows])
+
+
+def lora_down(
+    gate_up: Tensor, weight: Tensor, W: Tensor, down: Pair, offsets: Tensor, num_rows: int, dropout: float
+) -> Tensor:
+    """W h and the products of down's pair, with h the `weighted_swiglu`.  gate_up [R, 2F], W [G, D, F] -> [R, D]"""
+    A, B = down
+    sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
+    hidden = weighted_swiglu(gate_up, weight)  # [R, F]
+    return lora_grouped_linear(hidden, W, A, B.mT.contiguous(), offsets, num_rows, dropout, activated, *sources)
+
+
+def activated(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
+    """Some rows of what down multiplies.  gate_up [H, 2F], weight [H, 1] -> [rows, F]"""
+    return weighted_swiglu(gate_up[rows], weight[rows])
+
+
+def lora_grouped_linear(
+    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int,
+    dropout: float, recompute: Callable[..., Tensor], *sources: Tensor,
+) -> Tensor:  # fmt: skip
+    """W_g x by group, plus B_g A_g dropout(x) in the first n groups.  x [R, in], W [G, out, in] -> [R, out]
+
+    A [n, r, in] and B [n, r, out]: transposed, since its gradient is then a product with the short side first, which is
+    several times faster. num_rows: H. recompute(rows, *sources): a slice of the first H rows of x again.
+    """
+    x = x.contiguous()
+    # Without gradients nothing is kept, and decoding has few rows per group: the fewest calls are best.
+    if dropout or not torch.is_grad_enabled():
+        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
+        low = grouped_linear(F.dropout(x[:num_rows], dropout), A, hot)  # [H, r]
+        y[:num_rows] += grouped_linear(low, B.mT, hot)
+        return y
+    if not one_kernel(x.device):
+        return LoRAByLoop.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+    missing = -A.shape[1] % (16 // A.element_size())  # small ranks get zeros: see `fits`
+    A, B = (F.pad(factor, (0, 0, 0, missing)) for factor in (A, B)) if missing else (A, B)
+    way = LoRAByKernel if num_rows > 0 and fits(W, A, B) else LoRAByLoop
+    return way.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+
+
+class LoRAByKernel(torch.autograd.Function):
+    """`lora_grouped_linear` with W frozen, each product by one kernel for all groups: on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
+        hot, ctx.recompute = offsets[: len(A)], recompute
+        y = F.grouped_mm(x, W.mT, offs=offsets)
+        low = F.grouped_mm(x[:num_rows], A.mT, offs=hot)  # [H, r]
+        y[:num_rows] += F.grouped_mm(low, B, offs=hot)
+        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        need_x, _, need_A, *_ = ctx.needs_input_grad
+        hot, num_rows, grad = offsets[: len(A)], len(low), grad.contiguous()
+        grad_x = F.grouped_mm(grad, W, offs=offsets) if need_x else None
+        grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
+        if need_x:
+            grad_x[:num_rows] += F.grouped_mm(grad_low, A, offs=hot)
+        grad_A = grouped_outer(grad_low, ctx.recompute(slice(num_rows), *sources), hot) if need_A else None
+        grad_B = grouped_outer(low, grad[:num_rows], hot)
+        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+
+
+class LoRAByLoop(torch.autograd.Function):
+    """`lora_grouped_linear` with W frozen, one group after the other: on a CPU.
+
+    All work of a group is done while its rows are in the cache: fetching them takes longer than multiplying them by a
+    low rank.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
+        ctx.recompute = recompute
+        y, low = x.new_empty(len(x), W.shape[1]), x.new_empty(num_rows, A.shape[1])  # [R, out], [H, r]
+        for g, own in enumerate(slices(offsets)):
+            group_product(x, W[g].T, own, y)
+            if g < len(A):
+                rows = whole_tiles(own, num_rows, x)
+                torch.mm(x[rows], A[g].T, out=low[rows])
+                y[rows].addmm_(low[rows], B[g])
+        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        need_x, _, need_A, *_ = ctx.needs_input_grad
+        num_rows, grad = len(low), grad.contiguous()
+        grad_x = grad.new_empty(len(grad), W.shape[2]) if need_x else None
+        grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+        for g, own in enumerate(slices(offsets)):
+            if need_x:
+                group_product(grad, W[g], own, grad_x)
+            if g >= len(A):
+                continue
+            rows = whole_tiles(own, num_rows, grad)
+            grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+            if need_x:
+                grad_x[rows].addmm_(grad_low, A[g])
+            if need_A:
+                torch.mm(first(grad_low, own).T, ctx.recompute(rows, *sources), out=grad_A[g])
+            torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
+        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+
+
+def first(x: Tensor, rows: slice) -> Tensor:
+    """x with zeros behind as many rows as `rows` has: those that fill a tile."""
+    n = rows.stop - rows.start
+    return x if len(x) == n else F.pad(x[:n], (0, 0, 0, len(x) - n))
