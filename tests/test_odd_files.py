@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 import data
 import evaluate
 import hellora
-import profile
 from command.cli import InputError
 from hub import peft
 from hub.chat import ChatTemplate
 from hub.checkpoint import TINY
 from model import load_model, read_config
+from routing import profiles
 from run import adapters
 from run import state as states
 from run.log import check_records
@@ -182,8 +182,8 @@ def routing(olmoe: Path, folder: Path) -> Reader:
     about = {"model": "m", "task": "t", "num_tokens": 14, "num_experts_per_tok": 3}
 
     def read(folder: Path) -> object:
-        read = profile.load_profile(folder / "profile.json")
-        profile.check_fits(read, read_config(olmoe), folder / "profile.json")
+        read = profiles.load_profile(folder / "profile.json")
+        profiles.check_fits(read, read_config(olmoe), folder / "profile.json")
         return read.counts, read.gate_mass, read.num_experts_per_tok
 
     return Reader({"profile.json": text(about | {"counts": [[6] * 7] * 4, "gate_mass": [[1.25] * 7] * 4})}, read)

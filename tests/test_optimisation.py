@@ -81,7 +81,7 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
         theirs.step()
         optimizer.zero_grad()
     for name, tensor in adapters.adapter_state(model).items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5)  # a thousandth of one step
     found = [(record["lr"], record["loss"], record["target_tokens"]) for record in records(tmp_path / "run")]
     assert found == [pytest.approx(record, rel=1e-5) for record in logged]
 
