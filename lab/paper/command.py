@@ -8,9 +8,9 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
-from lab.paper import fullsize, params, routing, runner, speed
+from lab.paper import params, routing, speed
 from lab.paper.page import Section, write_page
-from lab.paper.runner import Workplace, add, make, pending, plan_line
+from lab.paper.runner import Workplace, add, alone, dry_run, make, pending, plan_line
 from lab.paper.runs import Records, spent
 from lab.paper.tables import SCALES, Column, Row, Scale, Table
 
@@ -154,7 +154,7 @@ class Settings:
     seeds: int | None = flag(None, "runs of each cell (default: 5 for Tables 2, 4 and 7, else 3)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
     quick: bool = flag(False, "a trial in runs/quick: first column, 10 steps, 2 seeds, 20 problems")
-    dry_run: bool = flag(False, "print the commands that would run, and how long they take")
+    dry_run: bool = flag(False, "print the commands that would run")
     no_run: bool = flag(False, "print the results of the finished runs")
     scale: str = flag("tiny", "the embedded models and tasks, or the paper's", choices=list(SCALES))
     model: str | None = flag(None, "a checkpoint in place of the scale's", metavar="DIR")
@@ -162,6 +162,7 @@ class Settings:
     processes: int | None = flag(None, "processes of each run (default: 1; --scale paper: 2)", type=POSITIVE)
     out: str | None = flag(None, "folder of runs and figures (default: results, or runs/SCALE)", metavar="DIR")
     json: str | None = flag(None, "where to write the rows", metavar="FILE")
+    activation_checkpointing: bool = flag(False, "train with less memory: layers are computed twice")
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
 
     @property
@@ -191,10 +192,9 @@ class Settings:
         if self.data and not Path(self.data).is_dir():
             raise InputError(f"--data {self.data}: no such folder; name one with files like gsm8k-test.jsonl")
         records = Records(self.folder / "runs", self.data, limit, samples)
-        place = Workplace(records, Path("runs/reproduce"), self.jobs, processes, self.allow_code_execution)
-        if self.scale == "paper":
-            place.saving = lambda run: fullsize.plan(run, processes)[0]
-        return place
+        train_flags = ("--activation-checkpointing",) if self.activation_checkpointing else ()
+        evaluate_flags = ("--allow-code-execution",) if self.allow_code_execution else ()
+        return Workplace(records, Path("runs/reproduce"), self.jobs, processes, train_flags, evaluate_flags)
 
 
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
@@ -208,12 +208,14 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         add(needed, table.needed(scale, settings.number_of_seeds(table), **settings.changes))
     needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
     if settings.dry_run:
-        cli.say(*(fullsize if settings.scale == "paper" else runner).dry_run(needed, place))
+        cli.say(*dry_run(needed, place))
         return []
-    left = pending(needed, place.records)
-    if needed:
-        cli.say(plan_line(left, place.records, settings.jobs))
-    failed = {} if settings.no_run else make(left, place)
+    failed = {}
+    if needed and not settings.no_run:
+        with alone(place.scratch):
+            left = pending(needed, place.records)
+            cli.say(plan_line(left, place.records, settings.jobs))
+            failed = make(left, place)
     sections = [section(name, settings, place) for name in names]
     for each in sections:
         cli.say(*each.text())

@@ -93,11 +93,16 @@ def model_content(model: str) -> dict[str, str]:
 
 
 @cache
-def data_content(task: str, split: str, path: str | None) -> str:
-    """The digest of a split: prompts, targets, and the rows, which hold what scoring needs."""
+def split_digests(task: str, split: str, path: str | None) -> tuple[str, str]:
+    """Of prompts, targets and the rows, which hold what scoring needs; and the one that train.py writes."""
     examples = data.load_examples(task, split, path)
     text = json.dumps([[example.prompt, example.target, example.row] for example in examples])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest(), data.digest(examples)
+
+
+def data_content(task: str, split: str, path: str | None) -> str:
+    """The digest of a split by which records are found again."""
+    return split_digests(task, split, path)[0]
 
 
 @cache
@@ -149,11 +154,11 @@ class Records:
 
         A setting that the record does not name is newer than the record, and had no effect then.
         """
-        try:
-            content, now = self.content(run), decisive_settings(run)
-        except InputError:  # the model or the data is not here, and so no run of it
+        files = sorted(self.folder.glob(f"{run.title}-*.json"))
+        if not files:  # without a look at the model and the data, which may have to be downloaded
             return None
-        for path in sorted(self.folder.glob(f"{run.title}-*.json")):
+        content, now = self.content(run), decisive_settings(run)
+        for path in files:
             record = read_json(path)
             same_content = all(record.get(name) == found for name, found in content.items())
             if same_content and all(now.get(name) == value for name, value in record["settings"].items()):
@@ -163,9 +168,11 @@ class Records:
     def scores(self, run: Run, task: str) -> dict | None:
         """What evaluate.py found on a task, if on today's test problems."""
         _, record = self.find(run) or (None, {"scores": {}})
-        found, now = record["scores"].get(task), self.evaluated(run, task)
-        same = found and all(now.get(name) == value for name, value in found["evaluation"].items())
-        return found if same else None  # what an older score does not name was as it is now
+        if not (score := record["scores"].get(task)):
+            return None
+        now = self.evaluated(run, task)
+        same = all(now.get(name) == value for name, value in score["evaluation"].items())
+        return score if same else None  # what an older score does not name was as it is now
 
     def evaluated(self, run: Run, task: str) -> dict:
         """What decides a score besides the model, by content."""
@@ -194,35 +201,32 @@ def outdated(run: Run, records: Records, folder: Path) -> set[str]:
     return set(earlier["scores"]) if earlier["losses"] != loss_curve(folder / "log.jsonl") else set()
 
 
-def check_content(run: Run, records: Records, about: dict) -> None:
-    """Raise RunError if train.py has read other weights or data than this program. about: its config.json"""
+def check_content(run: Run, records: Records, config: dict) -> None:
+    """Raise RunError if train.py has read other weights or data than this program.  config: config.json of the run"""
     if run.method == "base":
         return
-    place = run.task, "train", records.data_file(run.task, "train")
-    now = data.digest(data.load_examples(*place))
-    if about["base"] != model_content(run.model):
-        raise RunError(f"{run.title}: the base model changed; give the command again")
-    if about["data"] != now or data_content.__wrapped__(*place) != data_content(*place):
-        raise RunError(f"{run.title}: the training data changed; give the command again")
+    _, digest = split_digests(run.task, "train", records.data_file(run.task, "train"))
+    if config["base"] != model_content(run.model) or config["data"] != digest:
+        raise RunError(f"{run.title}: the base model or the training data changed; give the command again")
 
 
 def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float], scored: dict[str, Path]) -> dict:
     """The record of a run that has ended. folder: of train.py. scored: the folder of each task's evaluation."""
-    about, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-    check_content(run, records, about)
+    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    check_content(run, records, config)
     path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
     earlier = None if outdated(run, records, folder) else earlier
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
     record = {
         "run": asdict(run),
-        "settings": {name: v for name, v in about.get("settings", {}).items() if name in decisive_settings(run)},
+        "settings": {name: v for name, v in config.get("settings", {}).items() if name in decisive_settings(run)},
         **records.content(run),
         **{name: result[name] for name in (*kept, "optimizer_bytes") if name in result},
         "losses": loss_curve(folder / "log.jsonl"),
         "scores": earlier["scores"] if earlier else {},
         "seconds": (earlier["seconds"] if earlier else {}) | seconds,
-        "versions": about.get("versions"),
-        "commit": about.get("commit"),
+        "versions": config.get("versions"),
+        "commit": config.get("commit"),
         "cores": os.cpu_count(),
     }
     for task, out in scored.items():

@@ -14,9 +14,8 @@ import data
 import evaluate
 import reproduce
 from command.cli import InputError, RunError
-from lab.benchmarks import plan
-from lab.paper import command, fullsize, runner, runs
-from lab.paper.runner import Workplace, locked, make, pending
+from lab.paper import command, runner, runs
+from lab.paper.runner import Workplace, alone
 from lab.paper.runs import Records, Run
 from lab.paper.tables import SCALES
 from recipes import methods
@@ -110,12 +109,11 @@ def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
     for table in command.TABLES.values():
         for run, tasks in table.needed(models, 2).items():
             if run.method != "base":
-                given = [*run.train_flags("out"), *fullsize.plan(run, 2)[0]] if scale == "paper" else None
-                settings = parse_settings(given or run.train_flags("out"))
+                settings = parse_settings(run.train_flags("out"))
                 assert (settings.method, settings.seed, settings.model) == (run.method, run.seed, run.model)
                 assert settings.k == run.k
             for task in tasks:
-                read = evaluate.read_settings(records.evaluate_flags(run, "tiny", task, "out"))
+                read, _ = evaluate.read_settings(records.evaluate_flags(run, "tiny", task, "out"))
                 assert (read.task, read.limit, read.seed) == (task, 9, run.seed)
                 assert read.samples == (10 if read.benchmark == "humaneval" else None)
             seen.add(run)
@@ -127,28 +125,7 @@ def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     seeds = [line.split("--seed ")[1].split()[0] for line in said if " train.py " in line]
     assert seeds == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
-    assert said[-1].startswith("# 12 runs to make, 1 at a time: about ")
-
-
-def test_hours_of_the_real_models_follow_the_papers_speed():
-    run = Run("gsm8k", "hellora", model="allenai/OLMoE-1B-7B-0924")
-    assert fullsize.hours(run) == pytest.approx(3 * 7473 / 19.08 / 3600)
-    assert fullsize.hours(replace(run, method="hellori-s")) == pytest.approx(2 * 3 * 7473 / 19.07 / 3600)
-    mixtral = fullsize.hours(replace(run, model="mistralai/Mixtral-8x7B-v0.1"))
-    assert mixtral / fullsize.hours(run) == pytest.approx(12.880 / 1.282, rel=1e-3)  # billions of active parameters
-
-
-def test_the_memory_of_the_real_models_is_what_bench_plans_and_a_run_gets_the_flags_with_which_it_fits():
-    olmoe = Run("gsm8k", "hellora", model="allenai/OLMoE-1B-7B-0924")
-    replicated = plan.main(["--model", "olmoe-1b-7b", "--method", "hellora", "--gpus", "2"])[0]
-    where = "GB on each of 2 GPUs of 80 GB (--shard"
-    assert fullsize.plan(olmoe, 2) == ([], f"{replicated['total'] / 1e9:.1f} {where} none)")
-    saving = ["--activation-checkpointing"]
-    sharded = plan.main(["--model", "mixtral-8x7b", "--method", "lora", "--gpus", "2", *saving])[1]
-    found = fullsize.plan(Run("gsm8k", "lora", model="mistralai/Mixtral-8x7B-v0.1"), 2)
-    assert found == (saving, f"{sharded['total'] / 1e9:.1f} {where} full)")
-    assert not plan.main(["--model", "mixtral-8x7b", "--method", "lora", "--gpus", "2"])[1]["fits"]
-    assert "which is too much" in fullsize.plan(Run("gsm8k", "fft", model="mistralai/Mixtral-8x7B-v0.1"), 2)[1]
+    assert said[-1].startswith("# 12 runs to make, 1 at a time")
 
 
 def test_a_score_is_found_again_only_if_text_was_decoded_as_now(contents, tmp_path, monkeypatch):
@@ -169,7 +146,7 @@ def test_the_runs_of_an_embedded_model_are_the_same_on_every_device(monkeypatch)
     runs.decisive_settings.cache_clear()
     assert runs.decisive_settings(RUN)["dtype"] == "float32"
     assert runs.decisive_settings(replace(RUN, model="another"))["dtype"] == "bfloat16"
-    assert evaluate.read_settings(Records(Path()).evaluate_flags(RUN, "tiny", "tiny-math", "out")).dtype == "float32"
+    assert evaluate.read_settings(Records(Path()).evaluate_flags(RUN, "tiny", "tiny-math", "out"))[0].dtype == "float32"
     runs.decisive_settings.cache_clear()
 
 
@@ -220,16 +197,15 @@ class Inline:
 def inline(monkeypatch, tmp_path, make_checkpoint) -> list[str]:
     """reproduce.py in this process, in a folder with small models.  -> the scripts that were called"""
     called = []
-    runs.data_content.cache_clear()
+    runs.split_digests.cache_clear()
 
-    def call(self, script, arguments, log, lock) -> float:
+    def call(self, script, arguments, log) -> float:
         called.append(script)
         importlib.import_module(script.removesuffix(".py")).main(arguments)
         return 2.0
 
     monkeypatch.setattr(Workplace, "call", call)
     monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(runner, "POLL", 0)
     monkeypatch.setattr(command, "QUICK", {"steps": 2})
     monkeypatch.setattr(command, "QUICK_LIMIT", 3)
     monkeypatch.chdir(tmp_path)
@@ -284,16 +260,18 @@ def test_a_run_that_comes_out_otherwise_the_second_time_is_scored_anew_on_every_
         assert inline == ["train.py", *["evaluate.py"] * (1 if same else 2)]
 
 
-def test_what_another_commit_has_left_is_made_again(inline, capsys, monkeypatch):
+def test_what_another_commit_has_left_is_made_again(inline, capsys):
     flags = ["topup", "--model", "olmoe", "--quick", "--seeds", "1"]
-    for commit, made in (("a", "made again"), ("b", "was made by a"), ("b", "nothing to do")):
-        monkeypatch.setattr(runner, "commit", lambda commit=commit: commit)
-        shutil.rmtree("runs/quick", ignore_errors=True)
+    reproduce.main(flags)
+    for made_by_another in (False, True):
+        shutil.rmtree("runs/quick")
+        for file in Path("runs/reproduce").glob("*/config.json") if made_by_another else ():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"commit": "another"}))
         capsys.readouterr()
         reproduce.main(flags)
         told = "".join(capsys.readouterr())
-        assert (made in told) == (commit == "b")
-        assert ("nothing to do" in told) == (made == "nothing to do")
+        assert ("was made by another; it is made again" in told) == made_by_another
+        assert ("nothing to do" in told) != made_by_another
 
 
 @pytest.mark.parametrize("other", ["before the training", "in the training"])
@@ -302,9 +280,9 @@ def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monke
     fewer = lambda *args, **options: load(*args, **options)[1:]  # noqa: E731
     monkeypatch.setattr(data, "load_examples", fewer if other == "before the training" else load)
 
-    def change(self, script, arguments, log, lock) -> float:
+    def change(self, script, arguments, log) -> float:
         monkeypatch.setattr(data, "load_examples", load if other == "before the training" else fewer)
-        seconds = call(self, script, arguments, log, lock)
+        seconds = call(self, script, arguments, log)
         monkeypatch.setattr(data, "load_examples", load)
         return seconds
 
@@ -314,7 +292,7 @@ def test_a_run_that_read_other_data_than_the_table_is_not_recorded(inline, monke
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, monkeypatch):
-    def fail(self, script, arguments, log, lock) -> float:
+    def fail(self, script, arguments, log) -> float:
         raise RunError(f"{script} ended with status 1: no space")
 
     called = Workplace.call
@@ -325,28 +303,19 @@ def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, m
     assert "| not run" in capsys.readouterr().out
 
 
-def test_a_run_that_another_process_makes_is_left_to_it(contents, tmp_path, monkeypatch, capsys):
-    records = Records(tmp_path / "runs")
-    place = Workplace(records, tmp_path / "scratch")
-
-    def wait(seconds: float) -> None:  # the other process ends
-        lock.__exit__(None, None, None)
-        finish(RUN, records, tiny_math=0.5)
-
-    monkeypatch.setattr(runner.time, "sleep", lambda seconds: wait(seconds) if seconds else None)
-    lock = locked(place.scratch / f"{records.name(RUN)}.lock")
-    assert lock.__enter__()
-    assert make({RUN: {"tiny-math"}}, place) == {}
-    assert "waiting for 1 runs that another process makes" in capsys.readouterr().out
-    assert pending({RUN: {"tiny-math"}}, records) == {}
+def test_a_second_command_that_would_make_runs_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(InputError, match="another reproduce.py makes runs there"), alone(tmp_path):
+        pass
+    with alone(tmp_path):  # the first has ended
+        pass
 
 
 def test_a_child_that_fails_says_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text("import sys; print('first'); print('error: no such task'); sys.exit(2)")
     place = Workplace(Records(tmp_path), tmp_path)
-    with locked(tmp_path / "lock") as lock, pytest.raises(RunError, match="status 2: error: no such task"):
-        place.call("train.py", [], tmp_path / "log", lock)
+    with pytest.raises(RunError, match="status 2: error: no such task"):
+        place.call("train.py", [], tmp_path / "log")
 
 
 # ------------------------------------------------------------------------------------------- the paper's own scale
