@@ -540,18 +540,12 @@ bench                                                | no command | step
 bench stride                                         | 'stride' | step
 bench step --k 65                                    | 65 | 1..64
 bench step --names lora nothing                      | 'nothing' | floor
-bench step --sweep width                             | 'width' | rank
 bench step --json file/rows.json                     | file/rows.json
 bench step --json notes                              | notes
-bench step --plot rows.txt                           | rows.txt | .png
-bench step --sweep k --batch 8 32                    | one
 bench plan --model nowhere/at-all                    | nowhere/at-all | olmoe-1b-7b
 bench plan --k 65                                    | 65 | 1..64
 bench plan --rank 1025                               | 1025 | 1..1024
 bench plan --json notes                              | notes
-bench load --model nowhere/at-all                    | nowhere/at-all
-bench load --model file                              | config.json
-bench load --json notes                              | notes
 bench generate --model nowhere/at-all                | nowhere/at-all
 bench generate --json file/rows.json                 | file/rows.json
 bench generate --json notes                          | notes
