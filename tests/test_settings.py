@@ -1,9 +1,11 @@
 """The table of methods: whatever the method and the targets, what is said to train is what trains, and nothing else."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from conftest import with_tokenizer
@@ -16,6 +18,7 @@ from hub.weights import hub_views
 from model import load_model
 from recipes.methods import METHODS
 from run import adapters
+from run.log import draw_loss
 
 E, L, R, STEPS = 7, 4, 4, 3
 SIDES = {  # d_in, d_out of the fixture's matrices: width 48, 6 heads of 8 that share 2 keys, 7 experts of 40
@@ -32,6 +35,11 @@ def base(make_checkpoint, tmp_path_factory) -> Path:
     """A small random checkpoint with a tokenizer that knows the digits."""
     folder = tmp_path_factory.mktemp("base")
     return with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True))
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr("data.TINY_TRAIN", 300)  # rows that are made and encoded for every run
 
 
 @pytest.fixture
@@ -59,13 +67,16 @@ def expected(method: str, targets: str) -> int:
     return sum(sizes[factor] for factor in FACTORS.get(method, "AB"))
 
 
-@pytest.mark.parametrize("targets", BESIDE)
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "fft"])
-def test_every_method_with_every_choice_of_targets_trains_what_it_says(
+EVERY_METHOD = [(method, "all") for method in METHODS if method != "fft"]
+EVERY_KIND = itertools.product(("lora", "dora", "lori-d", "lori-s", "dr-lora"), ("gate", "pure"))
+
+
+@pytest.mark.parametrize("method, targets", [*EVERY_METHOD, *EVERY_KIND])
+def test_every_method_and_every_choice_of_targets_trains_what_it_says(
     method, targets, base, trained_models, tmp_path, capsys
 ):
     flags = ["--model", base, "--method", method, "--targets", targets, "--rank", R, "--alpha", 6, "--steps", STEPS]
-    flags += ["--batch", 3, "--sample", 0.005, "--lr", 0.01, "--out", tmp_path / "run"]
+    flags += ["--batch", 3, "--sample", 0.03, "--lr", 0.01, "--out", tmp_path / "run"]
     result = train.main([str(flag) for flag in flags])
 
     # It counts what it says: by hand, in result.json, in print, and in the file.
@@ -147,3 +158,8 @@ def test_experts_are_chosen_by_tokens_or_by_the_weight_they_get(flags, hot, base
 def test_scores_without_a_choice_by_score_are_refused(flags, says):
     with pytest.raises(InputError, match=says):
         train.parse_settings(flags)
+
+
+def test_the_loss_and_the_validations_are_drawn(tmp_path):
+    draw_loss([3.0, 2.0, 1.5], [(2, 2.2)], tmp_path / "loss.png", "a title")
+    assert matplotlib.image.imread(tmp_path / "loss.png").std() > 0.1
