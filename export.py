@@ -1,38 +1,41 @@
-"""Take a run elsewhere: as a merged checkpoint, or as an adapter that PEFT loads.
+"""Take a run elsewhere: as a merged checkpoint, or as an adapter that PEFT loads. Check what any tool made.
 
     python export.py runs/tiny-math-hellora --to merged --out merged     # for serving: a checkpoint like any other
     python export.py runs/tiny-math-hellora --to peft --out adapter      # PeftModel.from_pretrained(base, "adapter")
+    python export.py check adapter --base tiny                           # did the experts train?
+    python export.py check merged --base tiny --adapter adapter          # is it base + adapter?
 
 `--to merged` reads the base one tensor at a time, adds what the adapter adds, and writes a shard when it is full. It
-needs memory for one shard. It then compares the result with base and adapter: every weight, and the logits on a few
-examples of the task.
+needs memory for one shard.
 
 `--to peft` writes a LoRA pair for every expert, with zeros for the cold ones (hub/peft.py says why). `--compact`
 leaves the cold experts out. The file is then many times smaller. It loads in PEFT under transformers 4, and in servers
 that look for each expert by name (SGLang). It does not load in vLLM, nor under transformers 5 (a size mismatch).
 
-Dimensions: r rank, T tokens, V vocabulary.
+`check` reads an adapter or a merged checkpoint, of this project or of another tool, and prints what moved in every
+layer and what is wrong (diagnosis/). Exit status 0: healthy; 3: a fault was found; 2: the input cannot be used.
 """
 
 import command.start  # noqa: F401
 
-import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import data
-import hellora
 from command import cli
-from command.cli import InputError, RunError, flag, say
-from command.files import atomic_folder
-from hellora import KINDS, SHARED, TARGETS, Adapter
+from command.cli import InputError, flag, say
+from command.files import atomic_folder, writable, write_json
+from diagnosis import report
+from diagnosis.findings import Finding, of_changes, of_layout, of_merged, of_pairs, sorted_findings
+from diagnosis.measure import Matrix, adapter_changes, by_expert
+from diagnosis.merged import AS_READ, REORDERED, compare
+from hellora import SHARED, TARGETS, Adapter, folded
 from hub.checkpoint import (
     EMBEDDED,
     SHARD_BYTES,
@@ -41,18 +44,17 @@ from hub.checkpoint import (
     converted,
     copy_beside,
     read_slices,
+    resolve,
     stored,
     write_checkpoint,
 )
 from hub.config import IGNORE_HELP, ignore_keys
-from hub.peft import Factors, PeftAdapter, Shapes, peft_bytes, write_peft
+from hub.peft import Factors, PeftAdapter, Reading, Shapes, peft_bytes, write_peft
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
-from lora import init_A
-from lori import Scatter
-from model import MoEConfig, MoETransformer, load_model, read_config
-from run import adapters
-from run.adapters import adapted_matrices, hub_shapes
-from run.subject import Subject
+from model import MoEConfig, MoETransformer, read_config
+from routing.profiles import check_fits, load_profile
+from run.adapters import adapted_matrices, hub_shapes, read_factors, read_loosely
+from run.subject import Subject, other_base
 from run.validation import BEST
 
 
@@ -68,61 +70,20 @@ class Settings:
         None, "of the weights written (default: the base's; peft: float32)", choices=("float32", "bfloat16", "float16")
     )
     compact: bool = flag(False, "peft: without the cold experts; not for transformers 5 or vLLM")
-    examples: int | None = flag(None, "merged: examples to compare on (default: 4)", type=cli.number(int, 1))
-    train_data: str | None = flag(None, "merged: a local copy of the training file, which the examples are from")
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
 
-# ------------------------------------------------------------------------------------- an adapter, matrix by matrix
+@dataclass(frozen=True)
+class CheckSettings:
+    """The flags of `export.py check`."""
 
-
-@torch.no_grad()
-def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
-    """The adapter of a run, and its factors by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
-
-    Raises InputError for an adapter that is damaged or does not fit the model.
-    """
-    adapter, state = adapters.read_adapter(folder)
-    adapters.hot_mask(adapter.hot, config)
-    shapes, r, found, digest = hub_shapes(config), adapter.r, {}, hashlib.sha256()
-    is_sparse = any(name.endswith("positions") for name in state)
-
-    def take(name: str, *shape: int) -> Tensor:
-        tensor = state.pop(name, None)
-        if tensor is None or tensor.shape != shape:
-            what = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise InputError(f"{folder}: {name} is {what}, want {shape}; is it damaged, or of another model?")
-        return tensor.float()
-
-    for module, matrices in sorted(adapted_matrices(adapter, config).items()):
-        fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
-        n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
-        if adapter.kind == "lori":
-            A = torch.empty(*n, r, fan_in)
-            for matrix, rows in zip(matrices, A.view(-1, r, fan_in), strict=True):
-                init_A(rows, adapter.seed, matrix)
-            digest.update(A.numpy().astype("<f4").tobytes())
-        else:
-            A = take(f"{module}.lora_A", *n, r, fan_in)
-        if is_sparse:  # a matrix of which no entry was kept is not in the file
-            name = f"{module}.parametrizations.lora_B"
-            positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
-            values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
-            B = Scatter(positions, torch.Size((*n, fan_out, r)))(values)
-        else:
-            B = take(f"{module}.lora_B", *n, fan_out, r)
-        factors = {"lora_A": A, "lora_B": B}
-        if adapter.kind == "dora":
-            factors["lora_m"] = take(f"{module}.lora_m", *n, fan_out)
-        for j, matrix in enumerate(matrices):
-            found[matrix] = {name: factor[j] if n else factor for name, factor in factors.items()}
-    if state:
-        raise InputError(f"{folder}: {next(iter(state))} is unexpected; is the adapter damaged?")
-    if adapter.kind == "lori" and digest.hexdigest() != adapter.sha256_A:
-        raise InputError(
-            f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; is the adapter damaged?"
-        )
-    return adapter, found
+    source: str = flag(help="an adapter (a run folder, or PEFT's format), or a merged checkpoint", positional=True)
+    base: str = flag(help="the base model: a folder, a hub id, or the name of an embedded model")
+    adapter: str | None = flag(None, "the adapter that a merged checkpoint should hold", metavar="DIR")
+    profile: str | None = flag(None, "routed tokens of every expert (default: the run's)", metavar="FILE")
+    plot: str | None = flag(None, "draw |dW| / |W| by layer and expert, beside the routed tokens", metavar="PNG")
+    json: str | None = flag(None, "write the table and the findings", metavar="FILE")
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
 
 # -------------------------------------------------------------------------------------------- merged checkpoint
@@ -141,14 +102,6 @@ def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     return read_slices(weights, dict.fromkeys(weights, WHOLE))
 
 
-@torch.no_grad()
-def fold(W: Tensor, factors: Factors, adapter: Adapter) -> Tensor:
-    """The weight that computes by itself what W [out, in] computes with its factors.  -> float32 [out, in]"""
-    pair = KINDS[adapter.kind][1].pair(W.unsqueeze(0), adapter.r, adapter.alpha)
-    pair.load_state_dict({name: factor.unsqueeze(0) for name, factor in factors.items()})
-    return pair.merged(W.unsqueeze(0))[0]
-
-
 def write_merged(
     out: Path,
     adapter: Adapter,
@@ -161,14 +114,14 @@ def write_merged(
     """Write the checkpoint `base` with an adapter, given by matrix, folded in. dtype: by default as in `base`."""
     config, weights = read_config(base), weights_of(base)
     adapted = {f"{hub_key(matrix, config.family)}.weight": pair for matrix, pair in factors.items()}
-    family, E = config.family, config.num_experts
+    family, E, scaling = config.family, config.num_experts, adapter.alpha / adapter.r
     empty = ((key, torch.empty(w.shape, dtype=dtype or w.dtype, device="meta")) for key, w in weights.items())
     sizes = {key: tensor.nbytes for key, tensor in as_stored(empty, family, E)}
     total = sum(sizes.values())
     say(f"merged checkpoint: {total:,} bytes, {len(adapted):,} of {len(weights):,} weights change")
     check_space(out, total)
     merged = (
-        (key, converted(fold(W, adapted[key], adapter) if key in adapted else W, dtype or W.dtype, key))
+        (key, converted(folded(W, adapted[key], adapter.kind, scaling) if key in adapted else W, dtype or W.dtype, key))
         for key, W in all_rows(weights)
     )
     hub = config.hub
@@ -177,53 +130,6 @@ def write_merged(
         hub["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_checkpoint(out, sizes, as_stored(merged, family, E), hub, shard_bytes)
     copy_beside(base, out)
-
-
-@torch.no_grad()
-def logits(model: MoETransformer, items: list[data.Encoded]) -> Tensor:
-    """Logits of all tokens of the items, float32 [T, V]."""
-    return torch.cat([model(torch.tensor([item.ids]))[0][0] for item in items]).float()
-
-
-@torch.no_grad()
-def check_merged(merged: Path, folder: Path, base: Path, items: list[data.Encoded]) -> None:
-    """Compare the checkpoint `merged` with `base` and the adapter in `folder`, and print how they differ.
-
-    Weights must be what hellora.merge makes, up to the order of a sum. At a typical token the logits must be those of
-    base and adapter; the least change can send a few tokens to another expert. Raises RunError if either is not so.
-    """
-    dtypes = {weight.dtype for weight in weights_of(merged).values()}
-    rounds = dtypes != {torch.float32}
-    dtype = reduce(torch.promote_types, dtypes | {weight.dtype for weight in weights_of(base).values()})
-
-    model = load_model(base, dtype)
-    unadapted = logits(model, items)
-    adapters.load_adapter(model, folder)
-    expected = logits(model, items)
-    hellora.merge(model)
-    views, wrong = hub_views(model), []
-    for key, W in all_rows(weights_of(merged)):
-        want = views[key].to(W.dtype).float()
-        if not (W.float() - want).abs().sum() <= 1e-5 * want.abs().sum():  # NaN is wrong too
-            wrong.append(key)
-    del model, views  # one model at a time
-    got = logits(load_model(merged, dtype), items)
-
-    effect, error = ((x - expected).abs().amax(-1) for x in (unadapted, got))  # [T] each
-    agree = int((got.argmax(-1) == expected.argmax(-1)).sum())
-    note = " (16-bit weights are rounded, with --dtype float32 they are not)" if rounds else ""
-    say(
-        f"check on {len(items)} examples, {len(got):,} tokens, in {str(dtype).removeprefix('torch.')}: "
-        f"the largest logit is {expected.abs().max():.3g}",
-        f"the adapter changes logits by {effect.median():.2g} at a typical token, by {effect.max():.2g} at most",
-        f"the merged checkpoint differs from base and adapter by {error.median():.2g} at a typical token, by "
-        f"{error.max():.2g} at most; top-1 agrees at {agree:,} of {len(got):,}{note}",
-    )
-    if wrong:
-        raise RunError(f"{len(wrong)} weights are not what the adapter makes of the base (first: {wrong[0]})")
-    tolerance = 0.05 if rounds else 1e-4  # of the largest logit
-    if not error.median() <= tolerance * expected.abs().max():
-        raise RunError(f"at a typical token logits differ by more than {tolerance:g} of the largest one")
 
 
 # ------------------------------------------------------------------------------------------------ PEFT adapter
@@ -302,51 +208,142 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
-    about = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT."
+    about = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT. (Also: export.py check.)"
     settings = cli.parse(Settings, argv, prog="export.py", description=about)
-    for name in {"merged": ("compact",), "peft": ("examples", "train_data")}[settings.to]:
-        if getattr(settings, name):
-            raise InputError(f"--{name.replace('_', '-')} has no meaning with --to {settings.to}; leave it out")
+    if settings.compact and settings.to == "merged":
+        raise InputError("--compact has no meaning with --to merged; leave it out")
     return settings
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return check(argv[1:])
     settings = parse_flags(argv)
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)
     subject, out = Subject(settings.run, base=settings.model), Path(settings.out).resolve()
     if subject.run is None:
-        raise InputError(f"{settings.run} is not a run folder of train.py; want one with config.json and adapter/")
-    trained = subject.run["settings"]
-    if trained["method"] == "fft":
+        raise InputError(f"{settings.run} is not a run folder of train.py; expected one with config.json and adapter/")
+    if subject.run["settings"]["method"] == "fft":
         raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
     folder, base, config = subject.adapter, subject.folder, subject.config
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     check_out(out)
     subject.check_base()
-    if settings.to == "peft":
-        is_local = subject.base in EMBEDDED or Path(subject.base).exists()
-        name = str(base.resolve()) if is_local else subject.base
-        with atomic_folder(out) as part:
-            write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype or torch.float32)
-    else:
-        source = settings.train_data or trained["train_data"]
-        options = {"max_length": trained["max_length"], "bos": trained.get("bos", "auto")}
-        reader = data.Reader(trained["task"], base, config, **options)
-        try:
-            items = reader.encode(reader.load("train", source, settings.examples or 4))
-        except InputError as error:
-            advice = "the result is checked on rows of the training data; name others with --train-data FILE"
-            raise InputError(f"{error}; {advice}") from None
-        with atomic_folder(out) as part:
+    with atomic_folder(out) as part:
+        if settings.to == "peft":
+            is_local = subject.base in EMBEDDED or Path(subject.base).exists()
+            name = str(base.resolve()) if is_local else subject.base
+            dtype = dtype or torch.float32
+            write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype)
+        else:
             write_merged(part, adapter, factors, base, dtype=dtype)
-            check_merged(part, folder, base, items)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if folder.name == BEST["adapter"]:
         say(f"{folder}: the best of the run by its validation loss")
     say(f"wrote {settings.out}: {size:,} bytes with everything")
+
+
+# ----------------------------------------------------------------------------------------------------- the check
+
+
+def check(argv: list[str]) -> None:
+    """`export.py check`: print what moved and what is wrong. Ends with status 3 if there is a fault."""
+    about = "Did the experts train, merge and load? Checks an adapter or a merged checkpoint of any tool."
+    settings = cli.parse(CheckSettings, argv, prog="export.py check", description=about)
+    if not cli.is_main_process():
+        return
+    ignore_keys(settings.ignore_config_keys)
+    base, subject = resolve(settings.base), Subject(settings.source, base=settings.base)
+    config = read_config(base)
+    counts = read_counts(settings, config)
+    if subject.adapter:
+        if settings.adapter:
+            raise InputError(f"--adapter has no meaning with the adapter {settings.source}; leave it out")
+        matrices, found = check_adapter(subject, config, counts)
+    else:
+        model = resolve(subject.base if subject.run else settings.source)  # a run of full fine-tuning has model/
+        matrices, found = check_merged(model, settings.adapter, base, config)
+    findings = sorted_findings(found)
+    say(*report.table(matrices, config, counts), "")
+    for finding in findings:
+        say(*finding.lines(), "")
+    experts = by_expert(matrices, config)
+    if settings.plot:
+        report.draw(experts, counts, f"{settings.source} on {settings.base}", writable(settings.plot))
+    if settings.json:
+        write_json(writable(settings.json), report.record(matrices, findings, config))
+    num_faults = sum(finding.is_fault for finding in findings)
+    say(f"{report.headline(experts, counts)}; {num_faults or 'no'} {'fault' if num_faults == 1 else 'faults'}")
+    if num_faults:
+        sys.exit(3)
+
+
+def read_counts(settings: CheckSettings, config: MoEConfig) -> Tensor | None:
+    """The routed tokens [L, E] of --profile, or of the run's own profile."""
+    own = Path(settings.source) / "profile.json"
+    path = settings.profile or (str(own) if own.is_file() else None)
+    if path is None:
+        return None
+    routing = load_profile(path)
+    check_fits(routing, config, path)
+    return routing.counts
+
+
+def readings_of(folder: Path, config: MoEConfig) -> dict[str, Reading]:
+    """The adapter as it says it is packed and, if it has packed stacks, with lora_B in the other order."""
+    reading = read_loosely(folder, config)
+    if not reading.packed or max(reading.packed.values()) == 1:
+        return {AS_READ: reading}
+    other = reading.layout._replace(by_expert=not reading.layout.by_expert)
+    return {AS_READ: reading, REORDERED: read_loosely(folder, config, other)}
+
+
+def check_adapter(
+    subject: Subject, config: MoEConfig, counts: Tensor | None
+) -> tuple[dict[str, Matrix], list[Finding]]:
+    """What moved in an adapter, and what is wrong with it."""
+    readings = readings_of(subject.adapter, config)
+    reading = readings[AS_READ]
+    matrices = adapter_changes(reading, weights_of(subject.folder), config)
+    found = [*of_pairs(reading, config), *of_base(subject)]
+    found += [*of_layout(reading, readings.get(REORDERED), config), *of_changes(reading, matrices, config, counts)]
+    return matrices, found
+
+
+def of_base(subject: Subject) -> Iterator[Finding]:
+    """Whether the adapter was trained on this base, as far as it says."""
+    try:
+        subject.check_base()
+        difference = None if subject.run else other_base(subject.adapter, subject.folder)
+    except InputError as error:
+        difference = True, str(error)
+    if difference:
+        is_known, sentence = difference
+        means = "On another base the update means something else; on one that holds it already it counts twice."
+        yield Finding("another-base", sentence, means, "check with the base that it was trained on", is_known)
+
+
+def check_merged(
+    folder: Path, adapter: str | None, base: Path, config: MoEConfig
+) -> tuple[dict[str, Matrix], list[Finding]]:
+    """What differs between a merged checkpoint and its base, and whether that is the adapter."""
+    merged, weights = weights_of(folder), weights_of(base)
+    if {key: weight.shape for key, weight in merged.items()} != {key: weight.shape for key, weight in weights.items()}:
+        raise InputError(f"{folder} is of another model than {base}: the weights have other names or shapes")
+    readings, found = {}, []
+    if adapter:
+        place = Subject(adapter).adapter
+        if place is None:
+            raise InputError(f"--adapter {adapter} holds no adapter; expected a run folder, or PEFT's format")
+        readings = readings_of(place, config)
+        found = [*of_pairs(readings[AS_READ], config)]
+    comparison = compare(merged, weights, config, readings)
+    say(f"largest difference of an entry from the base: {comparison.largest:.3g}")
+    return comparison.matrices, [*found, *of_merged(comparison, readings, config)]
 
 
 if __name__ == "__main__":

@@ -240,6 +240,18 @@ def detach(model: MoETransformer) -> None:
 
 
 @torch.no_grad()
+def folded(W: Tensor, factors: dict[str, Tensor], kind: str, scaling: float) -> Tensor:
+    """The weight that computes by itself what W [out, in] computes with one pair.  -> float32 [out, in]
+
+    factors: lora_A [r, in], lora_B [out, r]; for DoRA also lora_m [out].
+    """
+    r = len(factors["lora_A"])
+    pair = KINDS[kind][1].pair(W.unsqueeze(0), r, scaling * r)
+    pair.load_state_dict({name: factor.unsqueeze(0) for name, factor in factors.items()})
+    return pair.merged(W.unsqueeze(0))[0]
+
+
+@torch.no_grad()
 def merge(model: MoETransformer) -> None:
     """Add every adapter to its weight (W + (alpha / r) B A for LoRA) in float32, and remove the adapters."""
     for module in model.modules():

@@ -63,7 +63,7 @@ def tensor_digests(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt"):  # checks the sizes
             pass
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
     found = {}
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")

@@ -15,9 +15,10 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,55 +108,103 @@ KNOWN = {  # keys of adapter_config.json that are read, or that change nothing o
     "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
     "revision", "task_type", "auto_mapping", "inference_mode", "lora_dropout", "peft_version", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying", "trainable_token_indices",
+    "ensure_weight_tying", "trainable_token_indices", "lora_B_layout", "moe_sieve_selection", "moe_sieve_version",
 }  # fmt: skip
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base model's weights
+# Parts of names that FSDP, torch.compile, activation checkpointing and an adapter's own name leave in a raw state dict.
+WRAPPERS = r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.|(?<=lora_[AB]\.)default\."
 
 
-def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shapes) -> PeftAdapter:
-    """The LoRA or DoRA adapter that PEFT saved in a folder, without the pairs that are all zero.
+class Layout(NamedTuple):
+    """How a file packs the pairs of all experts of a layer into one; nothing in the tensors says it."""
 
-    shapes: of every matrix of the model. Reads a pair per expert, and the stacked pairs that PEFT saves under
-    transformers 5. Pairs of other ranks and scales become pairs of one rank and one alpha: `unified`. Raises InputError
-    for a damaged file, for a setting that changes what the factors mean, and for pairs that do not fit the model.
+    by_expert: bool  # the columns of lora_B: one expert after the other. PEFT: the expert is innermost
+    swapped: bool  # lora_A and lora_B have each other's place, as before PEFT 0.19
+
+
+@dataclass
+class Reading:
+    """What an adapter's folder holds, as far as it can be read."""
+
+    kind: str  # key of lora.KINDS
+    pairs: dict[str, Factors] = field(default_factory=dict)  # by matrix
+    scales: dict[str, Fraction] = field(default_factory=dict)  # what B A is multiplied by
+    layout: Layout | None = None  # of packed stacks
+    packed: dict[str, int] = field(default_factory=dict)  # PEFT's name of each packed stack -> its rank
+    problems: list[str] = field(default_factory=list)  # what cannot be read, or changes what the factors mean
+
+
+def read_pairs(
+    folder: str | Path, family: Family, num_experts: int, shapes: Shapes, layout: Layout | None = None
+) -> Reading:
+    """The pairs that a tool saved in PEFT's format: one for each expert, or packed as under transformers 5.
+
+    shapes: of every matrix of the model. layout: of packed pairs, by default what adapter_config.json says. Also reads
+    the packed pairs of selected experts that axolotl's moe_sieve writes. Raises InputError for a damaged file.
     """
-    folder = Path(folder)
+    about, tensors = read_files(Path(folder))
+    problems = setting_problems(about)
+    layout = layout or layout_of(about)
+    reading = Reading("dora" if about.get("use_dora") else "lora", layout=layout, problems=problems)
+    selection = about.get("moe_sieve_selection") or {}
+    for name, pair in pairs_by_name(tensors, about, problems).items():
+        try:
+            matrix, rows = name.replace(".mlp.", f".{family.moe}."), len(pair["lora_A"])  # transformers 5 -> the hub
+            if name.endswith((".experts", ".experts.base_layer")):
+                module = name.removesuffix(".base_layer")
+                ids = selection.get(module, {}).get("selected_experts", list(range(num_experts)))
+                parameter, parts = unstack(matrix, pair, family, ids, layout, shapes)
+                name, rows = f"{module}.{parameter}", rows // len(ids)
+                reading.packed[name] = rows
+            else:
+                parts = {matrix: pair}
+            scale = scale_of(name, rows, about)
+            for part, factors in parts.items():
+                fan_out, fan_in = shapes.get(part, (0, 0))
+                rank = len(factors["lora_A"])
+                if (factors["lora_A"].shape, factors["lora_B"].shape) != ((rank, fan_in), (fan_out, rank)):
+                    raise InputError(f"{part} has {described(factors)}, which is of another model or rank")
+            reading.pairs |= parts
+            reading.scales |= dict.fromkeys(parts, scale)
+        except InputError as error:
+            problems.append(str(error))
+    return reading
+
+
+def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """adapter_config.json and the tensors of a PEFT folder. Raises InputError if they are missing or damaged."""
     try:
         about = parse_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json", dict)
         tensors = load_file(folder / "adapter_model.safetensors")
         r, alpha = about["r"], about["lora_alpha"]
         if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < float("inf")):
-            raise ValueError(f"r {r!r}, lora_alpha {alpha!r}; want numbers above 0")
+            raise ValueError(f"r {r!r}, lora_alpha {alpha!r}; expected numbers above 0")
     except FileNotFoundError as error:
         is_pickle = (folder / "adapter_model.bin").is_file()
         pickle = "adapter_model.bin is a pickle, which is never opened; load it with PEFT and save it again"
-        advice = pickle if is_pickle else "want the folder of a PEFT adapter"
+        advice = pickle if is_pickle else "expected the folder of a PEFT adapter"
         missing = error.filename or folder / "adapter_model.safetensors"  # safetensors names no file
         raise InputError(f"{missing} is missing; {advice}") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, OverflowError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
-    try:
-        check_settings(about)
-        pairs, scales = {}, {}
-        for name, pair in pairs_by_name(tensors, about).items():
-            matrix, rows = name.replace(".mlp.", f".{family.moe}."), len(pair["lora_A"])  # transformers 5 -> the hub
-            if name.endswith((".experts", ".experts.base_layer")):
-                parameter, found = unstack(matrix, pair, family, num_experts, about, shapes)
-                name, rows = f"{name.removesuffix('.base_layer')}.{parameter}", rows // num_experts
-            else:
-                found = {matrix: pair}
-            pairs |= found
-            scales |= dict.fromkeys(found, scale_of(name, rows, about))
-        for matrix, pair in pairs.items():
-            fan_out, fan_in = shapes.get(matrix, (0, 0))
-            rank = len(pair["lora_A"])
-            if (pair["lora_A"].shape, pair["lora_B"].shape) != ((rank, fan_in), (fan_out, rank)):
-                raise InputError(f"{matrix} has {described(pair)}, which is of another model or rank")
-        adapter, remark = unified(pairs, scales, bool(about.get("use_dora")))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
+    return about, tensors
+
+
+def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shapes) -> PeftAdapter:
+    """The LoRA or DoRA adapter of a folder in PEFT's format, without the pairs that are all zero.
+
+    Pairs of other ranks and scales become pairs of one rank and one alpha: `unified`. Raises InputError for a damaged
+    file, for a setting that changes what the factors mean, and for pairs that do not fit the model.
+    """
+    reading = read_pairs(folder, family, num_experts, shapes)
+    if reading.problems:
+        raise InputError(f"{folder}: {reading.problems[0]}")
+    for matrix, pair in reading.pairs.items():
+        for name, factor in pair.items():
+            check_finite(factor, f"{folder}: {matrix}.{name}")
+    adapter, remark = unified(reading.pairs, reading.scales, reading.kind == "dora")
     if remark:
         note(f"{folder}: {remark}")
     return adapter
@@ -187,26 +236,37 @@ def unified(pairs: dict[str, Factors], scales: dict[str, Fraction], dora: bool) 
     return PeftAdapter(r, float(r * scale), changed, dora), "" if same == len(pairs) else remark
 
 
-def check_settings(about: dict) -> None:
-    """Raise InputError for an adapter_config.json under which the factors mean something else."""
-    for name, only in ONLY.items():
-        if (about.get(name) or only) != only:
-            raise InputError(f"{name} is {about[name]!r}, only {only!r} can be read")
+def setting_problems(about: dict) -> list[str]:
+    """What adapter_config.json says that gives the factors another meaning, or that is not known."""
+    problems = [
+        f"{name} is {about[name]!r}, only {only!r} can be read"
+        for name, only in ONLY.items()
+        if (about.get(name) or only) != only
+    ]
     if unknown := sorted(key for key, value in about.items() if value and key not in KNOWN):
         given = ", ".join(f"{key} {about[key]!r:.40}" for key in unknown)
-        raise InputError(f"{given}: unknown in adapter_config.json; take it out if it changes nothing")
+        problems.append(f"{given}: unknown in adapter_config.json; take it out if it changes nothing")
     init = about.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
-        raise InputError(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = about.get(name) or {}
-        if not isinstance(pattern, dict) or not all(type(n) in (int, float) and n > 0 for n in pattern.values()):
-            raise InputError(f"{name} is {pattern!r:.80}; want an object of numbers above 0")
+        problems.append(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")
+    return problems
+
+
+def layout_of(about: dict) -> Layout:
+    """How the file packs its stacks, as far as adapter_config.json tells: PEFT's way, which changed with 0.19.
+
+    Unsloth of before September 2026 packed lora_B expert by expert; later versions record which (`lora_B_layout`).
+    """
+    return Layout(about.get("lora_B_layout") == "grouped_by_expert", version(about) < (0, 19))  # 0.17 writes no version
 
 
 def of_module(about: dict, pattern: str, default: str, name: str) -> int | float:
     """What adapter_config.json says of a module. The keys of a pattern are regular expressions for ends of names."""
-    for key, value in (about.get(pattern) or {}).items():
+    patterns = about.get(pattern) or {}
+    is_object = isinstance(patterns, dict)
+    if not is_object or not all(type(n) in (int, float) and n > 0 for n in patterns.values()):
+        raise InputError(f"{pattern} is {patterns!r:.80}; expected an object of numbers above 0")
+    for key, value in patterns.items():
         try:  # PEFT calls a weight that is not a linear layer's by its own name
             if any(re.match(rf"(.*\.)?({key})$", each) for each in (name, f"{name}.weight")):
                 return value
@@ -228,19 +288,30 @@ def scale_of(name: str, rows: int, about: dict) -> Fraction:
     return Fraction(alpha / math.sqrt(rank)) if about.get("use_rslora") else Fraction(alpha) / rank
 
 
-def pairs_by_name(tensors: dict[str, Tensor], about: dict) -> dict[str, Factors]:
-    """The tensors of a PEFT file as pairs, by PEFT's name of a matrix or of a layer's stacked experts."""
-    pairs, factors = {}, ["lora_A", "lora_B"] + (["lora_m"] if about.get("use_dora") else [])
+def pairs_by_name(tensors: dict[str, Tensor], about: dict, problems: list[str]) -> dict[str, Factors]:
+    """The tensors of a PEFT file as pairs, by PEFT's name of a matrix or of a layer's stacked experts.
+
+    A tensor without a place becomes one of the problems. So does a name that a wrapper has changed: it is read, but
+    PEFT passes over it without an error.
+    """
+    pairs, factors, misnamed = {}, ["lora_A", "lora_B"] + (["lora_m"] if about.get("use_dora") else []), []
     for key, tensor in tensors.items():
-        match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_(A|B|magnitude_vector)(\.weight)?", key)
+        name = re.sub(WRAPPERS, "", key)
+        misnamed += [key] if name != key else []
+        match = re.fullmatch(r"base_model\.model\.(model\..+)\.lora_(A|B|magnitude_vector)(\.weight)?", name)
         factor = match and f"lora_{match[2][0]}"
-        if factor not in factors:
-            raise InputError(f"{key} cannot be read; want {' and '.join(factors)} of attention, router, experts")
-        check_finite(tensor, key)
-        pairs.setdefault(match[1], {})[factor] = tensor.float()
-    for name, pair in pairs.items():
-        if len(pair) < len(factors):
-            raise InputError(f"{name} has {', '.join(pair)} alone, want {' and '.join(factors)}; a damaged adapter?")
+        if factor in factors:
+            pairs.setdefault(match[1], {})[factor] = tensor.float()
+        else:
+            problems.append(f"{key} cannot be read; expected {' and '.join(factors)} of attention, router, experts")
+    for name in [name for name, pair in pairs.items() if len(pair) < len(factors)]:
+        held = ", ".join(pairs.pop(name))
+        problems.append(f"{name} has {held} alone, expected {' and '.join(factors)}; a damaged adapter?")
+    if misnamed:
+        problems.append(
+            f"{len(misnamed)} tensors have names that PEFT does not look for ({misnamed[0]}); "
+            "save with save_pretrained of the unwrapped PEFT model"
+        )
     return pairs
 
 
@@ -250,43 +321,45 @@ def described(pair: Factors) -> str:
 
 
 def unstack(
-    name: str, pair: Factors, family: Family, E: int, about: dict, shapes: Shapes
+    name: str, pair: Factors, family: Family, ids: list[int], layout: Layout, shapes: Shapes
 ) -> tuple[str, dict[str, Factors]]:
-    """Take apart the one pair that PEFT holds under transformers 5 for all experts of a layer.
+    """Take apart the one pair that PEFT holds under transformers 5 for n experts of a layer, by default all.
 
-    lora_A [E * r, in] has the expert outermost, lora_B [out, r * E] innermost. The shapes tell whether it adapts
-    gate_up_proj (in D, out 2F) or down_proj (in F, out D): of two pairs one is named `experts`, the other, inside it,
-    `experts.base_layer`; of one alone the name says nothing. Before PEFT 0.19, A and B have each other's place:
-    (E, out, in) was read as (E, in, out). If gate and up had a pair each, the rank of their common pair is 2r, and B is
-    block-diagonal. Otherwise gate and up share A.
+    lora_A [n * r, in] has the expert outermost, lora_B [out, r * n] innermost (`Layout`). The shapes tell whether it
+    adapts gate_up_proj (in D, out 2F) or down_proj (in F, out D): of two pairs one is named `experts`, the other,
+    inside it, `experts.base_layer`; of one alone the name says nothing. Before PEFT 0.19, A and B have each other's
+    place: (E, out, in) was read as (E, in, out). If gate and up had a pair each, the rank of their common pair is 2r,
+    and B is block-diagonal. Otherwise gate and up share A.
     -> the parameter that it adapts, and pairs by matrix
     """
-    experts = name.removesuffix(".base_layer")
+    experts, n = name.removesuffix(".base_layer"), len(ids)
     gate_proj, up_proj, down_proj = family.projections
     F_, D = shapes.get(f"{experts}.0.{gate_proj}", (0, 0))
     A, B = pair["lora_A"], pair["lora_B"]
-    swapped = version(about) < (0, 19)  # 0.17 writes no version
-    sides = (B.shape[0], A.shape[-1]) if swapped else (A.shape[-1], B.shape[0])
+    sides = (B.shape[0], A.shape[-1]) if layout.swapped else (A.shape[-1], B.shape[0])
     adapts = {(D, 2 * F_): "gate_up_proj", (F_, D): "down_proj"}.get(sides)
-    if not F_ or adapts is None or len(A) % E or B.shape[1] % E:
+    if not F_ or adapts is None or len(A) % n or B.shape[1] % n:
         raise InputError(f"{name} has {described(pair)}, which is of another model")
-    A = A.unflatten(0, (E, -1))  # [E, rank, in]
-    B = B.unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, rank]
-    if swapped:
+    A = A.unflatten(0, (n, -1))  # [n, rank, in]
+    if layout.by_expert:
+        B = B.unflatten(1, (n, -1)).permute(1, 0, 2)  # [n, out, rank]
+    else:
+        B = B.unflatten(1, (-1, n)).permute(2, 0, 1)
+    if layout.swapped:
         A, B = B.mT, A.mT
     if adapts == "down_proj":
         parts = {down_proj: (A, B)}
     else:
         r = A.shape[1] // 2
-        gate, up = B.chunk(2, dim=1)  # [E, F, rank] each
+        gate, up = B.chunk(2, dim=1)  # [n, F, rank] each
         if A.shape[1] % 2 or gate[..., r:].any() or up[..., :r].any():
             parts = {gate_proj: (A, gate), up_proj: (A, up)}
         else:
             parts = {gate_proj: (A[:, :r], gate[..., :r]), up_proj: (A[:, r:], up[..., r:])}
     return adapts, {
-        f"{experts}.{e}.{projection}": {"lora_A": A[e], "lora_B": B[e]}
+        f"{experts}.{e}.{projection}": {"lora_A": A[i], "lora_B": B[i]}
         for projection, (A, B) in parts.items()
-        for e in range(E)
+        for i, e in enumerate(ids)
     }
 
 

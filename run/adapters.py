@@ -7,9 +7,11 @@
 Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -21,8 +23,9 @@ from command.cli import InputError
 from command.files import parse_json, read_json, seal
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
 from hub.checkpoint import check_finite
-from hub.peft import PeftAdapter, Shapes, read_peft
+from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, read_peft
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
+from lora import init_A
 from lori import Scatter, positions_of, sparsify
 from model import MoEConfig, MoETransformer
 from neighbours.ranks import pad
@@ -172,6 +175,66 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
             stack = f"layers.{i}.mlp.experts.lora.{projection}"
             found[stack] = [f"layers.{i}.mlp.experts.{e}.{projection}" for e in ids]
     return found
+
+
+@torch.no_grad()
+def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
+    """The adapter of a run, and its factors by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
+
+    Raises InputError for an adapter that is damaged or does not fit the model.
+    """
+    adapter, state = read_adapter(folder)
+    hot_mask(adapter.hot, config)
+    shapes, r, digest = hub_shapes(config), adapter.r, hashlib.sha256()
+    by_matrix: dict[str, Factors] = {}
+    is_sparse = any(name.endswith("positions") for name in state)
+
+    def take(name: str, *shape: int) -> Tensor:
+        tensor = state.pop(name, None)
+        if tensor is None or tensor.shape != shape:
+            what = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise InputError(f"{folder}: {name} is {what}, expected {shape}; is it damaged, or of another model?")
+        return tensor.float()
+
+    for module, matrices in sorted(adapted_matrices(adapter, config).items()):
+        fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
+        n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
+        if adapter.kind == "lori":
+            A = torch.empty(*n, r, fan_in)
+            for matrix, rows in zip(matrices, A.view(-1, r, fan_in), strict=True):
+                init_A(rows, adapter.seed, matrix)
+            digest.update(A.numpy().astype("<f4").tobytes())
+        else:
+            A = take(f"{module}.lora_A", *n, r, fan_in)
+        if is_sparse:  # a matrix of which no entry was kept is not in the file
+            name = f"{module}.parametrizations.lora_B"
+            positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
+            values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
+            B = Scatter(positions, torch.Size((*n, fan_out, r)))(values)
+        else:
+            B = take(f"{module}.lora_B", *n, fan_out, r)
+        factors = {"lora_A": A, "lora_B": B}
+        if adapter.kind == "dora":
+            factors["lora_m"] = take(f"{module}.lora_m", *n, fan_out)
+        for j, matrix in enumerate(matrices):
+            by_matrix[matrix] = {name: factor[j] if n else factor for name, factor in factors.items()}
+    if state:
+        raise InputError(f"{folder}: {next(iter(state))} is unexpected; is the adapter damaged?")
+    if adapter.kind == "lori" and digest.hexdigest() != adapter.sha256_A:
+        raise InputError(
+            f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; is the adapter damaged?"
+        )
+    return adapter, by_matrix
+
+
+def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = None) -> Reading:
+    """The pairs in a folder by the hub's keys, with whatever is wrong with them: a run's adapter, or one of PEFT."""
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        return read_pairs(folder, config.family, config.num_experts, hub_shapes(config), layout)
+    adapter, factors = read_factors(folder, config)
+    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
+    return Reading(adapter.kind, pairs, dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r))
 
 
 def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:

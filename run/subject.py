@@ -37,8 +37,8 @@ class Subject:
         place = Path(name)
         self.adapter: Path | None = None  # the adapter's folder; None: the checkpoint is all
         if self.run is None:
-            trained_on = base_of(place)  # of an adapter that PEFT saved
-            self.adapter, self.base = place if trained_on else None, base or trained_on or name
+            self.adapter = place if (place / "adapter_config.json").is_file() else None  # that PEFT saved
+            self.base = base or base_of(place) or name
         elif (place / "model").is_dir():  # of full fine-tuning
             self.base = str(result_of(self.run, place, "model"))
         else:
@@ -151,13 +151,33 @@ def check_base(run: dict, folder: Path, content: dict[str, str]) -> None:
         note(f"{folder}: {', '.join(changed)} changed since the adapter was trained on this base")
 
 
+def other_base(adapter: Path, folder: Path) -> tuple[bool, str] | None:
+    """What speaks against `folder` being the base that a PEFT adapter names; None if nothing does.
+
+    -> whether the weights are known to differ, and a sentence
+    """
+    try:
+        named = base_of(adapter)
+    except InputError as error:
+        return False, str(error)
+    if named is None or f"models--{named.replace('/', '--')}" in folder.parts:  # a folder of the hub's cache
+        return None
+    if not (Path(named) / "config.json").is_file():
+        return False, f"{adapter} names the base {named}, which is not here to be compared with {folder}"
+    if digests.weights_digest(Path(named)) == digests.weights_digest(folder):
+        return None
+    return True, f"{adapter} names the base {named}, whose weights differ from those of {folder}"
+
+
 def content_of(folder: Path, start: str | None) -> dict:
     """What a run starts from.  -> {"base": digests of the base model's files}
 
     start: the run, its adapter's folder or PEFT's folder that the run starts from. Raises InputError if that is a run
-    on other base weights.
+    on other base weights; that PEFT's folder names another base is noted.
     """
     content = base_content(folder)
     if start and (before := run_config(start)):
         check_base(before, folder, content)
+    elif start and (difference := other_base(Path(start), folder)):
+        note(difference[1])
     return {"base": content}

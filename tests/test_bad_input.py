@@ -499,15 +499,12 @@ export run-experts --to peft --out new               | expert 64
 export run --to merged --out notes                   | not empty
 export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new
-export run --to merged --out new --train-data absent.jsonl | absent.jsonl | checked | others with --train-data FILE
 export run --to merged --out new --model nowhere/at-all | nowhere/at-all
 export run --to merged --out new --model config-other   | shape
 export run --to merged --out new --model weights-nan    | not the base
 export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
-export run --to merged --out new --train-data file   | file
 export run --to merged --out new --compact           | --compact
-export run --to peft --out new --examples 2          | --examples
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
 evaluate tiny --task own --eval-data own-huge.jsonl  | no target token within 512 tokens  | --max-length

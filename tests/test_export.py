@@ -22,7 +22,6 @@ import hellora
 import lori
 from command.cli import InputError, RunError
 from hub import checkpoint
-from hub.checkpoint import write_checkpoint
 from hub.config import FAMILIES
 from hub.peft import base_of
 from lori import sparsify
@@ -94,12 +93,12 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (got - want).abs().max() <= 2e-5 * want.abs().max()
 
 
 def merged(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
-    adapter, factors = export.read_factors(run / "adapter", read_config(base))
+    adapter, factors = adapters.read_factors(run / "adapter", read_config(base))
     export.write_merged(out, adapter, factors, base, **options)
     return out
 
@@ -107,7 +106,7 @@ def merged(base: Path, run: Path, out: Path, **options) -> Path:
 def peft_folder(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
     config = read_config(base)
-    adapter, factors = export.read_factors(run / "adapter", config)
+    adapter, factors = adapters.read_factors(run / "adapter", config)
     export.write_adapter(out, adapter, factors, config, "somewhere/base", **options)
     return out
 
@@ -347,7 +346,7 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
     [
         (
             lambda about, state: about.update(use_dora=True),
-            "has lora_A, lora_B alone, want lora_A and lora_B and lora_m",
+            "has lora_A, lora_B alone, expected lora_A and lora_B and lora_m",
         ),
         (lambda about, state: about.update(modules_to_save=["lm_head"]), "modules_to_save is .'lm_head'."),
         (lambda about, state: about.update(use_qalora=True), "use_qalora True: unknown"),
@@ -386,7 +385,7 @@ def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path
 
 def test_an_adapter_of_peft_that_is_a_pickle_is_named_and_not_opened(tmp_path, olmoe):
     (tmp_path / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
-    with pytest.raises(InputError, match="adapter_model.safetensors is missing; want the folder of a PEFT adapter"):
+    with pytest.raises(InputError, match="adapter_model.safetensors is missing; expected the folder of a PEFT adapter"):
         read_any_adapter(tmp_path, read_config(olmoe.folder))
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(InputError, match="adapter_model.bin is a pickle, which is never opened"):
@@ -398,7 +397,7 @@ def test_an_adapter_of_peft_that_is_a_pickle_is_named_and_not_opened(tmp_path, o
 
 @pytest.fixture
 def base(olmoe, tmp_path) -> Path:
-    """A checkpoint with a tokenizer, which the check of the merged weights needs, and with code of its own."""
+    """A checkpoint with a tokenizer, and with code of its own."""
     folder = with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base"))
     hub = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoConfig": "configuration_own.Own"}}
     (folder / "config.json").write_text(json.dumps(hub, indent=2) + "\n")
@@ -418,15 +417,13 @@ def bytes_of_tensors(folder: Path) -> int:
     return sum(tensor.nbytes for file in folder.glob("*.safetensors") for tensor in load_file(file).values())
 
 
-def test_merged_from_the_command_line_is_checked_and_complete(base, run, tmp_path, capsys):
-    export.main([str(run), "--to", "merged", "--out", str(tmp_path / "a/b"), "--examples", "3"])
-    said = capsys.readouterr().out
+def test_merged_from_the_command_line_is_complete(base, run, tmp_path, capsys):
+    export.main([str(run), "--to", "merged", "--out", str(tmp_path / "a/b")])
+    printed = capsys.readouterr().out
     assert {file.name for file in (tmp_path / "a/b").iterdir()} == {file.name for file in base.iterdir()}
-    assert f"merged checkpoint: {bytes_of_tensors(tmp_path / 'a/b'):,} bytes" in said
+    assert f"merged checkpoint: {bytes_of_tensors(tmp_path / 'a/b'):,} bytes" in printed
     whole = sum(file.stat().st_size for file in (tmp_path / "a/b").iterdir())
-    assert f"{whole:,} bytes with everything" in said
-    tokens = int(said.split("top-1 agrees at ")[1].split()[0])
-    assert f"check on 3 examples, {tokens} tokens" in said and f"{tokens} of {tokens}" in said
+    assert f"{whole:,} bytes with everything" in printed
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b"]
     assert len({file.stat().st_mode for file in (tmp_path / "a/b").iterdir()}) == 1  # who reads one reads all
 
@@ -444,37 +441,12 @@ def test_peft_from_the_command_line_says_the_sizes_it_writes(flags, base, run, t
         assert f"--compact: {bytes_of_tensors(tmp_path / 'small'):,})" in said
 
 
-def test_moved_base_in_16_bits_is_checked_within_their_rounding(base, run, tmp_path, capsys):
+def test_a_base_that_was_moved_is_named_and_its_dtype_kept(base, run, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "elsewhere")
-    shutil.move(base / "tokenizer.json", tmp_path / "elsewhere")
     shutil.rmtree(base)
     export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out"), "--model", str(tmp_path / "elsewhere")])
-    assert "in bfloat16" in capsys.readouterr().out
     assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_expert_left_out_of_the_merge_is_noticed_and_nothing_is_kept(dtype, run, tmp_path, monkeypatch):
-    rightly, calls = export.fold, []
-
-    def wrongly(W, factors, adapter):
-        calls.append(W)
-        return W if len(calls) == 20 else rightly(W, factors, adapter)
-
-    monkeypatch.setattr(export, "fold", wrongly)
-    with pytest.raises(RunError, match="1 weights are not what the adapter makes of the base"):
-        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out"), "--dtype", dtype])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
-
-
-def test_a_config_that_changes_the_forward_is_noticed(run, tmp_path, monkeypatch):
-    def wrongly(folder, sizes, weights, hub, shard_bytes):
-        write_checkpoint(folder, sizes, weights, hub | {"num_experts_per_tok": 2}, shard_bytes)
-
-    monkeypatch.setattr(export, "write_checkpoint", wrongly)
-    with pytest.raises(RunError, match="logits differ"):
-        export.main([str(run), "--to", "merged", "--out", str(tmp_path / "out")])
 
 
 def damage(file: str, content: bytes):
@@ -490,8 +462,6 @@ def damage(file: str, content: bytes):
         (["--to", "merged"], damage("run/adapter/adapter.json", b"{}"), "not an adapter"),
         (["--to", "merged"], damage("base/model.safetensors", b"12345678"), "not a whole safetensors file"),
         (["--to", "merged", "--compact"], None, "--compact has no meaning with --to merged"),
-        (["--to", "peft", "--examples", "3"], None, "--examples has no meaning with --to peft"),
-        (["--to", "merged", "--train-data", "nowhere.jsonl"], None, "nowhere.jsonl"),
         (["--to", "merged", "--model", "nowhere/at-all"], None, "nowhere/at-all"),
         (["--to", "gguf"], None, "invalid choice"),
         (["--to", "peft"], lambda tmp_path: make_run(tmp_path / "base", tmp_path / "run", "dora"), "use --to merged"),
@@ -530,7 +500,7 @@ def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, o
     change(state)
     adapters.save_adapter(state, tmp_path / "adapter", adapter)
     with pytest.raises(InputError, match=said):
-        export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+        adapters.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
 
 
 def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_path):
@@ -538,7 +508,7 @@ def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_p
     adapter, state = adapters.read_adapter(tmp_path / "adapter")
     adapters.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
     with pytest.raises(InputError, match="another checksum"):
-        export.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+        adapters.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
 
 
 def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor(olmoe, tmp_path):

@@ -1,0 +1,352 @@
+"""What is wrong with an adapter or a merged checkpoint, in words: what it is, what it means, what to do.
+
+Faults come first, the worst of them first; then remarks, which are not faults.
+
+Dimensions: L layers with experts, E experts per layer.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diagnosis.measure import (
+    EMPTY,
+    EXPERTS,
+    MOVED,
+    NO_A,
+    NOT_FINITE,
+    ROUTER,
+    UNMOVED,
+    Matrix,
+    by_expert,
+    place_of,
+    spread,
+    state_of,
+)
+from diagnosis.merged import AS_READ, REORDERED, TRANSPOSED, Comparison, unchanged_share
+from hub.peft import Reading
+from model import MoEConfig
+
+NEGLIGIBLE = 1e-5  # |dW| / |W|; a step of bfloat16 is 4e-3 of an entry
+CLEARER = 2.0  # by how much the spread of one order must exceed that of the other
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong (a fault) or worth knowing."""
+
+    name: str
+    what: str
+    means: str
+    do: str = ""
+    is_fault: bool = True
+
+    def lines(self) -> Iterator[str]:
+        yield f"{'FAULT' if self.is_fault else 'note'}: {self.what}"
+        yield f"    {self.means}"
+        if self.do:
+            yield f"    To do: {self.do}"
+
+
+def sorted_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Faults before remarks, otherwise in the given order."""
+    return sorted(findings, key=lambda finding: not finding.is_fault)
+
+
+# ------------------------------------------------------------------------------- from the adapter's files alone
+
+
+def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
+    """What the factors alone show, without the base's weights."""
+    states = {key: (place_of(key, config.family), state_of(pair)) for key, pair in reading.pairs.items()}
+    if problems := list(dict.fromkeys(reading.problems)):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        yield Finding("unread", problems[0] + more, "This is not examined here, and other tools may drop it.")
+    if bad := [key for key, (_, state) in states.items() if state == NOT_FINITE]:
+        yield Finding(
+            "not-finite",
+            f"{len(bad)} pairs hold NaN or infinity, the first {bad[0]}",
+            "The training diverged, or the file is damaged. The model computes NaN.",
+            "train again with a smaller learning rate or with gradient clipping, or take an earlier checkpoint",
+        )
+    held = {key: one for key, one in states.items() if one[1] != EMPTY}
+    experts = [state for place, state in held.values() if place.part == EXPERTS]
+    if not experts:
+        parts = sorted({place.part for place, _ in held.values()}) or ["nothing"]
+        yield Finding(
+            "no-expert-pair",
+            f"no expert has a LoRA pair; the adapter has {len(held)} pairs, on {', '.join(parts)}",
+            "The experts are those of the base. Where they are stacked parameters (transformers 5), target_modules may "
+            "not reach them, and the training goes on without a word.",
+            "train again, with target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']",
+        )
+    elif all(state in (UNMOVED, NO_A) for state in experts):
+        yield Finding(
+            "unmoved",
+            f"none of the {len(experts)} pairs on experts moved: " + zero_factors(experts),
+            "The experts compute what the base computes. Their factors got no gradient: the forward pass did not use "
+            "them, or they were not given to the optimizer.",
+            "check that the experts' factors have a gradient after the first backward pass, then train again",
+        )
+
+
+def zero_factors(states: list[str]) -> str:
+    """Which factor is zero in pairs that did not move."""
+    counts = {"B": states.count(UNMOVED), "A": states.count(NO_A)}
+    return " and ".join(f"{factor} is zero in {count}" for factor, count in counts.items() if count)
+
+
+def of_layout(reading: Reading, other: Reading | None, config: MoEConfig) -> Iterator[Finding]:
+    """Whether packed stacks are read in the right order. other: the same file with lora_B in the other order."""
+    if not reading.packed:
+        return
+    order = "expert by expert" if reading.layout.by_expert else "with the expert innermost, as PEFT packs them"
+    is_square = 2 * config.intermediate_size == config.hidden_size
+    if reading.layout.swapped and is_square:
+        yield Finding(
+            "square-stack",
+            "the stack of gate and up is square, and the file has A and B in each other's place (PEFT before 0.19)",
+            "PEFT 0.19 and later load it without an error, and add the transposed delta.",
+            "merge it with the PEFT that wrote it, or export it from here",
+        )
+    if other is None:
+        return
+    F_read, F_other = spread(reading.pairs, config.family), spread(other.pairs, config.family)
+    evidence = (
+        f"the variance of the column norms between experts is {F_read:.2f} times that within an expert; in the other "
+        f"order {F_other:.2f} times"
+    )
+    if F_other > CLEARER * max(F_read, 1.0):
+        yield Finding(
+            "packed-order",
+            f"the columns of lora_B in packed stacks look as if they were in the other order than read ({order})",
+            f"Evidence: {evidence}. Each expert would get columns of many others, with the right norm: quality drops "
+            "without an error. Unsloth packed them expert by expert until September 2026.",
+            "state the order that the training used in adapter_config.json: lora_B_layout 'grouped_by_expert' or "
+            "'rank_major'; then read it again with this check",
+        )
+    elif F_read > CLEARER * max(F_other, 1.0):
+        yield Finding(
+            "packed-order-seen",
+            f"{len(reading.packed)} packed stacks are read {order}",
+            f"The factors agree: {evidence}.",
+            is_fault=False,
+        )
+    else:
+        yield Finding(
+            "packed-order-unknown",
+            f"{len(reading.packed)} packed stacks are read {order}; whether that is right cannot be told",
+            f"The factors do not show it: {evidence}.",
+            "compare with a checkpoint that the tool merged: export.py check MERGED --base MODEL --adapter DIR",
+            is_fault=False,
+        )
+
+
+# --------------------------------------------------------------------------------------------- with the base's weights
+
+
+def of_changes(
+    reading: Reading, matrices: dict[str, Matrix], config: MoEConfig, counts: Tensor | None
+) -> Iterator[Finding]:
+    """What the size of the update shows. counts: int [L, E], tokens that chose an expert, if a profile is given."""
+    experts = {key: m for key, m in matrices.items() if m.place.part == EXPERTS and m.state != EMPTY}
+    yield from some_unmoved(experts, reading, config, counts)
+    moved = [m for m in experts.values() if m.state == MOVED]
+    ratios = sorted(m.ratio for m in moved)
+    if ratios and ratios[-1] < NEGLIGIBLE:
+        yield Finding(
+            "negligible",
+            f"the experts move by at most {ratios[-1]:.1e} of their weights",
+            "The update is lost in the rounding of a 16-bit model. The learning rate, the scale alpha / r or the "
+            "number of steps was far too small.",
+            "train longer or with a larger learning rate, and look at the scale",
+        )
+    if ratios and ratios[-1] > 1:
+        above = sum(ratio > 1 for ratio in ratios)
+        scale = max(float(scale) for scale in reading.scales.values())
+        yield Finding(
+            "larger-than-weight",
+            f"{above} of {len(ratios)} experts' matrices move by more than their norm, by up to {ratios[-1]:.1f} times",
+            f"The update drowns the base. The scale that B A is multiplied by goes up to {scale:g}.",
+            "check lora_alpha, r and use_rslora against the training, then lower the learning rate",
+        )
+    if moved and reading.kind == "lora" and all(m.is_A_as_drawn for m in moved):
+        others = [m for m in matrices.values() if m.state == MOVED and m.place.part != EXPERTS]
+        trained_elsewhere = any(not m.is_A_as_drawn for m in others)
+        yield Finding(
+            "A-untrained",
+            f"no entry of A on any of {len(moved)} experts' matrices is outside the range that A is drawn from",
+            "A does not seem to have trained on the experts"
+            + (", though it did elsewhere." if trained_elsewhere else ". That is right for LoRI or a frozen A."),
+            "check which parameters the optimizer had" if trained_elsewhere else "",
+            is_fault=trained_elsewhere,
+        )
+    yield from remarks(matrices, config)
+
+
+def some_unmoved(
+    experts: dict[str, Matrix], reading: Reading, config: MoEConfig, counts: Tensor | None
+) -> Iterator[Finding]:
+    """Some of the experts' pairs did not move: a fault if all of a stack did not, or experts with many tokens."""
+    idle = {key: m for key, m in experts.items() if m.state in (UNMOVED, NO_A)}
+    if not idle or len(idle) == len(experts):
+        return
+    what = f"{len(idle)} of {len(experts)} pairs on experts never moved, the first {next(iter(idle))}"
+    if reading.kind == "lori":
+        means = "LoRI-S keeps the largest tenth of all entries of B; these matrices have none of them."
+        yield Finding("some-unmoved", what, means, is_fault=False)
+        return
+    stacks = {(m.place.layer, m.place.projection) for m in experts.values()}
+    moving = {(m.place.layer, m.place.projection) for m in experts.values() if m.state == MOVED}
+    if still := sorted(stacks - moving):
+        layer, projection = still[0]
+        where = f"all experts of {len(still)} stacks did not move, the first {projection} of layer {layer}"
+        advice = "check that these factors have a gradient after the first backward pass, then train again"
+        yield Finding("stacks-unmoved", where, "The training passed over these matrices.", advice)
+    if counts is None:
+        means = "Their experts received no token in training, or the training passed over them."
+        yield Finding("some-unmoved", what, means, "give --profile FILE to see how many they receive", is_fault=False)
+        return
+    row = {layer: i for i, layer in enumerate(config.moe_layers)}
+    tokens = {key: int(counts[row[m.place.layer], m.place.expert]) for key, m in experts.items()}
+    most = max(tokens[key] for key in idle)
+    usual = sorted(tokens[key] for key in experts.keys() - idle.keys())[(len(experts) - len(idle)) // 2]
+    means = f"In the profile their experts receive up to {most:,} tokens; those that moved {usual:,} at the median."
+    advice = "check that the training computes gradients for every expert"
+    yield Finding("some-unmoved", what, means, advice if most >= usual else "", is_fault=most >= usual)
+
+
+def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]:
+    """What is not wrong, but worth knowing: the router, experts without a pair, projections without one."""
+    has_pair = by_expert(matrices, config).has_pair
+    router = [m for m in matrices.values() if m.place.part == ROUTER and m.state == MOVED]
+    yield Finding(
+        "router-trained" if router else "router-frozen",
+        f"the router {f'moved in {len(router)} layers' if router else 'did not move'}",
+        "Tokens reach other experts than in the base; HELLoRA trains it so."
+        if router
+        else "Tokens choose experts with the base's weights, as far as the hidden states let them.",
+        is_fault=False,
+    )
+    if has_pair.any() and not has_pair.all():
+        least, most = int(has_pair.sum(-1).min()), int(has_pair.sum(-1).max())
+        each = f"{least}" if least == most else f"{least} to {most}"
+        yield Finding(
+            "some-experts",
+            f"{each} of {config.num_experts} experts per layer have a pair",
+            "A file of PEFT without zeros for the others loads under transformers 4 and in SGLang, but not in vLLM or "
+            "under transformers 5.",
+            is_fault=False,
+        )
+
+
+# ------------------------------------------------------------------------------------------- merged checkpoints
+
+
+def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEConfig) -> Iterator[Finding]:
+    """What a merged checkpoint holds of its adapter. readings: {} if no adapter is given."""
+    changed = [m for m in comparison.matrices.values() if m.state == MOVED]
+    experts = [m for m in changed if m.place.part == EXPERTS]
+    if not changed:
+        yield Finding(
+            "is-the-base",
+            "every weight is that of the base",
+            "Nothing was merged, or another folder was saved.",
+            "merge the adapter again: export.py RUN --to merged, or merge_and_unload() in PEFT",
+        )
+        return
+    if not experts:
+        parts = ", ".join(sorted({m.place.part for m in changed}))
+        yield Finding(
+            "experts-unchanged",
+            f"no expert differs from the base; what changed is {parts}",
+            "The experts' deltas were dropped on merging, or the adapter has none.",
+            "check the adapter itself, then merge it with a tool that knows stacked experts",
+        )
+    if AS_READ in readings:
+        yield from of_multiples(comparison)
+    share = unchanged_share(comparison)
+    if share > 0.5 and AS_READ not in readings:
+        yield Finding(
+            "mostly-unchanged",
+            f"{100 * share:.0f} % of the entries of the changed weights are those of the base",
+            "A small update is lost to rounding in 16 bits; a sparse one (LoRI-S) looks the same.",
+            "name the adapter with --adapter to tell them apart",
+            is_fault=False,
+        )
+    if comparison.unexplained:
+        keys = comparison.unexplained
+        yield Finding(
+            "unexplained",
+            f"{len(keys)} weights changed for which the adapter has no pair, the first {keys[0]}",
+            "The checkpoint is of another training, another base, or more than this adapter was merged.",
+            "name the base that the adapter was trained on",
+        )
+    yield from remarks(comparison.matrices, config)
+
+
+def of_multiples(comparison: Comparison) -> Iterator[Finding]:
+    """How many times the experts hold their deltas, and whether another reading of the adapter explains them."""
+    by_reading = comparison.experts
+    experts = by_reading.get(AS_READ)
+    if experts is None or not experts.square:
+        return
+    share = f"{100 * unchanged_share(comparison):.0f} % of the entries are those of the base"
+    times = f"the experts hold the adapter's delta {experts.times:.2f} times"
+    explained = {name: m for name, m in by_reading.items() if name != AS_READ and m.most and m.times / m.most > 0.9}
+    if explained and experts.times < 0.9 * experts.most:
+        name = next(iter(explained))
+        order = {
+            REORDERED: "with the columns of lora_B in the other order",
+            TRANSPOSED: "with the square stack of gate and up transposed",
+        }
+        yield Finding(
+            "merged-" + name,
+            f"{times}, and {explained[name].times:.2f} times {order[name]}",
+            "The tool that merged read the packed stacks differently from how they are read here. One of the two is "
+            "not what was trained.",
+            "merge with the tool and version that trained, or state the order (lora_B_layout) and check again",
+        )
+    elif experts.most < 0.5:
+        yield Finding(
+            "lost-to-rounding",
+            f"{times}, of {experts.most:.2f} that its dtype can hold; {share}",
+            "The update is smaller than the steps of 16 bits and is rounded away.",
+            "merge in float32 (--dtype float32), or serve base and adapter apart",
+        )
+    elif experts.times < 0.1:
+        yield Finding(
+            "experts-not-merged",
+            f"{times}",
+            "The experts' deltas were dropped on merging.",
+            "merge with a tool that knows stacked experts: export.py RUN --to merged",
+        )
+    elif 1.8 < experts.times < 2.2:
+        yield Finding(
+            "merged-twice",
+            f"{times}",
+            "The adapter was merged into a base that held it already.",
+            "merge once, into the base that the adapter was trained on",
+        )
+    elif abs(experts.times - experts.most) > 0.1:
+        yield Finding(
+            "other-multiple",
+            f"{times}, expected {experts.most:.2f}",
+            "Another scale (alpha / r, rsLoRA) was used for merging, or the adapter is not the one that was merged.",
+            "compare the scale of adapter_config.json with that of the training",
+        )
+    elif comparison.without:
+        yield Finding(
+            "some-not-merged",
+            f"{len(comparison.without)} weights lack their delta, the first {comparison.without[0]}",
+            "The merge passed over them.",
+            "merge again with a tool that knows these modules",
+        )
+    else:
+        yield Finding(
+            "merged-once",
+            f"{times} (its dtype can hold {experts.most:.2f}); {share}",
+            "This is base + delta, rounded to the checkpoint's dtype.",
+            is_fault=False,
+        )

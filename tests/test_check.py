@@ -1,0 +1,470 @@
+"""`export.py check`: adapters as each tool writes them are measured alike, and each finding is seen and not imagined.
+
+The key names and shapes of other tools' files were read in their own sources:
+- PEFT 0.17 to 0.21: `lora/layer.py`, class ParamWrapper; what the installed PEFT writes is written by it here.
+- Unsloth: `unsloth_zoo/temporary_patches/moe_utils.py` of unslothai/unsloth-zoo at
+  55400a778c03c67f2d0a92bd7e3ae9fea6b6b3eb (the two orders of lora_B, and the values of `lora_B_layout`).
+- axolotl: `src/axolotl/integrations/moe_sieve/peft.py` and `selection.py` of axolotl-ai-cloud/axolotl at
+  4a270c7ed167049089033f06a7b9b33fbebd772d (selected experts, in the order of `selected_experts`).
+- ms-swift: `swift/tuners/peft.py` of modelscope/ms-swift at 01488c42ee7b374457d3376d57595b2ea1dad6cf (PEFT's two files,
+  and `additional_config.json` beside them).
+- LLaMA-Factory calls PEFT's `get_peft_model` and `save_pretrained`: its files are PEFT's.
+
+Dimensions: E experts per layer, r rank.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_export import logits, make_run
+from test_peft import UNDER_5, saved_before_19, saved_under_4, saved_under_5
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import export
+from command.cli import InputError
+from diagnosis.measure import adapter_changes, by_expert, spread
+from diagnosis.report import rank_correlation
+from export import weights_of
+from hub.config import FAMILIES
+from hub.peft import PeftAdapter, write_peft
+from model import load_model, read_config
+from run.adapters import hub_shapes, load_any_adapter, read_loosely
+
+R, ALPHA, SCALE = 4, 9, 9 / 4
+PREFIX = "base_model.model."
+
+
+def factors_of(base: Path, experts: list[int], seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """Random pairs on experts, router and attention; the experts' B differ in size, as training leaves them."""
+    config, generator, pairs = read_config(base), torch.Generator().manual_seed(seed), {}
+    for key, shape in hub_shapes(config).items():
+        path = key.split(".")
+        if "experts" in path and int(path[-2]) in experts or path[-1] in ("gate", "q_proj", "v_proj"):
+            size = 0.0004 * 2.0 ** int(path[-2]) if "experts" in path else 0.02
+            A = torch.randn(R, shape[1], generator=generator)
+            pairs[key] = {"lora_A": A, "lora_B": size * torch.randn(shape[0], R, generator=generator)}
+    return pairs
+
+
+def write_one_by_one(base: Path, out: Path, pairs: dict, name: str | None = None) -> Path:
+    """A pair for each matrix, as PEFT under transformers 4, and as `export.py --to peft`."""
+    out.mkdir()
+    shapes = {key: (len(pair["lora_B"]), pair["lora_A"].shape[1]) for key, pair in pairs.items()}
+    write_peft(out, PeftAdapter(R, ALPHA, pairs), shapes, ["gate_proj", "up_proj", "down_proj"], name or str(base))
+    return out
+
+
+def write_packed(base: Path, out: Path, pairs: dict, by_expert: bool = False, changes: dict | None = None) -> Path:
+    """One pair for a layer's stack, lora_B with the expert innermost, or one expert after the other.
+
+    gate and up share a stack: their rank is 2 R, and B is block-diagonal.
+    """
+    write_one_by_one(base, out, {key: pair for key, pair in pairs.items() if ".experts." not in key})
+    state = load_file(out / "adapter_model.safetensors")
+    layers = sorted({key.split(".experts.")[0] for key in pairs if ".experts." in key})
+    ids = sorted({int(key.split(".")[-2]) for key in pairs if ".experts." in key})
+    for layer in layers:
+        gate, up, down = (
+            [pairs[f"{layer}.experts.{e}.{name}"] for e in ids] for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        both = [
+            (torch.cat([g["lora_A"], u["lora_A"]]), torch.block_diag(g["lora_B"], u["lora_B"]))
+            for g, u in zip(gate, up, strict=True)
+        ]
+        for name, stack in (("experts.base_layer", both), ("experts", [(d["lora_A"], d["lora_B"]) for d in down])):
+            B = torch.stack([B for _, B in stack], dim=1 if by_expert else 2)  # [out, E, r] or [out, r, E]
+            module = f"{PREFIX}{layer.replace('block_sparse_moe', 'mlp')}.{name}"
+            state[f"{module}.lora_A.weight"] = torch.cat([A for A, _ in stack])
+            state[f"{module}.lora_B.weight"] = B.flatten(1).contiguous()
+    save_file(state, out / "adapter_model.safetensors")
+    patterns = {r".*\.gate_up_proj": 2 * R}, {r".*\.gate_up_proj": 2 * ALPHA}
+    change_config(out, {"peft_version": "0.21.2", "rank_pattern": patterns[0], "alpha_pattern": patterns[1]})
+    change_config(out, changes or {})
+    return out
+
+
+def change_config(folder: Path, changes: dict) -> None:
+    about = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(about | changes))
+
+
+def moe_sieve(base: Path, out: Path, pairs: dict) -> Path:
+    """axolotl's plugin: packed stacks of the selected experts alone, which adapter_config.json lists."""
+    write_packed(base, out, pairs)
+    ids = sorted({int(key.split(".")[-2]) for key in pairs if ".experts." in key})
+    layers = {key.split(".experts.")[0] for key in pairs if ".experts." in key}
+    selection = {f"{layer}.experts": {"selected_experts": ids, "num_experts": 7} for layer in layers}
+    change_config(out, {"moe_sieve_selection": selection, "moe_sieve_version": 1})
+    return out
+
+
+def swift(base: Path, out: Path, pairs: dict) -> Path:
+    write_packed(base, out, pairs)
+    (out / "additional_config.json").write_text(json.dumps({"lora_dtype": None, "lorap_lr_ratio": None}))
+    return out
+
+
+LAYOUTS: dict[str, tuple[list[int], Callable]] = {  # -> the experts that have pairs, the writer
+    "PEFT under transformers 4, one by one": (list(range(7)), write_one_by_one),
+    "some experts, one by one": ([1, 4], write_one_by_one),
+    "PEFT 0.19 to 0.21, packed": (list(range(7)), write_packed),
+    "Unsloth before September 2026": (
+        list(range(7)),
+        lambda *args: write_packed(*args, by_expert=True, changes={"lora_B_layout": "grouped_by_expert"}),
+    ),
+    "Unsloth": (list(range(7)), lambda *args: write_packed(*args, changes={"lora_B_layout": "rank_major"})),
+    "axolotl's moe_sieve": ([1, 4, 6], moe_sieve),
+    "ms-swift": (list(range(7)), swift),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_measured_as_the_plain_formula_says_and_computes_it(layout, olmoe, tmp_path):
+    experts, write = LAYOUTS[layout]
+    pairs = factors_of(olmoe.folder, experts)
+    folder, config = write(olmoe.folder, tmp_path / "adapter", pairs), read_config(olmoe.folder)
+    reading = read_loosely(folder, config)
+    assert reading.problems == []
+    matrices = adapter_changes(reading, weights_of(olmoe.folder), config)
+    weights = load_file(olmoe.folder / "model.safetensors")
+    assert matrices.keys() == pairs.keys()
+    for key, pair in pairs.items():
+        W, delta = weights[f"{key}.weight"], SCALE * pair["lora_B"] @ pair["lora_A"]
+        assert matrices[key].ratio == pytest.approx(float(delta.norm() / W.norm()), rel=1e-5)
+        weights[f"{key}.weight"] = W + delta
+    merged = shutil.copytree(olmoe.folder, tmp_path / "merged")
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    model = load_model(olmoe.folder)
+    load_any_adapter(model, folder)
+    assert (logits(model) - logits(load_model(merged))).abs().max() < 1e-4
+    assert by_expert(matrices, config).has_pair.sum(-1).tolist() == [len(experts)] * 4
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "qwen3_moe"])
+def test_what_peft_itself_writes_is_read_without_a_problem(family, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    config = read_config(base)
+    saved_under_5(base, tmp_path / "new", UNDER_5["gate and up as one pair"])
+    saved_before_19(base, tmp_path / "old")
+    saved_under_4(base, tmp_path / "4", {"target_modules": r".*(q_proj|experts\.\d\.\w+)"})
+    for name in ("new", "old", "4"):
+        reading = read_loosely(tmp_path / name, config)
+        assert (reading.problems, bool(reading.packed), reading.layout.swapped) == ([], name != "4", name == "old")
+        experts = by_expert(adapter_changes(reading, weights_of(base), config), config)
+        assert experts.moved.all() and (experts.ratio > 0.01).all()
+
+
+# ------------------------------------------------------------------------------------------- the findings
+
+
+def check(base: Path, source: Path, *flags: object) -> tuple[int, dict[str, bool]]:
+    """The command's exit status, and its findings: name -> whether it is a fault."""
+    record = source.parent / "record.json"
+    try:
+        export.main(["check", str(source), "--base", str(base), "--json", str(record), *map(str, flags)])
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    return status, {finding["name"]: finding["is_fault"] for finding in json.loads(record.read_text())["findings"]}
+
+
+def in_file(change: Callable[[dict], object]) -> Callable:
+    """A change of the tensors of a healthy adapter, one by one."""
+
+    def write(base: Path, out: Path, pairs: dict) -> Path:
+        write_one_by_one(base, out, pairs)
+        state = load_file(out / "adapter_model.safetensors")
+        change(state)
+        save_file(state, out / "adapter_model.safetensors")
+        return out
+
+    return write
+
+
+def zero(part: str) -> Callable:
+    return in_file(lambda state: [tensor.zero_() for name, tensor in state.items() if part in name])
+
+
+def zero_experts(factor: str, *among: str) -> Callable:
+    def change(state: dict) -> None:
+        for name, tensor in state.items():
+            if ".experts." in name and factor in name and all(part in name for part in among):
+                tensor.zero_()
+
+    return in_file(change)
+
+
+def scaled(part: str, by: float) -> Callable:
+    return in_file(lambda state: [tensor.mul_(by) for name, tensor in state.items() if part in name])
+
+
+def keep_A_as_drawn(state: dict) -> None:
+    """A of the experts within the range of its initialisation; elsewhere it has left it."""
+    for name, tensor in state.items():
+        if ".experts." in name and "lora_A" in name:
+            tensor.uniform_(-1, 1).mul_(tensor.shape[1] ** -0.5)
+
+
+def renamed(state: dict) -> None:
+    for name in list(state):
+        state[name.replace("lora_A.weight", "lora_A.default.weight")] = state.pop(name)
+
+
+def a_stray_tensor(state: dict) -> None:
+    state["base_model.model.lm_head.lora_A.weight"] = torch.ones(R, 48)
+
+
+FAULTY: dict[str, Callable] = {  # the name of a fault -> how an adapter that has it is written
+    "not-finite": in_file(lambda state: next(iter(state.values())).fill_(torch.nan)),
+    "no-expert-pair": in_file(lambda state: [state.pop(name) for name in list(state) if ".experts." in name]),
+    "unmoved": zero_experts("lora_B"),
+    "unread": in_file(renamed),
+    "stacks-unmoved": zero_experts("lora_B", "layers.2.", "down_proj"),
+    "negligible": scaled("lora_B", 1e-7),
+    "larger-than-weight": scaled("lora_B", 100),
+    "A-untrained": in_file(keep_A_as_drawn),
+    "packed-order": lambda base, out, pairs: write_packed(base, out, pairs, by_expert=True),
+    "another-base": lambda base, out, pairs: write_one_by_one(base, out, pairs, name=str(out.parent / "other")),
+}
+
+
+@pytest.fixture
+def base(olmoe, tmp_path) -> Path:
+    """A base that another of the same shape lies beside."""
+    other = shutil.copytree(olmoe.folder, tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"][0] += 1
+    save_file(state, other / "model.safetensors")
+    return olmoe.folder
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_an_adapter_with_a_fault_ends_with_status_3_and_its_name(fault, base, tmp_path, capsys):
+    folder = FAULTY[fault](base, tmp_path / "adapter", factors_of(base, list(range(7))))
+    status, findings = check(base, folder)
+    assert (status, findings.get(fault)) == (3, True)
+    printed = capsys.readouterr().out
+    assert "FAULT: " in printed and printed.index("FAULT") < printed.index("note:")  # the faults first
+    if fault not in ("larger-than-weight", "another-base", "A-untrained"):
+        assert [name for name, is_fault in findings.items() if is_fault] == [fault]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_adapter_of_any_layout_without_a_fault_ends_with_status_0(layout, base, tmp_path, capsys):
+    experts, write = LAYOUTS[layout]
+    folder = write(base, tmp_path / "adapter", factors_of(base, experts))
+    status, findings = check(base, folder)
+    assert status == 0 and not any(findings.values())
+    printed = capsys.readouterr().out
+    assert f"{4 * len(experts)} of {4 * len(experts)} adapted experts moved" in printed and "no faults" in printed
+    assert ("packed-order-seen" in findings) == ("PEFT 0.19" in layout or layout.startswith(("Unsloth", "axo", "ms")))
+
+
+def test_pairs_that_did_not_move_are_a_fault_if_their_experts_receive_many_tokens(base, tmp_path):
+    folder = zero_experts("lora_B", ".experts.2.")(base, tmp_path / "adapter", factors_of(base, list(range(7))))
+
+    def with_counts(row: list[int]) -> tuple[int, dict]:
+        about = {"model": "m", "task": "t", "num_tokens": sum(row) // 3, "num_experts_per_tok": 3}
+        profile = about | {"counts": [row] * 4, "gate_mass": [[1.0] * 7] * 4}
+        (tmp_path / "profile.json").write_text(json.dumps(profile))
+        return check(base, folder, "--profile", tmp_path / "profile.json")
+
+    assert with_counts([10, 10, 60, 10, 10, 10, 10]) == (3, {"some-unmoved": True, "router-trained": False})
+    assert with_counts([20, 20, 0, 20, 20, 20, 20]) == (0, {"some-unmoved": False, "router-trained": False})
+    assert check(base, folder) == (0, {"some-unmoved": False, "router-trained": False})
+
+
+def test_a_frozen_router_is_said_and_is_no_fault(base, tmp_path):
+    change = in_file(lambda state: [state.pop(name) for name in list(state) if ".mlp.gate." in name])
+    folder = change(base, tmp_path / "adapter", factors_of(base, list(range(7))))
+    assert check(base, folder) == (0, {"router-frozen": False})
+
+
+def test_the_order_of_packed_columns_cannot_be_told_where_all_experts_moved_alike(base, tmp_path):
+    pairs = factors_of(base, list(range(7)))
+    for pair in pairs.values():
+        pair["lora_B"] /= pair["lora_B"].norm(dim=0)
+    _, findings = check(base, write_packed(base, tmp_path / "adapter", pairs))
+    assert findings["packed-order-unknown"] is False
+
+
+def test_the_spread_of_column_norms_is_the_f_statistic_of_scipys_definition():
+    """One-way analysis of variance on the logs, by hand: 3 experts with 2 columns each."""
+    norms = torch.tensor([[1.0, 2.0], [4.0, 4.0], [8.0, 2.0]])
+    pairs = {f"model.layers.0.mlp.experts.{e}.down_proj": {"lora_B": torch.diag(norms[e])} for e in range(3)}
+    logs = norms.double().log()
+    between = 2 * (logs.mean(1) - logs.mean()).square().sum() / 2
+    within = (logs - logs.mean(1, keepdim=True)).square().sum() / 3
+    assert spread(pairs, FAMILIES["olmoe"]) == pytest.approx(float(between / within))
+
+
+# --------------------------------------------------------------------------------------- merged checkpoints
+
+
+def merged(base: Path, out: Path, change: Callable[[str, Tensor, Tensor], Tensor], pairs: dict, dtype=None) -> Path:
+    """A copy of the base where change(key, W, delta) stands for each adapted W."""
+    shutil.copytree(base, out)
+    state = load_file(out / "model.safetensors")
+    for key, pair in pairs.items():
+        W = state[f"{key}.weight"]
+        state[f"{key}.weight"] = change(key, W, SCALE * pair["lora_B"] @ pair["lora_A"]).contiguous()
+    state = {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def without(part: str) -> Callable:
+    return lambda key, W, delta: W if part in key else W + delta
+
+
+def lost(key: str, W: Tensor, delta: Tensor) -> Tensor:
+    return W
+
+
+MERGED: dict[str, Callable] = {
+    "merged-once": without("nothing"),
+    "is-the-base": lost,
+    "experts-unchanged": without(".experts."),
+    "experts-not-merged": without(".experts."),
+    "merged-twice": lambda key, W, delta: W + 2 * delta,
+    "other-multiple": lambda key, W, delta: W + 0.25 * delta,
+    "some-not-merged": without("layers.1.mlp.experts.0.up_proj"),
+}
+
+
+@pytest.mark.parametrize("finding", MERGED)
+def test_a_merged_checkpoint_is_compared_with_base_and_adapter(finding, base, tmp_path):
+    pairs = factors_of(base, list(range(7)))
+    adapter = write_one_by_one(base, tmp_path / "adapter", pairs)
+    folder = merged(base, tmp_path / "merged", MERGED[finding], pairs)
+    status, findings = check(base, folder, "--adapter", adapter)
+    assert (status, finding in findings) == (0 if finding == "merged-once" else 3, True)
+    if finding != "experts-not-merged":
+        assert findings[finding] == (finding != "merged-once")
+    alone, findings = check(base, folder)
+    assert (alone == 3) == (finding in ("is-the-base", "experts-unchanged", "experts-not-merged"))
+
+
+def test_a_merge_that_read_packed_columns_in_the_other_order_is_told_from_the_weights(base, tmp_path):
+    pairs = factors_of(base, list(range(7)))
+    adapter = write_packed(base, tmp_path / "adapter", pairs, by_expert=True)
+    right = merged(base, tmp_path / "merged", without("nothing"), pairs)
+    status, findings = check(base, right, "--adapter", adapter)
+    assert (status, findings["merged-reordered"]) == (3, True)
+    change_config(adapter, {"lora_B_layout": "grouped_by_expert"})
+    assert check(base, right, "--adapter", adapter)[0] == 0
+
+
+def test_a_transposed_square_stack_is_told_from_the_weights(make_checkpoint, tmp_path):
+    base = make_checkpoint("olmoe", intermediate_size=24).folder  # 2 x 24 = 48, the hidden size
+    pairs = factors_of(base, list(range(7)))
+    deltas = {key: SCALE * pair["lora_B"] @ pair["lora_A"] for key, pair in pairs.items()}
+
+    def transposed(key: str, W: Tensor, delta: Tensor) -> Tensor:
+        if not key.endswith(("gate_proj", "up_proj")):
+            return W + delta
+        stem = key.rpartition(".")[0]
+        stack = torch.cat([deltas[f"{stem}.gate_proj"], deltas[f"{stem}.up_proj"]]).T
+        return W + stack.chunk(2)[key.endswith("up_proj")]
+
+    adapter = write_packed(base, tmp_path / "adapter", pairs)
+    status, findings = check(base, merged(base, tmp_path / "wrong", transposed, pairs), "--adapter", adapter)
+    assert (status, findings["merged-transposed"]) == (3, True)
+    right = merged(base, tmp_path / "right", without("nothing"), pairs)
+    assert check(base, right, "--adapter", adapter)[0] == 0
+    change_config(adapter, {"peft_version": "0.18.1"})  # read with A and B in each other's place
+    assert check(base, adapter)[1]["square-stack"] is True
+
+
+@pytest.mark.parametrize("size, status", [(1.0, 0), (2e-3, 3)])
+def test_an_update_that_16_bits_round_away_is_said(size, status, base, tmp_path):
+    half = merged(base, tmp_path / "half", lost, {}, torch.bfloat16)
+    pairs = factors_of(base, list(range(7)))
+    for key, pair in pairs.items():
+        if ".experts." in key:
+            pair["lora_B"] *= size * 0.5 ** int(key.split(".")[-2])
+    adapter = write_one_by_one(half, tmp_path / "adapter", pairs)
+    add = lambda key, W, delta: W.float() + delta  # noqa: E731
+    folder = merged(half, tmp_path / "merged", add, pairs, torch.bfloat16)
+    assert check(half, folder, "--adapter", adapter)[0] == status
+
+
+def test_a_weight_that_changed_without_a_pair_is_named(base, tmp_path, capsys):
+    pairs = factors_of(base, list(range(7)))
+    adapter = write_one_by_one(base, tmp_path / "adapter", pairs)
+    other = merged(tmp_path / "other", tmp_path / "merged", without("nothing"), pairs)
+    status, findings = check(base, other, "--adapter", adapter)
+    assert (status, findings["unexplained"]) == (3, True)
+    assert "model.norm.weight" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- the command, the picture
+
+
+@pytest.mark.parametrize("kind", ["lora", "lori-s", "dora", "dr-lora"])
+def test_a_run_of_this_project_and_its_merged_checkpoint_are_healthy(kind, olmoe, tmp_path):
+    make_run(olmoe.folder, tmp_path / "run", kind)
+    _, findings = check(olmoe.folder, tmp_path / "run" / "adapter")
+    assert {name for name, is_fault in findings.items() if is_fault} <= {"larger-than-weight"}  # random, and large
+    export.main([str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out")])
+    status, findings = check(olmoe.folder, tmp_path / "out", "--adapter", tmp_path / "run")
+    assert (status, findings["merged-once"]) == (0, False)
+
+
+def test_the_picture_and_the_ranks(base, tmp_path):
+    folder = write_packed(base, tmp_path / "adapter", factors_of(base, list(range(7))))
+    check(base, folder, "--plot", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    ratio = torch.tensor([[0.3, 0.1, 0.2, 0.2], [0.1, 0.2, 0.3, 0.4]])
+    counts = torch.tensor([[30, 10, 20, 20], [4, 3, 2, 1]])
+    assert rank_correlation(ratio[:1], counts[:1]) == pytest.approx(1)
+    assert rank_correlation(ratio, counts) == pytest.approx(0)  # 1 and -1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["adapter", "--base", "nowhere/at-all"], "nowhere/at-all"),
+        (["nowhere/at-all", "--base", "BASE"], "nowhere/at-all"),
+        (["adapter", "--base", "BASE", "--adapter", "adapter"], "--adapter has no meaning with the adapter"),
+        (["BASE", "--base", "BASE", "--adapter", "BASE"], "holds no adapter"),
+        (["BASE", "--base", "tiny"], "of another model"),
+        (["adapter", "--base", "BASE", "--profile", "none.json"], "none.json"),
+    ],
+)
+def test_wrong_input_of_the_check_is_an_input_error(flags, message, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_one_by_one(base, Path("adapter"), factors_of(base, [1]))
+    with pytest.raises(InputError, match=message):
+        export.main(["check", *(str(base) if flag == "BASE" else flag for flag in flags)])
+
+
+def test_the_order_of_packed_columns_shows_in_what_peft_trained(olmoe, tmp_path):
+    """PEFT's own training, and the same factors as a tool leaves them that packs expert by expert."""
+    model = AutoModelForCausalLM.from_pretrained(olmoe.folder)
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=R, target_parameters=stacks, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(15):
+        ids = torch.randint(2, 12, (4, 24), generator=generator)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "adapter")
+    status, findings = check(olmoe.folder, tmp_path / "adapter")
+    assert (status, findings["packed-order-seen"]) == (0, False)
+    state = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    for name in [name for name in state if "lora_B" in name]:
+        state[name] = state[name].unflatten(1, (-1, 7)).transpose(1, 2).flatten(1).contiguous()
+    save_file(state, tmp_path / "adapter/adapter_model.safetensors")
+    assert check(olmoe.folder, tmp_path / "adapter") == (3, {"packed-order": True, "router-frozen": False})
+    change_config(tmp_path / "adapter", {"lora_B_layout": "grouped_by_expert"})
+    assert check(olmoe.folder, tmp_path / "adapter")[0] == 0
