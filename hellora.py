@@ -35,13 +35,14 @@ ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_
 SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
 TARGETS = {  # what gets an adapter besides the chosen experts, where a layer has it
     "shared": ALL + SHARED,  # MoE-Sieve's choice: also the shared expert, which every token passes
-    "all": ALL,  # the paper's recommendation (§4.5.2)
-    "gate": ("mlp.gate",),
+    "all": ALL,  # attention and router: the paper's recommendation (§4.5.2)
+    "attention": ALL[:4],  # the router stays frozen
+    "gate": ("mlp.gate",),  # the router alone
     "pure": (),
 }
 SCORED = ("hot", "model-hot", "cold", "greedy")  # policies that take a number of experts
 SEEDED = ("random", "topup")  # these too, and a seed
-POLICIES = (*SCORED, "coverage", *SEEDED, "all")
+POLICIES = (*SCORED, "coverage", *SEEDED, "all", "none")
 
 
 # ------------------------------------------------------------------------------------------------ which experts
@@ -58,12 +59,12 @@ def select_experts(
 ) -> Tensor:
     """Which experts get an adapter.  counts [L, E], of tokens or of gate mass -> hot bool [L, E]
 
-    num_hot: experts per layer, the paper's k; None for `all` and `coverage`. coverage: in (0, 1], for `coverage`.
+    num_hot: experts per layer, the paper's k; None for `all`, `none` and `coverage`. coverage: in (0, 1], for that.
     Raises InputError for an unknown policy, a num_hot or coverage out of range, and counts that no routing gives.
     """
     check_choice(policy, counts, num_hot, coverage)
-    if policy == "all":
-        return torch.ones_like(counts, dtype=torch.bool)
+    if policy in ("all", "none"):
+        return torch.full_like(counts, policy == "all", dtype=torch.bool)
     if policy == "coverage":
         return policies.covering(counts, coverage)
     if policy == "greedy":
@@ -85,7 +86,7 @@ def check_choice(policy: str, counts: Tensor, num_hot: int | None, coverage: flo
         raise InputError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
     if not bool(torch.isfinite(counts.double()).all()) or bool((counts < 0).any()):
         raise InputError("the counts hold a negative or non-finite number; profile again")
-    if policy != "all" and bool((counts.sum(-1) == 0).any()):
+    if policy not in ("all", "none") and bool((counts.sum(-1) == 0).any()):
         raise InputError("the counts of a layer are all zero: no token was routed; profile on more text")
     if policy == "coverage" and (coverage is None or not 0 < coverage <= 1):
         raise InputError(f"coverage is {coverage}; expected a share above 0 and at most 1")
@@ -109,6 +110,11 @@ class Adapter:
     hot: list[list[int]]  # adapted experts of every layer
     sha256_A: str | None = None  # of a frozen lora_A, which is drawn again on loading and not stored
     ranks: list[list[int]] | None = None  # of every expert where they grew (drlora.py); the tensors are `truncate`d
+    expert_rank: int | None = None  # of the experts' pairs, if it is not r; their scale is alpha / r all the same
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a pair, by the name of its module or matrix."""
+        return self.expert_rank or self.r if ".experts." in name else self.r
 
 
 def largest_rank(config: MoEConfig) -> int:
@@ -131,15 +137,15 @@ def attach(
     kind: str = "lora",
     targets: str = "all",
     seed: int = 0,
-    r_max: int | None = None,
+    expert_rank: int | None = None,
     dropout: float = 0.0,
 ) -> None:
     """Freeze the model, then put LoRA pairs on the hot experts (hot [L, E] bool) and on the modules of `targets`.
 
-    The model's function does not change, since B starts at zero. r_max: the rank of the experts' pairs, if it is not r;
-    their scale is still alpha / r. dropout: the share of what the factors A see that is set to zero in training. On
-    the meta device the factors stay empty, and `init_factors` fills them once the weights are read. Raises InputError
-    for a wrong r, targets or shape, and if the model already has an adapter.
+    The model's function does not change, since B starts at zero. expert_rank: that of the experts' pairs, if it is not
+    r; their scale is alpha / r all the same. dropout: the share of what the factors A see that is set to zero in
+    training. On the meta device the factors stay empty, and `init_factors` fills them once the weights are read.
+    Raises InputError for a wrong rank, targets or shape, and if the model already has an adapter.
     """
     L, E = len(model.config.moe_layers), model.config.num_experts
     if model.adapter is not None:
@@ -148,8 +154,8 @@ def attach(
         raise InputError(f"the expert list is for {tuple(hot.shape)} (layers, experts), the model has {(L, E)}")
     if targets not in TARGETS:
         raise InputError(f"targets {targets!r} is unknown; choose from {', '.join(TARGETS)}")
-    reserved = r_max or r
-    check_rank(model.config, reserved)
+    for rank in (r, expert_rank or r):
+        check_rank(model.config, rank)
     linear_class, experts_class = KINDS[kind]
     model.requires_grad_(False)
     for name in adapted_linears(model.config, targets):
@@ -158,12 +164,14 @@ def attach(
         moe, ids = model.layers[i].mlp, is_hot.nonzero().flatten().tolist()
         if ids:  # `greedy` may leave a layer without
             move_to_front(moe.experts, ids)
-            moe.experts = experts_class(moe.experts, len(ids), reserved, alpha * reserved / r, dropout)
+            rank = expert_rank or r
+            moe.experts = experts_class(moe.experts, len(ids), rank, alpha * rank / r, dropout)
     if kind == "lori":
         for name, parameter in model.named_parameters():
             if name.endswith("lora_A"):
                 parameter.requires_grad_(False)
-    model.adapter = Adapter(kind, r, alpha, targets, seed, [row.nonzero().flatten().tolist() for row in hot])
+    ids = [row.nonzero().flatten().tolist() for row in hot]
+    model.adapter = Adapter(kind, r, alpha, targets, seed, ids, expert_rank=expert_rank)
     if not model.embed_tokens.weight.is_meta:
         init_factors(model)
 
@@ -279,5 +287,6 @@ def report(model: MoETransformer) -> Iterator[str]:
             yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
         paths = (path.split(".", 1)[1] for path in adapted_paths(model.config, adapter.targets))
         modules = ", ".join(paths) or "none"
-        yield f"rank {adapter.r}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
+        of_experts = f" (experts {adapter.expert_rank})" if adapter.expert_rank else ""
+        yield f"rank {adapter.r}{of_experts}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
     yield f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)"

@@ -99,7 +99,7 @@ def choose_experts(run: Run) -> Tensor:
     s, counted = run.settings, run.counted
     ranking = counted.gate_mass if s.scores == "gate-mass" else counted.counts  # [L, E]
     num_hot = None
-    if s.experts not in ("all", "coverage"):
+    if s.experts not in ("all", "none", "coverage"):
         num_hot = num_hot_experts(s.k or run.method.k, run.config.num_experts, run.config.num_experts_per_tok)
     return hellora.select_experts(s.experts, ranking, num_hot, coverage=s.coverage, seed=s.seed)
 
@@ -125,7 +125,7 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
             kind=run.method.kind,
             targets=s.targets,
             seed=s.seed,
-            r_max=drlora.RESERVED * s.rank if run.method.grows else None,
+            expert_rank=drlora.RESERVED * s.rank if run.method.grows else s.expert_rank,
             dropout=s.lora_dropout,
         )
     if positions is not None:

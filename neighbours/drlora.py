@@ -1,6 +1,6 @@
 """DR-LoRA: every expert starts with half of the rank; experts that are used and that learn get the other half.
 
-    attach(model, all_experts, r, alpha, r_max=RESERVED * r)    # r_max dimensions in the pairs of every expert, B = 0
+    attach(model, all_experts, r, alpha, expert_rank=RESERVED * r)     # r_max dimensions per expert, B = 0
     growth = RankGrowth(model, r, steps)                        # after sharding
     loss.backward(); growth.observe(counts)     # every step: update the scores, mask the gradients
     clip; optimizer.step(); growth.grow(step)   # at some steps: the ranks of every layer grow

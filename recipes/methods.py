@@ -21,11 +21,13 @@ class Method:
     grows: bool = False  # ranks start at half of --rank and grow where saliency is high (neighbours/drlora.py)
     k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token
     targets: str = "all"  # key of hellora.TARGETS
+    flat: bool = False  # the parameters of k hot experts spread over all: their rank is r k / E
 
 
 METHODS = {
     "fft": Method(experts=None),
     "lora": Method(experts="all"),
+    "lora-flat": Method(experts="all", flat=True),
     "dora": Method(experts="all", kind="dora"),
     "lori-d": Method(experts="all", kind="lori"),
     "lori-s": Method(experts="all", kind="lori", sparse=True),
@@ -74,6 +76,17 @@ def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok
     if k > num_experts:
         raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
     return k
+
+
+def flat_rank(rank: int, num_hot: int, num_experts: int) -> int:
+    """The rank at which pairs on all experts have as many parameters as rank `rank` on `num_hot` of them.
+
+    Raises InputError where no whole number does.
+    """
+    if rank * num_hot % num_experts:
+        given = f"--rank {rank} on {num_hot} of {num_experts} experts"
+        raise InputError(f"{given} is rank {rank * num_hot / num_experts:g} on all of them; give --rank or --k to suit")
+    return rank * num_hot // num_experts
 
 
 def experts_flag(text: str) -> str:

@@ -44,7 +44,7 @@ def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
 def placement_digest(model: MoETransformer) -> str:
     """Where the adapter of a model is: equal for equal experts, kind, rank, targets and entries of a sparse B."""
     kept = {name: m.positions.tolist() for name, m in model.named_modules() if isinstance(m, Scatter)}
-    return seal(asdict(replace(model.adapter, ranks=None)) | kept)  # ranks grow
+    return seal(asdict(replace(model.adapter, ranks=None, expert_rank=None)) | kept)  # ranks grow
 
 
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
@@ -72,7 +72,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
         if adapter.ranks is not None:
             ranks = torch.tensor(adapter.ranks)
             state, r = pad(state, ranks), int(ranks.max())
-            adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None)
+            adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None, expert_rank=None)
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
     except InputError:
@@ -127,7 +127,16 @@ def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Ten
 def place_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor]) -> None:
     """Give a model, which may be on the meta device, the pairs of an adapter. `fill_adapter` fills them."""
     hot = hot_mask(adapter.hot, model.config)
-    attach(model, hot, adapter.r, adapter.alpha, kind=adapter.kind, targets=adapter.targets, seed=adapter.seed)
+    attach(
+        model,
+        hot,
+        adapter.r,
+        adapter.alpha,
+        kind=adapter.kind,
+        targets=adapter.targets,
+        seed=adapter.seed,
+        expert_rank=adapter.expert_rank,
+    )
     positions = {name: tensor for name, tensor in state.items() if name.endswith("positions")}
     if positions:
         sparsify(model, {name.partition(".parametrizations")[0]: tensor for name, tensor in positions.items()})

@@ -19,7 +19,7 @@ from machine.processes import Processes, start_processes
 from model import MoEConfig, read_config
 from neighbours import drlora
 from recipes import papers
-from recipes.methods import METHODS, Method, num_hot_experts
+from recipes.methods import METHODS, Method, flat_rank, num_hot_experts
 from routing.profiles import RoutingProfile, check_fits, load_profile
 from run import adapters
 from run.folder import check_out
@@ -72,7 +72,7 @@ def prepare(settings: Settings) -> Run:
     folder = resolve(settings.model)
     config = read_config(folder)
     settings, hot, start = read_given(settings, config)
-    check_sizes(settings, config)
+    settings = sized(settings, config)
     if cli.is_main_process():
         check_out(Path(settings.out), asdict(settings))
     counted = read_counts(settings, config) if METHODS[settings.method].experts else None
@@ -94,20 +94,26 @@ def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor 
     s = settings
     if s.init_adapter:
         adapter, tensors = adapters.read_start(s.init_adapter, config, METHODS[s.method].kind, s.seed)
-        s = replace(s, rank=adapter.r, alpha=adapter.alpha, targets=adapter.targets)
+        s = replace(s, rank=adapter.r, expert_rank=adapter.expert_rank, alpha=adapter.alpha, targets=adapter.targets)
         return s, adapters.hot_mask(adapter.hot, config), tensors
     if s.experts and s.experts not in hellora.POLICIES:
         return s, adapters.read_hot(s.experts, config), None
     return s, None, None
 
 
-def check_sizes(settings: Settings, config: MoEConfig) -> None:
-    """Raise InputError for a number of experts or a rank that the model does not have room for."""
-    num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
-    if METHODS[settings.method].grows:
-        drlora.check_rank(settings.rank, hellora.largest_rank(config))
-    elif METHODS[settings.method].experts:
-        hellora.check_rank(config, settings.rank)
+def sized(settings: Settings, config: MoEConfig) -> Settings:
+    """The settings with the rank of the experts' pairs, where the method decides it by the model.
+
+    Raises InputError for a number of experts or a rank that the model does not have room for.
+    """
+    s, method = settings, METHODS[settings.method]
+    num_hot = num_hot_experts(s.k, config.num_experts, config.num_experts_per_tok)
+    if method.grows:
+        drlora.check_rank(s.rank, hellora.largest_rank(config))
+    elif method.experts:
+        hellora.check_rank(config, s.rank)
+        hellora.check_rank(config, s.expert_rank or s.rank)
+    return replace(s, expert_rank=flat_rank(s.rank, num_hot, config.num_experts)) if method.flat else s
 
 
 def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:

@@ -57,6 +57,7 @@ class Settings:
         **ADAPTER,
     )
     rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
+    expert_rank: int | None = flag(None, "rank of the experts' pairs (default: --rank)", type=POSITIVE, **ADAPTER)
     alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
     lora_dropout: float = flag(0.0, "dropout on the inputs of the factors A", type=number(float, 0, 0.99), **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
@@ -98,7 +99,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     return resolved(settings)
 
 
-CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "alpha", "profile")
+CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "expert_rank", "alpha", "profile")
 
 
 def check(settings: Settings) -> None:
@@ -122,13 +123,15 @@ def check(settings: Settings) -> None:
         raise InputError("--steps and --epochs contradict each other; give one of them")
     policies = (*hellora.SCORED, *hellora.SEEDED)
     for name, allowed in (("k", policies), ("scores", (*hellora.SCORED, "topup", "coverage"))):
-        if experts not in allowed:
+        if experts not in allowed and not (method.flat and name == "k"):
             chosen = f"--method {s.method} and experts {experts}"
             refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
     if (s.coverage is not None) != (experts == "coverage"):
         raise InputError("--coverage and --experts coverage go together; give both or neither")
-    if method.grows and experts != "all":
-        raise InputError(f"--experts {experts}: --method {s.method} grows the ranks of all experts; leave it out")
+    if (method.grows or method.flat) and experts != "all":
+        raise InputError(f"--experts {experts}: --method {s.method} adapts all experts; leave it out")
+    if method.grows or method.flat:
+        refuse(("expert_rank",), f": --method {s.method} sets it; leave it out")
     if s.weight_decay and method.grows:
         reason = "keeps dimensions that do not train yet as they were drawn, and decay would shrink them"
         raise InputError(f"--weight-decay {s.weight_decay:g}: --method {s.method} {reason}; leave it out")

@@ -40,8 +40,8 @@ def adapt(model: MoETransformer, method_name: str) -> None:
     if method.experts == "hot":
         num_hot = num_hot_experts(method.k, config.num_experts, config.num_experts_per_tok)
     hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
-    r_max = drlora.RESERVED * R if method.grows else None
-    hellora.attach(model, hot, R, 12.0, kind=method.kind, targets=method.targets, r_max=r_max)
+    expert_rank = drlora.RESERVED * R if method.grows else 3 if method.flat else None
+    hellora.attach(model, hot, R, 12.0, kind=method.kind, targets=method.targets, expert_rank=expert_rank)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)

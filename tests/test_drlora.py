@@ -34,7 +34,7 @@ L, E, R_TARGET, R_MAX, SCALE = 2, 7, 4, 12, 1.5  # every expert starts with rank
 
 def adapted(r: int = R_TARGET, targets: str = "pure", r_max: int | None = R_MAX) -> MoETransformer:
     model, hot = fresh_model(E), torch.ones(L, E, dtype=torch.bool)
-    hellora.attach(model, hot, r, SCALE * r, targets=targets, seed=5, r_max=r_max)
+    hellora.attach(model, hot, r, SCALE * r, targets=targets, seed=5, expert_rank=r_max)
     return model
 
 

@@ -52,7 +52,7 @@ def here(folder, monkeypatch):
 
 
 def run(out: Path, *flags: str, method: str = "hellora") -> dict:
-    size = [] if METHODS[method].experts is None else ["--rank", "4"]
+    size = [] if METHODS[method].experts is None else ["--rank", "7" if METHODS[method].flat else "4"]
     return train.main(["--model", "base", *FLAGS, "--method", method, *size, "--out", str(out), *flags])
 
 

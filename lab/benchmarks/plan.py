@@ -94,7 +94,7 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) ->
         hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
         options = {"kind": method.kind, "targets": settings.targets or method.targets}
         r_max = drlora.RESERVED * settings.rank if method.grows else None
-        hellora.attach(model, hot, settings.rank, Recipe.alpha, r_max=r_max, **options)
+        hellora.attach(model, hot, settings.rank, Recipe.alpha, expert_rank=r_max, **options)
 
     plan = memory.plan(
         config,
