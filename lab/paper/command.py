@@ -62,6 +62,7 @@ SELECTION = Table(
         Row("HELLoRA_M", {"method": "hellora", "experts": "model-hot"}, (28.51,), "HELLoRA"),
         Row("HELLoRA_C", {"method": "hellora", "experts": "cold"}, (25.88,), "HELLoRA"),
         Row("random experts", {"method": "hellora", "experts": "random"}, against="HELLoRA", sieve="randk8"),
+        Row("all experts, same budget", {"method": "lora-flat"}, against="HELLoRA"),
         Row("MoE-Sieve, a quarter", {"method": "moe-sieve"}, against="HELLoRA", sieve="hotk16"),
         Row("HELLoRI-D", {"method": "hellori-d"}, (28.42,)),
         Row("HELLoRI-D_M", {"method": "hellori-d", "experts": "model-hot"}, (23.14,), "HELLoRI-D"),
