@@ -6,10 +6,8 @@ Dimensions: L layers with experts, E experts per layer.
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure  # not pyplot, which brings global state and looks for a display
 from torch import Tensor
 
@@ -20,20 +18,14 @@ from routing.statistics import chance_overlap, jaccard, shares, top_share
 def draw_profile(counts: Tensor, num_hot: int, title: str, path: Path) -> None:
     """Heat map of each expert's share, and each layer's shares in descending order (as HELLoRA, Figures 1 and 4)."""
     L = len(counts)
-    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
     figure.suptitle(title, fontsize=13)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     ticks = range(0, L, -(-L // 16))
     image = draw_heat_map(left, counts, num_hot)
     left.set(yticks=ticks)
     figure.colorbar(image, ax=left, label="% of the layer's routed tokens", pad=0.01)
-    # Both colour maps grow evenly in lightness: they read the same without colour vision.
-    colors = ListedColormap(colormaps["viridis_r"]([0.1 + 0.9 * i / L for i in range(L)]))
-    draw_sorted_shares(right, counts, num_hot, colors.colors)
-    norm = BoundaryNorm([i - 0.5 for i in range(L + 1)], L)
-    bar = figure.colorbar(ScalarMappable(norm, colors), ax=right, label="layer", ticks=ticks, pad=0.01)
-    bar.minorticks_off()
-    bar.ax.invert_yaxis()  # layer 0 on top, as in the heat map
+    draw_sorted_shares(right, counts, num_hot)
     figure.savefig(path)
 
 
@@ -47,11 +39,13 @@ def draw_heat_map(axes: Axes, counts: Tensor, num_hot: int) -> ScalarMappable:
     return image
 
 
-def draw_sorted_shares(axes: Axes, counts: Tensor, num_hot: int, colors: np.ndarray) -> None:
-    """One curve per layer: the shares of its experts from the most used to the least."""
+def draw_sorted_shares(axes: Axes, counts: Tensor, num_hot: int) -> None:
+    """The shares of a layer's experts from the most used to the least: the median and the range of the layers."""
     E = counts.shape[-1]
-    for color, row in zip(colors, np.sort(100 * shares(counts).numpy())[:, ::-1], strict=True):
-        axes.plot(range(1, E + 1), row, color=color, linewidth=1.6, marker="o" if E <= 16 else None, markersize=3)
+    values = np.sort(100 * shares(counts).numpy())[:, ::-1]  # [L, E]
+    places = range(1, E + 1)
+    axes.fill_between(places, values.min(0), values.max(0), color="#00204c", alpha=0.2, linewidth=0)
+    axes.plot(places, np.median(values, 0), color="#00204c", marker="o" if E <= 16 else None, markersize=3)
     axes.axvspan(0.5, num_hot + 0.5, color="0.93", zorder=0)
     axes.axvline(num_hot + 0.5, color="0.3", linestyle=":", linewidth=1.2)
     axes.axhline(100 / E, color="0.3", linestyle="--", linewidth=1.2)
@@ -63,7 +57,7 @@ def draw_sorted_shares(axes: Axes, counts: Tensor, num_hot: int, colors: np.ndar
     axes.text(0.98, 0.98, note, ha="right", va="top", transform=axes.transAxes, bbox=background)
     axes.set(xlabel="experts of a layer, most used first", ylabel="% of the layer's routed tokens")
     axes.set(xlim=(0.5, E + 0.5), ylim=(0, None))
-    axes.set_title("The same shares in descending order, one curve per layer", fontsize=11)
+    axes.set_title("Descending: median and range of the layers", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,8 @@ from typing import NamedTuple
 import torch
 
 from command.files import write_text
-from lab.paper.verdicts import RULE, Estimate
+from lab.paper.pictures import draw_differences
+from lab.paper.verdicts import MARGIN, RULE, Estimate
 
 
 class Section(NamedTuple):
@@ -64,11 +66,31 @@ def write_page(out: Path, sections: list[Section], made: str) -> None:
         f"{made}. This page was written on a machine with {cores} CPU cores and torch {torch_}.", "",
         f"47.6 ± 1.2 (5) is a mean, its 95 % t-interval, and the number of seeds. {RULE}", "",
         "MoE-Sieve is an independent study at full size ([published](published/README.md)).", "",
+        *summary(sections, out),
         *(f"- [{each.title}](#{anchor(each.title)})" for each in sections), "",
     ]  # fmt: skip
     for each in sections:
         lines += each.text()
     write_text(out / "README.md", "\n".join(lines).rstrip() + "\n")
+
+
+def summary(sections: list[Section], out: Path) -> list[str]:
+    """The differences of Tables 2 to 7 on GSM8K: how many have each verdict, and a picture of all."""
+    cells = [row for each in sections for row in each.rows if row.get("column") == "GSM8K" and row["compared_with"]]
+    rows = [
+        {
+            "name": f"{row['table'].partition(':')[0]}: {row['row']} - {row['compared_with']}",
+            "mean": row["ours"]["difference"]["mean"],
+            "half": row["ours"]["difference"]["half"],
+            "claimed": row["paper_difference"],
+        }
+        for row in cells
+        if re.match("Table [2-7]", row["table"]) and row["ours"]["difference"]["half"] is not None
+    ]
+    verdicts = Counter(row["ours"]["verdict"] for row in cells if re.match("Table [2-7]", row["table"]))
+    draw_differences(rows, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
+    counts = ", ".join(f"{count} *{name}*" for name, count in verdicts.most_common())
+    return ["![Differences with intervals](differences.png)", "", f"Tables 2 to 7 on math: {counts}.", ""]
 
 
 def anchor(title: str) -> str:

@@ -4,8 +4,16 @@ import json
 from functools import cache
 
 from lab import ROOT
+from lab.paper.page import Section, grid, mean_text
+from lab.paper.verdicts import estimate, verdict
 
 FOLDER = ROOT / "results" / "published"
+STUDIES = {
+    "olmoe-gsm8k": "OLMoE-1B-7B, GSM8K",
+    "olmoe-hellaswag": "OLMoE-1B-7B, HellaSwag",
+    "qwen-gsm8k": "Qwen1.5-MoE, GSM8K",
+    "qwen-hellaswag": "Qwen1.5-MoE, HellaSwag",
+}
 
 
 @cache
@@ -13,3 +21,24 @@ def sieve_accuracies(study: str = "olmoe-gsm8k") -> dict[str, dict[int, float]]:
     """MoE-Sieve's accuracy in % by choice of experts and seed."""
     found = json.loads((FOLDER / "moe-sieve-accuracy.json").read_text(encoding="utf-8"))["results"][study]
     return {name: {int(seed): 100 * score for seed, score in scores.items()} for name, scores in found.items()}
+
+
+def section() -> Section:
+    """Every choice of experts that MoE-Sieve published, against its LoRA on all experts, by the rule of our tables."""
+    lines = [
+        "hotkN: the N hottest experts of each layer. randkN: N random ones. cov60: the smallest set that covers 60 % "
+        "of a layer's tokens. budgetp25_bcount: greedy, one budget for the model. Differences from full_lora are "
+        "paired by seed. The scores of its third task, Spider, are not among the published files."
+    ]
+    rows = []
+    for study, title in STUDIES.items():
+        by_choice, shown = sieve_accuracies(study), []
+        lora = by_choice["full_lora"]
+        for name in sorted(by_choice, key=lambda name: (name != "full_lora", len(name), name)):
+            differences = [score - lora[seed] for seed, score in by_choice[name].items()] if name != "full_lora" else []
+            said = verdict(differences, None) if differences else ""
+            mean, difference = estimate(list(by_choice[name].values())), estimate(differences)
+            shown.append([name, mean_text(mean), mean_text(difference, "+.2f", ""), said])
+            rows.append({"study": study, "row": name, "mean": mean.mean, "difference": difference, "verdict": said})
+        lines += ["", f"{title}, accuracy in %", "", *grid(["experts", "MoE-Sieve", "difference", "verdict"], shown)]
+    return Section("MoE-Sieve: all its choices of experts, at full size", lines, rows)

@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # not pyplot, which brings global state and looks for a display
 from torch import Tensor
 
 import data
@@ -19,6 +15,7 @@ from hellora import hottest
 from hub.config import PRESETS
 from lab import ROOT
 from lab.paper.page import Section, grid
+from lab.paper.pictures import draw_coverage, draw_multiples, draw_overlaps
 from lab.paper.published import FOLDER
 from lab.paper.runs import model_content
 from model import MoEConfig
@@ -35,10 +32,7 @@ OLMOE = {
 }
 OTHERS = {"Qwen1.5-MoE": "qwen1.5-moe-gsm8k", "DeepSeekMoE": "deepseek-moe-gsm8k"}
 PRESET_OF = {"olmoe": "olmoe-1b-7b", "qwen1.5": "qwen1.5-moe-a2.7b", "deepseek": "deepseek-moe-16b"}
-LAYERS = (0, 4, 8, 12, 15)  # of OLMoE-1B-7B, in Figure 4
-# of Okabe and Ito, and cividis: apart without colour vision
-COLORS = ("#00204c", "#e69f00", "#56b4e9", "#8a8779", "#009e73", "#cc79a7")
-STYLES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
+LAYERS = (0, 4, 8, 12, 15)  # of OLMoE-1B-7B, in the text of Figure 4
 PAPER_SAVED, PAPER_SAME = 38.7, (11, 16)  # % of adapter FLOPs (abstract); layers with an equal hot set (Figure 3)
 PAPER_LAYER, PAPER_SHARE = 7, 50.0  # "more than 50 %" of layer 7's tokens reach the top 8 on GSM8K (Figure 1)
 
@@ -121,13 +115,14 @@ def figure1(out: Path, *, may_run: bool) -> Section:
     pictures.draw_profile(gsm8k.counts, 8, title, out / "fig1.png")
     rows = [skew(name, profile) for name, profile in found.items()]
     layer7 = next(row["layer 7"] for row in rows if row["name"] == "OLMoE, GSM8K")
-    holds = "holds" if layer7 > PAPER_SHARE else "does not hold"
+    holds = "confirm" if layer7 > PAPER_SHARE else "do not confirm"
     flops = next(row["flops saved"] for row in rows if row["name"] == "OLMoE, GSM8K")
     lines = [
         "![Routing of OLMoE-1B-7B on GSM8K](fig1.png)", "",
         f"The paper says that the 8 hottest experts of layer {PAPER_LAYER} receive more than {PAPER_SHARE:.0f} % of "
-        f"the tokens of GSM8K. In these counts they receive {layer7:.1f} %, so the statement {holds}. HELLoRA saves "
-        f"{flops:.1f} % of LoRA's adapter FLOPs on these counts. The paper says {PAPER_SAVED} %.", "",
+        f"the tokens of GSM8K. These counts, of the base model under another prompt, {holds} it: there they receive "
+        f"{layer7:.1f} %. HELLoRA saves {flops:.1f} % of LoRA's adapter FLOPs on these counts. The abstract says "
+        f"{PAPER_SAVED} %.", "",
         "CV is the standard deviation divided by the mean of the counts of a layer's experts, averaged over the "
         "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2).", "",
         *grid(
@@ -151,34 +146,26 @@ def figure1(out: Path, *, may_run: bool) -> Section:
 # ------------------------------------------------------------------------------------------------------- Figure 3
 
 
-def sampled(found: RoutingProfile, fraction: float, seed: int = 0) -> Tensor:
-    """Counts of a sample of the tokens, drawn as if the choices of experts were independent.  -> int64 [L, E]"""
-    draws = np.random.default_rng(seed)
-    total = round(fraction * found.num_tokens) * found.num_experts_per_tok
-    return torch.from_numpy(np.stack([draws.multinomial(total, share) for share in shares(found.counts).numpy()]))
-
-
 def figure3(out: Path, *, may_run: bool) -> Section:
     """How far the hot sets agree: of a sample and of all data, of counts and of gate mass, of two tasks."""
     gsm8k = real(OLMOE["GSM8K"])
-    pairs = {"OLMoE, GSM8K: a tenth of the tokens, drawn independently": (gsm8k, sampled(gsm8k, 0.1))}
-    pairs |= {f"OLMoE, GSM8K and {name}": (gsm8k, real(file).counts) for name, file in OLMOE.items() if name != "GSM8K"}
+    pairs = {f"OLMoE, GSM8K and {name}": (gsm8k, real(file).counts) for name, file in OLMOE.items() if name != "GSM8K"}
     whole = counted(out, "tiny", "tiny-math", 1.0, "none", may_run=may_run)
     for warmup in ("none", "lora"):
         tenth = counted(out, "tiny", "tiny-math", 0.1, warmup, may_run=may_run)
         way = {"none": "base model", "lora": "LoRA warm-up"}[warmup]
         pairs[f"embedded, tiny-math: a tenth of the data ({way})"] = (whole, tenth and tenth.counts)
-    rows, bars = [], {}
+    rows = []
     for name, (a, counts) in pairs.items():
         if a is None or counts is None:
             rows.append({"name": name})
             continue
         K, E = a.num_experts_per_tok, a.counts.shape[1]
         overlap = jaccard(hottest(a.counts, K), hottest(counts, K))
-        bars[name] = overlap
         row = {"name": name, "K": K, "mean": float(overlap.mean()), "chance": chance_overlap(K, E)}
         rows.append(row | {"same": int((overlap == 1).sum()), "layers": len(overlap)})
-    draw_overlaps(bars, out / "fig3.png")
+    title = "Do two counts name the same hot experts?"
+    draw_overlaps([row for row in rows if "mean" in row], title, out / "fig3.png")
     shown = [
         [row["name"], f"{row['mean']:.2f}", f"{row['same']} of {row['layers']}", f"{row['chance']:.2f}"]
         if "mean" in row
@@ -192,11 +179,10 @@ def figure3(out: Path, *, may_run: bool) -> Section:
     paper = ["paper: LoRA warm-up on a tenth of GSM8K and all of it", "-", f"{PAPER_SAME[0]} of {PAPER_SAME[1]}", "-"]
     lines = [
         "![Overlap of hot sets](fig3.png)", "",
-        "The published counts are of whole training sets. The tenth of OLMoE's tokens is drawn from them as if tokens "
-        "chose experts independently. Tokens of one example are alike, so the overlap of a real sample would be "
-        "smaller.", "",
+        "The published counts of OLMoE are of whole training sets. The counts of the embedded model are of all its "
+        "training data, and of a tenth.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [paper, *shown]), "",
-        "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, Table 9):", "",
+        "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),
     ]  # fmt: skip
     return Section("Figure 3: do two samples have the same hot experts?", lines, rows + masses)
@@ -208,83 +194,36 @@ def agreement(found: RoutingProfile) -> Tensor:
     return jaccard(hottest(found.counts, quarter), hottest(found.gate_mass, quarter))
 
 
-def draw_overlaps(bars: dict[str, Tensor], path: Path) -> None:
-    """The overlap of each layer, one line per pair."""
-    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    marks = "os^DvPX"
-    for i, (name, overlap) in enumerate(bars.items()):
-        style = {"color": COLORS[i % 6], "linestyle": STYLES[i % 6], "marker": marks[i % 7], "markersize": 5}
-        axes.plot(range(len(overlap)), overlap, linewidth=1.5, label=name, **style)
-    axes.set(xlabel="layer", ylabel="overlap (Jaccard) of the hottest experts", ylim=(0, 1.05))
-    axes.set_xticks(range(max(map(len, bars.values()))))
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
-
-
 # ------------------------------------------------------------------------------------------------- Figures 4 and 6
 
 
 def figure4(out: Path) -> Section:
-    """The shares of a layer's experts in descending order, for OLMoE's layers and four data sets."""
+    """The share of the tokens that the hottest experts of a layer receive, for OLMoE and four data sets."""
     profiles = {name: real(file) for name, file in OLMOE.items()}
-    panels = {f"layer {layer}": {name: p.counts[layer] for name, p in profiles.items()} for layer in LAYERS}
-    draw_sorted(panels, 8, out / "fig4.png")
-    rows = [
-        {"layer": layer, **{name: 100 * float(top_share(p.counts, 8)[layer]) for name, p in profiles.items()}}
-        for layer in LAYERS
-    ]
+    title = "Share of the tokens that the hottest experts of OLMoE-1B-7B receive"
+    draw_coverage({name: profile.counts for name, profile in profiles.items()}, 8, title, out / "fig4.png")
+    covered = {name: 100 * top_share(profile.counts, 8) for name, profile in profiles.items()}
+    rows = [{"layer": layer, **{name: float(covered[name][layer]) for name in covered}} for layer in LAYERS]
     shown = [[str(row["layer"]), *(f"{row[name]:.1f} %" for name in OLMOE)] for row in rows]
-    lines = ["![Shares of the experts of five layers](fig4.png)", "", "Share of the 8 hottest of 64 experts:", ""]
-    title = "Figure 4: shares of the experts in descending order, OLMoE-1B-7B"
+    lines = ["![Share of the hottest experts](fig4.png)", "", "Share of the 8 hottest of 64 experts:", ""]
+    title = "Figure 4: how many tokens the hottest experts receive, OLMoE-1B-7B"
     return Section(title, [*lines, *grid(["layer", *OLMOE], shown)], rows)
 
 
 def figure6(out: Path, *, may_run: bool) -> Section:
     """The same for two real models, and for the embedded model with Mixtral's architecture."""
     mixtral = counted(out, "tiny-mixtral", "tiny-math", 0.1, "none", may_run=may_run)
-    found = {f"{name}, GSM8K": real(file) for name, file in OTHERS.items()}
-    found |= {"embedded Mixtral, tiny-math": mixtral} if mixtral else {}
-    panels = {name: {f"layer {i}": p.counts[i] for i in spread(len(p.counts))} for name, p in found.items()}
-    draw_sorted(panels, None, out / "fig6.png")
-    rows = [skew(name, profile) for name, profile in found.items()]
-    shown = [[row["name"], f"{row['K']} of {row['E']}", f"{row['top']:.1f} %", f"{100 * row['K'] / row['E']:.1f} %"]
-             for row in rows]  # fmt: skip
+    profiles = {f"{name}, GSM8K": real(file) for name, file in OTHERS.items()}
+    profiles |= {"embedded Mixtral, tiny-math": mixtral} if mixtral else {}
+    title = "Use of the experts in other models"
+    draw_multiples({name: profile.counts for name, profile in profiles.items()}, title, out / "fig6.png")
+    rows = [skew(name, profile) for name, profile in profiles.items()]
+    shown = [
+        [row["name"], f"{row['K']} of {row['E']}", f"{row['top']:.1f} %", f"{100 * row['K'] / row['E']:.1f} %"]
+        for row in rows
+    ]
     shown += [] if mixtral else [["embedded Mixtral, tiny-math", "2 of 8", "not run", ""]]
     shown.append(["Mixtral-8x7B, GSM8K", "2 of 8", "not run", f"{100 * 2 / 8:.1f} %"])
-    lines = ["![Shares of the experts of other models](fig6.png)", ""]
+    lines = ["![Use of the experts in other models](fig6.png)", ""]
     lines += grid(["", "K of E", "top K, mean of the layers", "if use were even"], shown)
-    return Section("Figure 6: shares of the experts in other models", lines, rows)
-
-
-def spread(num_layers: int) -> list[int]:
-    """Four layers from the first to the last, or all of fewer."""
-    return sorted({round(i * (num_layers - 1) / 3) for i in range(4)})
-
-
-def draw_sorted(panels: dict[str, dict[str, Tensor]], num_hot: int | None, path: Path) -> None:
-    """A panel per layer or model: curves of the experts' shares in descending order."""
-    figure = Figure(figsize=(3.2 * len(panels), 3.8), dpi=150, layout="constrained")
-    grid_of_axes = figure.subplots(1, len(panels), squeeze=False, sharey=num_hot is not None)
-    for axes, (title, curves) in zip(grid_of_axes[0], panels.items(), strict=True):
-        for i, (name, counts) in enumerate(curves.items()):
-            draw_curve(axes, counts, name, i)
-        E = len(counts)
-        axes.axhline(100 / E, color="0.6", linewidth=0.8, label="even use")
-        if num_hot:
-            axes.axvline(num_hot + 0.5, color="0.3", linestyle=":", linewidth=1.2, label=f"left: the top {num_hot}")
-        axes.set(title=title, xlabel=f"experts, most used first (of {E})", xlim=(0.5, E + 0.5))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    for axes in figure.axes:  # after all curves: the panels may share their scale
-        axes.set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("% of the layer's routed tokens")
-    figure.savefig(path)
-
-
-def draw_curve(axes: Axes, counts: Tensor, name: str, i: int) -> None:
-    values = np.sort(100 * shares(counts[None])[0].numpy())[::-1]
-    marker = "o" if len(values) <= 16 else None
-    style = {"color": COLORS[i % 6], "linestyle": STYLES[i % 6], "marker": marker, "markersize": 4}
-    axes.plot(range(1, len(values) + 1), values, linewidth=1.5, label=name, **style)
+    return Section("Figure 6: use of the experts in other models", lines, rows)

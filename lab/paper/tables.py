@@ -46,6 +46,7 @@ class Row(NamedTuple):
     paper: tuple[float | None, ...] = ()  # percent, one per column; None: not printed
     against: str | None = None  # the row that it is compared with
     sieve: str | None = None  # the same choice of experts in MoE-Sieve's study
+    claims: tuple[float | None, ...] = ()  # a method of another paper: the difference that this claims, one per column
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Table:
         theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
         printed, reference = (r.paper[place] if r and place < len(r.paper) else None for r in (row, other))
         claimed = None if None in (printed, reference) else printed - reference
+        claimed = row.claims[place] if place < len(row.claims) else claimed
         sieve, sieve_other = (theirs.get(r.sieve, {}) if r else {} for r in (row, other))
         mine, mine_other = ours[row.name], ours[row.against] if other else {}
         once = row.run["method"] == "base"  # the model as it is, the same for every seed
@@ -154,6 +156,7 @@ def show(cells: list[Cell]) -> list[str]:
     rows = []
     for cell in cells:
         claimed = number_text(cell.claimed, "+.2f") if cell.row.against else ""
+        claimed = "equal" if cell.claimed == 0 else claimed
         line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
         if with_sieve:
             line += compared(cell, cell.sieve, cell.sieve_differences, "-")

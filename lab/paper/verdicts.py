@@ -9,11 +9,14 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 LEAST_SEEDS = 3
+MARGIN = 2.0  # points between which a mean difference counts as none: MoE-Sieve's
 RULE = (
-    f"A row's differences from the row that it is compared with are paired by seed. If their 95 % t-interval "
-    f"contains zero, or there are fewer than {LEAST_SEEDS} seeds, the verdict is *undecided*. Otherwise "
-    f"it is *same direction* or *opposite direction*, by the sign of the paper's difference. Where the paper has no "
-    f"value, or no difference, it is *higher* or *lower*. Seeds change the training. The test problems stay the same."
+    f"A row's differences from the row that it is compared with are paired by seed. If their 95 % t-interval excludes "
+    f"zero, the verdict is *same direction* or *opposite direction*, by the sign of the paper's difference. Where the "
+    f"paper has no value, or no difference, it is *higher* or *lower*. If the interval contains zero, two one-sided "
+    f"t-tests at 5 % decide whether the mean difference lies within ± {MARGIN:g} points: *equivalent*. Otherwise, and "
+    f"with fewer than {LEAST_SEEDS} seeds, the verdict is *undecided*. Seeds change the training. The test problems "
+    f"stay the same."
 )
 
 
@@ -33,24 +36,35 @@ def estimate(values: list[float]) -> Estimate | None:
     return Estimate(mean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None, n)
 
 
-def verdict(differences: list[float], claimed: float | None) -> str:
-    """What the paired differences of a row say about the difference that is claimed (`RULE`)."""
+def is_equivalent(differences: list[float], margin: float) -> bool:
+    """Two one-sided t-tests at 5 % reject that the mean lies beyond -margin and beyond margin (TOST).
+
+    The same as a 90 % t-interval within +-margin. False with fewer than LEAST_SEEDS values.
+    """
+    n = len(differences)
+    if n < LEAST_SEEDS:
+        return False
+    return abs(mean(differences)) + t_quantile(n - 1, 0.90) * stdev(differences) / math.sqrt(n) < margin
+
+
+def verdict(differences: list[float], claimed: float | None, *, margin: float | None = MARGIN) -> str:
+    """What the paired differences of a row say about the difference that is claimed (`RULE`).  margin None: no TOST"""
     found = estimate(differences)
     if found is None:
         return "not run"
     if found.n < LEAST_SEEDS or abs(found.mean) <= found.half:
-        return "undecided"
+        return "equivalent" if margin and is_equivalent(differences, margin) else "undecided"
     if not claimed:  # not printed, or printed as equal
         return "higher" if found.mean > 0 else "lower"
     return "same direction" if found.mean * claimed > 0 else "opposite direction"
 
 
-def t_quantile(df: int) -> float:
-    """The t with P(|T| < t) = 0.95 for Student's T with `df` degrees of freedom, by bisection."""
+def t_quantile(df: int, inside: float = 0.95) -> float:
+    """The t with P(|T| < t) = inside for Student's T with `df` degrees of freedom, by bisection."""
     low, high = 0.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_inside(middle, df) < 0.95 else (low, middle)
+        low, high = (middle, high) if t_inside(middle, df) < inside else (low, middle)
     return low
 
 

@@ -6,17 +6,32 @@ import statistics
 import pytest
 
 from lab.paper import command as reproduce
+from lab.paper import published
 from lab.paper.published import sieve_accuracies
 from lab.paper.runs import Run
 from lab.paper.tables import SCALES, Column, Row, Table
-from lab.paper.verdicts import estimate, t_quantile, verdict
+from lab.paper.verdicts import estimate, is_equivalent, t_quantile, verdict
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
+
+
+T90 = {1: 6.314, 2: 2.920, 4: 2.132, 7: 1.895}  # for two-sided 90 %, or one-sided 95 %
 
 
 @pytest.mark.parametrize("df", T)
 def test_the_quantile_of_students_distribution_is_the_one_in_books(df):
     assert t_quantile(df) == pytest.approx(T[df], abs=6e-4)
+    assert t_quantile(df, 0.90) == pytest.approx(T90.get(df, t_quantile(df, 0.90)), abs=6e-4)
+
+
+def test_equivalence_is_two_one_sided_t_tests_worked_out_by_hand():
+    """t = (mean +- margin) / (s / sqrt(n)), each beyond the one-sided 95 % quantile."""
+    for differences in ([0.5, -0.5, 1.1, -1.3, 0.2], [1.9, 0.1, 2.4, -0.4, 1.2], [3.0, 2.9, 3.1, 3.0, 3.0]):
+        error = statistics.stdev(differences) / math.sqrt(5)
+        below, above = (statistics.mean(differences) + side for side in (2.0, -2.0))
+        expected = below / error > T90[4] and above / error < -T90[4]
+        assert is_equivalent(differences, 2.0) == expected
+    assert is_equivalent([0.5, -0.5, 1.1, -1.3, 0.2], 2.0) and not is_equivalent([3.0, 2.9, 3.1, 3.0, 3.0], 2.0)
 
 
 def test_an_estimate_is_the_mean_with_the_t_interval():
@@ -34,9 +49,12 @@ def test_an_estimate_is_the_mean_with_the_t_interval():
         ([1.0, 1.2, 0.9], 3.0, "same direction"),
         ([-1.0, -1.2, -0.9], -0.2, "same direction"),
         ([-1.0, -1.2, -0.9], 3.0, "opposite direction"),
-        ([1.0, -0.5, 0.9], 3.0, "undecided"),  # 0.47 +- 2.1
+        ([2.0, -1.5, 0.9], 3.0, "undecided"),  # 0.47 +- 4.4
         ([5.0, 5.0], 3.0, "undecided"),  # two seeds
-        ([0.0, 0.0, 0.0], 3.0, "undecided"),
+        ([0.0, 0.0, 0.0], 3.0, "equivalent"),
+        ([0.0, 0.0], 3.0, "undecided"),
+        ([0.9, -0.9, 0.6], 3.0, "equivalent"),  # 0.2 +- 1.63 at 90 %, although +- 2.39 at 95 %
+        ([1.2, -0.9, 0.6], 3.0, "undecided"),  # 0.3 +- 1.82 at 90 %
         ([1.0, 1.2, 0.9], None, "higher"),
         ([-1.0, -1.2, -0.9], None, "lower"),
         ([-1.0, -1.2, -0.9], 0.0, "lower"),
@@ -102,6 +120,36 @@ def test_moe_sieves_own_seeds_stand_in_the_column_of_gsm8k_with_the_same_rule():
     assert hellora["sieve"]["difference"]["mean"] == pytest.approx(-1.35, abs=0.005)
     assert hellora["sieve"]["verdict"] == "undecided"  # -1.35 +- 1.42
     assert all(row["sieve"]["n"] == 0 for row in rows if row["column"] != "GSM8K")
+
+
+def test_moe_sieve_is_equivalent_to_lora_where_its_paper_says_so_with_the_intervals_that_it_prints():
+    printed = {  # the hottest quarter less LoRA on all experts, 95 % interval in points: all four are equivalent
+        ("olmoe-gsm8k", "hotk16"): (-0.08, -1.45, 1.30),
+        ("olmoe-hellaswag", "hotk16"): (0.17, -0.71, 1.05),
+        ("qwen-gsm8k", "hotk15"): (0.20, -0.77, 1.17),
+        ("qwen-hellaswag", "hotk15"): (0.73, 0.53, 0.93),
+    }
+    rows = {(row["study"], row["row"]): row for row in published.section().rows}
+    for key, interval in printed.items():
+        mean, half, _ = rows[key]["difference"]
+        assert (mean, mean - half, mean + half) == pytest.approx(interval, abs=0.006)
+        study, lora = published.sieve_accuracies(key[0]), published.sieve_accuracies(key[0])["full_lora"]
+        assert is_equivalent([score - lora[seed] for seed, score in study[key[1]].items()], 2.0)
+    assert rows["olmoe-gsm8k", "hotk16"]["verdict"] == "equivalent"
+    assert rows["olmoe-gsm8k", "hotk8"]["verdict"] == "undecided"
+    assert rows["olmoe-gsm8k", "randk8"]["verdict"] == "lower"
+
+
+def test_the_claims_of_other_papers_stand_where_they_have_no_value_in_this_one():
+    rows = {row.name: row for row in reproduce.METHODS.rows}
+    ours = {name: {0: 50.0, 1: 51.0, 2: 49.0} for name in rows} | {"DR-LoRA": {0: 54.0, 1: 55.1, 2: 53.2}}
+    cell = reproduce.METHODS.cell(rows["DR-LoRA"], 0, ours)
+    assert (cell.claimed, cell.verdict(cell.differences)) == (2.2, "same direction")
+    cell = reproduce.METHODS.cell(rows["MoE-Sieve"], 0, ours)
+    assert (cell.claimed, cell.verdict(cell.differences)) == (0.0, "equivalent")
+    assert reproduce.METHODS.cell(rows["MoE-Sieve"], 1, ours).claimed is None
+    for row in (*reproduce.HELLORI.rows, *reproduce.ROUTER.rows):
+        assert not row.claims
 
 
 def test_a_value_that_the_paper_prints_in_two_tables_is_the_same_in_both():
