@@ -1,4 +1,4 @@
-"""Tasks: where their text is, how it is prompted, and what the model must write; then batches of similar length.
+"""Tasks: where their text is, how it is prompted, and what the model should write; then batches of similar length.
 
     reader = Reader("gsm8k", folder, config, max_length=512)
     examples = reader.load("train", "my_copy.jsonl")                 # without a path: download once, or generate
@@ -7,7 +7,7 @@
         for part in micro_batches([items[i] for i in chosen], 16, process, num_processes):
             batch = collate(part, pad_id)
 
-`TASKS` is the table of tasks. `FORMATS` says how a row becomes a prompt and a target. The embedded tiny tasks generate
+`TASKS` is the table of tasks. `FORMATS` says how a row becomes a prompt and an answer. The embedded tiny tasks generate
 rows in the formats of the public tasks. Prompts follow LoRI, on whose code the paper's numbers rest. Each difference
 is marked by a line that starts with "DEVIATION from LoRI".
 
@@ -19,8 +19,10 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,8 @@ from torch.nn.utils.rnn import pad_sequence
 from command.cli import InputError, note
 from hub.chat import Chat, ChatTemplate
 from hub.conversations import NAMES, OwnRows
-from hub.rows import Download, HubDataset, Row, fetch, read_rows, text
-from hub.tokenizer import Bos, Spans, choose_bos, read_tokenizer, tokenize
+from hub.rows import Download, HubDataset, Row, fetch, hexphi_rows, read_rows, text, unread
+from hub.tokenizer import Bos, Spans, choose_bos, named_tokens, never_text, read_tokenizer, tokenize
 from model import MoEConfig
 from scoring.gsm8k import gold
 from scoring.refusals import label_of
@@ -49,9 +51,9 @@ class Example:
 
     id: str  # row number in the file from 0, or HumanEval's task_id
     prompt: str
-    target: str  # empty where there is nothing to imitate: HumanEval problems, HEx-PHI instructions
+    answer: str  # empty where there is nothing to imitate: HumanEval problems, HEx-PHI instructions
     row: Row  # the public record as read
-    chat: Chat | None = None  # of --task own: what the chat template makes of it; prompt and target are its last turn
+    chat: Chat | None = None  # of --task own: what the chat template makes of it; prompt and answer are its last turn
 
 
 # --------------------------------------------------------------------------------------------------- formats
@@ -67,9 +69,9 @@ def gsm8k(row: Row) -> tuple[str, str]:
     # DEVIATION from LoRI: calculator annotations such as <<48/2=24>> are removed; LoRI trains on them.
     answer = re.sub(r"<<.*?>>", "", answer)
     # DEVIATION from LoRI: one space before the number; LoRI adds a second one to that of the file.
-    target = answer.replace("####", "The final answer is:")
+    answer = answer.replace("####", "The final answer is:")
     task = "Answer the above question. First think step by step and then answer the final number."
-    return f"{question}\n{task}\n", target
+    return f"{question}\n{task}\n", answer
 
 
 def question(row: Row) -> tuple[str, str]:
@@ -82,7 +84,7 @@ def alpaca(row: Row) -> tuple[str, str]:
     """Alpaca: an instruction, with or without an input, and the output, which may be empty."""
     instruction, extra, output = text(row, "instruction"), row.get("input") or "", row.get("output")
     if not isinstance(extra, str) or not isinstance(output, str):
-        raise InputError(f"'input' is {extra!r:.60} and 'output' {output!r:.60}, want text")
+        raise InputError(f"'input' is {extra!r:.60} and 'output' {output!r:.60}; expected text")
     # DEVIATION from LoRI: its template without the 20 stray spaces before every line and the one after "request.".
     paired = ", paired with an input that provides further context" if extra.strip() else ""
     prompt = f"Below is an instruction that describes a task{paired}. "
@@ -109,35 +111,39 @@ def hexphi(row: Row) -> tuple[str, str]:
 
 def completion(row: Row) -> tuple[str, str]:
     """A prompt and its completion, both as they are."""
-    prompt, target = text(row, "prompt"), row["completion"]
-    if not isinstance(target, str):
-        raise InputError(f"'completion' is {target!r:.60}, want text")
-    return prompt, target
+    prompt, answer = text(row, "prompt"), row["completion"]
+    if not isinstance(answer, str):
+        raise InputError(f"'completion' is {answer!r:.60}; expected text")
+    return prompt, answer
 
 
-OWN = {  # the columns by which a format of one's own rows is known -> what reads it; None: a chat
-    **{(column,): None for column in NAMES},
-    ("prompt", "completion"): completion,
-    ("instruction", "output"): alpaca,
-    ("text",): lambda row: ("", text(row, "text")),
+def plain(row: Row) -> tuple[str, str]:
+    """A text, all of which is learnt."""
+    return "", text(row, "text")
+
+
+OWN = {  # the columns by which a format of one's own rows is known -> those it may have besides, and what reads it
+    **{(column,): (("system",), None) for column in NAMES},  # None: a chat
+    ("prompt", "completion"): ((), completion),
+    ("instruction", "output"): (("input",), alpaca),
+    ("text",): ((), plain),
 }
 
 
-FORMATS = {  # benchmark -> split -> what turns a row into prompt and target, or raises InputError
-    "gsm8k": {"train": gsm8k, "test": gsm8k},
-    "humaneval": {"train": alpaca, "test": humaneval},
-    "hexphi": {"train": alpaca, "test": hexphi},
-    "own": {"train": OwnRows, "test": OwnRows},
-}
-WANTED = {
-    gsm8k: 'GSM8K rows {"question": text, "answer": text with "#### number"}',
-    alpaca: 'Alpaca rows {"instruction": text, "input": text or "", "output": text}',
-    humaneval: 'HumanEval rows {"task_id", "prompt", "entry_point", "test": text}',
-    hexphi: "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column",
-    OwnRows: f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}",
-}
+# What the rows of a public data set are, for messages, and what reads one or raises InputError
+GSM8K_ROWS = 'GSM8K rows {"question": text, "answer": text with "#### number"}', gsm8k
+ALPACA_ROWS = 'Alpaca rows {"instruction": text, "input": text or "", "output": text}', alpaca
+PROBLEMS = 'HumanEval rows {"task_id", "prompt", "entry_point", "test": text}', humaneval
+REQUESTS = "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column", hexphi
+OWN_ROWS = f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}", OwnRows
 
-PROMPTS = {"lori": {}, "question": {gsm8k: question}}  # formats in place of those of FORMATS
+FORMATS = {  # benchmark -> split
+    "gsm8k": {"train": GSM8K_ROWS, "test": GSM8K_ROWS},
+    "humaneval": {"train": ALPACA_ROWS, "test": PROBLEMS},
+    "hexphi": {"train": ALPACA_ROWS, "test": REQUESTS},
+    "own": {"train": OWN_ROWS, "test": OWN_ROWS},
+}
+PROMPTS = {"lori": gsm8k, "question": question}  # how a row of GSM8K is prompted
 
 # ------------------------------------------------------------------------------------- tasks and their files
 
@@ -202,44 +208,54 @@ def load_examples(
 
     split: "train" or "test". The test split of code tasks holds HumanEval problems, that of safety tasks instructions.
     template: the model's, for task own. prompt: key of PROMPTS.
-    Raises InputError if there is no file, naming where to get one, or if a row does not have the wanted format.
+    Raises InputError if there is no file, naming where to get one, or if a row does not have the expected format.
     """
-    source, read = getattr(TASKS[task], split), FORMATS[TASKS[task].benchmark][split]
+    benchmark, source = TASKS[task].benchmark, getattr(TASKS[task], split)
     instead = f"pass a copy of it with --{'train' if split == 'train' else 'eval'}-data FILE"
     if path is None and isinstance(source, Download | HubDataset):
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: {source}; {instead}")
-    wanted, read = WANTED[read], PROMPTS[prompt].get(read, read)
-    read = read(template, OWN) if read is OwnRows else read
+    expected, read = FORMATS[benchmark][split]
+    own = OwnRows(template, OWN) if benchmark == "own" else None
+    read = own or (PROMPTS[prompt] if benchmark == "gsm8k" else read)
+    expected = f"expected {expected}{'' if own else '; rows of other kinds are for --task own'}"
 
     try:
-        rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())] if path is None else read_rows(Path(path))
+        if path is None:
+            rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())]
+        else:
+            is_folder = read is hexphi and Path(path).is_dir()
+            rows = hexphi_rows(Path(path)) if is_folder else read_rows(Path(path))
     except InputError as error:
-        raise InputError(f"{error}; want {wanted}") from None
+        raise InputError(f"{error}; {expected}") from None
     examples = []
     for i, (place, row) in enumerate(rows):
         try:
-            given, target, *chat = read(row)
-            (given + target).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
+            given, answer, *chat = read(row)
+            (given + answer).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
+            if path and not own:
+                unread(row, used=("label",))  # scoring reads it
         except (InputError, UnicodeEncodeError) as error:
-            raise InputError(f"{place}: {error}; want {wanted}") from None
+            raise InputError(f"{place}: {error}; {expected}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
-        if target.strip() or (split == "test" and task != "own"):
-            examples.append(Example(row["task_id"] if read is humaneval else str(i), given, target, row, *chat))
+        if answer.strip() or (split == "test" and task != "own"):
+            examples.append(Example(row["task_id"] if read is humaneval else str(i), given, answer, row, *chat))
     if not examples:
-        raise InputError(f"{path}: no rows with text; want {wanted}")
+        raise InputError(f"{path}: no rows with text; {expected}")
     if len({example.id for example in examples}) < len(examples):
-        raise InputError(f"{path}: a task_id occurs twice; want HumanEval problems with a task_id of their own")
+        raise InputError(f"{path}: a task_id occurs twice; expected HumanEval problems with a task_id of their own")
     if len(examples) < len(rows):
         note(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
+    if own and own.ignored:
+        note(f"{path}: not read: the columns {', '.join(map(repr, sorted(own.ignored)))}")
     return examples[:limit]
 
 
 def digest(examples: list[Example]) -> str:
-    """SHA-256 over all prompts and targets, in order: whether two runs have the same training data."""
-    texts = [(example.prompt, example.target) for example in examples]
+    """SHA-256 over all prompts and answers, in order: whether two runs have the same training data."""
+    texts = [(example.prompt, example.answer) for example in examples]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
@@ -284,16 +300,64 @@ def load_tokenizer(folder: str | Path, config: MoEConfig) -> Tokenizer:
     return read_tokenizer(Path(folder), config.vocab_size, named)
 
 
-def end_token(tokenizer: Tokenizer, config: MoEConfig) -> tuple[int, str]:
-    """Id and text of the token that training puts behind each target: the first eos_token_id of config.json.
+def end_token(tokenizer: Tokenizer, config: MoEConfig, named: str | None = None) -> int:
+    """The token that training puts after each answer: the first eos_token_id of config.json.
 
-    Raises InputError if there is none, or if the tokenizer does not have it.
+    named: eos_token of tokenizer_config.json. Raises InputError if the tokenizer does not have the token, or if it is
+    text while the tokenizer names another one.
     """
-    token = None if config.eos_token_id is None else tokenizer.id_to_token(config.eos_token_id)
+    eos_id = config.eos_token_id
+    token = None if eos_id is None else tokenizer.id_to_token(eos_id)
     if token is None:
         given = f"eos_token_id is {config.hub.get('eos_token_id')!r}"
-        raise InputError(f"config.json: {given}, not a token of the model; training needs one to end each target")
-    return config.eos_token_id, token
+        raise InputError(f"config.json: {given}, not a token of the model; training needs one to end each answer")
+    if named not in (None, token) and eos_id not in never_text(tokenizer):
+        given = f"eos_token_id {eos_id} is the text {token!r}"
+        raise InputError(f"config.json: {given}; set it to the id of {named!r}, the tokenizer's eos_token")
+    return eos_id
+
+
+def tokenized(
+    examples: list[Example], tokenizer: Tokenizer, eos_id: int | None, bos: Bos, template: ChatTemplate | None
+) -> list[Encoded]:
+    """Prompts and answers as token ids, uncut, and EOS after an answer if `eos_id` is given."""
+    # Prompt and answer are tokenized apart. Decoding starts from the tokens of the prompt alone, so a token across the
+    # border would never occur there.
+    pairs = [example for example in examples if not example.chat]
+    prompts = iter(tokenize([example.prompt for example in pairs], tokenizer))
+    answers = iter(tokenize([example.answer for example in pairs], tokenizer))
+    items = []
+    for example in examples:
+        if example.chat:
+            ids, spans = bos.before_chat(*template.encode(example.chat, eos_id))
+        else:
+            prompt, answer = bos.before_text(next(prompts)), next(answers) + ([] if eos_id is None else [eos_id])
+            ids, spans = prompt + answer, ((len(prompt), len(prompt) + len(answer)),)
+        items.append(Encoded(ids, spans, example.id))
+    return items
+
+
+def cut_prompt(item: Encoded, max_length: int, keep_end: bool = False, first: int = 0) -> Encoded:
+    """A pair of prompt and answer without the part of its prompt that has to go if it is longer than `max_length`.
+
+    As in LoRI, the prompt ends after max_length // 2 tokens. keep_end: it loses its beginning instead, but for the
+    `first` tokens (BOS), and only as much as the answer needs and no more than half of the length.
+    """
+    [(start, end)] = item.spans
+    room = max(max_length - (end - start), max_length // 2) if keep_end else max_length // 2
+    if end <= max_length or start <= room:
+        return item
+    place = first if keep_end else room
+    ids = item.ids[:place] + item.ids[place + start - room :]
+    return replace(item, ids=ids, spans=((room, len(ids)),))
+
+
+def cut_end(item: Encoded, max_length: int) -> Encoded:
+    """The first `max_length` tokens, and what is learnt of them."""
+    # The EOS is cut off with the end of the answer: an unfinished answer must not teach to stop.
+    # DEVIATION from LoRI: the answer gets all the room that is left; LoRI cuts it to max_length - 256.
+    spans = tuple((start, min(end, max_length)) for start, end in item.spans if start < max_length)
+    return replace(item, ids=item.ids[:max_length], spans=spans)
 
 
 def encode(
@@ -305,60 +369,43 @@ def encode(
     *,
     bos: Bos | None = None,
     template: ChatTemplate | None = None,
+    keep_end: bool = False,
 ) -> list[Encoded]:
-    """Token ids of every example, at most `max_length`; says how many examples were cut, or left out.
+    """Token ids of every example, at most `max_length`; says what was cut, and how many examples were left out.
 
     eos_id: None for a model without one, which can be measured but not trained. positions: that the model was made
     for (max_position_embeddings). bos: by default no sequence begins with a BOS token. template: renders chats.
-    Raises InputError for an example without a target, or beyond `positions`, and if all are left out.
+    keep_end: of long prompts, as for `cut_prompt`. Raises InputError for an example without an answer, or beyond
+    `positions`, and if all are left out.
     """
     for example in examples:
-        if not example.target.strip():
-            raise InputError(f"example {example.id} has an empty target: there is nothing to learn")
-    bos, pairs = bos or Bos(), [example for example in examples if not example.chat]
-    # Prompt and target are tokenized apart. Decoding starts from the tokens of the prompt alone, so a token across the
-    # border would never occur there.
-    prompts = iter(tokenize([example.prompt for example in pairs], tokenizer))
-    targets = iter(tokenize([example.target for example in pairs], tokenizer))
-    items, cut = [], 0
-    for example in examples:
-        if example.chat:
-            ids, spans = bos.before_chat(*template.encode(example.chat, eos_id))
-            item = Encoded(ids[:max_length], tuple((a, min(b, max_length)) for a, b in spans if a < max_length))
-            length = len(ids)
-        else:
-            prompt, target = bos.before_text(next(prompts)), next(targets) + ([] if eos_id is None else [eos_id])
-            item, length = encode_pair(prompt, target, max_length), len(prompt) + len(target)
-        cut += length > max_length
-        items.append(replace(item, example=example.id))
-    kept = [item for item in items if item.num_targets]
+        if not example.answer.strip():
+            raise InputError(f"example {example.id} has an empty answer: there is nothing to learn")
+    bos = bos or Bos()
+    items, prompts, ends = [], [], []  # prompts, ends: the tokens that each item has lost there
+    for example, whole in zip(examples, tokenized(examples, tokenizer, eos_id, bos, template), strict=True):
+        pair = whole if example.chat else cut_prompt(whole, max_length, keep_end, int(bos.in_text))
+        item = cut_end(pair, max_length)
+        if item.num_targets:
+            items.append(item)
+            prompts.append(len(whole.ids) - len(pair.ids))
+            ends.append(len(pair.ids) - len(item.ids))
+    if dropped := len(examples) - len(items):
+        none_left = f"{dropped} of {len(examples)} examples have no target token within {max_length} tokens"
+        if not items:
+            raise InputError(f"{none_left}; give a larger --max-length, or shorter rows")
+        note(f"{none_left} and are left out")
     if positions and max_length > positions:
         longest = max(len(item.ids) for item in items)
-        said = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
+        limit = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
         if longest > positions:
-            raise InputError(f"{said}, and an example has {longest} tokens; give at most {positions}")
-        note(f"{said}; the longest example has {longest} tokens")
-    if dropped := len(items) - len(kept):
-        said = f"{dropped} of {len(items)} examples have no target token within {max_length} tokens"
-        if not kept:
-            raise InputError(f"{said}; give a larger --max-length, or shorter rows")
-        note(f"{said} and were left out")
-    if cut > dropped:
-        note(f"{cut - dropped} of {len(items)} examples are longer than {max_length} tokens and were cut")
-    return kept
-
-
-def encode_pair(prompt: list[int], target: list[int], max_length: int) -> Encoded:
-    """Prompt and target one after the other; the target is learnt, its EOS included.
-
-    As in LoRI, a pair that is too long first loses its prompt after max_length // 2 tokens, then the end of its target.
-    """
-    if len(prompt) + len(target) > max_length:
-        prompt = prompt[: max_length // 2]
-        # The EOS is cut off with the end of the target: an unfinished answer must not teach to stop.
-        # DEVIATION from LoRI: the target gets all the room that is left; LoRI cuts it to max_length - 256.
-        target = target[: max_length - len(prompt)]
-    return Encoded(prompt + target, ((len(prompt), len(prompt) + len(target)),))
+            raise InputError(f"{limit}, and an example has {longest} tokens; give at most {positions}")
+        note(f"{limit}; the longest example has {longest} tokens")
+    for name, lost, place in (("prompts", prompts, "beginning" if keep_end else "end"), ("examples", ends, "end")):
+        if number := sum(map(bool, lost)):
+            tokens = f"{sum(lost):,} tokens at their {place}"
+            note(f"{number} of {len(items)} {name} are too long for {max_length} tokens and lose {tokens}")
+    return items
 
 
 class Reader:
@@ -366,32 +413,60 @@ class Reader:
 
     def __init__(
         self, task: str, folder: Path, config: MoEConfig, *, max_length: int = 512, bos: str = "auto",
-        prompt: str = "lori",
+        prompt: str = "lori", date: datetime | None = None,
     ) -> None:  # fmt: skip
-        """bos: "auto" follows the tokenizer for task own, "yes" or "no". prompt: key of PROMPTS."""
+        """bos: "auto" follows the tokenizer for task own, "yes" or "no". prompt: key of PROMPTS. date: of the run."""
         self.task, self.config, self.max_length, self.prompt = task, config, max_length, prompt
         self.tokenizer = load_tokenizer(folder, config)
-        self.template = ChatTemplate(folder, self.tokenizer)
+        self.template = ChatTemplate(folder, self.tokenizer, date)
         self.bos = choose_bos(bos, folder, self.tokenizer, config.hub.get("bos_token_id"), follows=task == "own")
+        self.keep_end = task == "own"
 
     def load(self, split: str, path: str | Path | None = None, limit: int | None = None) -> list[Example]:
-        """The first `limit` examples of a split, as `load_examples` finds them."""
+        """The first `limit` examples of a split, as `load_examples` finds them.
+
+        Raises InputError if they are to be learnt and the model names no token to end them.
+        """
+        if split == "train":
+            end_token(self.tokenizer, self.config, named_tokens(self.template.folder).get("eos_token"))
         return load_examples(self.task, split, path, limit, self.template, self.prompt)
 
     def encode(self, examples: list[Example]) -> list[Encoded]:
         """Token ids of the examples, as `encode` makes them."""
-        positions = self.config.hub.get("max_position_embeddings")
-        options = {"bos": self.bos, "template": self.template}
-        return encode(examples, self.tokenizer, self.config.eos_token_id, self.max_length, positions, **options)
+        return encode(
+            examples,
+            self.tokenizer,
+            self.config.eos_token_id,
+            self.max_length,
+            self.config.hub.get("max_position_embeddings"),
+            bos=self.bos,
+            template=self.template,
+            keep_end=self.keep_end,
+        )
 
     def prompts(self, examples: list[Example]) -> list[list[int]]:
-        """The token ids that a completion of each example continues, uncut: of a chat all before its last turn."""
-        pairs = iter(tokenize([example.prompt for example in examples if not example.chat], self.tokenizer))
-        return [self.chat_prompt(each.chat) if each.chat else self.bos.before_text(next(pairs)) for each in examples]
+        """The token ids that a completion of each example continues; of a chat all before its last turn.
 
-    def chat_prompt(self, chat: Chat) -> list[int]:
-        ids, spans = self.bos.before_chat(*self.template.encode(chat, None))
-        return ids[: spans[-1][0]]
+        Only prompts of task own are cut, as in training.
+        """
+        items = tokenized(examples, self.tokenizer, self.config.eos_token_id, self.bos, self.template)
+        for i, example in enumerate(examples):
+            if self.keep_end and not example.chat:
+                items[i] = cut_prompt(items[i], self.max_length, True, int(self.bos.in_text))
+        return [item.ids[: item.spans[-1][0]] for item in items]
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a completion: every eos_token_id, and the one that ends a turn in the chat template."""
+        end = self.template.end_id
+        return tuple(dict.fromkeys((*self.config.eos_token_ids, *([] if end is None else [end]))))
+
+    def endings(self, items: list[Encoded]) -> str:
+        """The special tokens with which the answers of the items end, the most frequent first, for messages."""
+        ends = never_text(self.tokenizer).keys() | set(self.config.eos_token_ids)
+        last = Counter(item.ids[item.spans[-1][1] - 1] for item in items)
+        names = [f"{self.tokenizer.id_to_token(i)!r} (id {i})" for i, _ in last.most_common() if i in ends]
+        return " and ".join(names) or "text, since all are cut"
 
 
 # -------------------------------------------------------------------------------------------------- batches
@@ -419,16 +494,31 @@ def collate(items: list[Encoded], pad_id: int) -> Batch:
     return Batch(pad_sequence(ids, True, pad_id), lengths, pad_sequence(labels, True, -100))
 
 
+def permutation(n: int, seed: int | list[int]) -> list[int]:
+    """0..n-1 in a random order that depends on the seed alone, not on a library's version.
+
+    Fisher and Yates' shuffle. A place in 0..i is the low bits of 32-bit halves of numpy's PCG64 words, as many bits as
+    i has; larger numbers are drawn again. numpy's Generator.permutation is the same, but only raw words will stay.
+    """
+    words = iter(np.random.PCG64(seed).random_raw, None)
+    halves = (half for word in words for half in (word & 0xFFFFFFFF, word >> 32))
+    order = list(range(n))
+    for i in range(n - 1, 0, -1):
+        mask = 2 ** i.bit_length() - 1
+        j = next(half & mask for half in halves if half & mask <= i)
+        order[i], order[j] = order[j], order[i]
+    return order
+
+
 def sample(items: list, fraction: float, seed: int) -> list:
     """A random part of the items in their order, at least one; the same for the same seed."""
     count = max(1, round(fraction * len(items)))
-    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(len(items))[:count]
-    return [items[i] for i in sorted(chosen)]
+    return [items[i] for i in sorted(permutation(len(items), seed)[:count])]
 
 
 def global_batches(n: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """The indices 0..n-1 in batches, in the order of this seed and epoch: the same on every process."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(n).tolist()
+    order = permutation(n, [seed, epoch])
     # DEVIATION from LoRI: the last, smaller batch counts too; LoRI drops it.
     return [order[start : start + batch_size] for start in range(0, n, batch_size)]
 

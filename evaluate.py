@@ -349,7 +349,7 @@ def score(settings: Settings, answers: Answers) -> tuple[dict, list[dict]]:
     items = [{"id": example.id, "prompt": example.prompt, "completion": text} for example, text in pairs]
     records = [example.row for example, _ in pairs]
     if answers.held_out:
-        return loss.score(items, [example.target for example, _ in pairs], *answers.held_out)
+        return loss.score(items, [example.answer for example, _ in pairs], *answers.held_out)
     if settings.benchmark == "humaneval":
         return code.score(items, records, settings.code_rule or "extracted", settings.timeout, settings.workers)
     if settings.benchmark == "gsm8k":

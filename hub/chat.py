@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -49,10 +50,11 @@ class Generation(Extension):
         return jinja2.nodes.Scope(body).set_lineno(line)
 
 
-def compile_template(source: str) -> jinja2.Template:
+def compile_template(source: str, date: datetime) -> jinja2.Template:
     """A template with the settings, filters and functions that templates of the hub are written for (transformers)."""
-    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, loopcontrols]}
-    environment = ImmutableSandboxedEnvironment(**options)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -62,7 +64,7 @@ def compile_template(source: str) -> jinja2.Template:
 
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = date.strftime
     return environment.from_string(source)
 
 
@@ -78,10 +80,10 @@ def template_source(folder: Path) -> str | None:
     if isinstance(found, list):  # several, with names
         named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
         if "default" not in named:
-            raise InputError(f"{path}: chat_template has {', '.join(map(str, named))}; want one called default")
+            raise InputError(f"{path}: chat_template has {', '.join(map(str, named))}; expected one called default")
         found = named["default"]
     if not isinstance(found, str | None):
-        raise InputError(f"{path}: chat_template is {found!r:.40}, want text")
+        raise InputError(f"{path}: chat_template is {found!r:.40}; expected text")
     return found
 
 
@@ -96,11 +98,20 @@ class Chat:
     spans: Spans
 
 
+class Token(NamedTuple):
+    """A token of a text, and the characters that it stands for."""
+
+    id: int
+    start: int
+    end: int
+
+
 class ChatTemplate:
     """The chat template of a checkpoint, and the special tokens of its tokenizer."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.folder, self.tokenizer = Path(folder), tokenizer
+    def __init__(self, folder: Path, tokenizer: Tokenizer, date: datetime | None = None) -> None:
+        """date: what `strftime_now` of a template takes for now; by default the present, once for all rows."""
+        self.folder, self.tokenizer, self.date = Path(folder), tokenizer, date or datetime.now()
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special and token.content}
         self.names = {str(i): token for token, i in self.special.items()}
@@ -118,7 +129,7 @@ class ChatTemplate:
                 "version, or write your rows as prompt and completion"
             )
         try:
-            template = compile_template(source)
+            template = compile_template(source, self.date)
         except jinja2.TemplateError as error:
             raise InputError(f"{self.folder}: its chat template is damaged ({error})") from None
         variables = named_tokens(self.folder)
@@ -192,6 +203,17 @@ class ChatTemplate:
             )
         return found.end()
 
+    @cached_property
+    def end_id(self) -> int | None:
+        """The special token that ends a turn of the assistant; None if the template has none, or there is none."""
+        try:
+            chat = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except InputError:
+            return None
+        [(start, end)] = chat.spans
+        mark = re.search(rf"{A_SPECIAL}\Z", chat.text[start:end])
+        return int(mark[0][1:-1]) if mark else None
+
     # ------------------------------------------------------------------------------------------------------- tokens
 
     @cached_property
@@ -204,25 +226,52 @@ class ChatTemplate:
         for i, token in self.tokenizer.get_added_tokens_decoder().items():
             if token.content in self.special:
                 mark = SPECIAL.format(i)
-                strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-                tokenizer.add_tokens([AddedToken(mark, normalized=False, **strips)])
+                tokenizer.add_tokens([AddedToken(mark, normalized=False, lstrip=token.lstrip, rstrip=token.rstrip)])
                 meaning[tokenizer.token_to_id(mark)] = i
         return tokenizer, meaning
 
     def encode(self, chat: Chat, eos_id: int | None) -> tuple[list[int], Spans]:
-        """Token ids of a chat, as of its whole text, and the spans of them that are learnt.
+        """Token ids of a chat, and the spans of them that are learnt.
 
+        They are those of the whole text, unless they would be others before an answer than the generation prompt alone
+        has: then what follows is tokenized apart from it, as answers are when the model is prompted.
         eos_id: of the token that is put behind the last turn if the template ends it with no special token.
         """
-        tokenizer, meaning = self.marking
-        encoding = tokenizer.encode(chat.text, add_special_tokens=False)
-        refuse_special(chat.text, encoding.ids, never_text(self.tokenizer))
-        ids = [meaning.get(i, i) for i in encoding.ids]
+        tokens, meaning = self.pieces(chat), self.marking[1]
+        refuse_special(chat.text, [token.id for token in tokens], never_text(self.tokenizer))
+        ids = [meaning.get(token.id, token.id) for token in tokens]
         spans = []
         for start, end in chat.spans:
-            inside = [i for i, (first, last) in enumerate(encoding.offsets) if first < end and last > start]
+            inside = [i for i, (_, first, last) in enumerate(tokens) if first < end and last > start]
             spans.append((inside[0], inside[-1] + 1))
         start, end = spans[-1]
         if eos_id is not None and end == len(ids) and ids[-1] not in self.special.values():
             ids, spans[-1] = [*ids, eos_id], (start, end + 1)
         return ids, tuple(spans)
+
+    def pieces(self, chat: Chat) -> list[Token]:
+        """The tokens of a chat's text, divided where an answer begins."""
+        text, divided = chat.text, 0  # divided: the last place where tokens were
+        tokens = self.tokens(text, 0, len(text))
+        for start, _ in chat.spans:
+            begin = max(text.rfind(SPECIAL[0], divided, start), divided)  # no token reaches across a special one
+            first = sum(token.end <= begin for token in tokens) if begin else 0
+            last = sum(token.start < start for token in tokens)
+            given = self.tokens(text, begin, start)
+            if [token.id for token in tokens[first:last]] != [token.id for token in given]:
+                tokens, divided = [*tokens[:first], *given, *self.tokens(text, start, len(text))], start
+        return tokens
+
+    def tokens(self, text: str, start: int, end: int) -> list[Token]:
+        """The tokens of a part of a text.
+
+        Some tokenizers put a space before a text. A part that is inside therefore gets a character in front that has no
+        token in common with it.
+        """
+        is_inside = start > 0 and text[start] != SPECIAL[0]
+        for before in ("\n", "a", "0", "") if is_inside else ("",):
+            encoding = self.marking[0].encode(before + text[start:end], add_special_tokens=False)
+            if not any(first < len(before) < last for first, last in encoding.offsets):
+                break
+        shift, pairs = start - len(before), zip(encoding.ids, encoding.offsets, strict=True)
+        return [Token(i, first + shift, last + shift) for i, (first, last) in pairs if not before or last > len(before)]

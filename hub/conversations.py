@@ -1,8 +1,8 @@
 """Rows of the user's own data, and the chats among them, in the format of OpenAI or of ShareGPT.
 
     read = OwnRows(template, formats)
-    prompt, target, *chat = read({"messages": [{"role": "user", "content": "Hi"}, ...]})
-    prompt, target, *chat = read({"conversations": [{"from": "human", "value": "Hi"}, ...]})
+    prompt, answer, *chat = read({"messages": [{"role": "user", "content": "Hi"}, ...]})
+    prompt, answer, *chat = read({"conversations": [{"from": "human", "value": "Hi"}, ...]})
 
 In a chat a system message comes first, if there is one; then user and assistant take turns.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from command.cli import InputError
 from hub.chat import Chat, ChatTemplate, Message
-from hub.rows import Row
+from hub.rows import Row, text, unread
 
 NAMES = {  # column -> key of the role, key of the text, the role that each name means
     "messages": ("role", "content", {"system": "system", "user": "user", "assistant": "assistant"}),
@@ -28,18 +28,18 @@ def read_messages(row: Row) -> list[Message]:
     column = next(column for column in NAMES if column in row)
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{column!r} is {turns!r:.60}, want a list of turns")
-    if row.get("tools"):
-        raise InputError("it has 'tools', and calls of tools are not supported; take such rows out")
+        raise InputError(f"{column!r} is {turns!r:.60}; expected a list of turns")
     messages = [read_turn(turn, i, column) for i, turn in enumerate(turns, 1)]
-    if isinstance(row.get("system"), str) and row["system"].strip():  # some ShareGPT files have it beside the turns
-        messages.insert(0, {"role": "system", "content": row["system"]})
+    if row.get("system"):  # some ShareGPT files have it beside the turns
+        messages.insert(0, {"role": "system", "content": text(row, "system")})
     roles = [message["role"] for message in messages]
     first = 1 if roles[0] == "system" else 0
     for i, role in enumerate(roles[first:]):
         if role != ("user", "assistant")[i % 2]:
             before = roles[first + i - 1] if i else "the beginning"
-            raise InputError(f"turn {first + i + 1} is of the {role} after {before}; want user and assistant in turn")
+            raise InputError(
+                f"turn {first + i + 1} is of the {role} after {before}; expected user and assistant in turn"
+            )
     if "assistant" not in roles:
         raise InputError("no turn is of the assistant: there is nothing to learn")
     return messages[: len(roles) - roles[::-1].index("assistant")]
@@ -49,41 +49,45 @@ def read_turn(turn: object, number: int, column: str) -> Message:
     """One turn as a message."""
     role_key, text_key, roles = NAMES[column]
     if not isinstance(turn, dict):
-        raise InputError(f"turn {number} is {turn!r:.60}, want an object with {role_key!r} and {text_key!r}")
-    role, text = turn.get(role_key), turn.get(text_key)
+        raise InputError(f"turn {number} is {turn!r:.60}; expected an object with {role_key!r} and {text_key!r}")
+    role, content = turn.get(role_key), turn.get(text_key)
     if further := [key for key, value in turn.items() if key not in (role_key, text_key) and value is not None]:
         raise InputError(
-            f"turn {number} has {further[0]!r}, which is not supported; want {role_key!r} and {text_key!r}"
+            f"turn {number} has {further[0]!r}, which is not supported; expected {role_key!r} and {text_key!r}"
         )
     if not isinstance(role, str) or role not in roles:
-        raise InputError(f"turn {number} has {role_key!r} {role!r:.40}, want one of {', '.join(roles)}")
-    if not isinstance(text, str):
-        raise InputError(f"turn {number} has {text_key!r} {text!r:.60}, want text")
-    if not text.strip():
+        raise InputError(f"turn {number} has {role_key!r} {role!r:.40}; expected one of {', '.join(roles)}")
+    if not isinstance(content, str):
+        raise InputError(f"turn {number} has {text_key!r} {content!r:.60}; expected text")
+    if not content.strip():
         raise InputError(f"turn {number} ({role}) is empty; take the row out")
-    return {"role": roles[role], "content": text}
+    return {"role": roles[role], "content": content}
 
 
-Read = Callable[[Row], tuple[str, str]]  # a row's prompt and target
+Read = Callable[[Row], tuple[str, str]]  # a row's prompt and answer
 
 
 class OwnRows:
     """Reads the user's own rows. All rows of a file must have the format of the first."""
 
-    def __init__(self, template: ChatTemplate, formats: dict[tuple[str, ...], Read | None]) -> None:
-        """formats: the columns by which a format is known, and what reads it; None: a chat."""
+    def __init__(self, template: ChatTemplate, formats: dict[tuple[str, ...], tuple[tuple[str, ...], Read | None]]):
+        """formats: the columns by which a format is known, further ones, and what reads it; None: a chat."""
         self.template, self.formats, self.columns = template, formats, None
+        self.ignored: set[str] = set()  # columns that were not read
 
     def __call__(self, row: Row) -> tuple[str, str] | tuple[str, str, Chat]:
-        """The prompt and the target of a row; of a chat those of its last turn, and the chat."""
-        fitting = (columns for columns in self.formats if isinstance(row, dict) and row.keys() >= set(columns))
-        columns = next(fitting, None)
+        """The prompt and the answer of a row; of a chat those of its last turn, and the chat."""
+        if not isinstance(row, dict):
+            raise InputError(f"it is {row!r:.60}; expected an object")
+        columns = next((columns for columns in self.formats if row.keys() >= set(columns)), None)
         if columns is None:
-            raise InputError(f"no format is known by the columns of {row!r:.100}")
+            raise InputError(f"its columns {', '.join(map(repr, row))[:100]} are those of no format")
         if self.columns not in (None, columns):
             raise InputError(f"a row of {' and '.join(columns)} after rows of {' and '.join(self.columns)} in one file")
         self.columns = columns
-        if read := self.formats[columns]:
+        further, read = self.formats[columns]
+        self.ignored.update(unread(row, columns + further))
+        if read:
             return read(row)
         chat = self.template.render(read_messages(row))
         start, end = chat.spans[-1]

@@ -3,20 +3,20 @@
     path = fetch(Download(url, sha256), "pass a copy with --train-data FILE")
     for place, row in read_rows(path): ...          # place: the file and line to name when the row is wrong
 
-A row is a dict. A file is csv or tsv with a header, a JSON list, a JSON object of columns, or one JSON object after
-another. Each may be compressed with gzip. HEx-PHI is a folder of csv files without headers.
+A row is a dict. A file is csv with a header, a JSON list, a JSON object of columns, or JSON lines, each perhaps
+compressed with gzip, or parquet. HEx-PHI is a folder of csv files without headers.
 """
 
 import csv
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import tempfile
 import urllib.request
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -25,6 +25,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from command.cli import InputError, note
+from command.files import parse_json
 
 Row = dict[str, object]
 CHATS = ("messages", "conversations")  # columns that hold the turns of a chat
@@ -36,6 +37,23 @@ def text(row: Row, *columns: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"no text as {' or '.join(map(repr, columns))} in {row!r:.100}")
     return value
+
+
+CHANGING = """
+system system_prompt history context documents chosen rejected label labels kto_tag loss_mask label_mask mask train
+weight weights loss_weight sample_weight tools functions tool_calls function_call image images video videos audio audios
+chat_template_kwargs enable_thinking
+""".replace("_", "").split()  # columns that say in other tools what is learnt of a row, or what else the model reads
+
+
+def unread(row: Row, used: Iterable[str]) -> list[str]:
+    """The columns that hold something and are not used. Raises InputError for one that changes what the row means."""
+    names = [name for name, value in row.items() if name not in used and value not in (None, "", [], {})]
+    for name in names:
+        if re.sub("[^a-z]", "", name.lower()) in CHANGING:
+            given = f"the column {name!r} ({row[name]!r:.40}) changes what a row means, and is not supported"
+            raise InputError(f"{given}; remove the column, or put what it says into the text")
+    return names
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -83,8 +101,9 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
     """The file that matches the pattern, or the folder if it may match several, with the user's own token."""
     page = f"https://huggingface.co/datasets/{data.name}"
     try:
-        options = {"repo_type": "dataset", "revision": data.revision, "allow_patterns": [data.pattern]}
-        folder = Path(snapshot_download(data.name, **options))
+        folder = Path(
+            snapshot_download(data.name, repo_type="dataset", revision=data.revision, allow_patterns=[data.pattern])
+        )
     except GatedRepoError:
         how = f"ask for access at {page}, log in with `hf auth login` or set HF_TOKEN"
         raise InputError(
@@ -110,7 +129,7 @@ def fetch_file(file: Download, instead: str) -> Path:
             content = reply.read()
         if not file.holds(content):
             pinned = f"sha256 {file.sha256}" if file.sha256 else f"git blob {file.git_blob}"
-            raise InputError(f"{file.url}: checksum mismatch, want {pinned}; {instead}")
+            raise InputError(f"{file.url}: checksum mismatch, expected {pinned}; {instead}")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as part:  # several processes may arrive here at once
             (Path(part) / path.name).write_bytes(content)
@@ -123,28 +142,7 @@ def fetch_file(file: Download, instead: str) -> Path:
 # ------------------------------------------------------------------------------------------------ local files
 
 
-FOREIGN = {  # how a file of another kind begins -> what it is, and what to do
-    b"version https://git-lfs": "a Git LFS pointer instead of the file itself; fetch it with `git lfs pull`",
-    b"PAR1": "a parquet file; convert it with pandas: read_parquet(FILE).to_json(OUT, orient='records', lines=True)",
-    b"ARROW1": "an Arrow file; convert it with datasets: Dataset.from_file(FILE).to_json(OUT)",
-    b"\xff\xff\xff\xff": "an Arrow stream; convert it with datasets: Dataset.from_file(FILE).to_json(OUT)",
-    b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save the sheet as csv",
-    b"(\xb5/\xfd": "compressed with zstd; decompress it, or compress it with gzip",
-    b"BZh": "compressed with bzip2; decompress it, or compress it with gzip",
-    b"\xfd7zXZ": "compressed with xz; decompress it, or compress it with gzip",
-    b"7z\xbc\xaf'\x1c": "a 7z archive; unpack it",
-    b"Rar!": "a rar archive; unpack it",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file; save the sheet as csv",
-    b"%PDF": "a PDF document; want the data set that it describes",
-    b"\x93NUMPY": "a NumPy array; write its rows as JSON lines",
-    b"\x89HDF": "an HDF5 file; write its rows as JSON lines",
-    b"SQLite format 3": "a SQLite database; export the table as csv",
-    b"\x80": "a Python pickle, which is never opened; write its rows as JSON lines",
-    b"\xff\xfe": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
-    b"\xfe\xff": "line 1: text in UTF-16, not UTF-8; save it as UTF-8",
-    b"<!doctype": "a web page; download the file itself",
-    b"<html": "a web page; download the file itself",
-}
+FILES = "a file is parquet or csv if its name says so, else JSON or JSON lines in UTF-8; gzip may compress csv and JSON"
 
 
 def read_text(path: Path) -> str:
@@ -152,36 +150,29 @@ def read_text(path: Path) -> str:
     content = b""
     try:
         content = path.read_bytes()
-        if path.suffix.lower() == ".gz" or content.startswith(b"\x1f\x8b"):
+        if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        begins = (content[:20], content[:1000].lstrip().lower())  # a web page may have space first, and capitals
-        kind = next((kind for start, kind in FOREIGN.items() if any(text.startswith(start) for text in begins)), None)
-        if content[257:262] == b"ustar":
-            kind = "a tar archive; unpack it"
-        if kind:
-            raise InputError(f"{path}{', ' if kind.startswith('line') else ': '}{kind}")
         return content.decode("utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not encoded in UTF-8; save it as UTF-8") from None
+        raise InputError(f"{path}, line {line}: not text in UTF-8; {FILES}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
-def csv_rows(path: Path, columns: list[str] | None = None, delimiter: str = ",") -> list[tuple[str, Row]]:
+def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Row]]:
     """(place, row) for each record of a csv file; its first line names the columns, unless they are given."""
     csv.field_size_limit(2**31 - 1)  # the library refuses a field of more than 131,072 characters otherwise
-    source = io.StringIO(read_text(path), newline="")
-    reader = csv.DictReader(source, fieldnames=columns, strict=True, delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), fieldnames=columns, strict=True)
     rows = []
     try:
-        names = [name for name in reader.fieldnames or () if name]
-        if len(set(names)) < len(names):
-            raise InputError(f"{path}, line 1: a column occurs twice in {', '.join(names)}; want each once")
+        check_header(path, reader.fieldnames or [])
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
+            if columns is None and is_header(row):
+                raise InputError(f"{place}: the names of the columns once more, as in files put together; remove it")
             rows.append((place, row))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None
@@ -190,31 +181,35 @@ def csv_rows(path: Path, columns: list[str] | None = None, delimiter: str = ",")
     return rows
 
 
-def json_values(path: Path) -> list[tuple[int, object]]:
-    """(line, value) for each JSON value of a file: one per line, or over several lines each."""
-    content, decoder, space = read_text(path), json.JSONDecoder(), re.compile(r"\s*")
-    values, line, counted = [], 1, 0  # `line` is that of the character number `counted`
-    place = space.match(content).end()
-    while place < len(content):
-        line, counted = line + content.count("\n", counted, place), place
-        try:
-            value, end = decoder.raw_decode(content, place)
-        except (ValueError, RecursionError) as error:
-            kind = "not a JSON list" if content[place] == "[" else "not JSON"
-            inside = f", line {error.lineno}" if getattr(error, "lineno", line) != line else ""
-            raise InputError(f"{path}, line {line}: {kind} ({getattr(error, 'msg', error)}{inside})") from None
-        values.append((line, value))
-        place = space.match(content, end).end()
-    return values
+def check_header(path: Path, columns: list[str]) -> None:
+    """Raise InputError if a column occurs twice, or if the names are not separated by commas."""
+    names = [name for name in columns if name]
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}, line 1: a column occurs twice in {', '.join(names)}; expected each once")
+    if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
+        raise InputError(f"{path}, line 1: {names[0]!r:.60} is one column; expected names separated by commas")
+
+
+def is_header(row: Row) -> bool:
+    """Whether a record repeats the names of its columns, perhaps after a byte order mark."""
+    return all(value.strip("\ufeff ").lower() == name.strip().lower() for name, value in row.items())
 
 
 def json_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object after another."""
-    values = json_values(path)
-    whole = values[0][1] if len(values) == 1 else None
+    """(place, row) for each row of a JSON list, of an object of columns, or of a file with one object per line."""
+    content = read_text(path)
+    lines = [(f"{path}, line {i}", line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
+        return []
+    if len(lines) > 1 and is_json(lines[0][1]):
+        return [(place, parse_json(line, place)) for place, line in lines]
+    try:
+        whole = parse_json(content, path)
+    except InputError as error:
+        raise InputError(f"{error}; it begins with {content.lstrip()[:30]!r}; {FILES}") from None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
         if any(isinstance(turn, dict) for name in CHATS for turn in whole.get(name, ())):  # one row, and its turns
-            return [(f"{path}, line {values[0][0]}", whole)]
+            return [(lines[0][0], whole)]
         if len(whole) == 1 and all(isinstance(row, dict) for column in whole.values() for row in column):
             raise InputError(f"{path}: its rows are inside {next(iter(whole))!r}; save this list alone")
         columns = {name: column for name, column in whole.items() if column}
@@ -223,7 +218,16 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
         whole = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     if isinstance(whole, list):
         return [(f"{path}, entry {i}", row) for i, row in enumerate(whole, 1)]
-    return [(f"{path}, line {line}", value) for line, value in values]
+    return [(lines[0][0], whole)]
+
+
+def is_json(line: str) -> bool:
+    """Whether a line is a JSON value by itself, as each of a file of JSON lines is."""
+    try:
+        parse_json(line, "")
+    except InputError:
+        return False
+    return True
 
 
 def parquet_rows(path: Path) -> list[tuple[str, Row]]:
@@ -281,12 +285,8 @@ def hexphi_rows(folder: Path) -> list[tuple[str, Row]]:
 
 
 def read_rows(path: Path) -> list[tuple[str, Row]]:
-    """(place, row) for each row of a csv or JSON file, or of a HEx-PHI folder. Raises InputError for damaged files."""
+    """(place, row) for each row of a csv, JSON or parquet file. Raises InputError for damaged files."""
     if path.is_dir():
-        return hexphi_rows(path)
+        raise InputError(f"{path} is a folder, not a file of rows")
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
-    if path.name.lower().endswith(".parquet"):
-        return parquet_rows(path)
-    if kind in (".csv", ".tsv"):
-        return csv_rows(path, delimiter="," if kind == ".csv" else "\t")
-    return json_rows(path)
+    return {".csv": csv_rows, ".parquet": parquet_rows}.get(kind, json_rows)(path)

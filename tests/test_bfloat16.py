@@ -62,7 +62,7 @@ def one_step(folder: Path, method: str, dtype: torch.dtype) -> tuple[Tensor, Ten
         shard_model(model, torch.device("cpu"), dtype)
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(2, 50, (n,), generator=generator).tolist() for n in (17, 24, 9, 13)]
-    items = [data.encode_pair(row[:2], row[2:], 99) for row in ids]
+    items = [data.Encoded(row, ((2, len(row)),)) for row in ids]
     step, batch = global_step(model, items, 2, ALONE), data.collate(items, 0)
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():

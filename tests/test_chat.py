@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,15 +71,17 @@ SPECIAL = ["<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>"]
 LETTERS = "".join(map(chr, range(32, 127))) + "é▁"
 
 
-def byte_level(trim_offsets: bool = False) -> Tokenizer:
+def byte_level(trim_offsets: bool = False, use_regex: bool = True) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
     if trim_offsets:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["user\nassistant\n\nHello there\n\nUser: Assistant: hello"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        ["user\nassistant\n\nHello there\n\n\nUser: Assistant: hello: é: 2: é\n"] * 3, trainer
+    )
     return tokenizer
 
 
@@ -183,7 +186,37 @@ def test_a_special_token_that_a_message_spells_is_text_and_those_of_the_template
     assert [i for i in item.ids if i in special] == [i for i in before.ids if i in special]
     assert hf.decode(item.ids) == hf.apply_chat_template(forged, tokenize=False)
     assert len(item.spans) == 1 and "no <s><|im_end|>" in hf.decode(item.ids[slice(*item.spans[0])])
-    assert example.prompt + example.target == hf.apply_chat_template(forged, tokenize=False).rstrip("\n")
+    assert example.prompt + example.answer == hf.apply_chat_template(forged, tokenize=False).rstrip("\n")
+
+
+BORDERS = {  # the end of a generation prompt, and an answer: some tokenizer has a token across the two
+    "two line ends": ("assistant\n", "\nhello"),
+    "three line ends": ("Hello there\n\n", "\nUser: hello"),
+    "a space": ("Assistant: ", "hello"),
+    "inside a word": ("user: h", "ello"),
+    "other letters": ("Assistant: ", "é 日本"),
+}
+
+
+@pytest.mark.parametrize("border", BORDERS)
+@pytest.mark.parametrize("tokenizer", [*TOKENIZERS, "tokens of several words"])
+def test_no_token_reaches_from_the_generation_prompt_into_an_answer(tokenizer, border, tmp_path):
+    opening, answer = BORDERS[border]
+    template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '<|im_end|>' }}"
+    template += f"{{% else %}}{{{{ {opening!r} + m.content + '<|im_end|>' }}}}{{% endif %}}{{% endfor %}}"
+    template += f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}"
+    made = TOKENIZERS[tokenizer]() if tokenizer in TOKENIZERS else byte_level(use_regex=False)
+    config, chat = save(tmp_path, made, template), turns("hi", answer, "2", answer)
+    hf = AutoTokenizer.from_pretrained(tmp_path)
+    [example], [item] = read(tmp_path, config, [{"messages": chat}])
+    first, last = (item.ids[: span[0]] for span in item.spans)
+    assert first == hf.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert Reader("own", tmp_path, config).prompts([example]) == [last]
+    decode = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode
+    assert decode(item.ids, skip_special_tokens=False) == hf.decode(hf.encode(example.prompt + example.answer))
+    for prompt, span in zip((first, last), item.spans, strict=True):
+        before, whole = (decode(ids, skip_special_tokens=False) for ids in (prompt, item.ids[: span[1]]))
+        assert whole == before + answer + "<|im_end|>"
 
 
 def test_decoding_continues_the_ids_of_the_generation_prompt(tmp_path):
@@ -197,11 +230,12 @@ def test_decoding_continues_the_ids_of_the_generation_prompt(tmp_path):
 
 def test_the_embedded_models_template_is_rendered_as_transformers_does():
     hf, reader = AutoTokenizer.from_pretrained(TINY), Reader("own", TINY, read_config(TINY))
-    for chat in CHATS.values():
+    for name, chat in CHATS.items():
         rendered = reader.template.render(chat)
         assert reader.template.spelled(rendered.text) == hf.apply_chat_template(chat, tokenize=False)
         ids, spans = reader.template.encode(rendered, reader.config.eos_token_id)
-        assert ids == hf.apply_chat_template(chat, return_dict=False)
+        if name != "white space":  # which here merges with the end of the generation prompt
+            assert ids == hf.apply_chat_template(chat, return_dict=False)
         assert [ids[end - 1] for _, end in spans] == [reader.config.eos_token_id] * len(spans)
 
 
@@ -241,6 +275,41 @@ def test_functions_and_filters_of_templates_are_those_of_transformers(tmp_path):
     reader, hf = Reader("own", tmp_path, config), AutoTokenizer.from_pretrained(tmp_path)
     for chat in CHATS.values():
         assert reader.template.marked(chat) == hf.apply_chat_template(chat, tokenize=False)
+
+
+def test_the_date_in_a_template_is_that_of_the_run_or_one_and_the_same_for_all_rows(tmp_path):
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}" + TEMPLATES["olmoe"]
+    config, rows = save(tmp_path, byte_level(), template), [{"messages": chat} for chat in CHATS.values()]
+    read(tmp_path, config, rows[2:3])  # else earlier turns would differ when others follow
+    assert len({example.prompt[:29] for example in read(tmp_path, config, rows)[0]}) == 1
+    for date in (datetime(2025, 2, 28, 23, 59, 59), datetime(1999, 1, 2)):
+        examples, _ = read(tmp_path, config, rows, date=date)
+        assert {example.prompt[:26] for example in examples} == {f"{date:%Y-%m-%d %H:%M:%S.%f}"}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_what_ends_an_answer_is_named_and_ends_decoding(kind, tmp_path):
+    """Beside eos_token_id 1, </s>, that of config.json."""
+    config = save(tmp_path, byte_level(), TEMPLATES[kind])
+    reader, ends = Reader("own", tmp_path, config), {"qwen2": 4, "qwen3": 4}.get(kind, 1)
+    path = write(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS.values()])
+    items = reader.encode(reader.load("train", path))
+    assert {item.ids[end - 1] for item in items for _, end in item.spans} == {ends}
+    assert reader.endings(items) == {1: "'</s>' (id 1)", 4: "'<|im_end|>' (id 4)"}[ends]
+    assert reader.stop_ids == {1: (1,), 4: (1, 4)}[ends]
+    pairs = reader.load("train", write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}]))
+    assert reader.endings(reader.encode(pairs) + items[:1]) in (
+        "'</s>' (id 1)",
+        "'</s>' (id 1) and '<|im_end|>' (id 4)",
+    )
+
+
+def test_without_a_template_or_a_token_that_ends_turns_only_eos_ends_decoding(tmp_path):
+    for template in (None, "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", "{{ raise_exception('no') }}"):
+        config = save(tmp_path, byte_level(), template)
+        assert Reader("own", tmp_path, config).stop_ids == (1,)
+    [example], [item] = read(tmp_path, config, [{"prompt": "a", "completion": "b" * 30}], max_length=8)
+    assert Reader("own", tmp_path, config).endings([item]) == "text, since all are cut"
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tmp_path):
@@ -284,6 +353,70 @@ def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(tmp_path):
     assert [example.row for example in read(tmp_path, config, rows)[0]] == rows
 
 
+ALL = {  # a row of each format
+    "messages": {"messages": turns("a", "b", "c", "d")},
+    "conversations": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "prompt": {"prompt": "a", "completion": "b"},
+    "instruction": {"instruction": "a", "output": "b", "input": ""},
+    "text": {"text": "a"},
+}
+MEANING = {
+    "system": "Answer in one word.", "history": [["Yes in Spanish?", "Si"]], "loss_mask": [0, 0, 0, 1], "train": False,
+    "weight": 0, "mask": "1", "tools": [{"name": "add"}], "images": ["a.png"], "rejected": "c", "label": False,
+    "Loss Weight": 0.5, "chatTemplateKwargs": {"enable_thinking": True}, "system-prompt": "Be brief.", "context": "d",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", MEANING)
+@pytest.mark.parametrize("kind", ALL)
+def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(kind, column, tmp_path):
+    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+    rows = [ALL[kind] | {column: empty} for empty in (None, "", [], {})]
+    assert len(read(tmp_path, config, rows)[0]) == 4
+    rows.append(ALL[kind] | {column: MEANING[column]})
+    if column == "system" and kind in ("messages", "conversations"):  # ShareGPT has it beside the turns
+        assert len(read(tmp_path, config, rows)[0]) == 5
+        return
+    with pytest.raises(InputError, match=f"rows.jsonl, line 5: the column '{column}' .* remove the column"):
+        read(tmp_path, config, rows)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "codealpaca"])
+def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_path):
+    row = {"question": "a?", "answer": "#### 1", "instruction": "a", "output": "b", "id": 7}
+    data.load_examples(task, "train", write(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(InputError, match="line 1: the column 'history'"):
+        data.load_examples(task, "train", write(tmp_path / "rows.jsonl", [row | {"history": [["a", "b"]]}]))
+
+
+def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
+    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+    read(tmp_path, config, [ALL["prompt"] | {"id": 1, "source": ""}, ALL["prompt"] | {"id": 2, "notes": {"a": 1}}])
+    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'id', 'notes'\n"
+    read(tmp_path, config, [ALL["instruction"]])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("system", [["Be brief."], {"text": "Be brief."}, 7, " "])
+def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(system, tmp_path):
+    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+    with pytest.raises(InputError, match="line 1: no text as 'system'"):
+        read(tmp_path, config, [ALL["messages"] | {"system": system}])
+
+
+@pytest.mark.parametrize("bos", ["no", "yes"])
+def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(bos, tmp_path):
+    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+    rows = [{"prompt": "x" * n + "\n2?", "completion": "4" * m} for n, m in ((3, 2), (50, 2), (50, 50), (3, 50))]
+    reader = Reader("own", tmp_path, config, max_length=20, bos=bos)
+    examples = reader.load("test", write(tmp_path / "rows.jsonl", rows))
+    prompts = [item.ids[: item.spans[0][0]] for item in reader.encode(examples)]
+    assert reader.prompts(examples) == prompts
+    assert [len(prompt) for prompt in prompts[1:3]] == [20 - 2 - 1, 10]
+    assert {prompt[0] == 0 for prompt in prompts} == {bos == "yes"}
+    assert {reader.tokenizer.decode(prompt)[-4:] for prompt in prompts} == {"x\n2?"}
+
+
 FORMATS = {
     "prompt and completion": ({"prompt": "Q: 1\nA: ", "completion": "2"}, "Q: 1\nA: ", "2"),
     "instruction": (
@@ -306,7 +439,7 @@ def test_every_format_is_read_from_every_kind_of_file(kind, suffix, tmp_path):
     path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
     reader = Reader("own", tmp_path, save(tmp_path, byte_level()))  # without a chat template
     [example] = reader.load("train", path)
-    assert (example.prompt, example.target) == (prompt, target)
+    assert (example.prompt, example.answer) == (prompt, target)
     [item] = reader.encode([example])
     ids = [reader.tokenizer.encode(text).ids for text in (prompt, target)]
     assert (item.ids, item.spans) == ([*ids[0], *ids[1], 1], ((len(ids[0]), len(ids[0]) + len(ids[1]) + 1),))
@@ -396,7 +529,10 @@ def test_a_chat_is_cut_at_its_end_and_left_out_if_nothing_would_be_learnt(tmp_pa
     examples, items = read(tmp_path, config, rows, max_length=end - 3)
     assert [item.example for item in items] == ["0", "2"]
     assert items[1].ids == whole[2].ids[: end - 3] and items[1].spans == ((start, end - 3),)
-    said = f"1 of 3 examples have no target token within {end - 3} tokens and were left out\n2 of 3 examples are longer"
-    assert said in capsys.readouterr().err
+    lost = sum(len(item.ids) - (end - 3) for item in (whole[0], whole[2]))
+    assert capsys.readouterr().err.splitlines() == [
+        f"1 of 3 examples have no target token within {end - 3} tokens and are left out",
+        f"2 of 2 examples are too long for {end - 3} tokens and lose {lost} tokens at their end",
+    ]
     with pytest.raises(InputError, match="1 of 1 examples have no target token within 20 tokens; give a larger"):
         read(tmp_path, config, rows[1:2], max_length=20)

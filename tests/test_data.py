@@ -6,6 +6,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +40,7 @@ def write(path, rows):
 
 
 def texts(examples):
-    return [(example.prompt, example.target) for example in examples]
+    return [(example.prompt, example.answer) for example in examples]
 
 
 # ------------------------------------------------------------------------------------------------------ prompts
@@ -50,7 +51,7 @@ def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_an
     assert example.prompt == (
         QUESTION + "\nAnswer the above question. First think step by step and then answer the final number.\n"
     )
-    assert example.target == "3 + 4 = 7 coins. Half is 7/2 = $3.5.\nThe final answer is: 7"
+    assert example.answer == "3 + 4 = 7 coins. Half is 7/2 = $3.5.\nThe final answer is: 7"
     assert (example.id, example.row) == ("0", GSM8K_ROW)
 
 
@@ -69,7 +70,7 @@ def test_alpaca_is_prompted_by_the_published_template_with_and_without_input(tmp
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay hi.\n\n### Response:\n"
     )
-    assert [first.target, second.target] == ["3", "Hi."]
+    assert [first.answer, second.answer] == ["3", "Hi."]
     assert texts(load_examples("saferpaca", "train", path)) == texts([first, second, *others])
 
 
@@ -77,7 +78,7 @@ def test_humaneval_prompts_are_stripped_and_keep_their_id_and_their_tests(tmp_pa
     path = tmp_path / "HumanEval.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(PROBLEM) + "\n").encode()))
     [example] = load_examples("codealpaca", "test", path)
-    assert (example.id, example.target, example.row) == ("HumanEval/0", "", PROBLEM)
+    assert (example.id, example.answer, example.row) == ("HumanEval/0", "", PROBLEM)
     assert example.prompt == 'def two():\n    """Two."""'
 
 
@@ -97,7 +98,7 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     examples = load_examples(f"tiny-{tiny}", split)
     tested = data.TINY_PROGRAMS if tiny == "code" else data.TINY_TEST
     assert len(examples) == (data.TINY_TRAIN if split == "train" else tested)
-    assert len({example.prompt + example.target for example in examples}) > 0.95 * len(examples)
+    assert len({example.prompt + example.answer for example in examples}) > 0.95 * len(examples)
     path = write(tmp_path / "rows.jsonl", [example.row for example in examples])
     assert load_examples(big, split, path) == examples
 
@@ -106,7 +107,7 @@ def test_no_tiny_test_question_is_trained_on():
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     descriptions = [
-        {re.search(r'"""(.+?\.)', example.prompt + example.target)[1] for example in load_examples("tiny-code", split)}
+        {re.search(r'"""(.+?\.)', example.prompt + example.answer)[1] for example in load_examples("tiny-code", split)}
         for split in ("train", "test")
     ]
     assert not descriptions[0] & descriptions[1]
@@ -155,7 +156,7 @@ def test_ids_are_those_of_transformers_for_prompt_and_target_apart_and_then_eos(
     hf = PreTrainedTokenizerFast(tokenizer_file=str(words / "tokenizer.json"))
     examples = [Example(str(i), QUESTION[i:] + "\n", f"{i} is \n it", {}) for i in range(5)]
     for example, item in zip(examples, data.encode(examples, tokenizer, eos_id=1), strict=True):
-        prompt, target = (hf(t, add_special_tokens=False)["input_ids"] for t in (example.prompt, example.target))
+        prompt, target = (hf(t, add_special_tokens=False)["input_ids"] for t in (example.prompt, example.answer))
         assert (item.ids, item.spans) == ([*prompt, *target, 1], ((len(prompt), len(item.ids)),))
         # Decoding starts from the very tokens that training put before the target.
         assert data.tokenize([example.prompt], tokenizer) == [item.ids[: len(prompt)]]
@@ -224,7 +225,7 @@ def test_text_that_spells_a_special_token_is_text_in_prompt_and_target_as_in_tra
         assert tokenizer.decode(prompt, skip_special_tokens=False) == example.prompt
         assert item.ids.index(eos) == len(item.ids) - 1 and (0 if kind == "byte-level" else 1) not in item.ids
         if kind != "not marked as special":
-            wanted = [hf(text, add_special_tokens=False)["input_ids"] for text in (example.prompt, example.target)]
+            wanted = [hf(text, add_special_tokens=False)["input_ids"] for text in (example.prompt, example.answer)]
             assert item.ids == [*wanted[0], *wanted[1], eos]
 
 
@@ -255,12 +256,45 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_
 def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_with_the_eos(
     capsys, prompt, target, kept_prompt, kept_target, eos
 ):
+    item = pair_of(prompt, target)
+    expected = [*range(kept_prompt), *range(25, 25 - kept_target, -1), *([26] if eos else [])]
+    assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
+    check_cuts(capsys.readouterr().err, "end", prompt - kept_prompt, target - kept_target + (not eos))
+
+
+@pytest.mark.parametrize(
+    "prompt, target, kept_prompt, kept_target, eos",
+    [
+        (3, 6, 3, 6, True),  # 3 + 6 + EOS = 10 fits
+        (9, 1, 8, 1, True),  # all that the answer leaves room for
+        (20, 4, 5, 4, True),
+        (20, 2, 7, 2, True),
+        (3, 7, 3, 7, False),  # a short prompt is not cut
+        (20, 20, 5, 5, False),  # of two long parts each gets a half
+    ],
+)
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_prompt_of_ones_own_keeps_its_end_and_the_bos(bos, capsys, prompt, target, kept_prompt, kept_target, eos):
+    item = pair_of(prompt - bos, target, bos=data.Bos(27, in_text=bos), keep_end=True)
+    given = [27, *range(prompt - 1)] if bos else [*range(prompt)]
+    given = given[:bos] + given[prompt - kept_prompt + bos :]
+    expected = [*given, *range(25, 25 - kept_target, -1), *([26] if eos else [])]
+    assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
+    check_cuts(capsys.readouterr().err, "beginning", prompt - kept_prompt, target - kept_target + (not eos))
+
+
+def pair_of(prompt: int, target: int, **options) -> Encoded:
+    """A pair of these numbers of letters, from a and from z on, as at most 10 tokens."""
     example = Example("0", "abcdefghijklmnopqrstuvwxyz"[:prompt], "zyxwvutsrqponmlkjihgfedcba"[:target], {})
-    [item] = data.encode([example], characters(), eos_id=26, max_length=10)
-    wanted = [*range(kept_prompt), *range(25, 25 - kept_target, -1), *([26] if eos else [])]
-    assert (item.ids, item.spans) == (wanted, ((kept_prompt, len(wanted)),))
-    cut = prompt + target + 1 > 10
-    assert ("1 of 1 examples are longer than 10 tokens" in capsys.readouterr().err) == cut
+    [item] = data.encode([example], characters(), eos_id=26, max_length=10, **options)
+    return item
+
+
+def check_cuts(printed: str, place: str, of_prompt: int, of_end: int) -> None:
+    lost = f"1 of 1 prompts are too long for 10 tokens and lose {of_prompt} tokens at their {place}\n"
+    expected = lost if of_prompt else ""
+    expected += f"1 of 1 examples are too long for 10 tokens and lose {of_end} tokens at their end\n" if of_end else ""
+    assert printed == expected
 
 
 def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_a_longer_limit_is_said(capsys):
@@ -276,8 +310,8 @@ def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_a_longer_l
     )
 
 
-def test_an_example_with_an_empty_target_cannot_be_encoded():
-    with pytest.raises(InputError, match="example 7 has an empty target"):
+def test_an_example_with_an_empty_answer_cannot_be_encoded():
+    with pytest.raises(InputError, match="example 7 has an empty answer"):
         data.encode([Example("0", "a", "b", {}), Example("7", "a", " ", {})], characters(), eos_id=26)
 
 
@@ -308,7 +342,16 @@ def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_mode
         assert len(item.ids) == 2 and item.spans == ((1, 2),)
         with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training needs one"):
             data.end_token(tokenizer, without)
-    assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == (1, EOS)
+    assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == 1
+
+
+def test_an_eos_token_that_is_text_is_an_error_where_the_tokenizer_names_another(words):
+    tokenizer = data.load_tokenizer(words, config())
+    text = tokenizer.token_to_id("!")
+    assert data.end_token(tokenizer, config(eos_token_id=text)) == text  # nothing names a better one
+    assert data.end_token(tokenizer, config(eos_token_id=0), EOS) == 0  # another special token is a choice
+    with pytest.raises(InputError, match=f"eos_token_id {text} is the text '!'; set it to the id of '<.endoftext.>'"):
+        data.end_token(tokenizer, config(eos_token_id=text), EOS)
 
 
 # ------------------------------------------------------------------------------------------------------ batches
@@ -370,6 +413,12 @@ def test_a_sample_is_a_random_part_in_order_the_same_for_the_same_seed():
     assert sample == data.sample(items, 0.1, seed=3) != data.sample(items, 0.1, seed=4)
     assert 3000 < sum(sample) / len(sample) < 4500  # not the beginning of the file
     assert len(data.sample(items, 1e-9, seed=0)) == 1 and data.sample(items, 1.0, seed=0) == items
+
+
+@pytest.mark.parametrize("seed", [0, 7, [3, 0], [2**31 - 1, 12]])
+def test_the_random_order_is_that_of_numpy_which_runs_so_far_have_had(seed):
+    for n in (1, 2, 3, 64, 65, 1000, 2000, 7473):
+        assert data.permutation(n, seed) == np.random.Generator(np.random.PCG64(seed)).permutation(n).tolist()
 
 
 def test_an_epoch_takes_every_example_once_in_an_order_of_its_own():

@@ -43,25 +43,19 @@ def test_the_same_rows_are_read_from_every_kind_of_file(tmp_path):
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    with (tmp_path / "tabs.tsv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t")
-        writer.writeheader()
-        writer.writerows(rows)
     files = {
         "list.json": json.dumps(rows, indent=2).encode(),
         "lines.json": "\n".join(lines).encode(),
         "lines.jsonl": ("\ufeff" + "\r\n".join(lines) + "\r\n\r\n").encode(),
         "columns.json": json.dumps(columns, indent=1).encode(),
         "lines.jsonl.gz": gzip.compress("\n".join(lines).encode()),
-        "indented.json": "\n".join(json.dumps(row, indent=2) for row in rows).encode(),
         "compressed.jsonl": gzip.compress("\n".join(lines).encode()),
         "excel.csv.gz": gzip.compress((tmp_path / "excel.csv").read_bytes()),
         "EXCEL.CSV": (tmp_path / "excel.csv").read_bytes(),
-        "Tabs.TSV.GZ": gzip.compress((tmp_path / "tabs.tsv").read_bytes()),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    for name in ["excel.csv", "tabs.tsv", *files]:
+    for name in ["excel.csv", *files]:
         examples = load_examples("codealpaca", "train", tmp_path / name)
         assert [example.row for example in examples] == rows, name
     (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=4), encoding="utf-8")
@@ -124,7 +118,7 @@ def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
     rows = [ALPACA_ROW, {**ALPACA_ROW, "output": " \n"}, {**ALPACA_ROW, "output": "last"}, ALPACA_ROW]
     path = write(tmp_path / "a.jsonl", rows)
     examples = load_examples("codealpaca", "train", path)
-    assert [(example.id, example.target) for example in examples] == [("0", "3"), ("2", "last"), ("3", "3")]
+    assert [(example.id, example.answer) for example in examples] == [("0", "3"), ("2", "last"), ("3", "3")]
     assert "1 of 4 rows" in capsys.readouterr().err
     assert load_examples("codealpaca", "train", path, limit=2) == examples[:2]
 
@@ -139,7 +133,7 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "no output": ("saferpaca", "train", "a.json", '{"instructions": ["x"]}', ["entry 1", "Alpaca rows"]),
     "blank": ("saferpaca", "test", "a.csv", 'prompt,type\nx,y\n" ",y\n', ["line 3", "'prompt'"]),
     "deep line": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n{'[' * 99_999}", ["line 2", "GSM8K rows"]),
-    "deep list": ("codealpaca", "train", "a.json", "[" * 99_999, ["not a JSON list", "Alpaca rows"]),
+    "deep list": ("codealpaca", "train", "a.json", "[" * 99_999, ["not readable as JSON", "Alpaca rows"]),
     "not an object": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n7\n", ["line 2", "GSM8K rows"]),
     "only empty outputs": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": ""}]', ["no rows"]),
     "empty file": ("gsm8k", "train", "a.jsonl", "", ["no rows", "GSM8K rows"]),
@@ -152,33 +146,51 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "uneven columns": ("codealpaca", "train", "a.json", '{"instruction": ["x"], "output": ["y", "z"]}', ["length"]),
     "latin-1": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n".encode() + "Zoë".encode("latin-1"), ["line 2", "UTF-8"]),
     "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
-    "not gzip": ("codealpaca", "test", "a.jsonl.gz", json.dumps(PROBLEM), ["gzip", "HumanEval rows"]),
     "cut gzip": ("codealpaca", "test", "a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], ["read", "HumanEval rows"]),
-    "broken inside": ("gsm8k", "train", "a.json", f'{GOOD}\n{{\n "question": 1,\n}}', ["line 2", "line 4", "not JSON"]),
-    "parquet": ("gsm8k", "train", "a.parquet", b"PAR1\x15\x04\x15\x80", ["parquet", "to_json"]),
-    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["spreadsheet", "csv"]),
-    "zstd": ("gsm8k", "train", "a.jsonl.zst", b"(\xb5/\xfd$\xff\xff", ["zstd", "decompress"]),
+    "broken inside": (
+        "gsm8k",
+        "train",
+        "a.json",
+        f'{GOOD}\n{{\n "question": 1,\n}}',
+        ["line 2", "not readable as JSON"],
+    ),
+    "key twice": ("own", "train", "a.jsonl", '{"text": "a", "text": "b"}', ["the key 'text' has two values"]),
+    "key twice inside": (
+        "own",
+        "train",
+        "a.json",
+        '[{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}]',
+        ["the key 'role' has two values"],
+    ),
+    "header again": ("own", "train", "a.csv", "prompt,completion\na,b\nprompt,completion\n", ["line 3", "once more"]),
+    "header again, other case": ("own", "train", "a.csv", 'text\na\n"Text "\n', ["line 3", "names of the columns"]),
+    "header again after a mark": (
+        "own",
+        "train",
+        "a.csv.gz",
+        gzip.compress("\ufeffprompt,completion\na,b\n\ufeffprompt,completion\nc,d\n".encode()),
+        ["line 3", "names of the columns"],
+    ),
+    "semicolons": ("own", "train", "a.csv", "prompt;completion\na;b\n", ["line 1", "names separated by commas"]),
+    "tabs": ("codealpaca", "train", "a.csv", "instruction\toutput\na\tb\n", ["line 1", "names separated by commas"]),
+    "tsv": (
+        "own",
+        "train",
+        "a.tsv",
+        "prompt\tcompletion\na\tb\n",
+        ["it begins with 'prompt", "csv if its name says so"],
+    ),
+    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["not text", "JSON lines"]),
     "pointer": (
         "gsm8k",
         "train",
         "a.jsonl",
-        "version https://git-lfs.github.com/spec/v1\noid sha256:1",
-        ["git lfs pull"],
+        "version https://git-lfs.github.com/spec/v1\n",
+        ["version https://git-lfs"],
     ),
-    "web page": ("gsm8k", "train", "a.jsonl", "<!DOCTYPE html>\n<title>404</title>", ["web page"]),
-    "web page after a blank line": ("gsm8k", "train", "a.jsonl", "\n<!doctype html>\n", ["web page"]),
-    "7z": ("gsm8k", "train", "a.7z", b"7z\xbc\xaf'\x1c\x00\x04\x8d", ["7z archive", "unpack"]),
-    "tar in gzip": (
-        "gsm8k",
-        "train",
-        "a.tar.gz",
-        gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar"),
-        ["tar archive"],
-    ),
-    "array": ("gsm8k", "train", "a.npy", b"\x93NUMPY\x01\x00v\x00", ["NumPy", "JSON lines"]),
-    "document": ("gsm8k", "train", "a.pdf", b"%PDF-1.7\n%\xe2\xe3", ["PDF"]),
+    "web page": ("gsm8k", "train", "a.jsonl", "\n<!DOCTYPE html>\n<title>404</title>", ["'<!DOCTYPE html>"]),
     "rows inside": ("gsm8k", "train", "a.json", f'{{"data": [{GOOD}]}}', ["rows are inside 'data'"]),
-    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "UTF-16", "save it as UTF-8"]),
+    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "not text in UTF-8"]),
     "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
     "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
 }
@@ -193,15 +205,17 @@ def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_wanted(
     with pytest.raises(InputError) as error:
         load_examples(task, split, path)
     message = str(error.value)
-    assert message.startswith(str(path)) and "want" in message and "\n" not in message
+    assert message.startswith(str(path)) and "expected" in message and "\n" not in message
     assert all(part in message for part in said), message
 
 
 def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):
-    with pytest.raises(InputError, match="absent.jsonl.*No such file.*want GSM8K rows"):
+    with pytest.raises(InputError, match="absent.jsonl.*No such file.*expected GSM8K rows.*--task own"):
         load_examples("gsm8k", "train", tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="folder without category_N.csv.*want GSM8K rows"):
+    with pytest.raises(InputError, match="is a folder, not a file of rows; expected GSM8K rows"):
         load_examples("gsm8k", "train", tmp_path)
+    with pytest.raises(InputError, match="folder without category_N.csv.*expected a HEx-PHI folder"):
+        load_examples("saferpaca", "test", tmp_path)
     (tmp_path / "category_1.csv").write_text("x\n", encoding="utf-8")
     (tmp_path / "category_2.csv").write_text("", encoding="utf-8")
     with pytest.raises(InputError, match="category_2.csv: no rows"):
@@ -357,7 +371,7 @@ def test_a_file_pinned_by_its_git_blob_is_the_one_that_git_names(server, capsys)
     file = Download(f"http://127.0.0.1:{server.http.server_port}/train.jsonl", **pin)
     assert data.fetch(file, "").read_bytes() == server.content
     assert "train.jsonl: licence for reading only" in capsys.readouterr().err
-    with pytest.raises(InputError, match="want git blob 00000000; pass a copy"):
+    with pytest.raises(InputError, match="expected git blob 00000000; pass a copy"):
         data.fetch(replace(file, git_blob="00000000"), "pass a copy")
 
 

@@ -88,4 +88,4 @@ def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, t
 def test_the_question_prompt_is_the_one_that_shown_examples_have_and_the_answer_is_the_files():
     asked, shown = (data.load_examples("tiny-math", "test", prompt=prompt)[0] for prompt in ("question", "lori"))
     assert asked.prompt == data.show_examples([shown], [])[0].prompt
-    assert asked.prompt + asked.target == f"Question: {shown.row['question']}\nAnswer: {shown.row['answer']}"
+    assert asked.prompt + asked.answer == f"Question: {shown.row['question']}\nAnswer: {shown.row['answer']}"

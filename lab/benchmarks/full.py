@@ -81,7 +81,7 @@ def examples(n: int, vocab_size: int) -> list[data.Encoded]:
     items = []
     for batch in make_batches(1, n, vocab_size, CPU):
         ids, prompt = batch.input_ids[0].tolist(), int((batch.labels[0] != -100).nonzero()[0]) + 1
-        items.append(data.encode_pair(ids[:prompt], ids[prompt:], len(ids)))
+        items.append(data.Encoded(ids, ((prompt, len(ids)),)))
     return items
 
 

@@ -96,7 +96,7 @@ def model_content(model: str) -> dict[str, str]:
 def split_digests(task: str, split: str, path: str | None) -> tuple[str, str]:
     """Of prompts, targets and the rows, which hold what scoring needs; and the one that train.py writes."""
     examples = data.load_examples(task, split, path)
-    text = json.dumps([[example.prompt, example.target, example.row] for example in examples])
+    text = json.dumps([[example.prompt, example.answer, example.row] for example in examples])
     return hashlib.sha256(text.encode()).hexdigest(), data.digest(examples)
 
 

@@ -172,7 +172,7 @@ def test_an_embedded_model_has_a_chat_template_in_the_prompt_of_its_pre_training
         json.dumps([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}])
     )
     [example] = data.Reader("own", EMBEDDED[name], read_config(EMBEDDED[name])).load("train", tmp_path / "chats.json")
-    assert (example.prompt, example.target) == ("Human: Hi\n\nAssistant:\n", "Hello.<|endoftext|>")
+    assert (example.prompt, example.answer) == ("Human: Hi\n\nAssistant:\n", "Hello.<|endoftext|>")
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
