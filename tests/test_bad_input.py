@@ -405,15 +405,15 @@ train --task own                                     | task own: this task is yo
 train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
 train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
 train --task own --train-data own-empty.jsonl        | own-empty.jsonl, line 2: turn 2 (assistant) is empty
-train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is [], want a list
+train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is []; expected a list
 train --task own --train-data own-first.jsonl        | line 2: turn 1 is of the assistant after the beginning
 train --task own --train-data own-alone.jsonl        | line 2: no turn is of the assistant
 train --task own --train-data own-tool.jsonl         | line 2: turn 2 has 'role' 'tool' | system, user, assistant
 train --task own --train-data own-calls.jsonl        | line 2: turn 2 has 'tool_calls'
-train --task own --train-data own-tools.jsonl        | line 2: it has 'tools'
+train --task own --train-data own-tools.jsonl        | line 2: the column 'tools'
 train --task own --train-data own-mixed.jsonl        | line 2: a row of prompt and completion after rows of messages
-train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | want text
-train --task own --train-data own-columns.jsonl      | line 1: no format is known | 'messages'
+train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | expected text
+train --task own --train-data own-columns.jsonl      | line 1: its columns 'question', 'answer' are those of no format | 'messages'
 train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
 train --task own --train-data own-huge.jsonl         | no target token within 512 tokens  | --max-length
 train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
@@ -679,12 +679,12 @@ def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
     assert all(name.startswith("mes") for name in os.listdir() if name not in ("runs", "cache"))
 
 
-def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_measured_and_run():
+def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_evaluated_but_not_trained():
     model(eos_token_id=5000, other_scale=0)(Path("model"), None)
     flags = ["--ignore-config-keys", "other_scale"]
     sample = ["--model", "model", "--sample", "0.05", "--out", "p.json"]
-    counted = profile.main([*flags, *sample])
-    assert counted.num_tokens > 0
+    with pytest.raises(cli.InputError, match="eos_token_id is 5000, not a token of the model; training needs one"):
+        profile.main([*flags, *sample])  # as train.py would
     some = ["--limit", "1", "--max-new-tokens", "2", "--out", "score"]
     assert evaluate.main(["model", "--task", "tiny-math", *flags, *some])["num_total"] == 1
 

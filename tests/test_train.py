@@ -235,7 +235,7 @@ def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint_with_all_t
     (base / "chat_template.jinja").write_text("{{ messages }}")
     flags = ["--method", "fft", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run"), "--model", str(base)]
     result = train.main(flags)
-    assert "targets end with '<|endoftext|>' (id 0)" in capsys.readouterr().out
+    assert "answers end with '<|endoftext|>' (id 0)" in capsys.readouterr().out
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
         assert (tmp_path / "run/model" / name).read_bytes() == (base / name).read_bytes()
     before, after = load_model(TINY), load_model(tmp_path / "run/model")
