@@ -42,7 +42,7 @@ from hub.tokenizer import BOS_HELP
 from machine import memory
 from machine.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
 from recipes.papers import evaluation_of
-from run.subject import Subject
+from run.subject import Subject, began
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
 from scoring.completions import read_completions, read_generations, remove_score, write_generations
@@ -191,7 +191,8 @@ def check_task_flags(settings: Settings) -> None:
 def make_reader(settings: Settings, subject: Subject) -> data.Reader:
     """What reads the rows for a model."""
     length = settings.max_length or 512
-    return data.Reader(settings.task, subject.folder, subject.config, max_length=length, bos=settings.bos)
+    date = began(subject.run)
+    return data.Reader(settings.task, subject.folder, subject.config, max_length=length, bos=settings.bos, date=date)
 
 
 def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
@@ -257,6 +258,7 @@ def decode(
         prompts,
         todo[processes.index :: processes.count],
         decoding,
+        stop_ids=reader.stop_ids,
         batch_size=batch,
         stop=stop_rule(settings, examples),
         proceed=processes.any if isinstance(model, FSDPModule) else bool,
@@ -322,6 +324,8 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
     about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
     bos = [reader.bos.id, reader.bos.in_text, reader.bos.in_chat]
     about |= {"bos": bos} if bos != [bos[0], False, None] else {}
+    about |= {"max_length": reader.max_length} if settings.task == "own" else {}
+    about |= {"stop_ids": list(reader.stop_ids)} if reader.stop_ids != reader.config.eos_token_ids else {}
     return about | content
 
 

@@ -50,6 +50,7 @@ from hub.checkpoint import (
 )
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, PeftAdapter, Reading, Shapes, peft_bytes, write_peft
+from hub.tokenizer import write_stop_ids
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
 from model import MoEConfig, MoETransformer, read_config
 from routing.profiles import check_fits, load_profile
@@ -241,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
             write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype)
         else:
             write_merged(part, adapter, factors, base, dtype=dtype)
+            write_stop_ids(part, subject.run.get("stop_ids", ()))
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if folder.name == BEST["adapter"]:
         say(f"{folder}: the best of the run by its validation loss")

@@ -73,6 +73,7 @@ def complete(
     todo: list[tuple[int, int]],
     decoding: Decoding,
     *,
+    stop_ids: tuple[int, ...],
     batch_size: int = 32,
     stop: Callable[[int, str], bool] | None = None,
     proceed: Callable[[bool], bool] = bool,
@@ -87,7 +88,7 @@ def complete(
     if longest > positions:
         note(f"prompts and answers have up to {longest} tokens, but the model was made for {positions}")
 
-    if not model.config.eos_token_ids:
+    if not stop_ids:
         note(f"the model names no eos_token_id: completions end after {decoding.max_new_tokens} tokens")
 
     def text(index: int, ids: list[int]) -> str:
@@ -100,7 +101,7 @@ def complete(
         prompts,
         todo,
         max_new_tokens=decoding.max_new_tokens,
-        eos_ids=model.config.eos_token_ids,
+        eos_ids=stop_ids,
         batch_size=batch_size,
         temperature=decoding.temperature,
         top_p=decoding.top_p,

@@ -4,13 +4,14 @@ tokenizer = read_tokenizer(folder, vocab_size, special_ids)
 ids = tokenize(["text"], tokenizer)
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from command.cli import InputError
-from command.files import read_json
+from command.files import read_json, write_json
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -77,6 +78,16 @@ def named_tokens(folder: Path) -> dict[str, str]:
     found = {f"{name}_token": about.get(f"{name}_token") for name in NAMED}
     found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: token for name, token in found.items() if isinstance(token, str)}
+
+
+def write_stop_ids(folder: Path, stop_ids: Iterable[int]) -> None:
+    """Let generation_config.json of a checkpoint name all tokens that end a completion, for what will serve it."""
+    path, config = folder / "generation_config.json", read_json(folder / "config.json", dict)
+    named = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    named = read_json(path, dict, missing=named)
+    ends = named.get("eos_token_id")
+    if not set(stop_ids) <= set(ends if isinstance(ends, list) else [ends]):
+        write_json(path, named | {"eos_token_id": list(stop_ids)})
 
 
 def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:

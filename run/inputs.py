@@ -4,6 +4,7 @@ run = prepare(parse_settings(argv))       # reads and checks; the processes of t
 """
 
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from run.folder import check_out
 from run.report import package
 from run.schedule import warmup_steps
 from run.settings import Settings
-from run.subject import content_of
+from run.subject import began, content_of, run_config
 from run.validation import split
 
 
@@ -37,7 +38,7 @@ class Run:
     settings: Settings
     folder: Path  # checkpoint of the base model
     config: MoEConfig
-    content: dict  # digests of the base model and the training data
+    content: dict  # what config.json says of the base model and the data: digests, the date, what ends an answer
     processes: Processes
     items: list[data.Encoded]
     held_out: list[data.Encoded]  # for validation; none without
@@ -77,12 +78,13 @@ def prepare(settings: Settings) -> Run:
         check_out(Path(settings.out), asdict(settings))
     counted = read_counts(settings, config) if METHODS[settings.method].experts else None
     processes = start_processes()
-    digests, items, held_out = read_data(settings, folder, config)
+    date = processes.once(lambda: began(run_config(settings.out)))
+    described, items, held_out = read_data(settings, folder, config, date)
     steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
     if METHODS[settings.method].grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     warmup_steps(settings.lr_warmup, steps)  # the same
-    content = processes.once(lambda: content_of(folder, settings.init_adapter)) | digests
+    content = processes.once(lambda: content_of(folder, settings.init_adapter)) | described
     return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start)
 
 
@@ -128,18 +130,27 @@ def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:
 
 
 def read_data(
-    settings: Settings, folder: Path, config: MoEConfig
-) -> tuple[dict[str, str], list[data.Encoded], list[data.Encoded]]:
-    """Digests of the data for config.json, and the examples to train on and those to validate on, as token ids."""
+    settings: Settings, folder: Path, config: MoEConfig, date: datetime
+) -> tuple[dict, list[data.Encoded], list[data.Encoded]]:
+    """What config.json says of the data, and the examples to train on and those to validate on, as token ids.
+
+    date: what a chat template takes for the present.
+    """
     reader = data.Reader(
-        settings.task, folder, config, max_length=settings.max_length, bos=settings.bos, prompt=settings.prompt
+        settings.task,
+        folder,
+        config,
+        max_length=settings.max_length,
+        bos=settings.bos,
+        prompt=settings.prompt,
+        date=date,
     )
     examples = reader.load("train", settings.train_data)
-    eos_id, eos = data.end_token(reader.tokenizer, config)
-    items, held_out, digests = reader.encode(examples), [], {"data": data.digest(examples)}
+    items, held_out = reader.encode(examples), []
+    described = {"began": date.isoformat(), "stop_ids": reader.stop_ids, "data": data.digest(examples)}
     if settings.valid_data:
         others = reader.load("train", settings.valid_data)
-        held_out, digests["valid"] = reader.encode(others), data.digest(others)
+        held_out, described["valid"] = reader.encode(others), data.digest(others)
     elif settings.valid_share:
         items, held_out = split(items, settings.valid_share, settings.seed)
     known = {tuple(item.ids) for item in items}
@@ -150,5 +161,5 @@ def read_data(
         items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))
     begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.said}"
     begin += f"; {len(held_out):,} examples held out for validation" if held_out else ""
-    say(f"{settings.task}: {len(items):,} examples, {tokens}; targets end with {eos!r} (id {eos_id}){begin}")
-    return digests, items, held_out
+    say(f"{settings.task}: {len(items):,} examples, {tokens}; answers end with {reader.endings(items)}{begin}")
+    return described, items, held_out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from command.files import atomic_folder, write_json
 from hub.checkpoint import copy_beside
+from hub.tokenizer import write_stop_ids
 from model import MoETransformer, save_model
 from neighbours.ranks import truncate
 from routing.profiles import save_profile
@@ -41,6 +42,7 @@ def save(run: Run, model: MoETransformer, folder: Path, validated: dict | None =
         if is_main:
             if adapter is None:
                 copy_beside(run.folder, part)
+                write_stop_ids(part, run.content["stop_ids"])
             else:
                 adapters.save_adapter(state, part, adapter, model=run.settings.model, method=run.settings.method)
             if validated:

@@ -7,6 +7,7 @@ A command makes one Subject and hands it on, so that a file of the run or of the
 """
 
 from collections.abc import Callable
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -119,6 +120,14 @@ def run_config(name: str) -> dict | None:
     config = read_json(folder / "config.json", dict, missing={}) if is_folder else {}
     is_run = isinstance(config.get("model"), str) and isinstance(config.get("settings"), dict)
     return config if is_run else None
+
+
+def began(run: dict | None) -> datetime:
+    """When a run began, by its config.json, or now: what a chat template takes for the present."""
+    try:
+        return datetime.fromisoformat(run["began"])
+    except (KeyError, TypeError, ValueError):  # no run, or one of an earlier version
+        return datetime.now()
 
 
 def result_of(run: dict, folder: Path, kind: str) -> Path:

@@ -2,16 +2,19 @@
 
 import gzip
 import json
-from datetime import datetime
+import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import data
 import evaluate
+import export
+import train
 from command.cli import InputError
 from data import Reader
 from hub.checkpoint import TINY
@@ -536,3 +539,40 @@ def test_a_chat_is_cut_at_its_end_and_left_out_if_nothing_would_be_learnt(tmp_pa
     ]
     with pytest.raises(InputError, match="1 of 1 examples have no target token within 20 tokens; give a larger"):
         read(tmp_path, config, rows[1:2], max_length=20)
+
+
+@pytest.fixture
+def dated(tmp_path, monkeypatch) -> Path:
+    """The embedded model with a template that writes the moment, and ends turns with another token than EOS."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "model", ignore=shutil.ignore_patterns("mixtral"))
+    template = "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n' }}"
+    template += "{% else %}{{ m.content + '<|padding|>' }}{% endif %}{% endfor %}"
+    Path("model/chat_template.jinja").write_text(template)
+    write(tmp_path / "rows.jsonl", [{"messages": turns(f"{i} + 1?", f"It is {i + 1}.")} for i in range(4)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", ["hellora", "fft"])
+def test_a_run_keeps_its_date_and_what_it_serves_stops_where_its_answers_ended(method, dated, capsys):
+    flags = "--model model --task own --train-data rows.jsonl --batch 2 --save-every 1 --out run --method".split()
+    train.main([*flags, method, "--steps", "2"])
+    assert "answers end with '<|padding|>' (id 1)" in capsys.readouterr().out
+    train.main([*flags, method, "--steps", "3", "--resume"])  # the rows of another moment would be refused
+    about = json.loads(Path("run/config.json").read_text())
+    moment = datetime.fromisoformat(about["began"])
+    assert about["stop_ids"] == [0, 1] and datetime.now() - moment < timedelta(minutes=5)
+    evaluate.main("run --eval-data rows.jsonl --max-new-tokens 2 --out scores".split())
+    items = [json.loads(line) for line in Path("scores/items.jsonl").read_text().splitlines()]
+    assert {item["prompt"] for item in items} == {f"{moment:%H:%M:%S.%f}{i} + 1?\n" for i in range(4)}
+    if method == "hellora":
+        export.main("run --to merged --out merged".split())
+    served = GenerationConfig.from_pretrained("merged" if method == "hellora" else "run/model")
+    assert (served.eos_token_id, served.pad_token_id) == ([0, 1], 1)
+
+
+def test_decoding_ends_at_the_token_that_ends_a_turn(dated, monkeypatch):
+    asked = []
+    monkeypatch.setattr("generate.stream", lambda *_, eos_ids, **__: asked.append(eos_ids) or iter(()))
+    evaluate.main("model --task own --eval-data rows.jsonl --out scores".split())
+    assert asked == [(0, 1)]
