@@ -155,7 +155,7 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig")  # spreadsheets write a byte order mark first
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}, line {line}: not text in UTF-8; {FILES}") from None
+        raise InputError(f"{path}, line {line}: not text encoded in UTF-8") from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -124,7 +124,7 @@ def test_items_of_an_evaluation_are_a_file_of_completions(gsm8k, tmp_path):
         ('{"id": 0.0, "completion": "10"}', r"line 1: id 0.0 is neither text nor a whole number"),
         ("", r"c.jsonl holds no completions; want lines of"),
         ("\n \n", r"c.jsonl holds no completions; want lines of"),
-        (b'{"id": 0, "completion": "\xff"}', r"c.jsonl, line 1: not encoded in UTF-8"),
+        (b'{"id": 0, "completion": "\xff"}', r"c.jsonl, line 1: not text encoded in UTF-8"),
         (None, "c.jsonl: no such file; name one of JSON lines"),
     ],
 )

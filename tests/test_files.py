@@ -180,7 +180,7 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
         "prompt\tcompletion\na\tb\n",
         ["it begins with 'prompt", "csv if its name says so"],
     ),
-    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["not text", "JSON lines"]),
+    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["line 1", "not text encoded in UTF-8"]),
     "pointer": (
         "gsm8k",
         "train",
@@ -190,7 +190,7 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     ),
     "web page": ("gsm8k", "train", "a.jsonl", "\n<!DOCTYPE html>\n<title>404</title>", ["'<!DOCTYPE html>"]),
     "rows inside": ("gsm8k", "train", "a.json", f'{{"data": [{GOOD}]}}', ["rows are inside 'data'"]),
-    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "not text in UTF-8"]),
+    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "not text encoded in UTF-8"]),
     "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
     "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
 }
