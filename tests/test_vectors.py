@@ -1,9 +1,9 @@
 """The vectors for ports: ours and the numpy port pass, and each common mistake of a port is caught."""
 
 import json
+import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from command.cli import InputError, run
-from examples import numpy_moe
+from examples import minimal, numpy_moe
 
 ROOT = Path(__file__).resolve().parent.parent
 VECTORS = ROOT / "tests/vectors"
@@ -20,7 +20,12 @@ sys.path.insert(0, str(VECTORS))
 
 import check  # noqa: E402
 import make  # noqa: E402
+import make_tiny  # noqa: E402
+import mistakes  # noqa: E402
 import ours  # noqa: E402
+import whole_model  # noqa: E402
+
+PAGE = (ROOT / "docs/porting.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -74,183 +79,146 @@ def test_the_files_are_small_and_no_other_than_are_made():
 
 # ------------------------------------------------------------------------------------------- wrong ports
 
-WRONG: dict[str, tuple[str, Callable]] = {}  # what is wrong -> the vectors that must catch it, the wrong function
 
-
-def wrong(function: str, name: str) -> Callable:
-    """Register a port with one mistake. It gets the inputs of the vectors by name."""
-
-    def register(port: Callable) -> Callable:
-        WRONG[name] = function, port
-        return port
-
-    return register
-
-
-def changed(function: str, **changes: Callable) -> Callable:
-    """Our function with some of its inputs changed: each change gets all inputs, and returns the new one."""
-    return lambda **inputs: getattr(ours, function)(
-        **inputs | {name: change(SimpleNamespace(**inputs)) for name, change in changes.items()}
-    )
-
-
-def swapped(W: dict) -> dict:
-    return W | {"gate_proj": W["up_proj"], "up_proj": W["gate_proj"]}
-
-
-def reordered(pair: dict) -> dict:
-    return {"A": pair["A"][::-1], "B": pair["B"][::-1]}
-
-
-def ties_to_the_higher_id(scores: np.ndarray, **rest) -> np.ndarray:
-    return ours.select_experts(scores=scores[:, ::-1].copy(), **rest)[:, ::-1]
-
-
-MISREAD = {  # what is wrong -> the vectors, and inputs as a wrong port reads them
-    "gate and up swapped, in an expert": ("expert", {"W": lambda i: swapped(i.W)}),
-    "gate and up swapped, in a layer": ("moe_layer", {"W": lambda i: swapped(i.W)}),
-    "renormalisation left out": ("route", {"norm_topk_prob": lambda i: False}),
-    "renormalisation left out, in a layer": ("moe_layer", {"norm_topk_prob": lambda i: False}),
-    "top-k before softmax": ("route", {"topk_before_softmax": lambda i: True}),
-    "softmax before top-k": (
-        "route",
-        {
-            "norm_topk_prob": lambda i: i.norm_topk_prob or i.topk_before_softmax,
-            "topk_before_softmax": lambda i: False,
-        },
-    ),
-    "renormalisation too much, in a layer": ("moe_layer", {"norm_topk_prob": lambda i: True}),
-    "scale alpha / r left out": ("linear", {"alpha": lambda i: len(i.factors["A"])}),
-    "alpha in place of alpha / r": ("moe_layer", {"alpha": lambda i: i.alpha * len(i.factors["router"]["A"])}),
-    "B read as its transpose": (
-        "linear",
-        {"factors": lambda i: i.factors | {"B": i.factors["B"].reshape(i.factors["B"].shape[::-1]).T}},
-    ),
-    "factors not in rising order of the ids": (
-        "moe_layer",
-        {"factors": lambda i: {n: pair if n == "router" else reordered(pair) for n, pair in i.factors.items()}},
-    ),
-    "adapters on the first experts": ("moe_layer", {"hot": lambda i: np.arange(len(i.hot))}),
-    "the hottest for the coldest": (
-        "select_experts",
-        {"policy": lambda i: i.policy.replace("cold", "hot")},
-    ),
-    "coverage of the sum over layers": ("select_experts", {"scores": lambda i: i.scores / i.scores.sum(0)}),
-    "a constant seed": ("select_experts", {"seed": lambda i: 0}),
-    "the same A for every matrix": ("init_A", {"name": lambda i: ""}),
-    "LoRI's positions column by column": (
-        "expert",
-        {"factors": lambda i: {name: by_column(i.kind, pair) for name, pair in i.factors.items()}},
-    ),
-    "one more entry kept": ("kept_entries", {"share": lambda i: i.share + 0.03}),
-    "loss on the prompt": ("batch_loss", {"prompt_lengths": lambda i: np.ones_like(i.prompt_lengths)}),
-    "decayed score not divided by the rank": ("dr_lora_observe", {"ranks": lambda i: np.ones_like(i.ranks)}),
-    "no cap per growth": ("dr_lora_grow", {"cap": lambda i: i.r_max}),
-    "budget ignored": ("dr_lora_grow", {"budget": lambda i: 100}),
-    "LoRI's answer rule for all": ("gsm8k_verdict", {"rule": lambda i: "lori"}),
-    "phrases in any case": ("refuses", {"completion": lambda i: i.completion.capitalize()}),
-    "typographic apostrophes not seen": ("refuses", {"as_published": lambda i: True}),
-}
-
-
-def by_column(kind: str, pair: dict) -> dict:
-    if kind != "lori":
-        return pair
-    r, out = len(pair["A"]), 4
-    return pair | {"positions": (pair["positions"] % out) * r + pair["positions"] // out}
-
-
-WRONG |= {name: (function, changed(function, **changes)) for name, (function, changes) in MISREAD.items()}
-WRONG["ties to the higher id"] = "select_experts", ties_to_the_higher_id
-
-
-@wrong("select_experts", "one hot set for all layers")
-def same_in_all_layers(policy, **rest):
-    return ours.select_experts(policy="model-hot" if policy == "hot" else policy, **rest)
-
-
-@wrong("dr_lora_grow", "ties to the higher id, in a growth")
-def last_first(saliency, ranks, **rest):
-    return ours.dr_lora_grow(saliency[::-1].copy(), ranks[::-1].copy(), **rest)[::-1]
-
-
-@wrong("moe_layer", "no gradient for an expert without tokens")
-def none_for_idle(**inputs):
-    found = ours.moe_layer(**inputs)
-    return found | {"factors": {n: p if p["A"].any() else {"A": None, "B": None} for n, p in found["factors"].items()}}
-
-
-@wrong("moe_layer", "router's pair not trained")
-def frozen_router(**inputs):
-    found = ours.moe_layer(**inputs)
-    router = {part: np.zeros_like(gradient) for part, gradient in found["factors"]["router"].items()}
-    return found | {"factors": found["factors"] | {"router": router}}
-
-
-def dora(kind, x, W, bias, factors, alpha, grad_y, norm_is_constant: bool, bias_is_scaled: bool) -> dict:
-    """DoRA on a linear layer by autograd, with two mistakes to choose from."""
-    if kind != "dora":
-        raise NotImplementedError
-    x, A, B, m = (torch.tensor(array, requires_grad=True) for array in (x, factors["A"], factors["B"], factors["m"]))
-    merged = torch.tensor(W) + alpha / len(A) * B @ A
-    norm = merged.norm(dim=1)
-    scale, b = m / (norm.detach() if norm_is_constant else norm), torch.tensor(0.0 if bias is None else bias)
-    y = (x @ merged.T + b) * scale if bias_is_scaled else x @ merged.T * scale + b
-    y.backward(torch.tensor(grad_y))
-    gradients = {"A": A.grad.numpy(), "B": B.grad.numpy(), "m": m.grad.numpy()}
-    return {"y": y.detach().numpy(), "x": x.grad.numpy(), "factors": gradients}
-
-
-WRONG["DoRA's norm has a gradient"] = "linear", lambda **i: dora(**i, norm_is_constant=False, bias_is_scaled=False)
-WRONG["DoRA scales the bias"] = "linear", lambda **i: dora(**i, norm_is_constant=True, bias_is_scaled=True)
+@pytest.mark.parametrize("function, name, wrong", mistakes.FUNCTIONS, ids=lambda value: str(value)[:60])
+def test_a_wrong_function_is_noticed_and_named(function, name, wrong):
+    verdict = check.check_function(SimpleNamespace(**{function: wrong}), function)
+    assert verdict.failures and not any(": raised " in line for line in verdict.failures)  # wrong, not merely broken
+    assert name in verdict.looks_like and len(verdict.looks_like) <= 2
 
 
 def test_dora_without_the_two_mistakes_passes():
-    right = SimpleNamespace(linear=lambda **i: dora(**i, norm_is_constant=True, bias_is_scaled=False))
-    verdict = check.check_function(right, "linear", 1e-12)
-    assert (verdict.passed, verdict.not_offered, verdict.failures) == (2, 3, ())
+    verdict = check.check_function(SimpleNamespace(linear=mistakes.dora), "linear", 1e-12)
+    assert (verdict.passed, verdict.not_offered, verdict.failures) == (5, 0, ())
 
 
-@wrong("kept_entries", "a threshold for each matrix")
-def own_threshold(matrices, share):
-    return {name: found for key, B in matrices.items() for name, found in ours.kept_entries({key: B}, share).items()}
+def test_a_wrong_result_that_no_mistake_gives_has_no_name():
+    verdict = check.check_function(SimpleNamespace(merge=lambda W, factors, alpha: W + 1), "merge")
+    assert len(verdict.failures) == 2 and verdict.looks_like == ()
 
 
-@wrong("batch_loss", "mean of the micro-batches' means")
-def mean_of_means(table, sequences, prompt_lengths, micro_batch):
-    starts = range(0, len(sequences), micro_batch)
-    parts = [slice(start, start + micro_batch) for start in starts]
-    found = [ours.batch_loss(table, sequences[part], prompt_lengths[part], micro_batch) for part in parts]
-    return {key: sum(one[key] for one in found) / len(found) for key in ("loss", "table")}
+def test_arguments_and_gradients_may_be_left_out():
+    def linear(x, W, factors, alpha):
+        return {"y": x @ (W + alpha / len(factors["A"]) * factors["B"] @ factors["A"]).T}
+
+    verdict = check.check_function(SimpleNamespace(linear=linear), "linear")
+    assert (verdict.passed, verdict.not_offered, verdict.failures) == (1, 4, ())  # LoRA without bias, and the rest
+    verdict = check.check_function(SimpleNamespace(linear=lambda x, W: {"x": x}), "linear")
+    assert "y is missing" in verdict.failures[0]
 
 
-@wrong("dr_lora_observe", "dimensions that do not train have a gradient")
-def unmasked(grad_B, **rest):
-    return ours.dr_lora_observe(grad_B=[gradient.copy() for gradient in grad_B], **rest) | {"grad_B": grad_B}
+# ------------------------------------------------------------------------------------------- the whole model
 
 
-@wrong("dr_lora_observe", "saliency without the exponent")
-def no_exponent(ranks, **rest):
-    found = ours.dr_lora_observe(ranks=ranks, **rest)
-    return found | {"saliency": found["saliency"] * (ranks + 1.0) ** 0.2}
+@pytest.fixture(scope="module")
+def questions() -> dict:
+    return whole_model.questions()
 
 
-@wrong("gsm8k_verdict", "answers compared as text")
-def as_text(rule, completion, answer):
-    found = ours.gsm8k_verdict(rule, completion, answer)["found"]
-    return {"found": found, "correct": found == answer}
+@pytest.fixture(scope="module")
+def answers(questions) -> dict:
+    """What this project's model answers."""
+    return {function: getattr(ours, function)(**arguments) for function, (arguments, *_) in questions.items()}
 
 
-@wrong("pass_at_k", "pass@k with replacement")
-def with_replacement(num_samples, num_passed, k):
-    return 1 - (1 - num_passed / num_samples) ** k
+def port(answers: dict) -> SimpleNamespace:
+    """A port that gives these answers."""
+    return SimpleNamespace(**{name: lambda answer=answer, **_: answer for name, answer in answers.items()})
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_port_is_caught(name):
-    function, port = WRONG[name]
-    failures = check.check_function(SimpleNamespace(**{function: port}), function).failures
-    assert failures and not any(": raised " in line for line in failures), failures  # wrong, and not merely broken
+def test_the_whole_model_has_every_value(answers):
+    assert [(line.split(",")[0], failed) for line, failed in whole_model.check(port(answers))] == [
+        ("forward: all 18 values agree", False),
+        ("counts: all 1 values agree", False),
+        ("train_step: all 225 values agree", False),
+    ]
+
+
+def test_minimal_py_is_a_port_with_every_value_that_it_computes():
+    def forward(folder, input_ids, lengths):
+        real = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
+        W = minimal.load_weights()
+        x, chosen = minimal.forward(torch.tensor(input_ids), real, W, {})
+        selected_experts = torch.zeros(*chosen.shape[:1], *real.shape, minimal.K, dtype=torch.int64)
+        selected_experts[:, real] = chosen
+        return {"logits": x @ W["lm_head.weight"].T, "selected_experts": selected_experts}
+
+    def counts(folder, input_ids, lengths):
+        sequences = [ids[:n].tolist() for ids, n in zip(input_ids, lengths, strict=True)]
+        return minimal.count(sequences, minimal.load_weights())
+
+    lines = list(whole_model.check(SimpleNamespace(forward=forward, counts=counts)))
+    assert [line.split(",")[0] for line, _ in lines] == [
+        "forward: all 5 values agree", "counts: all 1 values agree", "train_step: not offered",
+    ]  # fmt: skip
+    assert not any(failed for _, failed in lines)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("name", ["after_attention", "selected_experts", "weights", "hidden_states"])
+def test_the_first_layer_that_differs_is_named(answers, layer, name, monkeypatch):
+    monkeypatch.setattr(whole_model, "likely", lambda *_: ())
+    wrong = {key: np.array(array) for key, array in answers["forward"].items()}
+    wrong[name][layer + (name == "hidden_states") :] += 1  # and all that follow
+    (line, failed), *_ = whole_model.check(port(answers | {"forward": wrong}))
+    step = {"selected_experts": "selected experts", "weights": "routing weights", "hidden_states": "output"}
+    assert failed and line.startswith(f"forward: layer {layer}, {step.get(name, 'after attention')} is the first value")
+
+
+def test_what_stands_at_padding_does_not_matter(answers, questions):
+    arguments, compare, _ = questions["forward"]
+    padding = np.arange(arguments["input_ids"].shape[1]) >= arguments["lengths"][:, None]
+    other = {name: np.where(padding[..., None], 99, array) for name, array in answers["forward"].items()}
+    assert max(error for _, error in compare(other)) < whole_model.TOLERANCE
+
+
+@pytest.mark.parametrize("function, name, wrong", mistakes.MODELS, ids=lambda value: str(value)[:60])
+def test_a_wrong_model_is_noticed_and_named(function, name, wrong, questions, answers):
+    arguments, compare, compare_wrong = questions[function]
+    result = wrong(**arguments)
+    assert any(error > whole_model.TOLERANCE for _, error in compare(result))
+    assert all(error < whole_model.TOLERANCE for _, error in compare_wrong(result, result))
+    assert any(error > whole_model.TOLERANCE for _, error in compare_wrong(answers[function], result))
+
+
+def test_a_wrong_model_ends_with_status_1_and_the_name_of_the_mistake(tmp_path, capsys):
+    (tmp_path / "padded_port.py").write_text(
+        "import numpy as np\nimport ours\n\n\ndef counts(folder, input_ids, lengths):\n"
+        "    return ours.counts(folder, input_ids, np.full_like(lengths, input_ids.shape[1]))\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: check.main(["--model", str(tmp_path / "padded_port.py")]))
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and err == "error: 1 case failed\n"
+    assert "counts: counts is the first value that differs (0 before it agree)" in out
+    assert "This looks like: padding is counted." in out
+
+
+def test_the_values_of_the_whole_model_are_those_of_transformers(questions):
+    made, stored = make_tiny.content(), json.loads(whole_model.FILE.read_text())
+    assert made.keys() == stored.keys()
+    for key in ("sequences", "prompt_lengths", "count_sequences", "counts", "pairs", "r", "alpha", "lr"):
+        assert made[key] == stored[key], key
+    assert made["forward"]["selected_experts"] == stored["forward"]["selected_experts"]
+    assert made["step"]["loss"] == pytest.approx(stored["step"]["loss"], rel=1e-5)
+    for label, expected in stored["step"].items():
+        if label != "loss":
+            assert made["step"][label]["norm"] == pytest.approx(expected["norm"], rel=1e-3), label
+
+
+# ------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_lists_mistakes_that_the_vectors_find_and_what_finds_them():
+    """A trap whose last column names a function is a mistake of that function; the others need transformers."""
+    table = PAGE.partition("## Traps")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| .+ \| (.+?) \|$", table, re.M)[1:]  # after the head
+    assert len(rows) > 12
+    known = {(name, function) for function, name, _ in mistakes.FUNCTIONS + mistakes.MODELS}
+    for trap, finders in rows:
+        names = re.findall(r"`(\w+)`", finders)
+        assert names or finders == "transformers' logits", trap
+        assert all((trap, name) in known for name in names), trap
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -271,7 +239,7 @@ def test_a_wrong_port_ends_with_status_1_and_names_the_case_and_the_array(tmp_pa
     assert "linear           not offered" in out
 
 
-@pytest.mark.parametrize("module", ["no_such_port", "json", "sys", "examples/numpy_moe.py"])
+@pytest.mark.parametrize("module", ["no_such_port", "json", "sys", "examples/no_such_file.py"])
 def test_a_module_without_our_functions_is_wrong_input(module):
     with pytest.raises(InputError, match=module):
         check.main(["--module", module])

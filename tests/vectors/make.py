@@ -276,6 +276,29 @@ def route() -> Iterator[tuple]:
     yield "top-k before softmax", inputs, {"selected_experts": [ids], "weights": [weights]}
 
 
+def count_experts() -> Iterator[tuple]:
+    """c[l, e]: the real tokens whose K experts in layer l include e (HELLoRA, section 3). Padding is routed to 0, 1."""
+    rng = random.Random("count")
+    for name, lengths in (("padded", [5, 3, 4]), ("not padded", [5, 5])):
+        chosen = [
+            [[sorted(rng.sample(range(6), 2)) if s < n else [0, 1] for s in range(5)] for n in lengths]
+            for _ in range(3)
+        ]
+        real = [[ids for row, n in zip(layer, lengths, strict=True) for ids in row[:n]] for layer in chosen]
+        counts = [[sum(e in ids for ids in layer) for e in range(6)] for layer in real]
+        yield name, {"selected_experts": chosen, "lengths": lengths, "num_experts": 6}, counts
+
+
+def merge() -> Iterator[tuple]:
+    """W + (alpha / r) B A (LoRA, section 4.1)."""
+    for alpha in (7.0, 3.0):
+        rng = random.Random(f"merge {alpha}")
+        W = draw(rng, 3, 4)
+        factors = draw_pair(rng, "lora", W, 3)
+        merged = adapted("lora", each(constant, W), numbers(factors), alpha)
+        yield f"alpha {alpha:g}", {"W": W, "factors": factors, "alpha": alpha}, values(merged)
+
+
 def moe_layer() -> Iterator[tuple]:
     """y = sum over a token's K experts of weight * expert(x). Hot experts and router have pairs (HELLoRA, section 3).
 
@@ -414,8 +437,8 @@ def batch_loss() -> Iterator[tuple]:
 
 
 WRITERS = (
-    select_experts, init_A, route, linear, expert, moe_layer, kept_entries, dr_lora_observe, dr_lora_grow, batch_loss,
-    gsm8k_verdict, pass_at_k, refuses,
+    select_experts, count_experts, init_A, route, linear, expert, moe_layer, merge, kept_entries, dr_lora_observe,
+    dr_lora_grow, batch_loss, gsm8k_verdict, pass_at_k, refuses,
 )  # fmt: skip
 
 

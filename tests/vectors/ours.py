@@ -11,10 +11,12 @@ import data
 import hellora
 import lori
 import model as transformer
+import profile
 from hellora import KINDS
 from lora import init_A as fill_A
 from machine.processes import Processes
 from neighbours.drlora import RankGrowth
+from routing.statistics import tally
 from scoring import gsm8k, refusals
 from scoring.statistics import pass_at_k  # noqa: F401
 from training_step import global_step
@@ -42,6 +44,19 @@ def route(router_logits, top_k, norm_topk_prob, topk_before_softmax):
     numbers = replace(numbers, topk_before_softmax=topk_before_softmax)
     selected_experts, routing = transformer.route(tensor(router_logits).float(), numbers)
     return {"selected_experts": selected_experts.numpy(), "weights": routing.weights.numpy()}
+
+
+def count_experts(selected_experts, lengths, num_experts):
+    real = torch.arange(selected_experts.shape[2]) < tensor(lengths)[:, None]  # [B, S]
+    chosen = tensor(selected_experts)[:, real]  # [L, T, K]
+    return tally(chosen, torch.ones(chosen.shape), num_experts)[0].numpy().astype(np.int64)
+
+
+def merge(W, factors, alpha):
+    pair = KINDS["lora"][0](nn.Linear(*reversed(W.shape), bias=False), len(factors["A"]), alpha)
+    pair.weight.data = tensor(W)
+    fill("lora", {"only": pair}, {"only": factors})
+    return pair.merged().detach().numpy()
 
 
 def kept_entries(matrices, share):
@@ -209,3 +224,79 @@ def gsm8k_verdict(rule, completion, answer):
 
 def refuses(rule, completion, as_published):
     return (refusals.phrase_found if as_published else refusals.refusal)(rule, completion) is not None
+
+
+# ------------------------------------------------------------------------------------------- the whole model
+
+
+@torch.no_grad()
+def forward(folder, input_ids, lengths, change=lambda model: None):
+    """change: makes a mistake in the model (mistakes.py)."""
+    model, layers = transformer.load_model(folder), []
+    change(model)
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, args: layers.append(args[0]))
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: layers.append(args[0]))
+    model.norm.register_forward_pre_hook(lambda module, args: layers.append(args[0]))
+    logits, selected_experts, routing = model(tensor(input_ids), tensor(lengths), output_routing=True)
+    real = torch.arange(input_ids.shape[1]) < tensor(lengths)[:, None]
+
+    def padded(x: Tensor) -> np.ndarray:  # [..., T, n] -> [..., B, S, n]
+        whole = x.new_zeros(*x.shape[:-2], *real.shape, x.shape[-1])
+        whole[..., real, :] = x
+        return whole.numpy()
+
+    return {
+        "hidden_states": np.stack([padded(x) for x in layers[::2]]),
+        "after_attention": np.stack([padded(x) for x in layers[1::2]]),
+        "selected_experts": selected_experts.numpy(),
+        "weights": padded(routing.weights),
+        "logits": logits.numpy(),
+    }
+
+
+def counts(folder, input_ids, lengths):
+    batch = data.Batch(tensor(input_ids), tensor(lengths), torch.full(input_ids.shape, -100))
+    return profile.count_experts(transformer.load_model(folder), [batch]).numpy()
+
+
+def adapted_model(folder, factors, alpha) -> transformer.MoETransformer:
+    """The model with these factors attached."""
+    model = transformer.load_model(folder)
+    hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+    for name in factors:
+        _, layer, *_, e, _ = name.split(".")
+        if e.isdigit():
+            hot[int(layer), int(e)] = True
+    hellora.attach(model, hot, len(next(iter(factors.values()))["A"]), alpha)
+    with torch.no_grad():
+        for name, pair in factors.items():
+            for part, values in pair.items():
+                parameter, place = factor(model, name, part)
+                parameter[place] = tensor(values).to(parameter.dtype)
+    return model
+
+
+def factor(model: nn.Module, name: str, part: str) -> tuple[Tensor, int | slice]:
+    """The parameter that holds A or B of a matrix, and its place there."""
+    path, _, matrix = name.rpartition(".")
+    experts, _, e = path.rpartition(".")
+    if not e.isdigit() or not experts.endswith("experts"):
+        return getattr(model.get_submodule(name), f"lora_{part}"), slice(None)
+    stack = model.get_submodule(experts)
+    return getattr(stack.lora[matrix], f"lora_{part}"), stack.expert_ids.index(int(e))
+
+
+def train_step(folder, input_ids, lengths, prompt_lengths, factors, alpha, lr, weight_decay=0.0):
+    model = adapted_model(folder, factors, alpha)
+    rows = zip(input_ids.tolist(), lengths.tolist(), prompt_lengths.tolist(), strict=True)
+    items = [data.Encoded(ids[:n], ((p, n),)) for ids, n, p in rows]
+    step = global_step(model, items, 1, Processes(0, 1, torch.device("cpu")))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay).step()
+    named = {name: {part: factor(model, name, part) for part in "AB"} for name in factors}
+    return {
+        "loss": float(step.loss),
+        "gradients": {n: {part: p.grad[i].numpy() for part, (p, i) in pair.items()} for n, pair in named.items()},
+        "updated": {n: {part: p.detach()[i].numpy() for part, (p, i) in pair.items()} for n, pair in named.items()},
+    }

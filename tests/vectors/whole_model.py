@@ -1,0 +1,202 @@
+"""A port's model against the values of tiny/ in tiny.json, in the order in which a model computes them.
+
+An array is described by its norm, its largest entry and some of its entries (`described`). check.py says what a port
+offers. make_tiny.py, which writes the values, says where they come from.
+
+Dimensions: B sequences, S positions, T real tokens, L layers with experts, K experts per token, D hidden_size.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+FILE = Path(__file__).resolve().parent / "tiny" / "values.json"
+FOLDER = Path(__file__).resolve().parent.parent.parent / "tiny"
+TOLERANCE = 3e-4  # largest error, as a share of the largest entry of the array: float32 with room to spare
+PAD = 1
+
+
+def padded(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """input_ids [B, S], lengths [B], and which positions are real, bool [B, S]."""
+    lengths = np.array([len(ids) for ids in sequences])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(real.shape, PAD)
+    input_ids[real] = np.concatenate(sequences)
+    return input_ids, lengths, real
+
+
+def factors(pairs: dict[str, list[int]], r: int) -> dict[str, dict[str, np.ndarray]]:
+    """A [r, in] and B [out, r] of matrices [out, in]: cosines, which any framework can write down.
+
+    For the n-th pair, A[i, j] = cos(n + 3 i + 7 j) / sqrt(in) and B[i, j] = cos(n + 5 i + 11 j) / 20.
+    """
+    made = {}
+    for n, (name, (fan_out, fan_in)) in enumerate(pairs.items()):
+        A = np.cos(n + 3 * np.arange(r)[:, None] + 7 * np.arange(fan_in)) / math.sqrt(fan_in)
+        B = np.cos(n + 5 * np.arange(fan_out)[:, None] + 11 * np.arange(r)) / 20
+        made[name] = {"A": A, "B": B}
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- descriptions
+
+
+def described(array: np.ndarray | None, count: int) -> dict | None:
+    """The norm of an array, and its `count` largest entries with their places in the flat array."""
+    if array is None:
+        return None
+    flat = np.asarray(array, dtype=np.float64).ravel()
+    places = np.argsort(-np.abs(flat), kind="stable")[:count]
+    return {"norm": float(np.linalg.norm(flat)), "places": places.tolist(), "entries": flat[places].tolist()}
+
+
+def error_of(array, expected: dict | None) -> float:
+    """How far an array is from its description, as a share of its largest entry (the norm: of itself)."""
+    if array is None or expected is None:
+        return 0.0 if array is expected else math.inf
+    flat, places = np.asarray(array, dtype=np.float64).ravel(), expected["places"]
+    if flat.size <= max(places):
+        return math.inf
+    off = np.abs(flat[places] - expected["entries"]).max() / (abs(expected["entries"][0]) or 1.0)
+    norm = abs(np.linalg.norm(flat) - expected["norm"]) / (expected["norm"] or 1.0)
+    return math.inf if math.isnan(off + norm) else float(max(off, norm))
+
+
+def describe_forward(result: dict, real: np.ndarray) -> dict:
+    """What `compare_forward` needs of a right result, with real tokens alone."""
+    hidden = [described(layer[real], 6) for layer in result["hidden_states"]]
+    attention = [described(layer[real], 6) for layer in result["after_attention"]]
+    return {
+        "hidden_states": hidden,
+        "after_attention": attention,
+        "selected_experts": [layer[real].tolist() for layer in result["selected_experts"]],
+        "weights": [described(falling(layer[real]), 6) for layer in result["weights"]],
+        "logits": described(result["logits"][real], 6),
+    }
+
+
+def falling(weights: np.ndarray) -> np.ndarray:
+    """Each token's routing weights, the largest first.  [T, K] -> [T, K]"""
+    return -np.sort(-weights)
+
+
+def compare_forward(result: dict, real: np.ndarray, expected: dict) -> Iterator[tuple[str, float]]:
+    """What is compared, and its error, from the first layer to the last."""
+    arrays = {name: np.asarray(array) for name, array in result.items()}
+
+    def part(name: str, *place: int) -> np.ndarray | None:
+        array = arrays[name][place]
+        return array[real] if array.shape[:2] == real.shape else None
+
+    if "hidden_states" in arrays:
+        yield "embeddings", error_of(part("hidden_states", 0), expected["hidden_states"][0])
+    for i in range(len(expected["after_attention"])):
+        if "after_attention" in arrays:
+            yield f"layer {i}, after attention", error_of(part("after_attention", i), expected["after_attention"][i])
+        if "selected_experts" in arrays:
+            chosen, right = part("selected_experts", i), np.sort(expected["selected_experts"][i])
+            same = chosen is not None and np.array_equal(np.sort(chosen), right)
+            yield f"layer {i}, selected experts", 0.0 if same else math.inf
+        if "weights" in arrays:
+            weights = part("weights", i)
+            off = math.inf if weights is None else error_of(falling(weights), expected["weights"][i])
+            yield f"layer {i}, routing weights", off
+        if "hidden_states" in arrays:
+            yield f"layer {i}, output", error_of(part("hidden_states", i + 1), expected["hidden_states"][i + 1])
+    if "logits" in arrays:
+        yield "logits", error_of(part("logits"), expected["logits"])
+
+
+def step_arrays(result: dict, pairs: dict) -> Iterator[tuple[str, np.ndarray | None]]:
+    """Every gradient, and what the step adds to every factor, with a label."""
+    for name, pair in pairs.items():
+        for part in pair if "gradients" in result else ():
+            yield f"gradient of {name}.{part}", result["gradients"].get(name, {}).get(part)
+    for name, pair in pairs.items():
+        for part, before in pair.items() if "updated" in result else ():
+            after = result["updated"].get(name, {}).get(part)
+            yield f"update of {name}.{part}", None if after is None else np.asarray(after) - before
+
+
+def describe_step(result: dict, pairs: dict) -> dict:
+    """What `compare_step` needs of a right result."""
+    arrays = {label: described(array, 2) for label, array in step_arrays(result, pairs)}
+    return {"loss": float(result["loss"])} | arrays
+
+
+def compare_step(result: dict, pairs: dict, expected: dict) -> Iterator[tuple[str, float]]:
+    if "loss" in result:
+        yield "loss", abs(float(result["loss"]) - expected["loss"]) / expected["loss"]
+    for label, array in step_arrays(result, pairs):
+        yield label, error_of(array, expected[label])
+
+
+# ------------------------------------------------------------------------------------------------- checking a port
+
+
+FUNCTIONS = ("forward", "counts", "train_step")
+
+
+def questions() -> dict[str, tuple[dict, Callable, Callable]]:
+    """Function of a port -> its arguments, compare(result), and compare(result, the right result) of a mistake."""
+    values = json.loads(FILE.read_text())
+    input_ids, lengths, real = padded(values["sequences"])
+    forward = {"folder": str(FOLDER), "input_ids": input_ids, "lengths": lengths}
+    count_ids, count_lengths, _ = padded(values["count_sequences"])
+    counting = {"folder": str(FOLDER), "input_ids": count_ids, "lengths": count_lengths}
+    pairs = factors(values["pairs"], values["r"])
+    step = forward | {"prompt_lengths": np.array(values["prompt_lengths"]), "factors": pairs}
+    step |= {"alpha": values["alpha"], "lr": values["lr"]}
+
+    def compare_counts(result, expected) -> Iterator[tuple[str, float]]:
+        yield "counts", 0.0 if np.array_equal(result, expected) else math.inf
+
+    return {
+        "forward": (
+            forward,
+            lambda result: compare_forward(result, real, values["forward"]),
+            lambda result, wrong: compare_forward(result, real, describe_forward(wrong, real)),
+        ),
+        "counts": (
+            counting,
+            lambda result: compare_counts(result, values["counts"]),
+            compare_counts,
+        ),
+        "train_step": (
+            step,
+            lambda result: compare_step(result, pairs, values["step"]),
+            lambda result, wrong: compare_step(result, pairs, describe_step(wrong, pairs)),
+        ),
+    }
+
+
+def check(module: ModuleType) -> Iterator[tuple[str, bool]]:
+    """Lines that say what agrees, up to the first value that differs, and whether each is a failure."""
+    for function, (arguments, compare, compare_wrong) in questions().items():
+        if not hasattr(module, function):
+            yield f"{function}: not offered", False
+            continue
+        result = getattr(module, function)(**arguments)
+        count, largest = 0, 0.0
+        for label, error in compare(result):
+            if error > TOLERANCE:
+                by = "" if math.isinf(error) else f", by {error:.1e} of its largest entry"
+                yield f"{function}: {label} is the first value that differs{by} ({count} before it agree)", True
+                for mistake in likely(function, arguments, result, compare_wrong):
+                    yield f"    This looks like: {mistake}.", True
+                return
+            count, largest = count + 1, max(largest, error)
+        yield f"{function}: all {count} values agree, largest error {largest:.0e}", False
+
+
+def likely(function: str, arguments: dict, result, compare_wrong: Callable) -> Iterator[str]:
+    """The mistakes with which this project's model gives the same wrong result."""
+    from mistakes import MODELS  # not earlier: it runs this project's own model
+
+    for of, mistake, wrong in MODELS:
+        if of == function and all(error <= TOLERANCE for _, error in compare_wrong(result, wrong(**arguments))):
+            yield mistake
