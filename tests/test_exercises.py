@@ -87,7 +87,7 @@ WRONG = [  # exercise, code of its solution, the same with a mistake, what the c
     ("batch_loss", "    log_p =", "    prompt_lengths = np.ones_like(prompt_lengths)\n    log_p =",
      "the loss is also over the prompt"),
     ("batch_loss", ".sum() / targets",
-     ".sum() / sum(len(i) - m for i, m in zip(sequences[part], prompt_lengths[part])) / -(-len(sequences) // micro_batch)",
+     ".sum() / sum(len(i) - m for i, m in zip(sequences[part], prompt_lengths[part])) / np.ceil(5 / micro_batch)",
      "the mean of the micro-batches' means"),
     ("batch_loss", "len(ids) - n for", "len(ids) - 1 for", None),
     ("kept_entries", "np.abs(matrices[name])", "matrices[name]",
