@@ -161,7 +161,9 @@ def rank_growth(ranks, r_max: int, B: list[Tensor]) -> RankGrowth:
     """The state of one layer with the ranks given, in a run of two steps, of which both grow."""
     pairs = {str(i): SimpleNamespace(lora_B=stack) for i, stack in enumerate(B)}
     layers = [SimpleNamespace(mlp=SimpleNamespace(experts=SimpleNamespace(lora=pairs)))]
-    growth = RankGrowth(SimpleNamespace(layers=layers, config=SimpleNamespace(moe_layers=range(1))), r_max // 2, 2)
+    adapter = hellora.Adapter("lora", r=r_max // 2, alpha=1.0, targets="all", seed=0, hot=[list(range(len(ranks)))])
+    model = SimpleNamespace(layers=layers, config=SimpleNamespace(moe_layers=range(1)), adapter=adapter)
+    growth = RankGrowth(model, r_max // 2, 2)
     growth.history = [(0, tensor(ranks)[None])]
     growth.set_masks()
     return growth
