@@ -12,6 +12,7 @@ only then reads the weights, each process its own. `fit` is the loop; training_s
 import command.start  # noqa: F401
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import hellora
 import profile
 from command import cli
 from command.cli import say
-from command.files import write_json
+from command.files import claimed, write_json
 from lora import seed_dropout
 from lori import sparsify, top_entries
 from machine import memory
@@ -39,14 +40,22 @@ from run.folder import earlier_result
 from run.inputs import Run, prepare
 from run.log import check_records, summary
 from run.observers import Observers
-from run.output import save, write_about
+from run.output import check_space, save, write_about
 from run.schedule import rate, warmup_steps
-from run.settings import parse_settings
+from run.settings import Settings, parse_settings
+from run.state import naming_checkpoint
 from training_step import load_shared, train_step
 
 
 def main(argv: list[str] | None = None) -> dict:
-    run = prepare(parse_settings(argv))
+    settings = parse_settings(argv)
+    with claimed(Path(settings.out)) if cli.is_main_process() else nullcontext():
+        return train_claimed(settings)
+
+
+def train_claimed(settings: Settings) -> dict:
+    """The run in the folder that this process has claimed.  -> result.json"""
+    run = prepare(settings)
     earlier = run.processes.once(lambda: earlier_result(run.out, run.content, run.steps, run.settings.resume))
     if earlier:
         say(f"{run.out} holds this run already, with all its {earlier['steps']} steps: nothing to do")
@@ -180,10 +189,11 @@ def train(run: Run, out: Path, positions: dict[str, Tensor] | None = None) -> tu
     -> for result.json, the adapter's tensors
     """
     model = load(run, positions)
-    observers = fit(run, model, out)
-    trainable, total = hellora.count_parameters(model)
-    result = {"trainable": trainable, "trainable_percent": 100 * trainable / total} | observers.result()
-    state = save(run, model, out / ("adapter" if model.adapter else "model"))
+    with naming_checkpoint(out / "checkpoint"):
+        observers = fit(run, model, out)
+        trainable, total = hellora.count_parameters(model)
+        result = {"trainable": trainable, "trainable_percent": 100 * trainable / total} | observers.result()
+        state = save(run, model, out / ("adapter" if model.adapter else "model"))
     observers.draw()
     return result | {"adapter_bytes": sum(tensor.nbytes for tensor in state.values())}, state
 
@@ -197,6 +207,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     warmup = warmup_steps(s.lr_warmup, run.steps)
     observers = Observers(run, model, optimizer, out)
     first = observers.resume()
+    check_space(run, model)
     write_about(run)
     say(f"{run.steps:,} steps of {s.batch} examples, {run.processes.count} process{'es' * (run.processes.count > 1)}")
     model.train()

@@ -4,19 +4,21 @@ A file or folder is written under a hidden name beside its place, synced to the 
 final name is therefore complete, however the process ended.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
-from command.cli import InputError, RunError
+from command.cli import InputError, RunError, note
 
 
 def writable(path: str | Path) -> Path:
@@ -114,6 +116,54 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         raise RunError(f"{folder} cannot be written ({error})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+LOCK = ".lock"  # the file in a folder by which a process claims it
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes that claim the folder out of it. It is made if need be, and removed if it stays empty.
+
+    The operating system holds the lock, and drops it with the process, however that ends. Raises InputError if another
+    process, which is named, has claimed the folder, or if the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = locked(folder / LOCK)
+    except OSError as error:
+        kind = "it is not a folder" if folder.exists() and not folder.is_dir() else error.strerror
+        raise InputError(f"{folder} cannot be written ({kind}); name another folder") from None
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink()
+        lock.close()
+        for path in made:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def locked(path: Path) -> TextIO:
+    """A file that this process alone has locked, until it is closed. Raises InputError if another process has it."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read() or "another process"
+            raise InputError(f"{path.parent} is in use by {owner}; wait for its end, or name another folder") from None
+        except OSError as error:  # as some file systems of networks answer
+            note(f"{path.parent} cannot be locked ({error.strerror}): start no second command with this folder")
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # its owner has just removed it
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def remove_folder(folder: Path) -> None:

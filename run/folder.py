@@ -11,16 +11,13 @@ RUN/adapter/, result.json  when the run is finished (run/adapters.py)
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from command.cli import InputError, say
-from command.files import read_json, remove_folder, write_json
-from machine.processes import default_dtype
-from run.settings import Settings
+from command.files import LOCK, read_json, remove_folder, write_json
 
+DECIDING_PACKAGES = ("torch", "numpy", "tokenizers", "jinja2", "safetensors")  # they order, cut and compute
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
     "report_to",
@@ -28,28 +25,20 @@ MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: th
 
 
 def check_out(out: Path, settings: dict) -> None:
-    """Raise InputError if `out` cannot be written, or belongs to something else than this run.
+    """Raise InputError if `out`, which this process has claimed, belongs to something else than this run.
 
-    Settings in MAY_CHANGE may differ from those of the run in the folder, and with --resume the number of steps. What a
-    run of an earlier version does not name was as it is by default.
+    Settings in MAY_CHANGE may differ from those of the run in the folder, and with --resume the number of steps.
     """
-    place = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"--out {out} cannot be written: {place} is not a folder of yours; name another folder")
-    try:
-        before = read_json(out / "config.json", dict).get("settings")
-    except InputError:
-        is_new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-        before = settings if is_new else None
+    is_new = set(os.listdir(out)) <= {LOCK}
+    before = settings if is_new else read_json(out / "config.json", dict, missing={}).get("settings")
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
     free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
-    before = asdict(Settings(dtype=default_dtype())) | before
-    changed = [key for key in settings if key not in free and before[key] != settings[key]]
+    changed = [key for key in settings if key not in free and before.get(key) != settings[key]]
     if changed:
-        was = ", ".join(f"{key} {before[key]} then, {settings[key]} now" for key in changed)
+        was = ", ".join(f"{key} {before.get(key)} then, {settings[key]} now" for key in changed)
         raise InputError(f"--out {out} holds another run ({was}); name another folder or remove it")
-    if settings["resume"] and not out.exists():
+    if settings["resume"] and is_new:
         say(f"--resume: there is nothing in {out} yet; the run starts with its first step")
 
 
@@ -60,10 +49,12 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
     `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a checkpoint and
     is not to `resume`.
     """
-    before = content | read_json(out / "config.json", dict, missing={})  # an earlier version did not name all of them
+    before = read_json(out / "config.json", dict, missing={})
+    if not before:
+        return None
     changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
     kinds = {"data": "the training data", "valid": "the validation data"}
-    changed += [said for kind, said in kinds.items() if before.get(kind) != content.get(kind)]
+    changed += [name for kind, name in kinds.items() if before.get(kind) != content.get(kind)]
     if changed:
         names = " and ".join(changed)
         raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
@@ -92,19 +83,15 @@ def write_config(out: Path, settings: dict, content: dict) -> None:
 
     content: {"base": digests of the base model's files, "data" and perhaps "valid": those of the examples}
     """
-    about = {
+    config = {
         "model": settings["model"],
         "settings": settings,
         **content,
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in DECIDING_PACKAGES},
         "commit": commit(),
         "command": sys.argv,
     }
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", about)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
+    write_json(out / "config.json", config)
 
 
 def commit() -> str | None:

@@ -18,7 +18,6 @@ from model import MoETransformer
 from routing.statistics import IdleExperts
 from run.folder import remove_results
 from run.observer import Observer
-from run.state import last_state
 from run.validation import Losses, out_of_patience
 from training_step import Step
 
@@ -26,19 +25,17 @@ from training_step import Step
 class FiniteSteps(Observer):
     """The rule of --on-nonfinite: a step whose loss or gradient is not finite ends the run, or is skipped."""
 
-    def __init__(self, folder: Path, skips: bool) -> None:
-        self.folder, self.skips = folder, skips
+    def __init__(self, skips: bool) -> None:
+        self.skips = skips
 
     def after(self, number: int, done: Step) -> None:
-        """Raises RunError, which names the examples and the last good checkpoint."""
+        """Raises RunError, which names the examples."""
         if done.is_finite:
             return
         values = f"step {number}: loss {done.loss.item()}, gradient norm {done.grad_norm}"
         if not self.skips:
-            good = last_state(self.folder / "checkpoint")
             raise RunError(
-                f"{values}, on examples {' '.join(done.examples)}; the last good checkpoint is "
-                f"{good or 'none (--save-every N makes them)'}. Lower --lr, look at the examples, or pass "
+                f"{values}, on examples {' '.join(done.examples)}; lower --lr, look at the examples, or pass "
                 "--on-nonfinite skip"
             )
         say(f"{values}: skipped")
@@ -172,12 +169,15 @@ def keep_records(path: Path, steps: int) -> list[dict]:
 
 
 def check_records(path: Path, steps: int, patience: int | None) -> None:
-    """Raise InputError if log.jsonl holds neither the records of exactly `steps` steps nor of a run out of patience."""
+    """Raise InputError if the log.jsonl of a stage D is neither of `steps` steps nor of a run out of patience."""
     lines = log_lines(path)
-    records = read_records(path, min(steps, len(lines)) if patience else steps, lines)
+    records = read_records(path, len(lines), lines)
     validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
-    if len(records) < steps and not out_of_patience(validated, patience):
-        read_records(path, steps, lines)
+    if len(records) != steps and not out_of_patience(validated, patience):
+        raise InputError(
+            f"stage D of this run did {len(records)} steps, and its choice of entries of B is of no use after {steps}; "
+            f"expected --steps {len(records)}, or another --out"
+        )
 
 
 def log_lines(path: Path) -> list[str]:
@@ -209,13 +209,17 @@ def summary(result: dict) -> str:
 
 
 class Signals(Observer):
-    """SIGTERM and the first Ctrl-C let the step finish, and then end the training on every process."""
+    """Signals to end, the first Ctrl-C among them, let the step finish and then end the training on every process."""
+
+    # A closed terminal sends SIGHUP, and a scheduler can be told to send SIGUSR1 before the time is up.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, processes: Processes) -> None:
         self.processes, self.received, self.number = processes, 0, 0
 
     def start(self, first: int) -> None:
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        ignored = [number for number in self.numbers if signal.getsignal(number) is signal.SIG_IGN]  # by nohup, say
+        self.before = {number: signal.signal(number, self.remember) for number in self.numbers if number not in ignored}
 
     def remember(self, number: int, frame) -> None:
         self.received = number

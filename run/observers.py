@@ -81,14 +81,13 @@ class Observers:
                 lambda folder, validated: save(run, model, folder, validated),
                 micro_batch=s.micro_batch,
                 every=s.valid_every or steps_per_epoch,
-                steps=run.steps,
                 patience=s.patience,
             )
         recorder = Recorder(out, model, optimizer, processes, steps=run.steps, steps_per_epoch=steps_per_epoch)
         picture = LossPicture(recorder, validation, f"{s.method} on {s.task}")
         reports = s.report_to != "none" and processes.is_main
         report = Report(s.report_to, out, asdict(s)) if reports else None
-        finite = FiniteSteps(out, skips=s.on_nonfinite == "skip")
+        finite = FiniteSteps(skips=s.on_nonfinite == "skip")
         members = (Signals(processes), finite, growth, validation, recorder, picture, report)
         self.members: list[Observer] = [each for each in members if each is not None]
         planned = growth is not None or s.schedule != "constant" or s.lr_warmup

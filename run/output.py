@@ -1,5 +1,7 @@
 """What a run writes: config.json and profile.json at its start, the adapter or the checkpoint at its end."""
 
+import math
+import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from command.cli import InputError
 from command.files import atomic_folder, write_json
 from hub.checkpoint import copy_beside
 from hub.tokenizer import write_stop_ids
@@ -17,6 +20,8 @@ from run import adapters
 from run.folder import write_config
 from run.inputs import Run
 
+LOG_LINE = 400  # bytes of a record in log.jsonl
+
 
 def write_about(run: Run) -> None:
     """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
@@ -24,6 +29,29 @@ def write_about(run: Run) -> None:
         write_config(run.out, asdict(run.settings), run.content)
         if run.counted:
             save_profile(run.counted, run.out / "profile.json", run.settings.model, run.settings.task)
+
+
+def check_space(run: Run, model: MoETransformer) -> None:
+    """Raise InputError if the disk has no room for all that a training will write, on the main process."""
+    s = run.settings
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # float32
+    learnt = trained if model.adapter else sum(p.numel() for p in model.parameters()) * saved_dtype(run).itemsize
+    # A new best result is written beside the old one, and a new checkpoint before the oldest is removed.
+    results = 1 + (3 if run.held_out else 0)
+    checkpoints = s.keep + 1 if s.save_every else 0
+    needed = results * learnt + checkpoints * 3 * trained + run.steps * LOG_LINE  # a checkpoint has AdamW's moments
+    free = shutil.disk_usage(run.out).free if run.processes.is_main else math.inf
+    if free < needed:
+        written = f"{checkpoints} checkpoints, {results} results and the log"
+        raise InputError(
+            f"--out {run.out} has {free / 1e9:,.3f} GB free, and this run writes up to {needed / 1e9:,.3f} GB "
+            f"({written}); free some, name a folder on another disk, or lower --keep"
+        )
+
+
+def saved_dtype(run: Run) -> torch.dtype:
+    """Of the checkpoint that full fine-tuning writes."""
+    return getattr(torch, run.settings.save_dtype or "float32")
 
 
 def save(run: Run, model: MoETransformer, folder: Path, validated: dict | None = None) -> dict[str, Tensor]:
@@ -38,7 +66,7 @@ def save(run: Run, model: MoETransformer, folder: Path, validated: dict | None =
         state = truncate(state, torch.tensor(adapter.ranks))
     with atomic_folder(folder) if is_main else nullcontext(folder) as part:
         if adapter is None:
-            save_model(model, part)
+            save_model(model, part, saved_dtype(run))
         if is_main:
             if adapter is None:
                 copy_beside(run.folder, part)

@@ -21,6 +21,7 @@ from run.report import PACKAGES
 from run.schedule import SCHEDULES
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: float32, in which it trains)"
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
 STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
@@ -85,6 +86,7 @@ class Settings:
     resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
+    save_dtype: str | None = flag(None, SAVE_DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
     activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
 
@@ -112,6 +114,10 @@ def check(settings: Settings) -> None:
             if getattr(s, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')}{reason}")
 
+    if method.experts is not None and s.save_dtype:
+        raise InputError(
+            f"--save-dtype {s.save_dtype}: --method {s.method} writes an adapter, in float32; leave it out"
+        )
     if method.experts is None:
         reason = f": --method {s.method} trains every weight, without adapters; leave it out"
         refuse((*CHOSEN_WITH_AN_ADAPTER, "init_adapter"), reason)

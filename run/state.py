@@ -7,13 +7,14 @@ is no pickle in it. It does not depend on the number of processes: each reads it
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from command.cli import InputError, RunError, is_main_process, say
+from command.cli import DISK, InputError, RunError, is_main_process, say
 from command.files import atomic_folder, read_json, remove_folder, seal, sha256
 from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
@@ -114,6 +115,25 @@ def last_state(folder: Path) -> Path | None:
     return next(reversed(states(folder)), None)
 
 
+@contextmanager
+def naming_checkpoint(folder: Path) -> Iterator[None]:
+    """What stops a training, a full disk for instance, becomes a RunError that names the newest state in `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        reason = f"{error.filename or folder.parent / 'log.jsonl'} cannot be written ({error.strerror})"
+        raise RunError(f"{reason}; {last_good(folder)}") from None
+    except RunError as error:
+        raise RunError(f"{error}; {last_good(folder)}") from None
+
+
+def last_good(folder: Path) -> str:
+    last = last_state(folder)
+    return f"the last good checkpoint is {last}" if last else "there is no checkpoint (--save-every N makes them)"
+
+
 def with_moments(trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """What trains and AdamW's two moments of it, by name, all sharded alike."""
     state = {}
@@ -145,16 +165,12 @@ def save_state(
     for left in folder.glob(".step-*"):  # by a run that was killed
         shutil.rmtree(left)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-    try:
-        with atomic_folder(folder / f"step-{step:08d}") as part:
-            write_shards(part, sizes, tensors(), SHARD_BYTES)
-            digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
-            about = {"step": step, "updates": updates, "sha256": digests} | about
-            text = json.dumps(about | {"seal": seal(about)})
-            (part / "state.json").write_text(text, encoding="utf-8")
-    except RunError as error:
-        last = last_state(folder)
-        raise RunError(f"{error}; {f'the last good one is {last}' if last else 'there is none before it'}") from None
+    with atomic_folder(folder / f"step-{step:08d}") as part:
+        write_shards(part, sizes, tensors(), SHARD_BYTES)
+        digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
+        about = {"step": step, "updates": updates, "sha256": digests} | about
+        text = json.dumps(about | {"seal": seal(about)})
+        (part / "state.json").write_text(text, encoding="utf-8")
     for old in states(folder)[:-keep]:
         remove_folder(old)
 

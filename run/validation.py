@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import data
-from command.cli import InputError, say
+from command.cli import InputError, note, say
 from command.files import read_json, remove_folder
 from machine.processes import Processes
 from model import MoETransformer
@@ -45,19 +45,26 @@ def split(items: list, share: float, seed: int) -> tuple[list, list]:
 
 
 class Validation(Observer):
-    """The validations of one training. Every process must call its methods, with the same arguments."""
+    """The validations of one training. Every process must call its methods, with the same arguments.
+
+    They are due every `every` steps, wherever the training ends: then an extended run is the same as a straight one.
+    What is learnt at a last step in between is validated for result.json alone.
+    """
 
     name = "validations"
 
     def __init__(
         self, items: list[data.Encoded], model: MoETransformer, processes: Processes, folder: Path,
-        save: Callable[[Path, dict], object], *, micro_batch: int, every: int, steps: int, patience: int | None,
+        save: Callable[[Path, dict], object], *, micro_batch: int, every: int, patience: int | None,
     ) -> None:  # fmt: skip
         """folder: of the best result. save(folder, validation): writes what has been learnt so far."""
         self.items, self.model, self.processes, self.folder, self.save = items, model, processes, folder, save
-        self.micro_batch, self.every, self.steps, self.patience = micro_batch, every, steps, patience
+        self.micro_batch, self.every, self.patience = micro_batch, every, patience
         self.losses: Losses = []
         self.kept: tuple[int, float] | None = None  # step and loss of what is in the folder
+        self.in_checkpoint: tuple[int, float] | None = None  # those that the newest checkpoint names
+        self.earlier = folder.with_name(f".{folder.name}.in-checkpoint")  # holds that result, once there is a better
+        self.step = 0
 
     @property
     def ended(self) -> bool:
@@ -66,37 +73,67 @@ class Validation(Observer):
 
     def after(self, number: int, done: Step) -> None:
         """Validate if it is due, and keep the best."""
-        if number % self.every and number != self.steps:
+        self.step = number
+        if number % self.every:
             return
-        loss, _ = held_out_loss(self.model, self.items, self.micro_batch, self.processes)
+        loss = self.measure()
         self.losses.append((number, loss))
-        is_best = math.isfinite(loss) and (self.kept is None or loss < self.kept[1])
+        is_best = best_of(self.losses) == (number, loss)
         if is_best:
-            self.kept = (number, loss)
-            self.save(self.folder, {"step": number, "valid_loss": loss})
+            self.keep(number, loss)
         say(f"step {number}: validation loss {loss:.4f}{', the best so far' if is_best else ''}")
         if self.ended:
             best = f"the best is that of step {self.kept[0]}" if self.kept else "none was finite"
             say(f"{self.patience} validations without a better one: stopping after step {number}; {best}")
         done.record["valid_loss"] = loss if math.isfinite(loss) else None
 
-    def result(self) -> dict[str, float | int]:
+    def measure(self) -> float:
+        """The validation loss now."""
+        return held_out_loss(self.model, self.items, self.micro_batch, self.processes)[0]
+
+    def keep(self, number: int, loss: float) -> None:
+        """Save the best result so far. The one that the newest checkpoint names stays, for who continues from there."""
+        if self.processes.is_main and self.kept and self.kept == self.in_checkpoint:
+            remove_folder(self.earlier)
+            self.folder.rename(self.earlier)
+        self.kept = (number, loss)
+        self.save(self.folder, {"step": number, "valid_loss": loss})
+
+    def result(self) -> dict[str, float | int | None]:
         """For result.json: the validation losses of the last result and of the best, and the step of the best."""
-        if not self.losses or not self.kept:
-            return {}
-        last = self.losses[-1][1]
-        best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]}
+        if self.processes.is_main:
+            remove_folder(self.earlier)
+        is_validated = self.losses and self.losses[-1][0] == self.step
+        last = self.losses[-1][1] if is_validated else self.measure()
+        if not is_validated:
+            say(f"step {self.step}: validation loss {last:.4f}, of the last result")
+        best = {"best_valid_loss": self.kept[1], "best_step": self.kept[0]} if self.kept else {}
         return {"last_valid_loss": last if math.isfinite(last) else None} | best
 
-    def state_dict(self) -> dict[str, Losses]:
-        return {"losses": self.losses}
+    def state_dict(self) -> dict:
+        self.in_checkpoint = self.kept
+        return {"step": self.step, "losses": self.losses}
 
-    def load_state_dict(self, state: dict[str, Losses]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         """Continue. A result that was kept at a later step than that of the checkpoint will be made again."""
+        self.step = state["step"]
         self.losses = [(step, loss) for step, loss in state["losses"]]
         best = best_of(self.losses)
-        about = self.processes.once(lambda: read_json(self.folder / "validation.json", dict, missing={}))
-        if about.get("step") == (best and best[0]):
-            self.kept = best
-        elif self.processes.is_main:
-            remove_folder(self.folder)
+        if self.processes.once(lambda: self.restore(best)):
+            self.kept = self.in_checkpoint = best
+
+    def restore(self, best: tuple[int, float] | None) -> bool:
+        """Put the result of the step of `best` where the best one lies.  -> whether it is there"""
+        for folder in (self.folder, self.earlier):
+            validation = read_json(folder / "validation.json", dict, missing={})
+            if best and validation.get("step") == best[0]:
+                if folder != self.folder:
+                    remove_folder(self.folder)
+                    folder.rename(self.folder)
+                return True
+        remove_folder(self.folder)
+        if best:
+            note(
+                f"{self.folder} is gone, which held the best result, that of step {best[0]}; a better one will be kept"
+            )
+        return False

@@ -120,8 +120,3 @@ def test_a_run_goes_on_only_under_the_schedule_and_for_the_steps_it_began_with(b
         train.main([*given, "--schedule", "cosine", "--resume"])
     with pytest.raises(InputError, match="saved with steps 6, now it is 8"):
         train.main([*given, "--steps", "8", "--resume"])
-    about = json.loads((tmp_path / "run/config.json").read_text())
-    about["settings"] = {key: value for key, value in about["settings"].items() if key != "schedule"}
-    (tmp_path / "run/config.json").write_text(json.dumps(about))  # of a version without schedules
-    with pytest.raises(InputError, match="schedule constant then, linear now"):
-        train.main([*given, "--resume"])

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, out of disk, resumed, repeated, or written by an earlier version; and NaN losses."""
+"""Runs that are killed, stopped, out of disk, resumed or repeated; and NaN losses."""
 
 import json
 import math
@@ -13,27 +13,22 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import data
-import export
 import lora
 import profile
 import train
 import training_step
 from command.cli import InputError, RunError
-from command.files import seal, sha256
+from command.files import sha256
 from hub.checkpoint import TINY
 from machine.processes import Processes
-from model import load_model, read_config
-from run import adapters
 from run.state import Checkpoints, last_state, load_tensors, save_state, states
-from run.subject import Subject
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
@@ -136,21 +131,6 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
     assert [state.name for state in states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_the_step_finish_saves_and_ends(tmp_path, number):
-    flags = [*SMALL, "--steps", "400", "--out", str(tmp_path / "run")]
-    process = start(*flags)
-    log = tmp_path / "run/log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") > 1):
-        assert process.is_alive()
-        time.sleep(0.01)
-    os.kill(process.pid, number)
-    process.join(60)
-    assert process.exitcode == 128 + number
-    (state,) = states(tmp_path / "run/checkpoint")
-    assert len(losses(tmp_path / "run")) == json.loads((state / "state.json").read_text())["step"]
-
-
 def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
     flags = ["--batch", "5", "--micro-batch", "2", "--sample", "0.005", "--k", "3"]
     flags += ["--lr", "1e-4"]  # AdamW turns rounding into steps
@@ -171,22 +151,19 @@ def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
 
 
 def test_processes_that_see_other_checkpoints_say_so_before_one_waits_for_the_others(tmp_path, monkeypatch):
-    train.main([*SMALL, "--out", str(tmp_path), "--steps", "3", "--save-every", "1"])
-    (path,) = states(tmp_path / "checkpoint")[-1:]
-    trained = {name: torch.zeros_like(tensor) for name, tensor in adapter(tmp_path).items()}
-    loaded, processes = [], Processes(0, 2, torch.device("cpu"))
-
-    class Part:
-        load_state_dict = loaded.append
-
-    about, optimizer = json.loads((path / "state.json").read_text()), torch.optim.AdamW(trained.values())
+    trained = {"layers.0.lora_A": torch.nn.Parameter(torch.ones(2, 3))}
+    model, optimizer = Mock(named_parameters=trained.items), torch.optim.AdamW(trained.values())
+    save_state(tmp_path, 3, trained, optimizer, {}, keep=1)
+    observer = Mock()
     # The other process begins with step 1.
     monkeypatch.setattr("torch.distributed.all_reduce", lambda x, op: x.copy_(x.maximum(torch.tensor([1, -1]))))
-    options = {"pinned": {}, "steps": 5, "keep": 1, "processes": processes}
-    checkpoints = Checkpoints(tmp_path / "checkpoint", trained, optimizer, {"numbers": Part()}, **options)
-    with pytest.raises(InputError, match=f"resume from steps 1 to {about['step'] + 1}; want one --out for all"):
+    checkpoints = Checkpoints(
+        tmp_path, model, optimizer, [observer], pinned={}, steps=5, save_every=1, keep=1,
+        processes=Processes(0, 2, torch.device("cpu")),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="resume from steps 1 to 4; expected one --out for all"):
         checkpoints.resume()
-    assert not loaded
+    assert not observer.load_state_dict.called
 
 
 def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_path):
@@ -220,7 +197,7 @@ def test_a_full_disk_is_an_error_and_the_state_before_it_loads(tmp_path):
         try:
             train.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", str(out), "--resume"])
         except RunError as error:
-            assert "step-00000003 cannot be written" in str(error) and "step-00000002" in str(error)
+            assert re.search("step-00000003 cannot be written.*the last good checkpoint is .*step-00000002", str(error))
             os._exit(17)
 
     process = FORK.Process(target=with_little_room)
@@ -333,7 +310,7 @@ def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
 
 def test_an_out_below_a_file_is_refused_and_a_resume_of_nothing_says_that_it_starts(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run cannot be written: .*file is not a folder"):
+    with pytest.raises(InputError, match=r"file/run cannot be written \(Not a directory\)"):
         train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "file/run")])
     train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
     assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")
@@ -533,51 +510,3 @@ def test_a_state_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor
     save_file(tensors, path)  # a checksum does not help: such a state was saved like this
     with pytest.raises(InputError, match=f"model.safetensors: {re.escape(key)} holds NaN or infinity"):
         load_tensors(last_state(tmp_path), parameters, optimizer, updates=1)
-
-
-# ------------------------------------------------------------------- a run folder that an earlier version has written
-
-
-@pytest.fixture
-def old_run(tmp_path) -> Path:
-    """A copy of a run of 4 steps with a checkpoint after the last, written before settings were a dataclass.
-
-    The embedded model's tokenizer may have changed since. state.json then gets today's number of tokens.
-    """
-    run = Path(shutil.copytree(ROOT / "tests/data/old_run", tmp_path / "run"))
-    path = last_state(run / "checkpoint") / "state.json"
-    about = json.loads(path.read_text())
-    assert about.pop("seal") == seal(about)
-    config = read_config(TINY)
-    rows, tokenizer = data.load_examples("tiny-math", "train"), data.load_tokenizer(TINY, config)
-    items = data.encode(rows, tokenizer, config.eos_token_id, 512)
-    about["data"] = f"{len(items)} examples of {sum(len(item.ids) for item in items)} tokens"
-    path.write_text(json.dumps(about | {"seal": seal(about)}))
-    return run
-
-
-def test_a_run_folder_of_an_earlier_version_resumes(old_run):
-    settings = json.loads((old_run / "config.json").read_text())["settings"]
-    flags = ["--task", "tiny-math", "--k", "1", "--rank", "1", "--alpha", "2", "--targets", "gate"]
-    flags += ["--batch", "4", "--sample", "0.005", "--save-every", "2", "--out", str(old_run)]
-    now = asdict(train.parse_settings([*flags, "--steps", "4"]))
-    assert now.keys() >= settings.keys()
-    assert {key: now[key] for key in settings if now[key] != settings[key]}.keys() <= {"out", "keep"}
-    before = losses(old_run)
-    assert train.main([*flags, "--steps", "5", "--resume"])["steps"] == 5
-    assert losses(old_run)[:4] == before and len(losses(old_run)) == 5
-    assert last_state(old_run / "checkpoint").name == "step-00000005"
-
-
-def test_an_adapter_of_an_earlier_version_loads_and_exports(old_run, tmp_path):
-    stored = adapter(old_run)
-    model = load_model(TINY)
-    adapters.load_any_adapter(model, old_run)
-    ours = adapters.adapter_state(model)
-    assert same(ours, stored) and sum(tensor.numel() for tensor in stored.values()) == 2880
-    for what in (["peft"], ["merged", "--dtype", "float32"]):
-        export.main([str(old_run), "--to", *what, "--out", str(tmp_path / what[0])])
-    subject = Subject(str(old_run)).load(torch.float32, torch.device("cpu"))
-    ids = torch.arange(12).view(2, 6)
-    assert torch.allclose(subject(ids)[0], model(ids)[0], atol=1e-4)
-    assert torch.allclose(load_model(tmp_path / "merged")(ids)[0], model(ids)[0], atol=1e-4)

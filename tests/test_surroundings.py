@@ -1,10 +1,16 @@
 """What surrounds a run: other processes of its group, other runs in its folder, disks, signals, terminals."""
 
+import json
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import socket
 import sys
+import time
+from collections import namedtuple
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+import training_step
 from command import cli
+from command.cli import InputError, RunError
+from command.files import LOCK, claimed
 from hub.checkpoint import TINY
+from run.state import states
 
 FORK = multiprocessing.get_context("fork")
 SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4", "--steps", "3"]
@@ -67,3 +77,180 @@ def test_a_fault_that_the_main_process_finds_for_all_is_one_line(tmp_path):
     ended = group(2, lambda: train.main([*SMALL, "--out", str(tmp_path / "run")]), tmp_path)
     assert [status for status, _ in ended] == [2, 2] and ended[1][1] == ""
     assert ended[0][1].startswith("error (process 0 of 2): ") and "add --resume to go on" in ended[0][1]
+
+
+# ------------------------------------------------------------------------------------------- two runs in one folder
+
+
+def in_background(main) -> multiprocessing.Process:
+    def quiet() -> None:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        main()
+
+    process = FORK.Process(target=quiet)
+    process.start()
+    return process
+
+
+def steps_done(out: Path) -> int:
+    return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+
+
+def wait_for_steps(process: multiprocessing.Process, out: Path, steps: int = 1) -> None:
+    while steps_done(out) < steps:
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+def test_a_second_training_in_a_folder_ends_at_once_and_a_killed_one_leaves_no_lock(tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--out", str(out), "--save-every", "1"]
+    first = in_background(lambda: train.main([*flags, "--steps", "500"]))
+    wait_for_steps(first, out, 2)  # by now there is a checkpoint of the first
+    for more in ([], ["--resume"], ["--seed", "1"]):
+        with pytest.raises(InputError, match=f"run is in use by process {first.pid} on .*; wait for its end, or name"):
+            train.main([*flags, *more])
+    first.kill()
+    first.join()
+    assert (out / LOCK).exists()
+    done = int(states(out / "checkpoint")[-1].name.removeprefix("step-"))
+    train.main([*flags, "--steps", str(done + 1), "--resume"])
+    assert not (out / LOCK).exists()
+
+
+def test_of_many_processes_one_at_a_time_has_a_folder(tmp_path):
+    folder, marks = tmp_path / "new/folder", tmp_path / "marks"
+    marks.mkdir()
+
+    def enter(index: int) -> None:
+        for turn in range(200):
+            with suppress(InputError), claimed(folder):
+                (folder / "alone").mkdir()  # fails if it is there
+                (marks / f"{index}-{turn}").touch()
+                (folder / "alone").rmdir()
+
+    processes = [FORK.Process(target=enter, args=(index,)) for index in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(list(marks.iterdir())) > 20
+
+
+def test_a_folder_that_stays_empty_goes_with_those_that_were_made_for_it_and_no_other(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "mine/new/newer"):
+        with claimed(tmp_path / name):
+            assert (tmp_path / name / LOCK).exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not list((tmp_path / "mine").iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- disks
+
+
+@pytest.mark.parametrize("flags, held", [([], "0 checkpoints, 1 results"), (["--save-every", "1"], "3 checkpoints")])
+def test_a_disk_without_room_for_the_results_is_named_before_the_first_step(flags, held, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    # Rank 4 on 3 experts: about 170 kB of factors, three times that in each checkpoint.
+    monkeypatch.setattr("run.output.shutil.disk_usage", lambda path: usage(100_000 if not flags else 900_000))
+    with pytest.raises(InputError, match=f"GB free, and this run writes up to .*{held}.* or lower --keep"):
+        train.main([*SMALL, *flags, "--out", str(tmp_path / "runs/run")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_is_full_during_the_run_is_one_line_that_names_the_last_checkpoint(tmp_path, monkeypatch):
+    class FullDisk:
+        def __init__(self, file) -> None:
+            self.file, self.fileno, self.close = file, file.fileno, file.close
+
+        def write(self, text: str) -> int:
+            if '"step": 3' in text:
+                raise OSError(28, os.strerror(28))
+            return self.file.write(text)
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    real = Path.open
+    opened = lambda path, mode="r", **options: (  # noqa: E731
+        FullDisk(real(path, mode, **options))
+        if path.name == "log.jsonl" and mode == "a"
+        else real(path, mode, **options)
+    )
+    monkeypatch.setattr(Path, "open", opened)
+    flags = [*SMALL, "--out", str(tmp_path / "run"), "--save-every", "1"]
+    says = "log.jsonl cannot be written .No space left on device.; the last good checkpoint is .*step-00000002$"
+    with pytest.raises(RunError, match=says):
+        train.main(flags)
+    monkeypatch.setattr(Path, "open", real)
+    assert train.main([*flags, "--resume"])["steps"] == 3
+
+
+def test_a_picture_that_fails_is_a_note_and_the_run_is_finished(tmp_path, monkeypatch, capsys):
+    def fails(*args) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("run.log.draw_loss", fails)
+    train.main([*SMALL, "--out", str(tmp_path / "run")])
+    assert "a picture could not be drawn (OSError: [Errno 28]" in capsys.readouterr().err
+    assert (tmp_path / "run/result.json").exists() and (tmp_path / "run/adapter/adapter.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_lets_the_step_finish_saves_and_ends(number, tmp_path):
+    out = tmp_path / "run"
+    process = in_background(lambda: train.main([*SMALL, "--steps", "400", "--out", str(out)]))
+    wait_for_steps(process, out)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    (state,) = states(out / "checkpoint")
+    assert steps_done(out) == json.loads((state / "state.json").read_text())["step"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    real = training_step.global_step
+
+    def hangs_up(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training_step, "global_step", hangs_up)
+    try:
+        assert train.main([*SMALL, "--out", str(tmp_path / "run")])["steps"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------------------------------- what is written
+
+
+def test_full_fine_tuning_writes_the_dtype_that_is_asked_for(tmp_path):
+    flags = [*SMALL[:6], "--steps", "2", "--method", "fft"]
+    train.main([*flags, "--out", str(tmp_path / "float32")])
+    train.main([*flags, "--save-dtype", "bfloat16", "--out", str(tmp_path / "bfloat16")])
+    whole, half = (load_file(tmp_path / name / "model/model.safetensors") for name in ("float32", "bfloat16"))
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
+    assert json.loads((tmp_path / "bfloat16/model/config.json").read_text())["torch_dtype"] == "bfloat16"
+    with pytest.raises(InputError, match="--save-dtype bfloat16: --method hellora writes an adapter, in float32"):
+        train.main([*SMALL, "--save-dtype", "bfloat16"])
+
+
+def test_config_json_names_the_versions_of_what_a_run_rests_on(tmp_path):
+    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
+    versions = json.loads((tmp_path / "run/config.json").read_text())["versions"]
+    assert versions.keys() == {"python", "torch", "numpy", "tokenizers", "jinja2", "safetensors"}
+    assert all(re.match(r"\d+\.\d+", number) for number in versions.values())
+
+
+def test_a_sparse_run_is_not_extended_beyond_its_first_stage(tmp_path):
+    flags = [*SMALL, "--method", "hellori-s", "--save-every", "1", "--out", str(tmp_path / "run")]
+    train.main(flags)
+    with pytest.raises(InputError, match="stage D of this run did 3 steps, .*; expected --steps 3, or another --out"):
+        train.main([*flags, "--steps", "5", "--resume"])

@@ -26,13 +26,16 @@ from model import load_model, read_config
 from recipes.methods import METHODS
 from run import adapters
 from run.subject import Subject
-from run.validation import BEST, best_of, out_of_patience, split
+from run.validation import BEST, Validation, best_of, out_of_patience, split
 from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
 FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2 --sample 1".split()
 VALID = ["--valid-data", "valid.jsonl", "--valid-every", "1"]
+
+# The last method of each kind that trains differently.
+TRAINED_APART = {(m.kind, m.sparse, m.grows, m.experts is None): name for name, m in METHODS.items()}.values()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,7 @@ def test_rows_of_text_alone_are_evaluated_by_their_loss_which_is_that_of_transfo
     assert [(item["prompt"], item["completion"], item["reference"]) for item in items] == [("", "", t) for t in texts]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINED_APART)
 def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_of_one_left_alone(
     method, tmp_path, monkeypatch
 ):
@@ -155,25 +158,53 @@ def test_the_best_result_is_that_of_a_run_which_ends_at_its_step(tmp_path):
     ).read_text()
 
 
-def test_what_was_kept_after_the_checkpoint_is_made_again_and_not_taken_for_the_best(tmp_path, monkeypatch):
-    """Of a run on other processes, say, which rounds otherwise: here the forgery would be better than all others."""
-    out, flags = tmp_path / "run", [*VALID, "--save-every", "2"]
-    whole, real = run(tmp_path / "uncut", *flags), training_step.global_step
-    monkeypatch.setattr(
-        training_step, "global_step", lambda *a, **k: real(*a, **k) if len(log(out, "step")) < 3 else 1 / 0
-    )
-    out.mkdir()
-    (out / "log.jsonl").touch()
-    (out / "config.json").write_text((tmp_path / "uncut/config.json").read_text())
-    with pytest.raises(ZeroDivisionError):
+def cut_after(step: int, out: Path, monkeypatch, *flags: str) -> None:
+    """A run that is killed in the step after this one."""
+    real = training_step.global_step
+
+    def broken(*args, **kwargs):
+        if (out / "log.jsonl").exists() and len(log(out, "step")) == step:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_step, "global_step", broken)
         run(out, *flags)
-    (out / "adapter-best/validation.json").write_text(json.dumps({"step": 3, "valid_loss": 0.0}))
-    monkeypatch.setattr(training_step, "global_step", real)
-    resumed = run(out, *flags, "--resume")
-    assert resumed["best_valid_loss"] == whole["best_valid_loss"] or resumed["best_step"] > 2
-    kept = json.loads((out / "adapter-best/validation.json").read_text())
-    assert kept == {"step": resumed["best_step"], "valid_loss": resumed["best_valid_loss"]}
-    assert kept["valid_loss"] == log(out, "valid_loss")[kept["step"] - 1]
+
+
+@pytest.mark.parametrize("first, flags", [(3, ["--patience", "1"]), (5, [])])
+def test_an_extended_run_is_a_straight_one_also_where_it_first_ended_between_two_validations(first, flags, tmp_path):
+    flags = [*VALID[:2], "--valid-every", "2", "--lr", "0.02", "--save-every", "3", *flags]
+    straight, extended = tmp_path / "straight", tmp_path / "extended"
+    whole = run(straight, *flags)
+    short = run(extended, *flags, "--steps", str(first))
+    assert short["last_valid_loss"] is not None
+    result = run(extended, *flags, "--resume")
+    for key in ("step", "loss", "valid_loss"):
+        assert log(extended, key) == log(straight, key)
+    names = ("steps", "best_step", "best_valid_loss", "last_valid_loss")
+    assert [result[name] for name in names] == [whole[name] for name in names]
+    for name in ("adapter", "adapter-best"):
+        assert same(extended / name, straight / name)
+
+
+@pytest.mark.parametrize("killed, steps", [(3, 3), (5, 7)])
+def test_a_run_that_is_killed_and_ends_sooner_keeps_the_best_of_the_steps_that_it_has(
+    killed, steps, tmp_path, monkeypatch
+):
+    """Every validation is better than the one before; the newest checkpoint is that of step 2 or of step 4."""
+    losses = {step: 9.0 - step for step in range(1, 8)}
+    monkeypatch.setattr(Validation, "measure", lambda self: losses[self.step])
+    out, flags = tmp_path / "run", [*VALID, "--save-every", "2"]
+    cut_after(killed, out, monkeypatch, *flags)
+    for step in range(killed // 2 * 2 + 1, 8):
+        losses[step] = 20.0  # from here on it gets worse: the best is the checkpoint's
+    result = run(out, *flags, "--steps", str(steps), "--resume")
+    run(tmp_path / "straight", *flags, "--steps", str(killed // 2 * 2))
+    assert (result["best_step"], result["last_valid_loss"]) == (killed // 2 * 2, losses[steps])
+    assert json.loads((out / "adapter-best/validation.json").read_text())["step"] == result["best_step"]
+    assert same(out / "adapter-best", tmp_path / "straight/adapter")
+    assert not list(out.glob(".adapter*"))
 
 
 def test_two_processes_validate_as_one_does(tmp_path):
@@ -275,7 +306,7 @@ def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, m
     run(tmp_path / "run", "--valid-share", "0.2")
     rest, held_out = split(items_of(Path(), "train"), 0.2, seed=0)
     assert {item.example for item in seen} == {item.example for item in rest}
-    assert [bool(loss) for loss in log(tmp_path / "run", "valid_loss")] == [False, False, True] * 2 + [True]
+    assert [bool(loss) for loss in log(tmp_path / "run", "valid_loss")] == [False, False, True] * 2 + [False]
 
 
 def test_rows_that_are_trained_on_are_noted_and_others_are_not(tmp_path, capsys):
