@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     config, method = config_of(settings.model), METHODS[settings.method]
     if settings.gpus % settings.machines:
         raise InputError(
-            f"--gpus {settings.gpus} do not divide into --machines {settings.machines}; want as many in each"
+            f"--gpus {settings.gpus} do not divide into --machines {settings.machines}; expected as many in each"
         )
     if settings.k and method.experts != "hot":
         raise InputError(f"--k {settings.k} has no meaning with --method {settings.method}; leave it out")

@@ -1,172 +1,148 @@
-"""A table of the paper as rows of runs and columns of scores, and which runs it needs at a scale.
+"""The tables as the paper prints them, the claims of its text, and a question that MoE-Sieve leaves open."""
 
-Table("Table 4: ...", columns=(Column("GSM8K", "math", "accuracy"),), rows=(Row("HELLoRA", {"method": "hellora"}),))
-"""
+from lab.paper.table import Column, Row, Table
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+MATH = Column("GSM8K", "math", "accuracy")
+CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}") for k in (1, 5, 10))
+SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate")
+ALL = (MATH, *CODE, SAFE)
+OVER_REFUSAL = Column("Refusals of harmless requests", "safety", "over-refusal, lori")
 
-from lab.paper.page import Section, grid, mean_text, number_text
-from lab.paper.published import sieve_accuracies
-from lab.paper.runner import Needed
-from lab.paper.runs import Run
-from lab.paper.verdicts import Estimate, estimate, verdict
-
-
-class Scale(NamedTuple):
-    """Which models and tasks stand for those of the paper."""
-
-    olmoe: str
-    mixtral: str
-    math: str
-    code: str
-    safety: str
-
-
-SCALES = {
-    "tiny": Scale("tiny", "tiny-mixtral", "tiny-math", "tiny-code", "tiny-safety"),
-    "paper": Scale("allenai/OLMoE-1B-7B-0924", "mistralai/Mixtral-8x7B-v0.1", "gsm8k", "codealpaca", "saferpaca"),
+METHODS = Table(
+    "Table 2: methods on three tasks, OLMoE-1B-7B",
+    columns=(*ALL, OVER_REFUSAL),
+    seeds=5,
+    rows=(
+        Row("FFT", "fft", (27.64, 16.4, 21.04, 22.38, 97.32), "LoRA"),
+        Row("LoRA", "lora", (26.37, 16.52, 21.80, 24.03, 98.75), sieve="full_lora"),
+        Row("DoRA", "dora", (26.82, 16.72, 21.93, 23.68, 98.86), "LoRA"),
+        Row("LoRI-D", "lori-d", (28.22, 16.98, 21.85, 23.75, 96.56), "LoRA"),
+        Row("LoRI-S", "lori-s", (25.49, 16.46, 20.22, 22.37, 98.44), "LoRA"),
+        Row("HELLoRA", "hellora", (29.49, 17.87, 22.04, 23.82, 99.06), "LoRA", "hotk8"),
+        Row("HELLoRI-D", "hellori-d", (28.42, 16.89, 20.89, 22.21, 98.75), "LoRA"),
+        Row("HELLoRI-S", "hellori-s", (25.10, 16.22, 20.27, 21.76, 97.50), "LoRA"),
+        Row("MoE-Sieve", "moe-sieve", against="LoRA", sieve="hotk16", claims=(0.0,)),
+        Row("DR-LoRA", "dr-lora", against="LoRA", claims=(2.2, 2.2)),
+    ),
+    notes=(
+        "MoE-Sieve and DR-LoRA have the differences that their own papers claim: MoE-Sieve to be equivalent to LoRA, "
+        "DR-LoRA to be 2.2 points above its strongest baseline, as the average of six tasks on OLMoE-1B-7B.",
+    ),
+)
+NAMED = {row.name: row for row in METHODS.rows}
+HELLORI = Table(
+    "HELLoRI beside LoRI and HELLoRA (section 4.3), OLMoE-1B-7B",
+    columns=ALL,
+    seeds=5,
+    notes=(
+        "The text says that HELLoRI matches or exceeds LoRI and does not overtake HELLoRA. On GSM8K the paper's own "
+        "HELLoRI-S is below its LoRI-S.",
+    ),
+    rows=(
+        *(NAMED[name]._replace(against=None, sieve=None) for name in ("LoRI-D", "LoRI-S", "HELLoRA")),
+        *(NAMED[f"HELLoRI-{kind}"]._replace(against=f"LoRI-{kind}") for kind in "DS"),
+        *(NAMED[f"HELLoRI-{kind}"]._replace(name=f"HELLoRI-{kind} again", against="HELLoRA") for kind in "DS"),
+    ),
+)
+MIXTRAL = Table(
+    "Table 3: methods on math, Mixtral-8x7B",
+    columns=(MATH,),
+    model="mixtral",
+    rows=(
+        Row("LoRA", "lora", (67.73,)),
+        Row("LoRI-D", "lori-d", (64.84,), "LoRA"),
+        Row("LoRI-S", "lori-s", (63.98,), "LoRA"),
+        Row("HELLoRA", "hellora", (68.28,), "LoRA"),
+        Row("HELLoRI-D", "hellori-d", (64.61,), "LoRA"),
+        Row("HELLoRI-S", "hellori-s", (66.17,), "LoRA"),
+    ),
+)
+SELECTION = Table(
+    "Table 4: which experts, OLMoE-1B-7B",
+    columns=(MATH,),
+    seeds=5,
+    notes=("_M: one set of hot experts for all layers. _C: the coldest of each layer.",),
+    rows=(
+        Row("HELLoRA", "hellora", (29.49,), sieve="hotk8"),
+        Row("HELLoRA_M", "hellora", (28.51,), "HELLoRA", change={"experts": "model-hot"}),
+        Row("HELLoRA_C", "hellora", (25.88,), "HELLoRA", change={"experts": "cold"}),
+        Row("random experts", "hellora", against="HELLoRA", sieve="randk8", change={"experts": "random"}),
+        Row("all experts, same budget", "lora-flat", against="HELLoRA"),
+        Row("MoE-Sieve, a quarter", "moe-sieve", against="HELLoRA", sieve="hotk16"),
+        Row("HELLoRI-D", "hellori-d", (28.42,)),
+        Row("HELLoRI-D_M", "hellori-d", (23.14,), "HELLoRI-D", change={"experts": "model-hot"}),
+        Row("HELLoRI-D_C", "hellori-d", (25.19,), "HELLoRI-D", change={"experts": "cold"}),
+        Row("HELLoRI-S", "hellori-s", (25.10,)),
+        Row("HELLoRI-S_M", "hellori-s", (23.14,), "HELLoRI-S", change={"experts": "model-hot"}),
+        Row("HELLoRI-S_C", "hellori-s", (23.04,), "HELLoRI-S", change={"experts": "cold"}),
+    ),
+)
+PURE, GATE = {"targets": "pure"}, {"targets": "gate"}
+PLACEMENT = Table(
+    "Table 5: which modules besides the experts, OLMoE-1B-7B",
+    columns=ALL,
+    notes=("_pure: hot experts alone. _gate: also the router. No suffix: also attention (values of Table 2).",),
+    rows=(
+        Row("HELLoRA", "hellora", (29.49, 17.87, 22.04, 23.82, 99.06)),
+        Row("HELLoRA_pure", "hellora", (26.46, 17.07, 21.19, 22.78, 98.43), "HELLoRA", change=PURE),
+        Row("HELLoRA_gate", "hellora", (28.03, 17.09, 21.86, 23.28, 97.50), "HELLoRA", change=GATE),
+        Row("HELLoRI-D", "hellori-d", (28.42, 16.89, 20.89, 22.21, 98.75)),
+        Row("HELLoRI-D_pure", "hellori-d", (23.24, 17.07, 20.38, 21.89, 91.25), "HELLoRI-D", change=PURE),
+        Row("HELLoRI-D_gate", "hellori-d", (23.53, 16.95, 21.80, 23.17, 90.32), "HELLoRI-D", change=GATE),
+        Row("HELLoRI-S", "hellori-s", (25.10, 16.22, 20.27, 21.76, 97.50)),
+        Row("HELLoRI-S_pure", "hellori-s", (23.44, 16.15, 20.82, 22.29, 97.81), "HELLoRI-S", change=PURE),
+        Row("HELLoRI-S_gate", "hellori-s", (23.44, 16.06, 21.17, 22.73, 96.56), "HELLoRI-S", change=GATE),
+    ),
+)
+ROUTER = Table(
+    "The router's part (section 4.5.2), OLMoE-1B-7B",
+    columns=ALL,
+    notes=("_pure: hot experts alone. _gate: also the router. The text says that this recovers part of the loss.",),
+    rows=tuple(
+        row._replace(against=row.name.replace("_gate", "_pure") if "_gate" in row.name else None)
+        for row in PLACEMENT.rows
+        if "_" in row.name
+    ),
+)
+NUMBER = Table(
+    "Table 7: how many hot experts per layer, OLMoE-1B-7B",
+    columns=(MATH,),
+    seeds=5,
+    notes=("The paper swaps the labels of the rows Accuracy and Throughput. Here they are in the right order.",),
+    rows=(
+        Row("k = 2", "hellora", (26.72,), "k = 8", change={"k": 2}),
+        Row("k = 4", "hellora", (26.97,), "k = 8", "hotk4", change={"k": 4}),
+        Row("k = 8", "hellora", (29.49,), sieve="hotk8"),
+        Row("k = 16", "hellora", (29.69,), "k = 8", "hotk16", change={"k": 16}),
+    ),
+)
+CROSS_TASK = Table(
+    "Table 8: HELLoRA on one task, scored on the others, OLMoE-1B-7B",
+    columns=ALL,
+    rows=(
+        Row("base model", "base", (1.66, 13.41, 16.81, 18.17, 66.75)),
+        Row("after GSM8K", "hellora", (None, 13.78, 18.94, 20.63, 58.43), "base model", change={"task": "math"}),
+        Row("after code", "hellora", (5.86, None, None, None, 63.01), "base model", change={"task": "code"}),
+        Row("after safety", "hellora", (2.83, 15.18, 19.51, 21.33), "base model", change={"task": "safety"}),
+    ),
+)
+TOP_UP = Table(
+    "MoE-Sieve's open question: are cold experts noise?",
+    columns=(MATH,),
+    rows=(
+        Row("hottest quarter", "moe-sieve", sieve="hotk16"),
+        Row("half of it, and random cold ones", "moe-sieve", against="hottest quarter", change={"experts": "topup"}),
+        Row("half of it", "hellora", against="hottest quarter", sieve="hotk8"),
+    ),
+)
+TABLES = {
+    "table2": METHODS,
+    "hellori": HELLORI,
+    "table3": MIXTRAL,
+    "table4": SELECTION,
+    "table5": PLACEMENT,
+    "router": ROUTER,
+    "table7": NUMBER,
+    "table8": CROSS_TASK,
+    "topup": TOP_UP,
 }
-
-
-class Column(NamedTuple):
-    """A score: its name in the paper, the task it is of, and its key in score.json."""
-
-    title: str
-    task: str  # field of Scale
-    metric: str
-
-
-class Row(NamedTuple):
-    """A way to fine-tune, and what the paper prints for it."""
-
-    name: str
-    run: dict  # fields of Run; `task`, a field of Scale, where it is not the column's
-    paper: tuple[float | None, ...] = ()  # percent, one per column; None: not printed
-    against: str | None = None  # the row that it is compared with
-    sieve: str | None = None  # the same choice of experts in MoE-Sieve's study
-    claims: tuple[float | None, ...] = ()  # a method of another paper: the difference that this claims, one per column
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the paper, or a question that it leaves open."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    model: str = "olmoe"  # field of Scale
-    seeds: int = 3
-    notes: tuple[str, ...] = field(default=())
-
-    def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
-        """The run whose result stands in a cell, for one seed. The base model has no seed."""
-        fields = row.run | changes
-        task = getattr(scale, fields.pop("task", column.task))
-        seed = 0 if row.run["method"] == "base" else seed
-        return Run(task, seed=seed, model=getattr(scale, self.model), **fields)
-
-    def needed(self, scale: Scale, seeds: int, **changes) -> Needed:
-        """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
-        found: Needed = {}
-        for seed in range(seeds):
-            for column in self.columns:
-                for row in self.rows:
-                    run = self.run(row, column, scale, seed, **changes)
-                    found.setdefault(run, set()).add(getattr(scale, column.task))
-        return found
-
-    # --------------------------------------------------------------------------------------------- what is printed
-
-    def section(self, scale: Scale, seeds: int, scores: Callable[[Run, str], dict | None], **changes) -> Section:
-        """The table with the paper's values, MoE-Sieve's and ours. scores: of a run on a task, None if not run."""
-        lines, rows = list(self.notes), []
-        for place, column in enumerate(self.columns):
-            ours = {row.name: self.values(row, column, scale, seeds, scores, **changes) for row in self.rows}
-            cells = [self.cell(row, place, ours) for row in self.rows]
-            lines += ["", f"{column.title}, ours: {getattr(scale, column.task)}, in %", "", *show(cells)]
-            rows += [cell.record(self.title, column.title) for cell in cells]
-        return Section(self.title, lines[0 if self.notes else 1 :], rows)
-
-    def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Callable, **changes) -> dict:
-        """Our score in % for each seed that was run."""
-        found = {}
-        for seed in range(seeds):
-            score = scores(self.run(row, column, scale, seed, **changes), getattr(scale, column.task))
-            if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
-                found[seed] = 100 * value
-        return found
-
-    def cell(self, row: Row, place: int, ours: dict[str, dict[int, float]]) -> "Cell":
-        """The numbers of a row in the column at `place`."""
-        other = next((r for r in self.rows if r.name == row.against), None)
-        theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
-        printed, reference = (r.paper[place] if r and place < len(r.paper) else None for r in (row, other))
-        claimed = None if None in (printed, reference) else printed - reference
-        claimed = row.claims[place] if place < len(row.claims) else claimed
-        sieve, sieve_other = (theirs.get(r.sieve, {}) if r else {} for r in (row, other))
-        mine, mine_other = ours[row.name], ours[row.against] if other else {}
-        once = row.run["method"] == "base"  # the model as it is, the same for every seed
-        return Cell(
-            row, printed, claimed, list(sieve.values()), paired(sieve, sieve_other),
-            list(mine.values())[:1] if once else list(mine.values()), paired(mine, mine_other),
-        )  # fmt: skip
-
-
-def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
-    """Differences at the seeds that both have."""
-    return [values[seed] - others[seed] for seed in values if seed in others]
-
-
-class Cell(NamedTuple):
-    """One row of one column, in %: the paper's value, MoE-Sieve's by seed, and ours by seed."""
-
-    row: Row
-    paper: float | None
-    claimed: float | None  # the paper's difference from the row that this one is compared with
-    sieve: list[float]
-    sieve_differences: list[float]  # paired by seed
-    ours: list[float]
-    differences: list[float]
-
-    def record(self, table: str, column: str) -> dict:
-        """The cell for JSON."""
-        found = {"table": table, "column": column, "row": self.row.name, "compared_with": self.row.against}
-        found |= {"paper": self.paper, "paper_difference": self.claimed}
-        for name, values in (("sieve", self.sieve), ("ours", self.ours)):
-            differences = self.sieve_differences if name == "sieve" else self.differences
-            found[name] = {"by_seed": values, **as_dict(estimate(values))}
-            found[name] |= {"difference": as_dict(estimate(differences)), "verdict": self.verdict(differences)}
-        return found
-
-    def verdict(self, differences: list[float]) -> str:
-        return verdict(differences, self.claimed) if self.row.against else "-"
-
-
-def as_dict(found: Estimate | None) -> dict:
-    return found._asdict() if found else {"mean": None, "half": None, "n": 0}
-
-
-def show(cells: list[Cell]) -> list[str]:
-    """The rows of one column as a Markdown table; MoE-Sieve's columns only where it has a number."""
-    with_sieve = any(cell.sieve for cell in cells)
-    heads = ["method", "compared with", "paper", "difference"]
-    heads += ["MoE-Sieve, full size", "difference", "verdict"] if with_sieve else []
-    rows = []
-    for cell in cells:
-        claimed = number_text(cell.claimed, "+.2f") if cell.row.against else ""
-        claimed = "equal" if cell.claimed == 0 else claimed
-        line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
-        if with_sieve:
-            line += compared(cell, cell.sieve, cell.sieve_differences, "-")
-        rows.append(line + compared(cell, cell.ours, cell.differences, "not run"))
-    return grid([*heads, "ours", "difference", "verdict"], rows)
-
-
-def compared(cell: Cell, values: list[float], differences: list[float], missing: str) -> list[str]:
-    """Mean, difference and verdict as text."""
-    texts = [mean_text(estimate(values), missing=missing)]
-    if not cell.row.against:
-        return [*texts, "", ""]
-    return [*texts, mean_text(estimate(differences), "+.1f", missing), cell.verdict(differences) if values else missing]

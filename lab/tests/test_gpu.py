@@ -115,5 +115,5 @@ def test_the_multiplications_of_a_step_are_those_that_torch_counts(monkeypatch, 
     batch = Batch(ids, torch.ones(30, dtype=torch.int64), ids)
     with FlopCounterMode(display=False) as counter:
         model(batch.input_ids, batch.lengths, labels=batch.labels)[0].backward()
-    want = pytest.approx(counter.get_total_flops(), rel=0.005)
-    assert model_flops(config, batch, to_embeddings=to_embeddings) == want
+    expected = pytest.approx(counter.get_total_flops(), rel=0.005)
+    assert model_flops(config, batch, to_embeddings=to_embeddings) == expected

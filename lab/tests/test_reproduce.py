@@ -36,8 +36,8 @@ def test_params_writes_a_row_for_every_line_and_prints_it_beside_the_papers_figu
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ([], "got no command; want one of params, table2"),
-        (["table99"], "got 'table99'; want one of params, table2"),
+        ([], "got no command; expected one of params, table2"),
+        (["table99"], "got 'table99'; expected one of params, table2"),
         (["params", "--json", "/proc/x.json"], "/proc/x.json cannot be written"),
         (["params", "--model", "tiny"], "--model"),
     ],

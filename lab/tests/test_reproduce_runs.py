@@ -17,7 +17,8 @@ from command.cli import InputError, RunError
 from lab.paper import command, runner, runs
 from lab.paper.runner import Workplace, alone
 from lab.paper.runs import Records, Run
-from lab.paper.tables import SCALES
+from lab.paper.table import SCALES
+from lab.paper.tables import TABLES
 from recipes import methods
 from run.settings import parse_settings
 
@@ -106,7 +107,7 @@ def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
     records, models, seen = Records(tmp_path, limit=9, samples=10), SCALES[scale], set()
-    for table in command.TABLES.values():
+    for table in TABLES.values():
         for run, tasks in table.needed(models, 2).items():
             if run.method != "base":
                 settings = parse_settings(run.train_flags("out"))

@@ -1,15 +1,14 @@
-"""The verdict of reproduce.py, its intervals, and the tables that they stand in, on made-up numbers."""
+"""The verdict of tables.py, its intervals, and the tables that they stand in, on made-up numbers."""
 
 import math
 import statistics
 
 import pytest
 
-from lab.paper import command as reproduce
-from lab.paper import published
+from lab.paper import published, tables
 from lab.paper.published import sieve_accuracies
 from lab.paper.runs import Run
-from lab.paper.tables import SCALES, Column, Row, Table
+from lab.paper.table import SCALES, Column, Row, Table
 from lab.paper.verdicts import estimate, is_equivalent, t_quantile, verdict
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
@@ -69,10 +68,10 @@ TABLE = Table(
     "Table 99: made up",
     columns=(Column("GSM8K", "math", "accuracy"), Column("over-refusals", "safety", "over-refusal, lori")),
     rows=(
-        Row("base", {"method": "base"}, (1.0,)),
-        Row("LoRA", {"method": "lora"}, (26.0, 5.0), "base", "full_lora"),
-        Row("HELLoRA", {"method": "hellora"}, (29.0, 3.0), "LoRA", "hotk8"),
-        Row("cold", {"method": "hellora", "experts": "cold"}, (None, 9.0), "LoRA"),
+        Row("base", "base", (1.0,)),
+        Row("LoRA", "lora", (26.0, 5.0), "base", "full_lora"),
+        Row("HELLoRA", "hellora", (29.0, 3.0), "LoRA", "hotk8"),
+        Row("cold", "hellora", (None, 9.0), "LoRA", change={"experts": "cold"}),
     ),
 )
 SCORES = {  # by method and experts, seeds 0 to 2
@@ -141,34 +140,34 @@ def test_moe_sieve_is_equivalent_to_lora_where_its_paper_says_so_with_the_interv
 
 
 def test_the_claims_of_other_papers_stand_where_they_have_no_value_in_this_one():
-    rows = {row.name: row for row in reproduce.METHODS.rows}
+    rows = {row.name: row for row in tables.METHODS.rows}
     ours = {name: {0: 50.0, 1: 51.0, 2: 49.0} for name in rows} | {"DR-LoRA": {0: 54.0, 1: 55.1, 2: 53.2}}
-    cell = reproduce.METHODS.cell(rows["DR-LoRA"], 0, ours)
+    cell = tables.METHODS.cell(rows["DR-LoRA"], 0, ours)
     assert (cell.claimed, cell.verdict(cell.differences)) == (2.2, "same direction")
-    cell = reproduce.METHODS.cell(rows["MoE-Sieve"], 0, ours)
+    cell = tables.METHODS.cell(rows["MoE-Sieve"], 0, ours)
     assert (cell.claimed, cell.verdict(cell.differences)) == (0.0, "equivalent")
-    assert reproduce.METHODS.cell(rows["MoE-Sieve"], 1, ours).claimed is None
-    for row in (*reproduce.HELLORI.rows, *reproduce.ROUTER.rows):
+    assert tables.METHODS.cell(rows["MoE-Sieve"], 1, ours).claimed is None
+    for row in (*tables.HELLORI.rows, *tables.ROUTER.rows):
         assert not row.claims
 
 
 def test_a_value_that_the_paper_prints_in_two_tables_is_the_same_in_both():
     """In Table 7 this also shows that its rows are the right way round: the paper swaps accuracy and throughput."""
     printed: dict[tuple, set[float]] = {}
-    for table in reproduce.TABLES.values():
+    for table in tables.TABLES.values():
         for row in table.rows:
             for column, value in zip(table.columns, row.paper, strict=False):
-                task = row.run.get("task", column.task)
-                key = (table.model, column.title, task, *sorted(row.run.items() - {("task", task)}))
+                task = row.change.get("task", column.task)
+                key = (table.model, column.title, task, row.method, *sorted(row.change.items() - {("task", task)}))
                 printed.setdefault(key, set()).add(value)
     twice = {key: values - {None} for key, values in printed.items()}
     assert {key: values for key, values in twice.items() if len(values) > 1} == {}
-    accuracies = [row.paper[0] for row in reproduce.NUMBER.rows]
+    accuracies = [row.paper[0] for row in tables.NUMBER.rows]
     assert accuracies == sorted(accuracies)  # it grows with k, as the text says
 
 
 def test_every_row_is_compared_with_a_row_of_its_table_and_with_a_choice_of_the_study():
-    for table in reproduce.TABLES.values():
+    for table in tables.TABLES.values():
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
         assert {row.against for row in table.rows} - {None} <= set(names)

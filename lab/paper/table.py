@@ -1,0 +1,172 @@
+"""A table of the paper as rows of runs and columns of scores, and which runs it needs at a scale.
+
+Table("Table 4: ...", columns=(Column("GSM8K", "math", "accuracy"),), rows=(Row("HELLoRA", "hellora"),))
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from lab.paper.page import Section, grid, mean_text, number_text
+from lab.paper.published import sieve_accuracies
+from lab.paper.runner import Needed
+from lab.paper.runs import Run
+from lab.paper.verdicts import Estimate, estimate, verdict
+
+
+class Scale(NamedTuple):
+    """Which models and tasks stand for those of the paper."""
+
+    olmoe: str
+    mixtral: str
+    math: str
+    code: str
+    safety: str
+
+
+SCALES = {
+    "tiny": Scale("tiny", "tiny-mixtral", "tiny-math", "tiny-code", "tiny-safety"),
+    "paper": Scale("allenai/OLMoE-1B-7B-0924", "mistralai/Mixtral-8x7B-v0.1", "gsm8k", "codealpaca", "saferpaca"),
+}
+
+
+class Column(NamedTuple):
+    """A score: its name in the paper, the task it is of, and its key in score.json."""
+
+    title: str
+    task: str  # field of Scale
+    metric: str
+
+
+class Row(NamedTuple):
+    """A way to fine-tune, and what the paper prints for it."""
+
+    name: str
+    method: str  # key of METHODS, or "base"
+    paper: tuple[float | None, ...] = ()  # percent, one per column; None: not printed
+    against: str | None = None  # the row that it is compared with
+    sieve: str | None = None  # the same choice of experts in MoE-Sieve's study
+    claims: tuple[float | None, ...] = ()  # a method of another paper: the difference that this claims, one per column
+    change: dict = {}  # other fields of Run; `task`, a field of Scale, where it is not the column's
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the paper, or a question that it leaves open."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    model: str = "olmoe"  # field of Scale
+    seeds: int = 3
+    notes: tuple[str, ...] = field(default=())
+
+    def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
+        """The run whose result stands in a cell, for one seed. The base model has no seed."""
+        fields = row.change | changes
+        task = getattr(scale, fields.pop("task", column.task))
+        return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
+
+    def needed(self, scale: Scale, seeds: int, **changes) -> Needed:
+        """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
+        found: Needed = {}
+        for seed in range(seeds):
+            for column in self.columns:
+                for row in self.rows:
+                    run = self.run(row, column, scale, seed, **changes)
+                    found.setdefault(run, set()).add(getattr(scale, column.task))
+        return found
+
+    # --------------------------------------------------------------------------------------------- what is printed
+
+    def section(self, scale: Scale, seeds: int, scores: Callable[[Run, str], dict | None], **changes) -> Section:
+        """The table with the paper's values, MoE-Sieve's and ours. scores: of a run on a task, None if not run."""
+        lines, rows = list(self.notes), []
+        for place, column in enumerate(self.columns):
+            ours = {row.name: self.values(row, column, scale, seeds, scores, **changes) for row in self.rows}
+            cells = [self.cell(row, place, ours) for row in self.rows]
+            lines += ["", f"{column.title}, ours: {getattr(scale, column.task)}, in %", "", *show(cells)]
+            rows += [cell.record(self.title, column.title) for cell in cells]
+        return Section(self.title, lines[0 if self.notes else 1 :], rows)
+
+    def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Callable, **changes) -> dict:
+        """Our score in % for each seed that was run."""
+        found = {}
+        for seed in range(seeds):
+            score = scores(self.run(row, column, scale, seed, **changes), getattr(scale, column.task))
+            if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
+                found[seed] = 100 * value
+        return found
+
+    def cell(self, row: Row, place: int, ours: dict[str, dict[int, float]]) -> "Cell":
+        """The numbers of a row in the column at `place`."""
+        other = next((r for r in self.rows if r.name == row.against), None)
+        theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
+        printed, reference = (r.paper[place] if r and place < len(r.paper) else None for r in (row, other))
+        claimed = None if None in (printed, reference) else printed - reference
+        claimed = row.claims[place] if place < len(row.claims) else claimed
+        sieve, sieve_other = (theirs.get(r.sieve, {}) if r else {} for r in (row, other))
+        mine, mine_other = ours[row.name], ours[row.against] if other else {}
+        once = row.method == "base"  # the model as it is, the same for every seed
+        return Cell(
+            row, printed, claimed, list(sieve.values()), paired(sieve, sieve_other),
+            list(mine.values())[:1] if once else list(mine.values()), paired(mine, mine_other),
+        )  # fmt: skip
+
+
+def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences at the seeds that both have."""
+    return [values[seed] - others[seed] for seed in values if seed in others]
+
+
+class Cell(NamedTuple):
+    """One row of one column, in %: the paper's value, MoE-Sieve's by seed, and ours by seed."""
+
+    row: Row
+    paper: float | None
+    claimed: float | None  # the paper's difference from the row that this one is compared with
+    sieve: list[float]
+    sieve_differences: list[float]  # paired by seed
+    ours: list[float]
+    differences: list[float]
+
+    def record(self, table: str, column: str) -> dict:
+        """The cell for JSON."""
+        found = {"table": table, "column": column, "row": self.row.name, "compared_with": self.row.against}
+        found |= {"paper": self.paper, "paper_difference": self.claimed}
+        for name, values in (("sieve", self.sieve), ("ours", self.ours)):
+            differences = self.sieve_differences if name == "sieve" else self.differences
+            found[name] = {"by_seed": values, **as_dict(estimate(values))}
+            found[name] |= {"difference": as_dict(estimate(differences)), "verdict": self.verdict(differences)}
+        return found
+
+    def verdict(self, differences: list[float]) -> str:
+        return verdict(differences, self.claimed) if self.row.against else "-"
+
+
+def as_dict(found: Estimate | None) -> dict:
+    return found._asdict() if found else {"mean": None, "half": None, "n": 0}
+
+
+def show(cells: list[Cell]) -> list[str]:
+    """The rows of one column as a Markdown table; MoE-Sieve's columns only where it has a number."""
+    with_sieve = any(cell.sieve for cell in cells)
+    heads = ["method", "compared with", "paper", "difference"]
+    heads += ["MoE-Sieve, full size", "difference", "verdict"] if with_sieve else []
+    rows = []
+    for cell in cells:
+        claimed = number_text(cell.claimed, "+.2f") if cell.row.against else ""
+        claimed = "equal" if cell.claimed == 0 else claimed
+        line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
+        if with_sieve:
+            line += compared(cell, cell.sieve, cell.sieve_differences, "-")
+        rows.append(line + compared(cell, cell.ours, cell.differences, "not run"))
+    return grid([*heads, "ours", "difference", "verdict"], rows)
+
+
+def compared(cell: Cell, values: list[float], differences: list[float], missing: str) -> list[str]:
+    """Mean, difference and verdict as text."""
+    texts = [mean_text(estimate(values), missing=missing)]
+    if not cell.row.against:
+        return [*texts, "", ""]
+    return [*texts, mean_text(estimate(differences), "+.1f", missing), cell.verdict(differences) if values else missing]
