@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,38 +29,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from command.cli import flag, parse, run
 from hub.checkpoint import TINY, resolve
 from hub.weights import init_weights
 from lab.documents import ALPACA, pretraining_documents
 from machine.processes import Processes, start_processes
-from model import MoEConfig, MoETransformer, load_model, save_model
+from model import MoETransformer, load_model, read_config, save_model
 from routing.balance import load_balancing_loss
 from tiny import tasks
 
-COMMON = {
-    "vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": False,
-    "attention_dropout": 0.0, "router_aux_loss_coef": 0.01, "output_router_logits": False, "initializer_range": 0.02,
-    "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1, "use_cache": True, "torch_dtype": "bfloat16",
-}  # fmt: skip
-CONFIGS = {
-    "olmoe": {
-        "architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "intermediate_size": 48, "num_experts": 64,
-        "num_experts_per_tok": 8, "norm_topk_prob": False, "num_key_value_heads": 4, "clip_qkv": None,
-        "rope_scaling": None, "attention_bias": False,
-    },
-    "mixtral": {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 384,
-        "num_local_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 2, "sliding_window": None,
-        "router_jitter_noise": 0.0,
-    },
-}  # fmt: skip
-FOLDERS = {"olmoe": TINY, "mixtral": TINY / "mixtral"}
-EOS, PADDING = "<|endoftext|>", "<|padding|>"  # ids 0 and 1
+FOLDERS = {"olmoe": TINY, "mixtral": TINY / "mixtral"}  # each has the config.json of its model
+SPECIAL = ["<|endoftext|>", "<|padding|>"]  # ids 0 and 1
 ROW_TOKENS = 256
-WARM_UP, CLIP, WEIGHT_DECAY, Z_LOSS = 100, 1.0, 0.1, 0.001
+WARM_UP, CLIP, WEIGHT_DECAY, BALANCE_LOSS, Z_LOSS = 100, 1.0, 0.1, 0.01, 0.001
 SAVE_MINUTES, LOG_STEPS = 5, 50
 HELD_OUT_SEED = 999_983
 
@@ -72,7 +55,7 @@ MATH_PROMPT = "\nAnswer the above question. First think step by step and then an
 class Settings:
     """The flags of this command."""
 
-    family: str = flag("olmoe", "shape of the model", choices=tuple(CONFIGS))
+    family: str = flag("olmoe", "shape of the model", choices=tuple(FOLDERS))
     minutes: float = flag(60.0, "time of the training", type=float)
     seed: int = flag(0, "of the weights and of the text", type=int)
     rows: int = flag(8, f"rows of {ROW_TOKENS} tokens per step and process", type=int)
@@ -125,7 +108,7 @@ def train_tokenizer(seed: int, vocab_size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS, PADDING],
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -140,7 +123,7 @@ def token_rows(tokenizer: Tokenizer, documents: Iterator[str], count: int) -> It
     """Endless batches [count, ROW_TOKENS + 1] cut from the stream of documents, which EOS tokens separate."""
     need, ids = count * ROW_TOKENS + 1, []
     for text in documents:
-        ids += tokenizer.encode(text).ids + [COMMON["eos_token_id"]]
+        ids += [*tokenizer.encode(text).ids, 0]
         if len(ids) >= need:
             flat = torch.tensor(ids[:need])
             yield torch.cat([flat[:-1].view(count, -1), flat[ROW_TOKENS::ROW_TOKENS, None]], dim=1)
@@ -166,19 +149,6 @@ def make_optimizer(model: MoETransformer) -> torch.optim.AdamW:
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-
-
-def average(model: MoETransformer, numbers: list[float], count: int) -> list[float]:
-    """Average gradients and some numbers over `count` processes, in one all-reduce of one flat vector."""
-    grads = [p.grad for p in model.parameters()]
-    flat = torch.cat([g.flatten() for g in grads] + [torch.tensor(numbers)])
-    if count > 1:
-        dist.all_reduce(flat)
-        flat /= count
-    *means, tail = flat.split([g.numel() for g in grads] + [len(numbers)])
-    for grad, mean in zip(grads, means, strict=True):
-        grad.copy_(mean.view_as(grad))
-    return tail.tolist()
 
 
 def learning_rate(peak: float, step: int, progress: float) -> float:
@@ -220,8 +190,8 @@ def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
     partial = out / ".partial"
     save_model(model, partial, dtype=torch.bfloat16)
     tokenizer.save(str(partial / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS, "pad_token": PADDING}
-    settings["model_max_length"] = COMMON["max_position_embeddings"]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0], "pad_token": SPECIAL[1]}
+    settings["model_max_length"] = model.config.hub["max_position_embeddings"]
     (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     shutil.copy(TINY / "chat_template.jinja", partial)
     for file in partial.iterdir():
@@ -229,82 +199,59 @@ def save(model: MoETransformer, tokenizer: Tokenizer, out: Path) -> None:
     partial.rmdir()
 
 
-@dataclass
-class Log:
-    """What the main process prints and keeps in make.log: a line every LOG_STEPS steps, and what is said besides."""
-
-    folder: Path
-    is_main: bool
-    before: tuple[float, float] = field(default=(0.0, 0.0))  # tokens and minutes of the last line
-
-    def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
-            with (self.folder / "make.log").open("a") as file:
-                print(text, file=file)
-
-    def step(self, step: int, minutes: float, tokens: int, lr: float, loss: float, balance: float) -> None:
-        if step % LOG_STEPS == 0:
-            speed = (tokens - self.before[0]) / (60 * (minutes - self.before[1]))
-            self.before = tokens, minutes
-            self.say(
-                f"step {step:5d}  {minutes:5.1f} min  {tokens / 1e6:6.2f} M tokens  lr {lr:.1e}  "
-                f"loss {loss:.4f}  balance {balance:.2f}  {speed:.0f} tokens/s"
-            )
-
-
 # ------------------------------------------------------------------------------------------------------ the run
 
 
 def start(settings: Settings, processes: Processes) -> tuple[MoETransformer, Tokenizer]:
     """The model and the tokenizer to begin with."""
+    config = read_config(FOLDERS[settings.family])
     if source := settings.base or settings.tokenizer:
         tokenizer = Tokenizer.from_file(str(resolve(source) / "tokenizer.json"))
     else:
-        trained = [train_tokenizer(settings.seed, COMMON["vocab_size"]).to_str() if processes.is_main else ""]
-        if processes.count > 1:
-            dist.broadcast_object_list(trained)
-        tokenizer = Tokenizer.from_str(trained[0])
+        trained = processes.once(lambda: train_tokenizer(settings.seed, config.vocab_size).to_str())
+        tokenizer = Tokenizer.from_str(trained)
     if settings.base:
         return load_model(resolve(settings.base)), tokenizer
-    model = MoETransformer(MoEConfig.from_dict(COMMON | CONFIGS[settings.family]))
+    model = MoETransformer(config)
     init_weights(model, settings.std, settings.seed)
     return model, tokenizer
 
 
 def train(settings: Settings, processes: Processes) -> None:
-    """Pre-train for `--minutes`. The main process logs, evaluates and saves."""
+    """Pre-train for `--minutes`. The main process prints, evaluates and saves."""
     model, tokenizer = start(settings, processes)
-    log, optimizer = Log(settings.folder, processes.is_main), make_optimizer(model)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    log.say(
-        f"{size:.2f} M parameters, vocabulary {tokenizer.get_vocab_size()}, {processes.count} process(es), "
-        f"lr {settings.lr}, {settings.words:.0%} words, from {settings.base or 'random weights'}"
-    )
+    replica = DistributedDataParallel(model) if processes.count > 1 else model  # averages the gradients
+    optimizer = make_optimizer(model)
     # The text differs between processes, and between a first run and one that goes on from it.
     text = documents(settings.seed * 1000 + processes.index + 1 + (500 if settings.base else 0), settings.words)
     began, saved = time.monotonic(), 0.0
     for step, rows in enumerate(token_rows(tokenizer, text, settings.rows)):
-        loss, balance, z = losses(model, rows)
-        (loss + COMMON["router_aux_loss_coef"] * balance + Z_LOSS * z).backward()
-        # The processes agree on the mean of their clocks, hence on the learning rate and on when to stop.
-        numbers = [loss.item(), balance.item(), (time.monotonic() - began) / 60]
-        mean_loss, mean_balance, minutes = average(model, numbers, processes.count)
+        loss, balance, z = losses(replica, rows)
+        (loss + BALANCE_LOSS * balance + Z_LOSS * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        minutes = torch.tensor((time.monotonic() - began) / 60)
+        if processes.count > 1:  # one clock decides the learning rate, and when to stop
+            dist.broadcast(minutes, 0)
+        minutes = minutes.item()
         lr = learning_rate(settings.lr, step, minutes / settings.minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        tokens = (step + 1) * processes.count * rows[:, 1:].numel()
-        log.step(step, minutes, tokens, lr, mean_loss, mean_balance)
+        if processes.is_main and step % LOG_STEPS == 0:
+            tokens = (step + 1) * processes.count * rows[:, 1:].numel() / 1e6
+            print(
+                f"step {step:5d}  {minutes:5.1f} min  {tokens:6.2f} M tokens  lr {lr:.1e}  "
+                f"loss {loss.item():.4f}  balance {balance.item():.2f}",
+                flush=True,
+            )
         done = minutes >= settings.minutes
         if done or minutes - saved >= SAVE_MINUTES:
             saved = minutes
             if processes.is_main:
                 save(model, tokenizer, settings.folder)
-                log.say(f"saved after {minutes:.1f} min, {step + 1} steps\n{report(model, tokenizer)}")
+                print(f"saved after {minutes:.1f} min, {step + 1} steps\n{report(model, tokenizer)}", flush=True)
         if done:
             return
 
@@ -316,8 +263,6 @@ def main(argv: list[str] | None = None) -> None:
         print(report(load_model(settings.folder), tokenizer))
         return
     settings.folder.mkdir(parents=True, exist_ok=True)
-    if not settings.base:
-        (settings.folder / "make.log").unlink(missing_ok=True)
     train(settings, start_processes())
     if dist.is_initialized():
         dist.destroy_process_group()
