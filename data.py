@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from command.cli import InputError, note
-from hub.chat import Chat, ChatTemplate
+from hub.chat import Chat, ChatTemplate, Message
 from hub.conversations import NAMES, OwnRows
 from hub.rows import Download, HubDataset, Row, fetch, hexphi_rows, read_rows, text, unread
 from hub.tokenizer import Bos, Spans, choose_bos, named_tokens, never_text, read_tokenizer, tokenize
@@ -217,7 +217,7 @@ def load_examples(
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: {source}; {instead}")
     expected, read = FORMATS[benchmark][split]
-    own = OwnRows(template, OWN) if benchmark == "own" else None
+    own = OwnRows(template, OWN, answered=split == "train") if benchmark == "own" else None
     read = own or (PROMPTS[prompt] if benchmark == "gsm8k" else read)
     expected = f"expected {expected}{'' if own else '; rows of other kinds are for --task own'}"
 
@@ -240,7 +240,7 @@ def load_examples(
             raise InputError(f"{place}: {error}; {expected}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
-        if answer.strip() or (split == "test" and task != "own"):
+        if answer.strip() or split == "test":
             examples.append(Example(row["task_id"] if read is humaneval else str(i), given, answer, row, *chat))
     if not examples:
         raise InputError(f"{path}: no rows with text; {expected}")
@@ -251,6 +251,13 @@ def load_examples(
     if own and own.ignored:
         note(f"{path}: not read: the columns {', '.join(map(repr, sorted(own.ignored)))}")
     return examples[:limit]
+
+
+def prompt_of(task: str, question: str, prompt: str = "lori") -> str:
+    """A question in the form of the prompts that a task trains on. prompt: key of PROMPTS."""
+    if TASKS[task].benchmark == "gsm8k":
+        return PROMPTS[prompt]({"question": question, "answer": "#### 0"})[0]
+    return alpaca({"instruction": question, "output": ""})[0]
 
 
 def digest(examples: list[Example]) -> str:
@@ -454,6 +461,12 @@ class Reader:
             if self.keep_end and not example.chat:
                 items[i] = cut_prompt(items[i], self.max_length, True, int(self.bos.in_text))
         return [item.ids[: item.spans[-1][0]] for item in items]
+
+    def chat_prompt(self, messages: list[Message]) -> list[int]:
+        """The token ids that the answer to the last of these messages, the user's, continues."""
+        template = self.template
+        ids, [(start, _)] = self.bos.before_chat(*template.encode(template.ask(messages), None))
+        return ids[:start]
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -36,18 +36,18 @@ from command import cli
 from command.cli import InputError, flag, note, number, say
 from command.files import read_json, write_json, write_jsonl
 from data import Example
-from generate import Decoding, complete
+from generate import Decoding, check_decoding, complete
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP
 from machine import memory
 from machine.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
+from model import MoETransformer
 from recipes.papers import evaluation_of
 from run.subject import Subject, began
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
 from scoring.completions import read_completions, read_generations, remove_score, write_generations
 from scoring.statistics import describe
-from training_step import held_out_loss
 
 DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
     "gsm8k": Decoding(512),
@@ -178,8 +178,7 @@ def check_task_flags(settings: Settings) -> None:
             raise InputError(f"{given} has no meaning for {task}; leave it out")
     if settings.train_data and not settings.shots:
         raise InputError(f"--train-data {settings.train_data} is read only for --shots N; leave it out, or add that")
-    if decoding.top_p < 1 and decoding.temperature == 0:
-        raise InputError(f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0")
+    check_decoding(decoding)
     if decoding.samples > 1 and (decoding.temperature == 0 or benchmark != "humaneval"):
         why = "greedy samples are all the same" if benchmark == "humaneval" else f"{task} scores one completion"
         raise InputError(f"--samples {decoding.samples}: {why}; leave it out")
@@ -202,12 +201,19 @@ def load_problems(settings: Settings, reader: data.Reader | None) -> list[Exampl
     examples = data.load_examples(settings.task, "test", settings.eval_data, template=template, prompt=prompt)
     if not settings.shots:
         return examples
-    shown = data.load_examples(settings.task, "train", settings.train_data, settings.shots)
+    asked = {same_question(example) for example in examples}
+    solved = data.load_examples(settings.task, "train", settings.train_data)
+    shown = [example for example in solved if same_question(example) not in asked]
+    if len(shown) < len(solved):
+        note(f"{len(solved) - len(shown)} of {len(solved)} training problems are not shown: they are to be solved too")
     if len(shown) < settings.shots:
-        raise InputError(
-            f"--shots {settings.shots}: the training data has {len(shown)} problems; want as many or fewer"
-        )
-    return data.show_examples(examples, shown)
+        raise InputError(f"--shots {settings.shots}: the training data has {len(shown)} problems to show; give fewer")
+    return data.show_examples(examples, shown[: settings.shots])
+
+
+def same_question(example: Example) -> str:
+    """The question of a GSM8K problem, alike for two problems that differ in case and white space alone."""
+    return " ".join(example.row["question"].lower().split())
 
 
 # ----------------------------------------------------------------------------------------------------------- decode
@@ -218,7 +224,7 @@ class Answers(NamedTuple):
 
     examples: list[Example]
     texts: list[list[str]]
-    held_out: tuple[float, int] | None = None  # of task own: the loss, and the tokens that it is the mean over
+    losses: dict[str, loss.RowLoss] | None = None  # of task own: of the rows that have an answer
 
 
 def decode(
@@ -232,7 +238,8 @@ def decode(
     """The completions of a model; None on every process but the main one."""
     dtype = settings.dtype or default_dtype()
     prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
-    items = reader.encode(examples[: settings.limit]) if settings.task == "own" else []
+    answered = [example for example in examples[: settings.limit] if example.answer.strip()]
+    items = reader.encode(answered) if settings.task == "own" and answered else []
     longest = max(map(len, [*prompts, *(item.ids for item in items)]))
     sizes = {"tokens": batch * longest, "cached": batch * (longest + settings.decoding.max_new_tokens)}
 
@@ -248,7 +255,7 @@ def decode(
     if processes.count > 1:
         dist.broadcast_object_list(kept)
     examples, decoding = examples[: settings.limit], settings.decoding
-    held_out = held_out_loss(model, items, batch, processes) if items else None
+    losses = row_losses(model, items, processes) if items else {}
     todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
     todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
     todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
@@ -258,8 +265,8 @@ def decode(
         prompts,
         todo[processes.index :: processes.count],
         decoding,
-        stop_ids=reader.stop_ids,
         batch_size=batch,
+        stop_ids=reader.stop_ids,
         stop=stop_rule(settings, examples),
         proceed=processes.any if isinstance(model, FSDPModule) else bool,
     )
@@ -279,7 +286,20 @@ def decode(
     cut = sum(record["cut"] for samples in records for record in samples)
     if cut:
         note(f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    return Answers(examples, [[record["completion"] for record in samples] for samples in records], held_out)
+    return Answers(examples, [[record["completion"] for record in samples] for samples in records], losses)
+
+
+@torch.no_grad()
+def row_losses(
+    model: MoETransformer, items: list[data.Encoded], processes: Processes
+) -> dict[str, loss.RowLoss] | None:
+    """The loss of each row by itself, by id; None on every process but the main one."""
+    device, losses = model.embed_tokens.weight.device, {}
+    for part in data.micro_batches(items, 1, processes.index, processes.count):
+        batch = data.collate(part, model.config.pad_token_id or 0)
+        nats = model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0].item()
+        losses |= {item.example: (nats, item.num_targets) for item in part}
+    return gather(losses, processes)
 
 
 def stop_rule(settings: Settings, examples: list[Example]) -> Callable[[int, str], bool] | None:
@@ -315,18 +335,15 @@ def check_folder(out: Path) -> None:
 def identity(settings: Settings, dtype: str, examples: list[Example], reader: data.Reader, content: dict) -> dict:
     """Everything that decides the completions, by content. More examples or samples continue what is there.
 
-    The prompts hold the text of --eval-data and --shots, so that the names of those files do not matter.
+    The tokens of the prompts hold what --eval-data, --shots, --bos and the like decide.
     """
     decoding = asdict(settings.decoding)
     del decoding["samples"]
-    prompts = json.dumps([[example.id, example.prompt] for example in examples])
-    about = {"task": settings.task, "shots": settings.shots, "dtype": dtype} | decoding
-    about["prompts"] = hashlib.sha256(prompts.encode()).hexdigest()
-    bos = [reader.bos.id, reader.bos.in_text, reader.bos.in_chat]
-    about |= {"bos": bos} if bos != [bos[0], False, None] else {}
-    about |= {"max_length": reader.max_length} if settings.task == "own" else {}
-    about |= {"stop_ids": list(reader.stop_ids)} if reader.stop_ids != reader.config.eos_token_ids else {}
-    return about | content
+    if settings.decoding.temperature == 0:
+        del decoding["seed"], decoding["top_p"]
+    prompts = list(zip([example.id for example in examples], reader.prompts(examples), strict=True))
+    about = {"task": settings.task, "dtype": dtype, "stop_ids": list(reader.stop_ids)} | decoding
+    return about | {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()} | content
 
 
 def claim(out: Path, about: dict) -> None:
@@ -352,8 +369,8 @@ def score(settings: Settings, answers: Answers) -> tuple[dict, list[dict]]:
     pairs = [(example, text) for example, samples in zip(*answers[:2], strict=True) for text in samples]
     items = [{"id": example.id, "prompt": example.prompt, "completion": text} for example, text in pairs]
     records = [example.row for example, _ in pairs]
-    if answers.held_out:
-        return loss.score(items, [example.answer for example, _ in pairs], *answers.held_out)
+    if settings.benchmark == "own":
+        return loss.score(items, [example.answer for example, _ in pairs], answers.losses)
     if settings.benchmark == "humaneval":
         return code.score(items, records, settings.code_rule or "extracted", settings.timeout, settings.workers)
     if settings.benchmark == "gsm8k":
@@ -379,9 +396,11 @@ def report(result: dict, task: str) -> list[str]:
     """Lines for people: all rates, then the headline."""
     if "loss" in result:
         return [loss.describe(result, task)]
-    table = result["rates"] | {f"category {name}": found for name, found in result.get("categories", {}).items()}
-    width = max(map(len, table))
-    lines = [f"{name:{width}}  {describe(found)}" for name, found in table.items()]
+    table = result["rates"] | {f"category {name}": share for name, share in result.get("categories", {}).items()}
+    names: dict[str, list[str]] = {}  # rules that agree have one line
+    for name, share in table.items():
+        names.setdefault(describe(share), []).append(name)
+    lines = [f"{described}  {', '.join(agreeing)}" for described, agreeing in names.items()]
     name, rule = next(iter(result)), result["rule"]
     main = result["rates"].get(rule) or result["rates"][name]  # pass@1 is a rate of its own
     empty = result.get("num_empty")

@@ -1,28 +1,42 @@
-"""Batched decoding: many prompts in, the token ids that continue each of them out.
+"""Text from a model: one prompt token by token, or many prompts at once.
 
+    python generate.py runs/tiny-math-hellora "Mia has 3 marbles and finds 4. How many marbles does Mia have?"
+    python generate.py allenai/OLMoE-1B-7B-0924-Instruct             # a chat in the terminal, or a prompt on each line
+    for token in tokens(model, prompt, Decoding(256), eos_ids=(0,)): ...
     completions = generate(model, prompts, max_new_tokens=256, eos_ids=(0,), batch_size=32)
-    for index, sample, text, cut in complete(model, tokenizer, prompts, todo, Decoding(256), batch_size=32): ...
 
-The KV cache has a fixed number of slots. When a sequence ends, a waiting prompt takes its slot, so that no slot idles
-until the longest answer is finished. Greedy output does not depend on what else is in the batch, up to exact ties in
-floating point. Sampled output does not either, because each sequence draws from its own stream of random numbers.
+`tokens` is the plain loop. `stream` does the same for many prompts. Its KV cache has a fixed number of slots. When a
+sequence ends, a waiting prompt takes its slot, so that no slot idles until the longest answer is finished. Greedy
+output does not depend on what else is in the batch, up to exact ties in floating point. Sampled output does not either,
+because each sequence draws from its own stream of random numbers.
 
 Dimensions: n slots in use, S new positions, V vocabulary; L, Hk, M, Dh of the cache as in model.py.
 """
 
+import command.start  # noqa: F401
+
 import copy
+import functools
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from command.cli import is_main_process, note
+import data
+from command import cli, terminal
+from command.cli import InputError, flag, is_main_process, note, number
+from hub.config import IGNORE_HELP, ignore_keys
+from hub.tokenizer import BOS_HELP, tokenize
+from machine.processes import DTYPE_HELP, DTYPES, default_dtype
 from model import KVCache, MoETransformer
+from run.subject import Subject, began
+from scoring.thoughts import without_thoughts
 
 # Reading a prompt moves every weight once, as a decoding step does, however few prompts are read together. So new
 # prompts are read only once an eighth of the slots is free.
@@ -40,6 +54,12 @@ class Decoding:
     seed: int = 0
 
 
+def check_decoding(decoding: Decoding) -> None:
+    """Raise InputError for settings that contradict each other."""
+    if decoding.top_p < 1 and decoding.temperature == 0:
+        raise InputError(f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0")
+
+
 @dataclass
 class Sequence:
     """A sequence that is being decoded. The sequence active[i] has slot i of the cache."""
@@ -54,6 +74,65 @@ class Sequence:
     @property
     def completion(self) -> list[int]:
         return self.ids[self.prompt_length :]
+
+
+# -------------------------------------------------------------------------------------------------------- one prompt
+
+
+@torch.no_grad()
+def tokens(model: MoETransformer, prompt: list[int], decoding: Decoding, eos_ids: tuple[int, ...]) -> Iterator[int]:
+    """The tokens that continue a prompt, one by one, up to one of `eos_ids` or decoding.max_new_tokens of them."""
+    weight = model.embed_tokens.weight
+    cache = KVCache(model.config, 1, len(prompt) + decoding.max_new_tokens, dtype=weight.dtype, device=weight.device)
+    sequence = Sequence(0, 0, list(prompt), len(prompt), random.Random(f"{decoding.seed} 0 0"))
+    while len(sequence.completion) < decoding.max_new_tokens:
+        logits = feed(model, cache, [sequence], 0)  # [1, V]
+        [token] = choose(logits, [sequence], decoding.temperature, decoding.top_p)
+        if token in eos_ids:
+            return
+        sequence.ids.append(token)
+        yield token
+
+
+def pieces(
+    model: MoETransformer, tokenizer: Tokenizer, prompt: list[int], decoding: Decoding, eos_ids: tuple[int, ...]
+) -> Iterator[str]:
+    """What `tokens` says, as text, in pieces that end with a whole character."""
+    text_of, ids, shown = text_behind(tokenizer, prompt), [], ""
+    for token in tokens(model, prompt, decoding, eos_ids):
+        ids.append(token)
+        text = text_of(ids)
+        if not text.endswith(UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    yield text_of(ids)[len(shown) :]
+
+
+UNFINISHED = "\ufffd"  # what a tokenizer makes of bytes that are no character, or not yet
+
+
+def text_behind(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[list[int]], str]:
+    """What decodes the ids that follow a prompt.
+
+    Alone they would lose the space that a text begins with in some tokenizers, so that a token stands before them. It
+    is a whole piece of text: the bytes of an unfinished character would spoil those that follow.
+    """
+    for token in (*reversed(prompt), *tokenizer.encode("a", add_special_tokens=False).ids):
+        before = tokenizer.decode([token])
+        if before.strip() and UNFINISHED not in before:
+            return lambda ids: tokenizer.decode([token, *ids])[len(before) :]
+    return tokenizer.decode
+
+
+def note_limits(model: MoETransformer, longest: int, max_new_tokens: int) -> None:
+    """Say if an answer may exceed the positions that the model was made for."""
+    positions = model.config.hub.get("max_position_embeddings") or math.inf
+    if longest + max_new_tokens > positions:
+        lengths = f"prompts of up to {longest} tokens and answers of up to {max_new_tokens} (--max-new-tokens)"
+        note(f"{lengths} may exceed the {positions} positions that the model was made for")
+
+
+# ------------------------------------------------------------------------------------------------------ many prompts
 
 
 def generate(model: MoETransformer, prompts: list[list[int]], *, samples: int = 1, **settings) -> list[list[int]]:
@@ -73,28 +152,23 @@ def complete(
     todo: list[tuple[int, int]],
     decoding: Decoding,
     *,
-    stop_ids: tuple[int, ...],
     batch_size: int = 32,
+    stop_ids: tuple[int, ...],
     stop: Callable[[int, str], bool] | None = None,
     proceed: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[int, int, str, bool]]:
     """Decode the (prompt index, sample) pairs of `todo` as text.
 
-    Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop, proceed: as for
-    `stream`, stop on text.
+    Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop_ids: those that
+    end a text. stop, proceed: as for `stream`, stop on text.
     """
-    positions = model.config.hub.get("max_position_embeddings") or math.inf
-    longest = max(map(len, prompts)) + decoding.max_new_tokens
-    if longest > positions:
-        note(f"prompts and answers have up to {longest} tokens, but the model was made for {positions}")
-
+    note_limits(model, max(map(len, prompts)), decoding.max_new_tokens)
     if not stop_ids:
         note(f"the model names no eos_token_id: completions end after {decoding.max_new_tokens} tokens")
 
-    def text(index: int, ids: list[int]) -> str:
-        # decode(ids) alone loses the space that a text starts with in some tokenizers.
-        before = prompts[index][-8:]
-        return tokenizer.decode(before + ids)[len(tokenizer.decode(before)) :]
+    @functools.cache
+    def text_of(index: int) -> Callable[[list[int]], str]:
+        return text_behind(tokenizer, prompts[index])
 
     ended = stream(
         model,
@@ -106,11 +180,11 @@ def complete(
         temperature=decoding.temperature,
         top_p=decoding.top_p,
         seed=decoding.seed,
-        stop=stop and (lambda index, ids: stop(index, text(index, ids))),
+        stop=stop and (lambda index, ids: stop(index, text_of(index)(ids))),
         proceed=proceed,
     )
     for index, sample, ids in ended:
-        yield index, sample, text(index, ids), len(ids) == decoding.max_new_tokens
+        yield index, sample, text_of(index)(ids), len(ids) == decoding.max_new_tokens
 
 
 @torch.no_grad()
@@ -209,10 +283,120 @@ def nucleus_sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) 
     logits [n, V], u [n] uniform in [0, 1) -> [n]. One uniform number picks one token by the inverse of the cumulative
     distribution, so a draw does not depend on the other sequences.
     """
-    probs, ids = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    below = logits.double() - logits.max(dim=-1, keepdim=True).values.double()  # so that no quotient is infinity
+    probs, ids = (below / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     reached = probs.cumsum(dim=-1)  # [n, V]
     inside = reached - probs < top_p  # the token that crosses top_p is inside: the set is never empty
     mass = (probs * inside).sum(dim=-1)  # [n]
     place = (reached <= (u * mass)[:, None]).sum(dim=-1)  # [n] first place beyond u of the nucleus
     place = place.minimum(inside.sum(dim=-1) - 1)  # rounding must not lead outside
     return ids.gather(-1, place[:, None]).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+LONGEST = 512  # tokens of an answer, by default
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of generate.py."""
+
+    model: str = flag(help="a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True)
+    prompt: str | None = flag(
+        None, "what to answer; without it: what is typed, or each line of a pipe", positional=True, nargs="?"
+    )
+    adapter: str | None = flag(None, "none: the base model, without the adapter of the run", choices=("none",))
+    plain: bool = flag(False, "put the text to the model as it is, without a chat template or a task's prompt")
+    max_new_tokens: int | None = flag(
+        None, f"where an answer is cut (default: {LONGEST}, or where the model's positions end)", type=number(int, 1)
+    )
+    temperature: float = flag(0.0, "0: always the most likely token", type=number(float, 0))
+    top_p: float = flag(1.0, "nucleus", type=number(float, 0, 1, above=True))
+    seed: int = flag(0, "of the samples", type=number(int, 0))
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
+    bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
+
+
+class Speaker:
+    """A model that answers, and remembers what was said if it has a chat template.
+
+    Text is put to it as it was trained to be asked: in the prompt of the run's task, else through its chat template,
+    else as it is.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.limit = settings.max_new_tokens
+        self.decoding = Decoding(LONGEST, settings.temperature, settings.top_p, seed=settings.seed)
+        check_decoding(self.decoding)
+        subject = Subject(settings.model)
+        trained, date = subject.run["settings"] if subject.run else {}, began(subject.run)
+        if settings.adapter == "none":
+            subject = subject.without_adapter()
+        task, bos = trained.get("task", "own"), settings.bos or trained.get("bos", "auto")
+        self.reader = data.Reader(task, subject.folder, subject.config, bos=bos, date=date)
+        self.task, self.form = None if settings.plain or task == "own" else task, trained.get("prompt", "lori")
+        self.is_chat = not settings.plain and task == "own" and self.reader.template.exists
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = subject.load(getattr(torch, settings.dtype or default_dtype()), device)
+        self.messages: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = []
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids that the answer to a text continues. Raises InputError for a text that has none."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError("the prompt is not text in UTF-8") from None
+        if self.is_chat:
+            question = {"role": "user", "content": text}
+            return self.reader.chat_prompt([*self.messages, question])
+        if self.task:
+            text = data.prompt_of(self.task, text, self.form)
+        ids = self.reader.bos.before_text(tokenize([text], self.reader.tokenizer)[0])
+        if not ids:
+            raise InputError("the prompt has no token; write some text")
+        return ids
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The answer to a text, in pieces."""
+        ids, spoken = self.ids(text), ""
+        positions = self.reader.config.hub.get("max_position_embeddings") or math.inf
+        limit = self.limit or max(1, min(LONGEST, positions - len(ids)))
+        note_limits(self.model, len(ids), limit)
+        decoding = replace(self.decoding, max_new_tokens=limit)
+        try:
+            for piece in pieces(self.model, self.reader.tokenizer, ids, decoding, self.reader.stop_ids):
+                spoken += piece
+                yield piece
+        finally:  # an answer that is interrupted has been said as far as it went
+            if self.is_chat:
+                answer = {"role": "assistant", "content": without_thoughts(spoken)}
+                self.messages += [{"role": "user", "content": text}, answer]
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="generate.py",
+        description="Talk to a model.",
+        epilog='Example: python generate.py tiny "Hello"',
+    )
+    ignore_keys(settings.ignore_config_keys)
+    speaker = Speaker(settings)
+    if settings.prompt:
+        terminal.show(speaker.answer(settings.prompt))
+    elif sys.stdin and sys.stdin.isatty():
+        terminal.converse(speaker.answer, speaker.reset)
+    else:
+        terminal.answer_lines(speaker.answer, speaker.reset)
+
+
+if __name__ == "__main__":
+    cli.run(main)

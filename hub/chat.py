@@ -118,6 +118,11 @@ class ChatTemplate:
         longest_first = sorted(self.special, key=len, reverse=True)
         self.spelling = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    @property
+    def exists(self) -> bool:
+        """Whether the checkpoint has a chat template."""
+        return template_source(self.folder) is not None
+
     @cached_property
     def write(self) -> Callable[..., str]:
         """What renders `messages`, with the special tokens that a template may name. Raises InputError without one."""
@@ -185,6 +190,11 @@ class ChatTemplate:
                 spans.append((len(given), self.end_of_turn(text, messages[: i + 1], len(given))))
         return Chat(text, tuple(spans))
 
+    def ask(self, messages: list[Message]) -> Chat:
+        """Messages that end with the user's, and the beginning of the assistant's part, which is not written yet."""
+        text = self.marked(messages, add_generation_prompt=True)
+        return Chat(text, ((len(text), len(text)),))
+
     def end_of_turn(self, text: str, messages: list[Message], start: int) -> int:
         """Where the last of these messages ends in the whole text: behind its end-of-turn token, if it has one.
 
@@ -243,7 +253,7 @@ class ChatTemplate:
         spans = []
         for start, end in chat.spans:
             inside = [i for i, (_, first, last) in enumerate(tokens) if first < end and last > start]
-            spans.append((inside[0], inside[-1] + 1))
+            spans.append((inside[0], inside[-1] + 1) if inside else (len(ids), len(ids)))
         start, end = spans[-1]
         if eos_id is not None and end == len(ids) and ids[-1] not in self.special.values():
             ids, spans[-1] = [*ids, eos_id], (start, end + 1)

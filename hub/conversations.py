@@ -24,7 +24,10 @@ NAMES = {  # column -> key of the role, key of the text, the role that each name
 
 
 def read_messages(row: Row) -> list[Message]:
-    """The messages of a row, up to the last of the assistant. Raises InputError, which names a turn that is wrong."""
+    """The messages of a row, up to the last of the assistant, if there is one.
+
+    Raises InputError, which names a turn that is wrong.
+    """
     column = next(column for column in NAMES if column in row)
     turns = row[column]
     if not isinstance(turns, list) or not turns:
@@ -40,9 +43,9 @@ def read_messages(row: Row) -> list[Message]:
             raise InputError(
                 f"turn {first + i + 1} is of the {role} after {before}; expected user and assistant in turn"
             )
-    if "assistant" not in roles:
-        raise InputError("no turn is of the assistant: there is nothing to learn")
-    return messages[: len(roles) - roles[::-1].index("assistant")]
+    if roles[-1] == "system":
+        raise InputError("no turn is of the user")
+    return messages[: len(roles) - roles[::-1].index("assistant")] if "assistant" in roles else messages
 
 
 def read_turn(turn: object, number: int, column: str) -> Message:
@@ -65,20 +68,31 @@ def read_turn(turn: object, number: int, column: str) -> Message:
 
 
 Read = Callable[[Row], tuple[str, str]]  # a row's prompt and answer
+ANSWERS = ("completion", "output")  # the columns that hold answers, of rows that are no chats
 
 
 class OwnRows:
     """Reads the user's own rows. All rows of a file must have the format of the first."""
 
-    def __init__(self, template: ChatTemplate, formats: dict[tuple[str, ...], tuple[tuple[str, ...], Read | None]]):
-        """formats: the columns by which a format is known, further ones, and what reads it; None: a chat."""
-        self.template, self.formats, self.columns = template, formats, None
+    def __init__(
+        self,
+        template: ChatTemplate,
+        formats: dict[tuple[str, ...], tuple[tuple[str, ...], Read | None]],
+        answered: bool = True,
+    ) -> None:
+        """formats: the columns by which a format is known, further ones, and what reads it; None: a chat.
+
+        answered: refuse rows that have no answer. Without it the answer of such a row is empty.
+        """
+        self.template, self.formats, self.answered, self.columns = template, formats, answered, None
         self.ignored: set[str] = set()  # columns that were not read
 
     def __call__(self, row: Row) -> tuple[str, str] | tuple[str, str, Chat]:
         """The prompt and the answer of a row; of a chat those of its last turn, and the chat."""
         if not isinstance(row, dict):
             raise InputError(f"it is {row!r:.60}; expected an object")
+        if not self.answered:
+            row = row | {name: "" for name in ANSWERS if row.get(name) is None}
         columns = next((columns for columns in self.formats if row.keys() >= set(columns)), None)
         if columns is None:
             raise InputError(f"its columns {', '.join(map(repr, row))[:100]} are those of no format")
@@ -89,6 +103,10 @@ class OwnRows:
         self.ignored.update(unread(row, columns + further))
         if read:
             return read(row)
-        chat = self.template.render(read_messages(row))
+        messages = read_messages(row)
+        has_answer = messages[-1]["role"] == "assistant"
+        if self.answered and not has_answer:
+            raise InputError("no turn is of the assistant: there is nothing to learn")
+        chat = self.template.render(messages) if has_answer else self.template.ask(messages)
         start, end = chat.spans[-1]
         return self.template.spelled(chat.text[:start]), self.template.spelled(chat.text[start:end]), chat

@@ -75,6 +75,12 @@ class Subject:
         if self.run and self.adapter:
             check_base(self.run, self.folder, self.digests)
 
+    def without_adapter(self) -> "Subject":
+        """The model that the adapter was trained on, or that full fine-tuning started from. Raises InputError."""
+        if self.run is None and self.adapter is None:
+            raise InputError(f"--adapter none: {self.name} has no adapter; leave it out")
+        return Subject(self.run["model"] if self.run else self.base)
+
     def load(
         self,
         dtype: torch.dtype,

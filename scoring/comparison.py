@@ -20,43 +20,57 @@ class Pair:
 
 
 def compare(argv: list[str]) -> dict:
-    """Two evaluations of the same examples: what each got right alone, and how likely chance explains that.
+    """Two evaluations of the same examples: on which each is better, and how likely chance explains that.
 
     A problem with several samples goes to the folder where more of them are right, since samples are not independent.
+    A row of task own goes to the folder where its loss is lower.
     """
-    about = "Exact McNemar test on two evaluations of one task."
-    a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=about).folders)
-    right_a, right_b = read_verdicts(a), read_verdicts(b)
+    text = "Exact McNemar test on two evaluations of one task; of task own, the sign test on the loss of each row."
+    a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=text).folders)
     (task_a, problems_a), (task_b, problems_b) = read_about(a), read_about(b)
     if task_a != task_b:
-        raise InputError(f"{a} is of {task_a} and {b} of {task_b}; want two of one task")
-    if right_a.keys() != right_b.keys():
-        alone = sorted(right_a.keys() ^ right_b.keys())
+        raise InputError(f"{a} is of {task_a} and {b} of {task_b}; expected two of one task")
+    is_loss = task_a == "own"
+    of_a, of_b = (read_values(folder, is_loss) for folder in (a, b))
+    if of_a.keys() != of_b.keys():
+        alone = sorted(of_a.keys() ^ of_b.keys())
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
     if problems_a and problems_b and problems_a != problems_b:  # an older score does not name them
         raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
-    pairs = [(right_a[example], right_b[example]) for example in right_a]
+    pairs = [(of_a[example], of_b[example]) for example in of_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
-    neither = sum(x == y == 0 for x, y in pairs)
-    counts = {"both": len(pairs) - only_a - only_b - neither, "only_a": only_a, "only_b": only_b, "neither": neither}
     p = mcnemar(only_a, only_b)
-    say(f"{a}: {describe(share(list(right_a.values())))}", f"{b}: {describe(share(list(right_b.values())))}")
+    if is_loss:
+        counts = {"lower_a": only_a, "lower_b": only_b, "equal": len(pairs) - only_a - only_b}
+    else:
+        neither = sum(x == y == 0 for x, y in pairs)
+        both = len(pairs) - only_a - only_b - neither
+        counts = {"both": both, "only_a": only_a, "only_b": only_b, "neither": neither}
+    for folder, values in ((a, of_a), (b, of_b)):
+        mean = f"mean loss of a row {-sum(values.values()) / len(values):.4f}, {len(values)} rows"
+        say(f"{folder}: {mean if is_loss else describe(share(list(values.values())))}")
     say(", ".join(f"{name} {count}" for name, count in counts.items()))
-    say(f"McNemar exact p {p:.4g} on {only_a + only_b} items that differ")
+    say(f"{'sign test' if is_loss else 'McNemar'} exact p {p:.4g} on {only_a + only_b} items that differ")
     return counts | {"p": p}
 
 
-def read_verdicts(folder: Path) -> dict[str, float]:
-    """{id: share of its samples that are correct} of an evaluation folder, without the prompts labelled safe."""
-    verdicts: dict[str, list[bool]] = {}
+def read_values(folder: Path, is_loss: bool) -> dict[str, float]:
+    """{id: what is compared} of an evaluation folder: the share of samples that are correct, or minus the loss.
+
+    Prompts that are labelled safe and rows without an answer are left out.
+    """
+    values: dict[str, list[float]] = {}
     for place, item in rows.json_rows(folder / "items.jsonl"):
-        if not isinstance(item, dict) or not isinstance(item.get("correct"), bool) or "id" not in item:
-            raise InputError(f"{place}: not an item of evaluate.py with a verdict; want --out of any task but own")
+        value = item.get("loss" if is_loss else "correct") if isinstance(item, dict) else None
+        if is_loss and isinstance(item, dict) and "reference" in item and value is None:
+            continue
+        if not isinstance(value, float if is_loss else bool) or "id" not in item:
+            raise InputError(f"{place}: not an item of evaluate.py; expected the --out folder of an evaluation")
         if item.get("label") != "safe":
-            verdicts.setdefault(str(item["id"]), []).append(item["correct"])
-    if not verdicts:
-        raise InputError(f"{folder / 'items.jsonl'}: no item with a verdict; want --out of evaluate.py")
-    return {name: sum(found) / len(found) for name, found in verdicts.items()}
+            values.setdefault(str(item["id"]), []).append(-value if is_loss else value)
+    if not values:
+        raise InputError(f"{folder / 'items.jsonl'}: no item has a verdict or a loss to compare")
+    return {name: sum(of_samples) / len(of_samples) for name, of_samples in values.items()}
 
 
 def problems_digest(problems: dict[str, dict]) -> str:
@@ -71,4 +85,4 @@ def read_about(folder: Path) -> tuple[str, str | None]:
     try:
         return about["settings"]["task"], about.get("problems")
     except (TypeError, KeyError):
-        raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; want its --out folder") from None
+        raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; expected its --out folder") from None

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 
 from command.cli import InputError
-from command.files import write_jsonl
+from command.files import parse_json, write_jsonl
 from hub.rows import read_text
 
-WANTED = '{"id": ..., "completion": "..."}'
+LINE = '{"id": ..., "completion": "..."}'
+RECORD = {"id": str, "sample": int, "completion": str, "cut": bool}  # of generations.jsonl
 
 
 def read_completions(
@@ -24,63 +25,58 @@ def read_completions(
     limit: leave out all but the first ids. partial: the file may leave ids out. several: an id may have several lines.
     Raises InputError, with the number of the line, for any line that does not belong to the task.
     """
-    found: dict[str, list[str]] = {name: [] for name in ids}
+    texts: dict[str, list[str]] = {name: [] for name in ids}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            name, text = parse_completion(line)
-            if name not in found:
-                raise InputError(f"id {name!r:.40} is unknown; the task has {ids[0]} to {ids[-1]}")
-            if found[name] and not several:
-                raise InputError(f"id {name!r} has a completion already; want one for each id")
-        except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
-        found[name].append(text)
-    if not any(found.values()):
-        raise InputError(f"{path} holds no completions; want lines of {WANTED}")
-    wanted = {name: found[name] for name in ids[:limit]}
-    missing = [name for name, texts in wanted.items() if not texts]
+        place = f"{path}, line {number}"
+        name, text = parse_completion(line, place)
+        if name not in texts:
+            raise InputError(f"{place}: id {name!r:.40} is unknown; the task has {ids[0]} to {ids[-1]}")
+        if texts[name] and not several:
+            raise InputError(f"{place}: id {name!r} has a completion already; expected one for each id")
+        texts[name].append(text)
+    if not any(texts.values()):
+        raise InputError(f"{path} holds no completions; expected lines of {LINE}")
+    asked = {name: texts[name] for name in ids[:limit]}
+    missing = [name for name in asked if not asked[name]]
     if missing and not partial:
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         advice = "add them, or pass --partial to score only what is there"
-        raise InputError(f"{path}: no completion for {len(missing)} of {len(wanted)} ids ({listed}); {advice}")
-    if len(missing) == len(wanted):
+        raise InputError(f"{path}: no completion for {len(missing)} of {len(asked)} ids ({listed}); {advice}")
+    if len(missing) == len(asked):
         raise InputError(f"{path}: no completion for the first {limit} ids; raise --limit")
-    return {name: texts for name, texts in wanted.items() if texts}
+    return {name: samples for name, samples in asked.items() if samples}
 
 
-def parse_completion(line: str) -> tuple[str, str]:
+def parse_completion(line: str, place: str) -> tuple[str, str]:
     """Id and text of a line of a completions file. An id is text, or a whole number: the row, from 0."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error}); want {WANTED}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"a {type(record).__name__}, not an object; want {WANTED}")
+    record = parse_json(line, place, dict)
     if not {"id", "completion"} <= record.keys():
-        raise InputError(f"its keys are {', '.join(map(repr, record))[:80] or 'none'}; want {WANTED}")
+        keys = ", ".join(map(repr, record))[:80] or "none"
+        raise InputError(f"{place}: its keys are {keys}; expected {LINE}")
     name, text = record["id"], record["completion"]
     if not isinstance(name, str) and type(name) is not int:
-        raise InputError(f"id {name!r:.40} is neither text nor a whole number; want {WANTED}")
+        raise InputError(f"{place}: id {name!r:.40} is neither text nor a whole number; expected {LINE}")
     if not isinstance(text, str):
-        raise InputError(f"completion {text!r:.40} is not text; want {WANTED}")
+        raise InputError(f"{place}: completion {text!r:.40} is not text; expected {LINE}")
     return str(name), text
 
 
 def read_generations(folder: Path) -> dict[tuple[str, int], dict]:
     """{(id, sample): record} that an earlier evaluation left in `folder`, gathered into one file.
 
-    A record is {"id", "sample", "completion", "cut"}. An incomplete line, as a killed process leaves it, is skipped.
+    A record is {"id", "sample", "completion", "cut"}. A line that is none, as a killed process leaves it, is skipped.
     """
     done = {}
     for path in sorted(folder.glob("generations*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 record = json.loads(line)
-                done[record["id"], record["sample"]] = record
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in RECORD.items()):
+                done[record["id"], record["sample"]] = record
     write_generations(folder, done)
     return done
 

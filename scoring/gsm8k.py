@@ -54,7 +54,7 @@ def gold(answer: str) -> Decimal:
     found = GOLD.fullmatch(text.strip())
     if not found:
         given = repr(text.strip()[:40]) if marker else "no '####'"
-        raise ValueError(f"'answer' has {given}; want '#### ' and a plain number such as 5, -5, 1,250 or 0.5")
+        raise ValueError(f"'answer' has {given}; expected '#### ' and a plain number such as 5, -5, 1,250 or 0.5")
     return Decimal((found[1] + found[2]).replace(",", ""))
 
 

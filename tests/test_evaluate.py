@@ -114,16 +114,16 @@ def test_items_of_an_evaluation_are_a_file_of_completions(gsm8k, tmp_path):
             r"line 2: id '7' is unknown; the task has 0 to 6",
         ),
         ('{"id": 0, "completion": "10"}\n{"id": "0", "completion": "11"}', r"line 2: id '0' has a completion already"),
-        ('{"id": 0, "completion": "10"}\n\n{"id": 1, "completion', r"line 3: not JSON \("),
-        ("[0]", r"line 1: a list, not an object; want \{"),
-        ("[" * 100_000, r"line 1: not JSON \("),
-        ('{"task_id": 0, "completion": "10"}', r"line 1: its keys are 'task_id', 'completion'; want"),
-        ("{}", r"line 1: its keys are none; want"),
+        ('{"id": 0, "completion": "10"}\n\n{"id": 1, "completion', r"line 3: not readable as JSON \("),
+        ("[0]", r"line 1: it holds \[0\]; expected an object"),
+        ("[" * 100_000, r"line 1: not readable as JSON \("),
+        ('{"task_id": 0, "completion": "10"}', r"line 1: its keys are 'task_id', 'completion'; expected"),
+        ("{}", r"line 1: its keys are none; expected"),
         ('{"id": 0, "completion": 10}', r"line 1: completion 10 is not text"),
         ('{"id": true, "completion": "10"}', r"line 1: id True is neither text nor a whole number"),
         ('{"id": 0.0, "completion": "10"}', r"line 1: id 0.0 is neither text nor a whole number"),
-        ("", r"c.jsonl holds no completions; want lines of"),
-        ("\n \n", r"c.jsonl holds no completions; want lines of"),
+        ("", r"c.jsonl holds no completions; expected lines of"),
+        ("\n \n", r"c.jsonl holds no completions; expected lines of"),
         (b'{"id": 0, "completion": "\xff"}', r"c.jsonl, line 1: not text encoded in UTF-8"),
         (None, "c.jsonl: no such file; name one of JSON lines"),
     ],
@@ -153,13 +153,13 @@ def test_a_wrong_completions_file_is_one_error_that_names_the_line(gsm8k, tmp_pa
         (["tiny", "--task", "gsm8k", "--temperature", "nan"], "argument --temperature: got 'nan'"),
         (["tiny", "--task", "gsm8k", "--top-p", "0"], "argument --top-p: got '0'"),
         (["tiny", "--task", "gsm8k", "--limit", "0"], "argument --limit: got '0'"),
-        (["tiny", "--task", "gsm8k", "--limi", "3"], "unrecognized arguments: --limi"),
+        (["tiny", "--task", "gsm8k", "--limi", "3"], "unknown flag --limi; did you mean --limit"),
         (["tiny", "--task", "tiny-code", "--shots", "8"], "--shots 8 has no meaning for tiny-code"),
         (["tiny", "--task", "gsm8k", "--shots", "-1"], "argument --shots: got '-1'"),
         (["tiny", "--task", "gsm8k", "--train-data", "t"], "--train-data t is read only for --shots N"),
         (["--task", "gsm8k", "--completions", "c", "--shots", "8"], "--shots says how to"),
         (["compare", "a"], "the following arguments are required: FOLDER"),
-        (["compare", "a", "b"], "a/items.jsonl: cannot be read"),
+        (["compare", "a", "b"], "a/score.json is missing"),
     ],
 )
 def test_wrong_flags_are_one_error(flags, message):
@@ -370,8 +370,20 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
         run(*generating(checkpoint, gsm8k, tmp_path / name, *shots))
     rates = [json.loads((tmp_path / name / "score.json").read_text())["rates"] for name in ("few", "none")]
     assert ["lori as published" in found for found in rates] == [False, True]
-    with pytest.raises(InputError, match="--shots 4: the training data has 3 problems"):
+    with pytest.raises(InputError, match="--shots 4: the training data has 3 problems to show; give fewer"):
         run(*flags, "--shots", 4)
+
+
+def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_path, capsys):
+    rows = [{"question": " what IS 3\n+ 10?", "answer": "#### 13"}, {"question": "Q?", "answer": "#### 2"}]
+    train = write_lines(tmp_path / "train.jsonl", rows)
+    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--shots", 1, "--limit", 2)
+    run(*flags, "--train-data", train)
+    assert "1 of 2 training problems are not shown: they are to be solved too" in capsys.readouterr().err
+    prompts = [item["prompt"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
+    assert all(prompt.startswith("Question: Q?\nAnswer: #### 2\n\nQuestion: What is") for prompt in prompts)
+    with pytest.raises(InputError, match="--shots 1: the training data has 0 problems to show"):
+        run(*flags, "--train-data", gsm8k)
 
 
 def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tmp_path, capsys):
@@ -382,7 +394,9 @@ def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tm
     for positions, said in ((longest, False), (longest - 1, True)):
         (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
         run(*generating(tmp_path, gsm8k, tmp_path / "out"))
-        assert (f"up to {longest} tokens, but the model was made for {positions}" in capsys.readouterr().err) == said
+        note = f"prompts of up to {longest - 6} tokens and answers of up to 6 (--max-new-tokens) may exceed the "
+        note += f"{positions} positions"
+        assert (note in capsys.readouterr().err) == said
 
 
 CHANGES = {  # what is changed between two evaluations into one folder -> what the note must name
@@ -391,7 +405,7 @@ CHANGES = {  # what is changed between two evaluations into one folder -> what t
     "shots": "prompts",
     "weights": "weights",
     "config": "config.json",
-    "generation config": "generation_config.json",
+    "generation config": "generation_config.json, stop_ids",
     "tokenizer": "tokenizer.json",
     "seed": "seed",
     "nothing": None,
@@ -481,6 +495,29 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, t
     run(*generating(checkpoint, gsm8k, out, "--max-new-tokens", 5))
     assert "made with other max_new_tokens: starting over" in capsys.readouterr().err
     assert all(len(item["completion"].encode()) <= 20 for item in read_lines(out / "items.jsonl"))
+
+
+def test_flags_that_change_nothing_keep_the_completions(checkpoint, gsm8k, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(*generating(checkpoint, gsm8k, out))
+    kept = [record | {"completion": "kept"} for record in read_lines(out / "generations.jsonl")]
+    for flags in (["--shots", 0], ["--seed", 3], ["--temperature", 0], ["--bos", "no"], ["--batch", 2]):
+        capsys.readouterr()
+        write_lines(out / "generations.jsonl", kept)
+        run(*generating(checkpoint, gsm8k, out, *flags))
+        assert "starting over" not in capsys.readouterr().err
+        assert {item["completion"] for item in read_lines(out / "items.jsonl")} == {"kept"}
+
+
+@pytest.mark.parametrize("change", [{"cut": None}, {"cut": 0}, {"completion": 3}, {"sample": "0"}, {"id": 2}])
+def test_a_line_that_is_no_record_of_a_completion_is_made_again(checkpoint, gsm8k, tmp_path, change):
+    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    file = tmp_path / "out" / "generations.jsonl"
+    first = read_lines(file)
+    damaged = {key: value for key, value in (first[2] | change).items() if value is not None}
+    write_lines(file, [*first[:2], damaged, *first[3:]])
+    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    assert sorted(read_lines(file), key=str) == sorted(first, key=str)
 
 
 def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, gsm8k, tmp_path, monkeypatch):
@@ -614,6 +651,63 @@ def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
     assert len({item["completion"] for item in read_lines(tmp_path / "one" / "items.jsonl")}) > 5
 
 
+ANSWERLESS = {  # rows that ask -> the rows beside them that have an answer
+    '{"prompt": "a"}': {"prompt": "b", "completion": "cd"},
+    '{"prompt": "a", "completion": null}': {"prompt": "b", "completion": "cd"},
+    '{"prompt": "a", "completion": " "}': {"prompt": "b", "completion": "cd"},
+    '{"instruction": "a"}': {"instruction": "b", "output": "cd"},
+    '{"messages": [{"role": "user", "content": "a"}]}': {
+        "messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "cd"}]
+    },
+}
+
+
+@pytest.mark.parametrize("row", ANSWERLESS)
+def test_own_rows_without_an_answer_are_completed_and_only_the_others_are_measured(checkpoint, tmp_path, capsys, row):
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
+    (model / "chat_template.jinja").write_text(template)
+    asking, answered = json.loads(row), ANSWERLESS[row]
+    flags = [model, "--task", "own", "--max-new-tokens", 6, "--eval-data"]
+    for name, rows in {"both": [asking, answered], "answered": [answered], "asking": [asking]}.items():
+        write_lines(tmp_path / f"{name}.jsonl", rows)
+        run(*flags, tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
+        score = json.loads((tmp_path / name / "score.json").read_text())
+        last = capsys.readouterr().out.splitlines()[-1]
+        if name == "asking":
+            assert (score["loss"], score["num_total"]) == (None, 1)
+            assert last == "1 completions on own; no row has an answer whose loss could be measured"
+        else:
+            assert score["num_answers"] == 1 and score["num_total"] == len(rows) and "target tokens of 1 rows" in last
+    both, alone = read_lines(tmp_path / "both" / "items.jsonl"), read_lines(tmp_path / "asking" / "items.jsonl")
+    assert both[0] == alone[0] and both[0]["completion"] and "loss" not in both[0]
+    measured = read_lines(tmp_path / "answered" / "items.jsonl")[0]
+    assert both[1]["loss"] == measured["loss"] > 0 and both[1]["completion"] == measured["completion"]
+    if "messages" in row:
+        assert both[0]["prompt"] == "[a][" and both[1]["prompt"] == "[b]["
+
+
+def test_two_evaluations_of_own_rows_are_compared_by_the_loss_of_each_row(checkpoint, tmp_path, capsys):
+    rows = [{"prompt": f"{i}", "completion": "abc"[: 1 + i % 3]} for i in range(8)] + [{"prompt": "z"}]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    better = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(better / "model.safetensors")
+    weights["lm_head.weight"][Tokenizer.from_file(str(better / "tokenizer.json")).token_to_id("a")] *= 3
+    save_file(weights, better / "model.safetensors", metadata={"format": "pt"})
+    for model, out in ((checkpoint, "a"), (better, "b")):
+        run(model, "--task", "own", "--max-new-tokens", 2, "--eval-data", file, "--out", tmp_path / out)
+    losses = [[item["loss"] for item in read_lines(tmp_path / out / "items.jsonl")[:8]] for out in "ab"]
+    scores = [json.loads((tmp_path / out / "score.json").read_text()) for out in "ab"]
+    targets = [item["num_targets"] for item in read_lines(tmp_path / "a" / "items.jsonl")[:8]]
+    assert targets == [2 + i % 3 for i in range(8)]  # EOS too
+    mean = sum(map(math.prod, zip(losses[0], targets, strict=True))) / sum(targets)
+    assert scores[0]["loss"] == pytest.approx(mean) and scores[0]["num_targets"] == sum(targets)
+    lower = [sum(x < y for x, y in zip(*pair, strict=True)) for pair in (losses, losses[::-1])]
+    result = run("compare", tmp_path / "a", tmp_path / "b")
+    assert result == {"lower_a": lower[0], "lower_b": lower[1], "equal": 0, "p": statistics.mcnemar(*lower)}
+    assert f"a: mean loss of a row {sum(losses[0]) / 8:.4f}, 8 rows" in capsys.readouterr().out
+
+
 def test_tiny_tasks_are_decoded_as_the_full_tasks_with_fewer_tokens():
     for tiny, task in (("tiny-math", "gsm8k"), ("tiny-code", "codealpaca"), ("tiny-safety", "saferpaca")):
         short, long = evaluate.default_decoding(tiny), evaluate.default_decoding(task)
@@ -651,7 +745,7 @@ def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, c
         run("compare", a, evaluation(tmp_path / "b", [("0", T)]))
     with pytest.raises(InputError, match="line 1: not an item of evaluate.py"):
         run("compare", a, evaluation(tmp_path / "b", [("0",)]))
-    with pytest.raises(InputError, match="a is of gsm8k and .*b of tiny-math; want two of one task"):
+    with pytest.raises(InputError, match="a is of gsm8k and .*b of tiny-math; expected two of one task"):
         run("compare", a, evaluation(tmp_path / "b", [(str(i), T) for i in range(9)], "tiny-math"))
 
 

@@ -1,13 +1,33 @@
 """Decoding equals transformers' and the forward without a cache; a sequence never notices its neighbours."""
 
+import fcntl
+import io
+import json
 import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import LOADABLE
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer
 
-from generate import generate, nucleus_sample, stream
+import generate as command
+import hellora
+from command.cli import InputError
+from generate import Decoding, Settings, Speaker, generate, nucleus_sample, stream, text_behind, tokens
 from model import load_model
+from run import adapters
+
+ROOT = Path(command.__file__).parent
 
 LENGTHS = (5, 1, 12, 3, 9, 2, 7, 5)  # of the prompts: ragged, one of them twice
 NEW = 11
@@ -54,6 +74,15 @@ def test_greedy_takes_the_argmax_of_the_forward_without_a_cache(model, prompts):
             with torch.no_grad():
                 logits, _ = model(torch.tensor([prompt + completion[:n]]))
             assert token == int(logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_one_prompt_token_by_token_says_what_a_batch_says(model, prompts, temperature):
+    settings = {"temperature": temperature, "top_p": 0.9, "seed": 5}
+    free = generate(model, prompts[:1], max_new_tokens=NEW, batch_size=1, **settings)[0]
+    assert list(tokens(model, prompts[0], Decoding(NEW, **settings), ())) == free
+    at = free.index(free[6])
+    assert list(tokens(model, prompts[0], Decoding(NEW, **settings), (free[6], 1))) == free[:at]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -115,7 +144,8 @@ def test_sampling_is_fixed_by_the_seed_and_differs_between_samples_and_seeds(mod
 def test_a_very_low_temperature_is_greedy(model, prompts):
     settings = dict(max_new_tokens=NEW, eos_ids=(), batch_size=3)
     greedy = generate(model, prompts, **settings)
-    assert generate(model, prompts, temperature=1e-6, **settings) == greedy
+    for temperature in (1e-6, 1e-310, 5e-324):
+        assert generate(model, prompts, temperature=temperature, **settings) == greedy
     assert generate(model, prompts, temperature=1.0, top_p=1e-9, **settings) == greedy
 
 
@@ -190,3 +220,194 @@ def test_no_work_gives_no_completions_and_an_empty_prompt_is_refused(model):
     assert generate(model, [], max_new_tokens=3, eos_ids=(0,), batch_size=4) == []
     with pytest.raises(ValueError, match="empty prompt"):
         generate(model, [[3], []], max_new_tokens=3, eos_ids=(0,), batch_size=4)
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def byte_fallback() -> Tokenizer:
+    """As Llama's: a space is written \u2581, and a character without a token becomes its bytes."""
+    vocab = {"<s>": 0, "<unk>": 1, "\u2581": 2, "a": 3, "b": 4, "\u2581a": 5}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("given", ["a", "\u4e2d\u6587\u5b57", "a\u4e2d\u6587\u5b57", "b \U0001f600\U0001f600"])
+@pytest.mark.parametrize("answer", [" a b", "b", "\u5b57 a", "\U0001f600", "a \u4e2d"])
+def test_an_answer_is_the_text_behind_the_prompt_whatever_bytes_the_prompt_ends_in(given, answer):
+    tokenizer = byte_fallback()
+    prompt, whole = (tokenizer.encode(text, add_special_tokens=False).ids for text in (given, given + answer))
+    assert whole[: len(prompt)] == prompt
+    text_of, ids = text_behind(tokenizer, prompt), whole[len(prompt) :]
+    assert text_of(ids) == answer == tokenizer.decode(whole)[len(given) :]
+    assert text_of([]) == ""
+    if ids[-1] > 5:  # a character that is not finished spoils itself alone
+        assert text_of([4, *ids[:-1]]).startswith("b")
+
+
+def test_pieces_end_with_whole_characters_and_add_up_to_the_text(model, monkeypatch):
+    tokenizer = byte_fallback()
+    prompt, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b\u4e2d a\U0001f600"))
+    monkeypatch.setattr(command, "tokens", lambda *args: iter(ids[1:]))
+    found = list(command.pieces(model, tokenizer, prompt, Decoding(9), ()))
+    assert [piece for piece in found if piece] == ["b", "\u4e2d", " a", "\U0001f600"]
+    monkeypatch.setattr(command, "tokens", lambda *args: iter(ids[1:-1]))
+    assert "".join(command.pieces(model, tokenizer, prompt, Decoding(9), ())).startswith("b\u4e2d a\ufffd")
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def said(speaker: Speaker, text: str) -> str:
+    return "".join(speaker.answer(text))
+
+
+def test_a_chat_is_put_to_the_model_as_transformers_writes_it_and_is_kept_until_reset():
+    speaker, theirs = Speaker(Settings("tiny", max_new_tokens=24)), AutoTokenizer.from_pretrained(ROOT / "tiny")
+    first = said(speaker, "Hello!")
+    second = said(speaker, "And then?")
+    messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": first}]
+    messages += [{"role": "user", "content": "And then?"}]
+    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    [ids] = generate(speaker.model, [prompt], max_new_tokens=24, eos_ids=speaker.reader.stop_ids, batch_size=1)
+    assert second == theirs.decode(ids) and speaker.messages[:3] == messages
+    speaker.reset()
+    assert said(speaker, "Hello!") == first and len(speaker.messages) == 2
+
+
+def test_a_run_is_asked_in_the_prompt_of_its_task_and_adapter_none_is_its_base(tmp_path):
+    model = load_model("tiny")
+    hellora.attach(model, torch.eye(4, 64, dtype=torch.bool), 4, 8.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    adapters.save_adapter(adapters.adapter_state(model), tmp_path / "adapter", model.adapter)
+    question, answers = "Mia has 3 marbles and finds 4. How many?", []
+    for task, shown in (
+        ("tiny-math", f"{question}\nAnswer the above question. First think step by step and then answer the final"),
+        ("tiny-code", f"### Instruction:\n{question}\n\n### Response:\n"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "settings": {"task": task}}))
+        trained, base = (Speaker(Settings(str(tmp_path), adapter=name, max_new_tokens=9)) for name in (None, "none"))
+        assert shown in trained.reader.tokenizer.decode(trained.ids(question))
+        assert base.ids(question) == trained.ids(question)
+        expected = tokens(load_model("tiny"), base.ids(question), Decoding(9), base.reader.stop_ids)
+        assert said(base, question) == base.reader.tokenizer.decode(list(expected))
+        answers.append((said(base, question), said(trained, question)))
+        assert trained.messages == []
+    assert any(before != after for before, after in answers)
+    with pytest.raises(InputError, match="--adapter none: tiny has no adapter"):
+        Speaker(Settings("tiny", adapter="none"))
+
+
+def test_an_answer_ends_where_the_positions_of_the_model_do_unless_a_flag_says_otherwise(capsys, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(command, "pieces", lambda *args: lengths.append((len(args[2]), args[3].max_new_tokens)) or "")
+    said(Speaker(Settings("tiny")), "a")
+    assert sum(lengths[0]) == 512 and "may exceed" not in capsys.readouterr().err
+    said(Speaker(Settings("tiny", max_new_tokens=600)), "a")
+    assert lengths[1][1] == 600
+    assert "of up to 600 (--max-new-tokens) may exceed the 512 positions" in capsys.readouterr().err
+
+
+def test_a_prompt_is_answered_on_the_command_line_and_each_line_of_a_pipe_by_itself(capsys, monkeypatch):
+    for prompt in ("Hello!", "What now?"):
+        command.main(["tiny", prompt, "--max-new-tokens", "12"])
+    alone = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n\n  \nWhat now?"))
+    command.main(["tiny", "--max-new-tokens", "12"])
+    assert capsys.readouterr().out == alone and alone.count("\n") >= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["tiny", "a", "--top-p", "0.5"], "greedy decoding does not sample"),
+        (["tiny", "\ud800"], "the prompt is not text in UTF-8"),
+        (["tiny", "a", "--max-new-tokens", "0"], "got '0'"),
+        ([], "the following arguments are required: model"),
+    ],
+)
+def test_wrong_flags_are_one_error(flags, message):
+    with pytest.raises(InputError, match=message):
+        command.main(flags)
+
+
+class Terminal:
+    """A process in a terminal of its own."""
+
+    def __init__(self, *argv: str) -> None:
+        self.screen, slave = pty.openpty()
+        take = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        self.process = subprocess.Popen(
+            [sys.executable, *argv], cwd=ROOT, env=env, start_new_session=True, preexec_fn=take, **streams
+        )
+        os.close(slave)
+
+    def type(self, text: str) -> None:
+        os.write(self.screen, text.encode())
+
+    def read_until(self, end: str, seconds: float = 120.0) -> str:
+        shown, deadline = "", time.monotonic() + seconds
+        while not shown.endswith(end):
+            assert select.select([self.screen], [], [], deadline - time.monotonic())[0], shown
+            try:
+                shown += os.read(self.screen, 1024).decode(errors="replace")
+            except OSError:  # the process has ended
+                break
+        return shown
+
+
+TALK = """
+import time
+from command import terminal
+heard = []
+def answer(line):
+    heard.append(line)
+    for i in range(1000 if line == "long" else 3):
+        yield f"{i} "
+        time.sleep(0.02)
+    yield f"heard {heard}"
+terminal.converse(answer, heard.clear)
+"""
+
+
+def test_in_a_terminal_ctrl_c_stops_an_answer_reset_forgets_and_ctrl_d_ends():
+    talk = Terminal("-c", TALK)
+    assert "Ctrl-D ends" in talk.read_until("> ")
+    talk.type("one\n")
+    assert "0 1 2 heard ['one']" in talk.read_until("> ")
+    talk.type("long\n")
+    talk.read_until("5 ")
+    talk.type("\x03")
+    assert "heard" not in talk.read_until("> ")
+    talk.type("two\n")
+    assert "heard ['one', 'long', 'two']" in talk.read_until("> ")
+    talk.type("/reset\n")
+    talk.read_until("> ")
+    talk.type("half a li\x03")  # not while an answer is made: the line is dropped
+    talk.read_until("> ")
+    talk.type("three\n")
+    assert "heard ['three']" in talk.read_until("> ")
+    talk.type("\x04")
+    talk.read_until("never", seconds=20)
+    assert talk.process.wait(20) == 0
+
+
+def test_the_command_talks_in_a_terminal():
+    talk = Terminal("generate.py", "tiny", "--max-new-tokens", "8")
+    talk.read_until("> ")
+    talk.type("Hello!\n")
+    assert len(talk.read_until("\r\n> ")) > len("Hello!\r\n\r\n> ")
+    talk.process.send_signal(signal.SIGINT)
+    talk.read_until("> ")
+    talk.type("\x04")
+    talk.read_until("never", seconds=20)
+    assert talk.process.wait(20) == 0

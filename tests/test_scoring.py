@@ -147,7 +147,7 @@ def test_a_gold_answer_is_read_by_the_headline_rule_as_the_number_that_lori_and_
     ],
 )
 def test_a_gold_answer_that_a_rule_would_read_as_another_number_is_refused(text):
-    with pytest.raises(ValueError, match="want '#### ' and a plain number"):
+    with pytest.raises(ValueError, match="expected '#### ' and a plain number"):
         gold(f"work\n#### {text}")
 
 
@@ -485,6 +485,14 @@ def test_a_label_is_read_whatever_its_case_and_the_space_around_it(label, meanin
 def test_an_unknown_label_is_refused(label):
     with pytest.raises(InputError, match="'label' is .*; expected safe or unsafe, or no label"):
         refusals.label_of({"label": label})
+
+
+def test_rules_that_agree_have_one_line():
+    agreeing, _ = gsm8k.score(items_of(["#### 3", "The final answer is: 4"]), ["#### 3"] * 2)
+    assert report(agreeing, "gsm8k")[:-1] == [
+        "0.500 (1/2, 95% CI 0.095..0.905)  first marked answer, lori, strict-match, flexible-extract",
+        "1.000 (2/2, 95% CI 0.342..1.000)  has answer marker",
+    ]
 
 
 def test_a_published_rule_reads_the_text_as_it_is_and_stands_beside():
