@@ -29,6 +29,7 @@ from hub.peft import Reading
 from model import MoEConfig
 
 NEGLIGIBLE = 1e-5  # |dW| / |W|; a step of bfloat16 is 4e-3 of an entry
+UNUSABLE = ("unread", "not-finite", "empty")  # names of the faults for which an adapter is refused
 CLEARER = 2.0  # by how much the spread of one order must exceed that of the other
 
 
@@ -72,8 +73,11 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
         )
     held = {key: one for key, one in states.items() if one[1] != EMPTY}
     experts = [state for place, state in held.values() if place.part == EXPERTS]
-    if not experts:
-        parts = sorted({place.part for place, _ in held.values()}) or ["nothing"]
+    if not held:
+        means = "The model is the base. The training did not save what it trained, or trained nothing."
+        yield Finding("empty", "it adapts nothing: no pair differs from zero", means, "train again")
+    elif not experts:
+        parts = sorted({place.part for place, _ in held.values()})
         yield Finding(
             "no-expert-pair",
             f"no expert has a LoRA pair; the adapter has {len(held)} pairs, on {', '.join(parts)}",

@@ -47,7 +47,7 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         if not (Path(path) / "config.json").is_file():
             is_adapter = (Path(path) / "adapter_config.json").is_file()
-            what = "is a PEFT adapter; name its base model" if is_adapter else "want a Hugging Face checkpoint folder"
+            what = "is a PEFT adapter; name its base model" if is_adapter else "expected a checkpoint folder"
             raise InputError(f"model {str(path)!r}: it has no config.json; {what}")
         return Path(path)
     try:
@@ -113,12 +113,12 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
             if name not in wanted:
                 unexpected.append((name, part))
             elif name in found:
-                raise InputError(f"{file}: {name} is in {found[name].file.name} too; want every weight once")
+                raise InputError(f"{file}: {name} is in {found[name].file.name} too; expected every weight once")
             elif part.shape != tuple(wanted[name]):
-                raise InputError(f"{file}: {name} has shape {part.shape}, config.json wants {tuple(wanted[name])}")
+                raise InputError(f"{file}: {name} has shape {part.shape}, config.json implies {tuple(wanted[name])}")
             elif not isinstance(part.dtype, torch.dtype):
                 known = ", ".join(DTYPES)
-                raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Want one of {known}")
+                raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Expected one of {known}")
             else:
                 found[name] = part
     unexpected = [name for name, part in unexpected if not is_harmless(name, part, found)]
@@ -237,9 +237,9 @@ def instead_of_weights(folder: Path) -> str:
         return f"{unfinished[0]} is an unfinished download; download it again"
     if here:
         layout = "model.safetensors, or shards with an index, as transformers saves them"
-        return f"{here[0]} has another name, and perhaps another layout; want {layout}"
+        return f"{here[0]} has another name, and perhaps another layout; expected {layout}"
     if foreign:
-        return f"{foreign[0]} is not a safetensors file; want the original checkpoint in safetensors"
+        return f"{foreign[0]} is not a safetensors file; expected the original checkpoint in safetensors"
     return "the checkpoint is incomplete, or the hub has no safetensors of it; download it again, or convert it"
 
 

@@ -176,14 +176,14 @@ def read_numbers(hub: dict) -> dict:
     if heads % kv_heads or head_dim % 2:
         raise InputError(
             f"config.json: {heads} heads, {kv_heads} key-value heads of size {head_dim}; "
-            "want a whole number of heads for each key-value head, and an even size"
+            "expected a whole number of heads for each key-value head, and an even size"
         )
     E = integer(hub, next((key for key in family.num_experts if key in hub), family.num_experts[0]))
     num_dense = integer(hub, family.num_dense_layers, 0) if family.num_dense_layers else 0
     at_most(hub, "num_experts_per_tok", K, E)
     at_most(hub, family.num_dense_layers, num_dense, layers - 1)
     if layers * E > MOST_EXPERTS:
-        raise InputError(f"config.json: {layers} layers of {E} experts; want at most {MOST_EXPERTS:,} experts in all")
+        raise InputError(f"config.json: {layers} layers of {E} experts; expected at most {MOST_EXPERTS:,} in all")
     shared_size = integer(hub, family.num_shared, 0) * expert_size if family.num_shared else 0
     shared_size = integer(hub, family.shared_size, 0) if family.shared_size else shared_size
     windowed = family.sliding_window and hub.get("sliding_window") is not None
@@ -227,14 +227,14 @@ def integer(hub: dict, key: str, default: int | None = None, most: int = LARGEST
         raise InputError(f"config.json: {key} is missing")
     least = 1 if default is None or default else 0
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise InputError(f"config.json: {key} is {value!r:.40}; want a whole number from {least} to {most:,}")
+        raise InputError(f"config.json: {key} is {value!r:.40}; expected a whole number from {least} to {most:,}")
     return value
 
 
 def at_most(hub: dict, key: str, value: int, most: int) -> None:
     """Raise InputError for a number of config.json that exceeds what another one allows."""
     if value > most:
-        raise InputError(f"config.json: {key} {hub[key]} is too large; want at most {most}")
+        raise InputError(f"config.json: {key} {hub[key]} is too large; expected at most {most}")
 
 
 def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
@@ -247,7 +247,7 @@ def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
     for i in ids:
         is_integer = isinstance(i, int) and not isinstance(i, bool)
         if not is_integer or not (0 <= i < vocab_size or key == "eos_token_id"):
-            raise InputError(f"config.json: {key} is {value!r:.40}; want token ids from 0 to {vocab_size - 1}")
+            raise InputError(f"config.json: {key} is {value!r:.40}; expected token ids from 0 to {vocab_size - 1}")
     return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
@@ -286,7 +286,7 @@ def rope_values(hub: dict) -> dict:
             elif value != (only := ONLY.get(key, "default")) or isinstance(value, bool):
                 raise InputError(f"config.json: {name} {value!r:.40} is not implemented, only {only!r}")
             if found.setdefault(key, value) != value:
-                raise InputError(f"config.json: {source[key]} is {found[key]!r}, {name} is {value!r}; want one value")
+                raise InputError(f"config.json: {source[key]} is {found[key]!r}, {name} is {value!r}; they must agree")
             source.setdefault(key, name)
     return found
 
@@ -294,7 +294,7 @@ def rope_values(hub: dict) -> dict:
 def check_positive(name: str, value: object) -> None:
     """Raise InputError for a value of config.json that is not a positive number of a sensible size."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e12:
-        raise InputError(f"config.json: {name} is {value!r:.40}; want a positive number up to 1e12")
+        raise InputError(f"config.json: {name} is {value!r:.40}; expected a positive number up to 1e12")
 
 
 def check_values(hub: dict, family: Family) -> None:
@@ -315,7 +315,7 @@ def check_values(hub: dict, family: Family) -> None:
             raise InputError(f"config.json: {key} {value!r} is not implemented, only {only!r}")
     for key in ("norm_topk_prob", "tie_word_embeddings"):
         if hub.get(key) not in (None, True, False):
-            raise InputError(f"config.json: {key} is {hub[key]!r:.40}; want true or false")
+            raise InputError(f"config.json: {key} is {hub[key]!r:.40}; expected true or false")
     for key in (*NUMBERS, *MULTIPLIERS):
         if hub.get(key) is not None:
             check_positive(key, hub[key])

@@ -1,7 +1,8 @@
 """Adapter files of PEFT: written so that every loader takes them, and read back.
 
     write_peft(folder, adapter, shapes, target_modules, "allenai/OLMoE-1B-7B-0924")
-    adapter = read_peft(folder, family, num_experts, shapes)
+    reading = read_pairs(folder, family, num_experts, shapes)
+    adapter, remark = unified(reading)
 
 A matrix has here the key of its weight in the hub's checkpoint, without ".weight"; PEFT names LoRA pairs after these
 keys. Under transformers 4 each expert has matrices of its own. Under transformers 5 the experts of a layer are stacked,
@@ -26,9 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command.cli import InputError, note
+from command.cli import InputError
 from command.files import parse_json, read_json
-from hub.checkpoint import check_finite, converted
+from hub.checkpoint import converted
 from hub.config import Family
 
 Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; for DoRA also lora_m [out]
@@ -192,30 +193,13 @@ def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     return about, tensors
 
 
-def read_peft(folder: str | Path, family: Family, num_experts: int, shapes: Shapes) -> PeftAdapter:
-    """The LoRA or DoRA adapter of a folder in PEFT's format, without the pairs that are all zero.
-
-    Pairs of other ranks and scales become pairs of one rank and one alpha: `unified`. Raises InputError for a damaged
-    file, for a setting that changes what the factors mean, and for pairs that do not fit the model.
-    """
-    reading = read_pairs(folder, family, num_experts, shapes)
-    if reading.problems:
-        raise InputError(f"{folder}: {reading.problems[0]}")
-    for matrix, pair in reading.pairs.items():
-        for name, factor in pair.items():
-            check_finite(factor, f"{folder}: {matrix}.{name}")
-    adapter, remark = unified(reading.pairs, reading.scales, reading.kind == "dora")
-    if remark:
-        note(f"{folder}: {remark}")
-    return adapter
-
-
-def unified(pairs: dict[str, Factors], scales: dict[str, Fraction], dora: bool) -> tuple[PeftAdapter, str]:
+def unified(reading: Reading) -> tuple[PeftAdapter, str]:
     """The same function with one rank and one alpha.  -> the adapter, a remark on what changed, or ""
 
     The rank is the largest; smaller factors get rows and columns of zeros, which stay zero in training. The scale
-    alpha / r is the most frequent one; where it was another, B makes up for it.
+    alpha / r is the most frequent one; where it was another, B makes up for it. Pairs that are all zero are left out.
     """
+    dora, pairs, scales = reading.kind == "dora", reading.pairs, reading.scales
     if not dora:
         pairs = {matrix: pair for matrix, pair in pairs.items() if any(factor.any() for factor in pair.values())}
     if not pairs:

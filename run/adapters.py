@@ -9,7 +9,6 @@ Dimensions: L layers with experts, E experts per layer, r rank.
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,11 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command.cli import InputError
+from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
+from diagnosis.findings import UNUSABLE, of_pairs
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
 from hub.checkpoint import check_finite
-from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, read_peft
+from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
 from lora import init_A
 from lori import Scatter, positions_of, sparsify
@@ -74,7 +74,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
             state, r = pad(state, ranks), int(ranks.max())
             adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None, expert_rank=None)
     except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is missing; want the adapter/ folder of a run") from None
+        raise InputError(f"{error.filename} is missing; expected the adapter/ folder of a run") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
@@ -109,7 +109,7 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except (ValueError, KeyError) as error:
-        raise InputError(f"{path}: want a JSON list of expert ids for every layer ({error})") from None
+        raise InputError(f"{path}: expected a JSON list of expert ids for every layer ({error})") from None
     return mask
 
 
@@ -151,19 +151,19 @@ def fill_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tenso
 
 @torch.no_grad()
 def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | Path) -> None:
-    """Set the trained factors of an attached model, but where the state is NaN (`from_peft`).
+    """Set the trained factors of an attached model. A magnitude of DoRA that is not given stays the norm of W.
 
     Raises InputError, naming `source`, if one does not fit.
     """
     ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
     for name in sorted(ours.keys() ^ state.keys()):
-        raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
-    for name, parameter in ours.items():
-        if parameter.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model wants {tuple(parameter.shape)}"
+        if not (name in ours and name.endswith("lora_m")):
+            raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
+    for name, tensor in state.items():
+        if ours[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, expected {tuple(ours[name].shape)}"
             raise InputError(f"{source}: {name} is {shapes}")
-        absent = state[name].isnan()
-        fill(parameter, state[name].where(~absent, full_tensor(parameter).cpu()) if absent.any() else state[name])
+        fill(ours[name], tensor)
 
 
 # ------------------------------------------------------------------------------- matrix by matrix, and from PEFT
@@ -246,20 +246,20 @@ def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = 
     return Reading(adapter.kind, pairs, dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r))
 
 
-def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+def from_peft(stored: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
     """PEFT's adapter as `read_adapter` gives ours. An expert is hot if one of its matrices has a pair.
 
-    What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing. A magnitude of
-    DoRA that it lacks is NaN, for which `fill_factors` leaves the norm of W.
-    Raises InputError if it adapts nothing, or a matrix that no value of `targets` names.
+    What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing. A module whose
+    magnitudes DoRA lacks has none in the result, for which `fill_factors` leaves the norm of W. Raises InputError if
+    it adapts nothing, or a matrix that no value of `targets` names.
     """
     experts = [list(range(config.num_experts))] * len(config.moe_layers)
-    every = Adapter("lora", found.r, found.alpha, "shared", 0, experts)
+    every = Adapter("lora", stored.r, stored.alpha, "shared", 0, experts)
     names = {hub_key(m, config.family): m for matrices in adapted_matrices(every, config).values() for m in matrices}
-    if not found.pairs or found.pairs.keys() - names.keys():
-        what = ", ".join(sorted(found.pairs.keys() - names.keys())[:3]) or "nothing"
-        raise InputError(f"it adapts {what}; want {', '.join(adapted_paths(config, 'shared'))} or experts")
-    pairs = {names[key]: pair for key, pair in found.pairs.items()}
+    if not stored.pairs or stored.pairs.keys() - names.keys():
+        what = ", ".join(sorted(stored.pairs.keys() - names.keys())[:3]) or "nothing"
+        raise InputError(f"it adapts {what}; expected {', '.join(adapted_paths(config, 'shared'))} or experts")
+    pairs = {names[key]: pair for key, pair in stored.pairs.items()}
     hot, others = {layer: set() for layer in config.moe_layers}, set()
     for matrix in pairs:
         _, layer, path = matrix.split(".", 2)
@@ -269,27 +269,43 @@ def from_peft(found: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str,
             others.add(path)
     fitting = [name for name, paths in TARGETS.items() if others <= set(paths)]
     targets = min(fitting, key=lambda name: len(TARGETS[name]))
-    kind = "dora" if found.dora else "lora"
+    kind = "dora" if stored.dora else "lora"
     adapter = replace(every, kind=kind, targets=targets, hot=[sorted(ids) for ids in hot.values()])
     shapes, state = hub_shapes(config), {}
     for module, matrices in adapted_matrices(adapter, config).items():
         fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
-        absent = {"lora_A": torch.zeros(found.r, fan_in), "lora_B": torch.zeros(fan_out, found.r)}
-        absent |= {"lora_m": torch.full((fan_out,), math.nan)} if found.dora else {}
-        for factor in absent:
-            parts = [pairs.get(matrix, absent)[factor] for matrix in matrices]
+        zeros = {"lora_A": torch.zeros(stored.r, fan_in), "lora_B": torch.zeros(fan_out, stored.r)}
+        lacking = [matrix for matrix in matrices if matrix not in pairs]
+        if stored.dora and not lacking:
+            zeros["lora_m"] = torch.zeros(fan_out)
+        elif stored.dora and len(lacking) < len(matrices):
+            raise InputError(
+                f"DoRA adapts {module.rpartition('.')[2]} of some experts but not {lacking[0]}; expected all"
+            )
+        for factor in zeros:
+            parts = [pairs.get(matrix, zeros)[factor] for matrix in matrices]
             state[f"{module}.{factor}"] = parts[0] if matrices == [module] else torch.stack(parts)
     return adapter, state
 
 
 def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
-    """The adapter in a folder: a run's, ours (adapter.json), or one that PEFT saved (adapter_config.json)."""
+    """The adapter in a folder: a run's, ours (adapter.json), or one that PEFT saved (adapter_config.json).
+
+    Raises InputError for what `export.py check` finds unusable; that the experts did not train is noted.
+    """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         return read_adapter(folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder)
-    found = read_peft(folder, config.family, config.num_experts, hub_shapes(config))
+    reading = read_loosely(folder, config)
+    for finding in of_pairs(reading, config):
+        if finding.name in UNUSABLE:
+            raise InputError(f"{folder}: {finding.what}")
+        note(f"{folder}: {finding.what}. {finding.means}")
+    stored, remark = unified(reading)
+    if remark:
+        note(f"{folder}: {remark}")
     try:
-        return from_peft(found, config)
+        return from_peft(stored, config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
 
@@ -311,5 +327,5 @@ def read_start(folder: str, config: MoEConfig, kind: str, seed: int) -> tuple[Ad
     if kind == "lori" and adapter.seed != seed:
         raise InputError(f"{given} has its A from --seed {adapter.seed}; give the same")
     if any(name.endswith("positions") for name in state):
-        raise InputError(f"{given} holds only a tenth of B (LoRI-S); want a dense adapter")
+        raise InputError(f"{given} holds only a tenth of B (LoRI-S); expected a dense adapter")
     return adapter, state

@@ -382,7 +382,7 @@ train --model config-nan                             | rms_norm_eps is nan | pos
 train --model config-pad                             | pad_token_id is 1000000
 train --model config-rope-kinds                      | rope_parameters | full_attention
 train --model config-layer-types                     | layer_types
-train --model config-other                           | shape | config.json wants
+train --model config-other                           | shape | config.json implies
 train --model config-causal                          | is_causal False is not implemented
 train --model config-scaling                         | logits_scaling 8 is not implemented
 train --model config-unknown                         | mup False, other_scale 0 | --ignore-config-keys mup,other_scale

@@ -224,6 +224,7 @@ def a_stray_tensor(state: dict) -> None:
 FAULTY: dict[str, Callable] = {  # the name of a fault -> how an adapter that has it is written
     "not-finite": in_file(lambda state: next(iter(state.values())).fill_(torch.nan)),
     "no-expert-pair": in_file(lambda state: [state.pop(name) for name in list(state) if ".experts." in name]),
+    "empty": zero(""),
     "unmoved": zero_experts("lora_B"),
     "unread": in_file(renamed),
     "stacks-unmoved": zero_experts("lora_B", "layers.2.", "down_proj"),
@@ -279,6 +280,26 @@ def test_pairs_that_did_not_move_are_a_fault_if_their_experts_receive_many_token
     assert with_counts([10, 10, 60, 10, 10, 10, 10]) == (3, {"some-unmoved": True, "router-trained": False})
     assert with_counts([20, 20, 0, 20, 20, 20, 20]) == (0, {"some-unmoved": False, "router-trained": False})
     assert check(base, folder) == (0, {"some-unmoved": False, "router-trained": False})
+
+
+@pytest.mark.parametrize(
+    "fault, is_refused",
+    [("not-finite", True), ("unread", True), ("empty", True), ("no-expert-pair", False), ("unmoved", False)],
+)
+def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_check(
+    fault, is_refused, base, tmp_path, capsys
+):
+    folder = FAULTY[fault](base, tmp_path / "adapter", factors_of(base, list(range(7))))
+    check(base, folder)
+    printed = capsys.readouterr().out
+    if is_refused:
+        with pytest.raises(InputError) as error:
+            load_any_adapter(load_model(base), folder)
+        words = str(error.value).removeprefix(f"{folder}: ")
+    else:
+        load_any_adapter(load_model(base), folder)
+        words = capsys.readouterr().err.removeprefix(f"{folder}: ").split(". ")[0]
+    assert f"FAULT: {words}\n" in printed
 
 
 def test_a_frozen_router_is_said_and_is_no_fault(base, tmp_path):

@@ -491,7 +491,7 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_half_written(run, tmp_path,
     [
         (lambda state: state.pop("layers.1.mlp.gate.lora_A"), "layers.1.mlp.gate.lora_A is missing"),
         (lambda state: state.update({"layers.7.mlp.gate.lora_A": torch.ones(2)}), "layers.7.mlp.gate.lora_A is unex"),
-        (lambda state: state.update({"layers.1.mlp.gate.lora_A": torch.ones(2)}), r"of shape \(2,\), want \(5, 48\)"),
+        (lambda state: state.update({"layers.1.mlp.gate.lora_A": torch.ones(2)}), r"of shape \(2,\), expected \(5, 48\)"),
     ],
 )
 def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, olmoe, tmp_path):
