@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ from hub.checkpoint import (
     write_checkpoint,
 )
 from hub.config import IGNORE_HELP, ignore_keys
-from hub.peft import Factors, PeftAdapter, Reading, Shapes, peft_bytes, write_peft
+from hub.peft import Factors, Reading, Shapes, peft_bytes, unified, write_peft
 from hub.tokenizer import write_stop_ids
 from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
 from model import MoEConfig, MoETransformer, read_config
@@ -171,22 +172,23 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an adapter, given by matrix, for PEFT: a pair for every expert, or for the hot ones if `compact`."""
+    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
+    scales = dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r)
+    stored, _ = unified(Reading(adapter.kind, pairs, scales))  # one rank for experts and other modules
     shapes = peft_shapes(adapter, config, compact)
-    dora = adapter.kind == "dora"
-    size = peft_bytes(adapter.r, shapes, dtype, dora)
-    small = peft_bytes(adapter.r, peft_shapes(adapter, config, compact=True), dtype, dora)
+    size = peft_bytes(stored.r, shapes, dtype, stored.dora)
+    small = peft_bytes(stored.r, peft_shapes(adapter, config, compact=True), dtype, stored.dora)
     what = "hot experts alone" if compact else f"zeros for cold experts included (--compact: {small:,})"
     say(f"adapter for PEFT: {size:,} bytes, {what}")
-    if config.family.peft != "5" or dora:
-        what = "DoRA" if dora else "adapters"
+    if config.family.peft != "5" or stored.dora:
+        what = "DoRA" if stored.dora else "adapters"
         say(f"PEFT loads {what} of {config.model_type} under transformers 4 only; for 5 use --to merged")
     check_space(out, size)
-    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
     # Full names of MLPs if compact: with a pattern, transformers 5 would silently make a model without the experts.
     targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets] if path not in SHARED]
     mlps = [key for key in pairs if ".experts." in key or ".shared_expert" in key]
     targets += mlps if compact else config.family.projections
-    write_peft(out, PeftAdapter(adapter.r, adapter.alpha, pairs, dora), shapes, targets, base_name, dtype)
+    write_peft(out, stored, shapes, targets, base_name, dtype)
 
 
 # -------------------------------------------------------------------------------------------------- the command

@@ -194,7 +194,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
     """
     adapter, state = read_adapter(folder)
     hot_mask(adapter.hot, config)
-    shapes, r, digest = hub_shapes(config), adapter.r, hashlib.sha256()
+    shapes, digest = hub_shapes(config), hashlib.sha256()
     by_matrix: dict[str, Factors] = {}
     is_sparse = any(name.endswith("positions") for name in state)
 
@@ -207,6 +207,7 @@ def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[s
 
     for module, matrices in sorted(adapted_matrices(adapter, config).items()):
         fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
+        r = adapter.rank_of(module)
         n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
         if adapter.kind == "lori":
             A = torch.empty(*n, r, fan_in)

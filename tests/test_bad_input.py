@@ -355,7 +355,7 @@ train --method hellori-d --init-adapter lori --seed 1 | --seed 0
 train --init-adapter run-layers                      | 5 layers | 4 layers of 64
 train --init-adapter run-experts                     | expert 64 | 64 experts
 train --init-adapter run-k --sample 0.001            | (3, | (2,
-train --init-adapter run-rank --sample 0.001         | (8,
+train --init-adapter run-rank --sample 0.001         | (3, 8, 48)
 train --init-adapter run-flip                        | run-flip/adapter | sha256
 train --init-adapter peft-dora                       | lora_m
 train --init-adapter peft-other                      | another model or rank

@@ -150,7 +150,7 @@ ELSEWHERE = {
     "a subfolder of the index": (weights("weights/a.safetensors", INDEX), "subfolder .weights/a.safetensors.*move"),
     "shards without an index": (weights("model-00001-of-00002.safetensors"), f"without {INDEX}; download that too"),
     "a pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "pointer.*git lfs pull"),
-    "Mistral's own layout": (weights("consolidated.safetensors"), "consolidated.safetensors has another name.*expected"),
+    "Mistral's own layout": (weights("consolidated.safetensors"), "has another name.*expected"),
     "an unfinished download": (weights("model.safetensors.part"), "model.safetensors.part is an unfinished download"),
     "nowhere": (lambda folder: (folder / "model.safetensors").unlink(), "incomplete"),
 }

@@ -63,7 +63,7 @@ def make_run(base: Path, run: Path, kind: str = "lora", targets: str = "all", dt
     hot = adapters.hot_mask(HOT[model.config.model_type], model.config)
     settings = {"kind": kind.removesuffix("-s").removeprefix("dr-"), "targets": targets, "seed": SEED}
     if kind == "dr-lora":
-        hot, settings["r_max"] = torch.ones_like(hot), 2 * R
+        hot, settings["expert_rank"] = torch.ones_like(hot), 2 * R
     hellora.attach(model, hot, R, ALPHA, **settings)
     randomise(model)
     if kind == "lori-s":
@@ -322,13 +322,16 @@ def native_peft(base: Path, out: Path, **settings) -> peft.PeftModel:
 @pytest.mark.parametrize(
     "settings, targets",
     [
-        ({"target_modules": ["q_proj", "v_proj"]}, "all"),  # no expert; k, o and router stay as they are
+        ({"target_modules": ["q_proj", "v_proj"]}, "attention"),  # no expert; k, o and router stay as they are
         ({"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "pure"),
         ({"target_modules": ["o_proj"], "layers_to_transform": [2], "target_parameters": ["gate.weight"]}, "all"),
         ({"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]}, "gate"),
         ({"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}, "pure"),  # saved under the name of down
         ({"target_modules": [], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}, "pure"),
-        ({"target_modules": ["q_proj"], "rank_pattern": {"q_proj": R, "up_proj": R}, "alpha_pattern": {"k": 9}}, "all"),
+        (
+            {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": R, "up_proj": R}, "alpha_pattern": {"k": 9}},
+            "attention",
+        ),
     ],
 )
 @pytest.mark.parametrize("family", [family for family in LOADABLE if family in PEFT])
@@ -491,7 +494,7 @@ def test_a_full_disk_ends_in_one_line_and_nothing_is_half_written(run, tmp_path,
     [
         (lambda state: state.pop("layers.1.mlp.gate.lora_A"), "layers.1.mlp.gate.lora_A is missing"),
         (lambda state: state.update({"layers.7.mlp.gate.lora_A": torch.ones(2)}), "layers.7.mlp.gate.lora_A is unex"),
-        (lambda state: state.update({"layers.1.mlp.gate.lora_A": torch.ones(2)}), r"of shape \(2,\), expected \(5, 48\)"),
+        (lambda state: state.update({"layers.1.mlp.gate.lora_A": torch.ones(2)}), r"expected \(5, 48\)"),
     ],
 )
 def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, olmoe, tmp_path):
@@ -525,5 +528,5 @@ def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_ten
     name = "base_model.model.model.layers.3.mlp.experts.5.down_proj.lora_B.weight"
     state[name][0, 0] = -math.inf
     save_file(state, out / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(InputError, match="hold NaN or infinity, the first model.layers.3.mlp.experts.5.down_proj"):
         read_any_adapter(out, read_config(olmoe.folder))

@@ -180,7 +180,13 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
         "prompt\tcompletion\na\tb\n",
         ["it begins with 'prompt", "csv if its name says so"],
     ),
-    "spreadsheet": ("gsm8k", "train", "a.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x8f\xff", ["line 1", "not text encoded in UTF-8"]),
+    "spreadsheet": (
+        "gsm8k",
+        "train",
+        "a.xlsx",
+        b"PK\x03\x04\x14\x00\x06\x00\x8f\xff",
+        ["line 1", "not text encoded in UTF-8"],
+    ),
     "pointer": (
         "gsm8k",
         "train",
