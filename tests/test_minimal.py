@@ -18,6 +18,10 @@ from model import load_model
 from scoring import gsm8k
 from tiny import tasks
 
+sys.path.insert(0, str(minimal.ROOT / "tests/vectors"))
+
+import ours  # noqa: E402
+
 STEPS = 10
 
 
@@ -41,23 +45,8 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def merged(trained):
     """The model of this project with the pairs that minimal.py has trained, merged by hellora.merge."""
-    model = load_model("tiny")
-    mask = torch.zeros(minimal.L, minimal.E, dtype=torch.bool)
-    for layer, ids in enumerate(trained.hot):
-        mask[layer, ids] = True
-    hellora.attach(model, mask, minimal.r, minimal.alpha)
-    with torch.no_grad():
-        for name, (A, B) in trained.pairs.items():
-            path, _, matrix = name.rpartition(".")
-            experts, _, e = path.rpartition(".")
-            if e.isdigit():
-                experts = model.get_submodule(experts)
-                place, pair = experts.expert_ids.index(int(e)), experts.lora[matrix]
-                pair.lora_A[place], pair.lora_B[place] = A, B
-            else:
-                pair = model.get_submodule(name)
-                pair.lora_A.copy_(A)
-                pair.lora_B.copy_(B)
+    factors = {name: {"A": A.detach().numpy(), "B": B.detach().numpy()} for name, (A, B) in trained.pairs.items()}
+    model = ours.adapted_model("tiny", factors, minimal.alpha)
     hellora.merge(model)
     return model
 

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -237,6 +238,20 @@ def test_a_wrong_port_ends_with_status_1_and_names_the_case_and_the_array(tmp_pa
     assert "pass_at_k        2 passed, 4 FAILED" in out and "2 of 5 pass, k 3: the result is off by" in out
     assert "renormalised: selected_experts is missing; weights is off by" in out
     assert "linear           not offered" in out
+
+
+def test_modules_of_a_port_may_have_the_names_of_ours(tmp_path):
+    """The port imports its own, and the usual mistakes are still ours."""
+    (tmp_path / "model.py").write_text("FACTOR = 3\n")
+    (tmp_path / "port.py").write_text(
+        "import profile\n\nimport torch\n\nfrom model import FACTOR\n\n"
+        "torch.optim.AdamW([torch.zeros(1)])\n\n\ndef merge(W, factors, alpha):\n"
+        "    assert FACTOR == 3 and hasattr(profile, 'Profile')\n    return alpha * factors['B'] @ factors['A'] + W\n"
+    )
+    command = [sys.executable, VECTORS / "check.py", "--module", "port.py"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (1, "error: 2 cases failed\n")
+    assert "This looks like: the scale is alpha, not alpha / r." in ran.stdout
 
 
 @pytest.mark.parametrize("module", ["no_such_port", "json", "sys", "examples/no_such_file.py"])

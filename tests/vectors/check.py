@@ -72,9 +72,10 @@ from typing import Any
 import numpy as np
 
 VECTORS = Path(__file__).resolve().parent
-sys.path[:0] = [str(VECTORS.parent.parent), str(VECTORS)]  # the repository; ours.py and mistakes.py
+sys.path.append(str(VECTORS.parent.parent))  # at the end: the modules of a port come before those of this project
 
 import whole_model  # noqa: E402
+from whole_model import our_module  # noqa: E402
 
 from command.cli import InputError, RunError, flag, number, parse, run, say  # noqa: E402
 
@@ -213,24 +214,19 @@ def check_function(module: ModuleType, name: str, tolerance: float = 1e-5) -> Ve
         returned = returned or got is not None
     if verdict.failures and not returned:
         verdict.failures = (UNWRITTEN,)
-    verdict.looks_like = tuple(likely_mistakes(name, wrong_results, tolerance))
+    if returned and wrong_results:
+        verdict.looks_like = tuple(likely_mistakes(name, wrong_results, tolerance))
     return verdict
 
 
 def likely_mistakes(name: str, wrong_results: list[tuple[dict, Any]], tolerance: float) -> Iterator[str]:
     """The mistakes that give the same results in all cases that failed."""
-    from mistakes import FUNCTIONS  # not earlier: a check of right results does not need this project's own code
-
-    for function, mistake, wrong in FUNCTIONS:
-        if (
-            wrong_results
-            and function == name
-            and all(
-                error <= max(tolerance, 1e-5)
-                for case, got in wrong_results
-                for _, error in errors(got, plain(wrong(**as_arrays(case["inputs"]))))
-            )
-        ):
+    of_function = [
+        (mistake, wrong) for function, mistake, wrong in our_module("mistakes").FUNCTIONS if function == name
+    ]
+    for mistake, wrong in of_function:
+        mistaken = ((got, plain(wrong(**as_arrays(case["inputs"])))) for case, got in wrong_results)
+        if all(error <= max(tolerance, 1e-5) for got, same in mistaken for _, error in errors(got, same)):
             yield mistake
 
 
@@ -259,8 +255,9 @@ def load(name: str, flag_name: str) -> ModuleType:
         return module
     if not all(part.isidentifier() for part in name.split(".")) or path.suffix == ".py":
         raise InputError(f"{flag_name} {name}: expected a file.py that exists, or a dotted name such as my_port.layer")
-    if name != "ours":
-        sys.path.insert(0, "")
+    if name == "ours":
+        return our_module(name)
+    sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
     except ImportError as error:

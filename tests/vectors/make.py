@@ -1,9 +1,8 @@
 """Write the test vectors beside this file: `python tests/vectors/make.py`.
 
-Nothing here imports the code under test. Every expected output comes from a formula that is written out on single
-numbers, in plain Python and float64. Gradients come from differentiate.py, which applies the chain rule to each
-operation. A formula therefore stands here once, as its source writes it, and no backward pass is derived by hand. The
-docstring of each writer names its source. Inputs are short decimals. Outputs have the digits that identify a float64.
+Nothing here imports the code under test. Every expected output comes from a formula that is written out as its source
+has it, in float64, one expert and one token after the other. Gradients are autograd's. The docstring of each writer
+names its source. Inputs are short decimals. Outputs have the digits that identify a float64.
 
 Dimensions: L layers, E experts per layer, K experts per token, T tokens, D hidden_size, F intermediate_size, r rank,
 V vocabulary.
@@ -17,8 +16,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-from differentiate import Number, backward, constant, each, exp, flat, gradients, log, values
+import numpy as np
+import torch
+import torch.nn.functional as F
 from make_scoring import gsm8k_verdict, pass_at_k, refuses
+from torch import Tensor
 
 HERE = Path(__file__).parent
 
@@ -28,6 +30,31 @@ def draw(rng: random.Random, *shape: int, scale: float = 1.0):
     if not shape:
         return round(rng.uniform(-scale, scale), 3)
     return [draw(rng, *shape[1:], scale=scale) for _ in range(shape[0])]
+
+
+def leaves(value):
+    """Lists of floats as tensors that get a gradient; positions are none."""
+    if isinstance(value, dict):
+        return {name: part if name == "positions" else leaves(part) for name, part in value.items()}
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def lists(value):
+    """Tensors as nested lists."""
+    if isinstance(value, dict):
+        return {name: lists(part) for name, part in value.items()}
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def gradients(factors: dict) -> dict:
+    """Of what trains in a pair, or in the pairs of several matrices: all but LoRI's A."""
+    if "A" not in factors:
+        return {name: gradients(pair) for name, pair in factors.items()}
+    names = ["B"] if "positions" in factors else factors
+    # Autograd gives None for a stack of experts without a token, which is a gradient of zero.
+    return {
+        name: torch.zeros_like(factors[name]) if factors[name].grad is None else factors[name].grad for name in names
+    }
 
 
 # ------------------------------------------------------------------------------------------- which experts
@@ -41,7 +68,7 @@ def by_score(scores: list, hottest_first: bool = True) -> list[int]:
 def chosen(policy: str, scores: list, num_hot: int | None, coverage: float | None, seed: int) -> list[list[bool]]:
     """bool [L][E], in exact arithmetic."""
     L, E = len(scores), len(scores[0])
-    exact = each(lambda x: Fraction(str(x)), scores)
+    exact = [[Fraction(str(x)) for x in row] for row in scores]
     if policy == "all":
         ids = [range(E)] * L
     elif policy in ("hot", "cold"):
@@ -92,44 +119,10 @@ def select_experts() -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------- the random stream
 
 
-def seed_words(entropy: list[int]) -> list[int]:
-    """Eight 32-bit words of numpy's SeedSequence (O'Neill's seed_seq_fe, pool of four words)."""
-    mask = 2**32 - 1
-    factor = 0x43B0D7E5
-
-    def hashed(value: int, multiplier: int) -> int:
-        nonlocal factor
-        value ^= factor
-        factor = factor * multiplier & mask
-        value = value * factor & mask
-        return value ^ value >> 16
-
-    def mixed(x: int, y: int) -> int:
-        value = (0xCA01F9DD * x - 0x4973F715 * y) & mask
-        return value ^ value >> 16
-
-    pool = [hashed(word, 0x931E8875) for word in (entropy + [0] * 4)[:4]]
-    for source in range(4):
-        for target in range(4):
-            if source != target:
-                pool[target] = mixed(pool[target], hashed(pool[source], 0x931E8875))
-    factor = 0x8B51F9DD
-    return [hashed(pool[i % 4], 0x58F38DED) for i in range(8)]
-
-
 def uniform(seed: int, name: str, size: int) -> list[float]:
-    """(w >> 40) / 2^24 for the words w of PCG64 (O'Neill 2014, XSL-RR 128/64), seeded by [seed, crc32(name)]."""
-    words = seed_words([seed, zlib.crc32(name.encode())])
-    state, stream = ((words[i] | words[i + 1] << 32) << 64 | words[i + 2] | words[i + 3] << 32 for i in (0, 4))
-    multiplier, mask, increment = 0x2360ED051FC65DA44385DF649FCCF645, 2**128 - 1, (stream << 1 | 1) & (2**128 - 1)
-    state = ((increment + state) * multiplier + increment) & mask
-    found = []
-    for _ in range(size):
-        state = (state * multiplier + increment) & mask
-        low, turn = (state >> 64 ^ state) & (2**64 - 1), state >> 122
-        word = (low >> turn | low << (-turn % 64)) & (2**64 - 1)
-        found.append((word >> 40) / 2**24)
-    return found
+    """(w >> 40) / 2^24 for the 64-bit words w of numpy's PCG64, seeded by SeedSequence([seed, crc32(name)])."""
+    words = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())])).random_raw(size)
+    return [(word >> 40) / 2**24 for word in words.tolist()]
 
 
 def init_A() -> Iterator[tuple]:
@@ -143,36 +136,6 @@ def init_A() -> Iterator[tuple]:
 # ------------------------------------------------------------------------------------------- factor pairs, experts
 
 
-def adapted(kind: str, W: list, factors: dict, alpha: float) -> list:
-    """The weight that a pair makes of W.  [out, in]
-
-    W + (alpha / r) B A (LoRA, section 4.1; HELLoRA, eq. 3). LoRI: B is zero but for the entries kept (section 3.2).
-    DoRA: m (W + (alpha / r) B A) / |.| with a norm per row (eq. 5) that is a constant for the gradient (section 4.3).
-    """
-    A, B, r = factors["A"], factors["B"], len(factors["A"])
-    if kind == "lori":
-        kept = dict(zip(factors["positions"], B, strict=True))
-        B = [[kept.get(i * r + k, constant(0)) for k in range(r)] for i in range(len(W))]
-    merged = [
-        [W[i][j] + alpha / r * sum(B[i][k] * A[k][j] for k in range(r)) for j in range(len(W[0]))]
-        for i in range(len(W))
-    ]
-    if kind == "dora":
-        norms = [math.sqrt(sum(entry.value**2 for entry in row)) for row in merged]
-        merged = [[m * entry / norm for entry in row] for m, row, norm in zip(factors["m"], merged, norms, strict=True)]
-    return merged
-
-
-def product(W: list, x: list) -> list:
-    return [sum(w * x_j for w, x_j in zip(row, x, strict=True)) for row in W]
-
-
-def swiglu(W: dict, x: list) -> list:
-    """down(silu(gate x) * up x) (Shazeer 2020), silu(z) = z / (1 + exp(-z))."""
-    gate, up = product(W["gate_proj"], x), product(W["up_proj"], x)
-    return product(W["down_proj"], [g / (1 + exp(-g)) * u for g, u in zip(gate, up, strict=True)])
-
-
 def draw_pair(rng: random.Random, kind: str, W: list, r: int) -> dict:
     pair = {"A": draw(rng, r, len(W[0])), "B": draw(rng, len(W), r, scale=0.5)}
     if kind == "dora":
@@ -183,19 +146,23 @@ def draw_pair(rng: random.Random, kind: str, W: list, r: int) -> dict:
     return pair
 
 
-def numbers(factors: dict) -> dict:
-    """The factors as Numbers. Positions are none."""
-    if "A" not in factors:
-        return {name: numbers(pair) for name, pair in factors.items()}
-    return {name: part if name == "positions" else each(constant, part) for name, part in factors.items()}
+def adapted(kind: str, W: Tensor, factors: dict, alpha: float) -> Tensor:
+    """The weight that a pair makes of W.  [out, in]
+
+    W + (alpha / r) B A (LoRA, section 4.1; HELLoRA, eq. 3). LoRI: B is zero but for the entries kept (section 3.2).
+    DoRA: m (W + (alpha / r) B A) / |.| with a norm per row (eq. 5) that is a constant for the gradient (section 4.3).
+    """
+    A, B, r = factors["A"], factors["B"], len(factors["A"])
+    if kind == "lori":
+        B = B.new_zeros(len(W) * r).index_put((torch.tensor(factors["positions"]),), B).view(-1, r)
+    merged = W + alpha / r * B @ A
+    return factors["m"][:, None] * merged / merged.detach().norm(dim=1, keepdim=True) if kind == "dora" else merged
 
 
-def trained(kind: str, factors: dict) -> dict:
-    """Gradients of what trains in a pair, or in the pairs of several matrices."""
-    if "A" not in factors:
-        return {name: trained(kind, pair) for name, pair in factors.items()}
-    names = {"lora": ("A", "B"), "dora": ("A", "B", "m"), "lori": ("B",)}[kind]
-    return {name: gradients(factors[name]) for name in names}
+def swiglu(W: dict, x: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) (Shazeer 2020), silu(z) = z / (1 + exp(-z)).  [.., D] -> [.., D]"""
+    gate, up = x @ W["gate_proj"].T, x @ W["up_proj"].T
+    return (gate / (1 + torch.exp(-gate)) * up) @ W["down_proj"].T
 
 
 def linear() -> Iterator[tuple]:
@@ -209,12 +176,10 @@ def linear() -> Iterator[tuple]:
         factors, bias = draw_pair(rng, kind, W, 3), draw(rng, 5) if with_bias else None
         inputs = {"kind": kind, "x": draw(rng, 6, 4), "W": W, "bias": bias, "factors": factors, "alpha": 7.0}
         inputs["grad_y"] = draw(rng, 6, 5)
-        x, pair = each(constant, inputs["x"]), numbers(factors)
-        merged = adapted(kind, each(constant, W), pair, 7.0)
-        y = [[z + b for z, b in zip(product(merged, row), bias or [0] * 5, strict=True)] for row in x]
-        backward(y, inputs["grad_y"])
-        outputs = {"y": values(y), "x": gradients(x), "factors": trained(kind, pair)}
-        yield f"{kind}{', bias' if with_bias else ''}", inputs, outputs
+        x, pair = leaves(inputs["x"]), leaves(factors)
+        y = x @ adapted(kind, leaves(W), pair, 7.0).T + (leaves(bias) if with_bias else 0)
+        y.backward(leaves(inputs["grad_y"]))
+        yield f"{kind}{', bias' if with_bias else ''}", inputs, {"y": y, "x": x.grad, "factors": gradients(pair)}
 
 
 def draw_expert(rng: random.Random, D: int, F: int) -> dict:
@@ -229,30 +194,22 @@ def expert() -> Iterator[tuple]:
         factors = {name: draw_pair(rng, kind, matrix, 3) for name, matrix in W.items()}
         inputs = {"kind": kind, "x": draw(rng, 6, 5), "W": W, "factors": factors, "alpha": 7.0}
         inputs["grad_y"] = draw(rng, 6, 5)
-        x, pairs = each(constant, inputs["x"]), numbers(factors)
-        merged = {name: adapted(kind, each(constant, matrix), pairs[name], 7.0) for name, matrix in W.items()}
-        y = [swiglu(merged, row) for row in x]
-        backward(y, inputs["grad_y"])
-        yield kind, inputs, {"y": values(y), "x": gradients(x), "factors": trained(kind, pairs)}
+        x, pairs = leaves(inputs["x"]), leaves(factors)
+        y = swiglu({name: adapted(kind, matrix, pairs[name], 7.0) for name, matrix in leaves(W).items()}, x)
+        y.backward(leaves(inputs["grad_y"]))
+        yield kind, inputs, {"y": y, "x": x.grad, "factors": gradients(pairs)}
 
 
 # ------------------------------------------------------------------------------------------- routing, the layer
 
 
-def softmax(z: list[Number]) -> list[Number]:
-    powers = [exp(each_z) for each_z in z]
-    total = sum(powers)
-    return [power / total for power in powers]
-
-
-def routed(logits: list[Number], K: int, renormalise: bool) -> tuple[list[int], list[Number]]:
-    """Softmax over all experts, the K largest, divided by their sum if the config says norm_topk_prob."""
-    order = by_score([z.value for z in logits])
-    gaps = [logits[a].value - logits[b].value for a, b in zip(order[:K], order[1:], strict=False)]
-    assert min(gaps) > 0.01, gaps  # no near tie: float32 must choose the same experts
-    p, ids = softmax(logits), order[:K]
-    total = sum(p[e] for e in ids) if renormalise else 1.0
-    return ids, [p[e] / total for e in ids]
+def routed(logits: Tensor, K: int, renormalise: bool) -> tuple[list[int], Tensor]:
+    """Softmax over all experts, the K largest, divided by their sum if the config says norm_topk_prob.  logits [E]"""
+    order = by_score(logits.tolist())
+    gaps = logits[order[:K]] - logits[order[1 : K + 1]]
+    assert gaps.min() > 0.01, gaps  # no near tie: float32 must choose the same experts
+    weights = logits.softmax(0)[order[:K]]
+    return order[:K], weights / weights.sum() if renormalise else weights
 
 
 def route() -> Iterator[tuple]:
@@ -264,16 +221,15 @@ def route() -> Iterator[tuple]:
     wide = [[round(20 * z, 2) for z in row] for row in logits]
     for renormalise in (False, True):
         for name, rows in (("", logits), (", large logits", wide)):
-            found = [routed([constant(z) for z in row], 3, renormalise) for row in rows]
+            ids, weights = zip(*(routed(leaves(row), 3, renormalise) for row in rows), strict=True)
             inputs = {"router_logits": rows, "top_k": 3, "norm_topk_prob": renormalise, "topk_before_softmax": False}
-            outputs = {"selected_experts": [ids for ids, _ in found], "weights": [values(w) for _, w in found]}
+            outputs = {"selected_experts": list(ids), "weights": torch.stack(weights)}
             yield f"{'' if renormalise else 'not '}renormalised{name}", inputs, outputs
     # The softmax over all experts is 0 for all but one of them in float32.
     rows = [[-60.0, -75.5, -50.25, -40.5, -80.0, 71.0, -65.25]]
     ids = by_score(rows[0])[:3]
-    weights = values(softmax([constant(rows[0][e]) for e in ids]))
     inputs = {"router_logits": rows, "top_k": 3, "norm_topk_prob": False, "topk_before_softmax": True}
-    yield "top-k before softmax", inputs, {"selected_experts": [ids], "weights": [weights]}
+    yield "top-k before softmax", inputs, {"selected_experts": [ids], "weights": leaves(rows)[:, ids].softmax(-1)}
 
 
 def count_experts() -> Iterator[tuple]:
@@ -295,8 +251,8 @@ def merge() -> Iterator[tuple]:
         rng = random.Random(f"merge {alpha}")
         W = draw(rng, 3, 4)
         factors = draw_pair(rng, "lora", W, 3)
-        merged = adapted("lora", each(constant, W), numbers(factors), alpha)
-        yield f"alpha {alpha:g}", {"W": W, "factors": factors, "alpha": alpha}, values(merged)
+        merged = adapted("lora", leaves(W), leaves(factors), alpha)
+        yield f"alpha {alpha:g}", {"W": W, "factors": factors, "alpha": alpha}, merged
 
 
 def moe_layer() -> Iterator[tuple]:
@@ -315,31 +271,27 @@ def layer_case(name: str, seed: int, sizes: tuple, hot: list[int], K: int, renor
     W = {"gate_proj": draw(rng, E, F, D), "up_proj": draw(rng, E, F, D), "down_proj": draw(rng, E, D, F)}
     router = draw(rng, E, D)
     pairs = {key: [draw_pair(rng, "lora", W[key][e], r) for e in hot] for key in W}
-    factors = {key: {part: [pair[part] for pair in found] for part in "AB"} for key, found in pairs.items()}
+    factors = {key: {part: [pair[part] for pair in stack] for part in "AB"} for key, stack in pairs.items()}
     factors["router"] = draw_pair(rng, "lora", router, r)
     inputs = {"x": draw(rng, T, D), "router": router, "W": W, "hot": hot, "factors": factors, "alpha": alpha}
     inputs |= {"top_k": K, "norm_topk_prob": renormalise, "grad_y": draw(rng, T, D)}
 
-    x, of = each(constant, inputs["x"]), numbers(factors)
-    gate = adapted("lora", each(constant, router), of["router"], alpha)
-    experts = []
-    for e in range(E):
-        weights = {key: each(constant, stack[e]) for key, stack in W.items()}
-        if e in hot:
-            i = hot.index(e)
-            own = {key: {part: of[key][part][i] for part in "AB"} for key in W}
-            weights = {key: adapted("lora", weights[key], own[key], alpha) for key in W}
-        experts.append(weights)
+    x, trained = leaves(inputs["x"]), leaves(factors)
+    experts = [{key: stack[e] for key, stack in leaves(W).items()} for e in range(E)]
+    for i, e in enumerate(hot):
+        for key in W:
+            pair = {part: trained[key][part][i] for part in "AB"}
+            experts[e][key] = adapted("lora", experts[e][key], pair, alpha)
+    gate = adapted("lora", leaves(router), trained["router"], alpha)
     y, selected = [], []
     for row in x:
-        ids, weights = routed(product(gate, row), K, renormalise)
-        outs = [[w * z for z in swiglu(experts[e], row)] for e, w in zip(ids, weights, strict=True)]
-        y.append([sum(column) for column in zip(*outs, strict=True)])
+        ids, weights = routed(gate @ row, K, renormalise)
+        y.append(sum(w * swiglu(experts[e], row) for e, w in zip(ids, weights, strict=True)))
         selected.append(ids)
-    used = set(flat(selected))
+    used = {e for ids in selected for e in ids}
     assert set(hot) - used and (used - set(hot)), (name, used)
-    backward(y, inputs["grad_y"])
-    outputs = {"y": values(y), "selected_experts": selected, "x": gradients(x), "factors": gradients(of)}
+    torch.stack(y).backward(leaves(inputs["grad_y"]))
+    outputs = {"y": torch.stack(y), "selected_experts": selected, "x": x.grad, "factors": gradients(trained)}
     return name, inputs, outputs
 
 
@@ -352,9 +304,9 @@ def kept_entries() -> Iterator[tuple]:
     names = ["layers.2.mlp.gate", "layers.10.mlp.gate", "layers.2.mlp.experts.lora.up_proj"]
     shapes = [(4, 3), (5, 3), (2, 5, 2)]
     B = dict(zip(names, (draw(rng, *shape) for shape in shapes), strict=True))
-    tied = each(lambda value: math.copysign(1 + round(abs(value)), value) / 2, B)
+    tied = {key: (torch.tensor(b).sign() * (1 + torch.tensor(b).abs().round()) / 2).tolist() for key, b in B.items()}
     for name, matrices, share in (("distinct", B, 0.1), ("tied", tied, 0.2)):
-        entries = [(-abs(b), key, i) for key in sorted(matrices) for i, b in enumerate(flat(matrices[key]))]
+        entries = [(-abs(b), key, i) for key in sorted(matrices) for i, b in enumerate(np.ravel(matrices[key]))]
         entries.sort()
         best = entries[: math.floor(Fraction(str(share)) * len(entries))]
         assert (best[-1][0] == entries[len(best)][0]) == (name == "tied")
@@ -378,17 +330,14 @@ def dr_lora_observe() -> Iterator[tuple]:
     grad_B = [draw(rng, E, len(stack[0]), r_max) for stack in B]
     inputs = {"usage": [3.5, 12.25, 4.0], "score": [0.25, 0.5, 0.0], "ranks": ranks}
     inputs |= {"counts": [4, 9, 0], "B": B, "grad_B": grad_B}
-    usage = [0.9 * u + c for u, c in zip(inputs["usage"], inputs["counts"], strict=True)]
-    new = [
-        sum(abs(sum(b[j] * g[j] for b, g in zip(stack[e], grads[e], strict=True)))
-            for stack, grads in zip(B, grad_B, strict=True) for j in range(r_max)) / len(B)
-        for e in range(E)
-    ]  # fmt: skip
-    score = [0.9 * old + 0.1 * s for old, s in zip(inputs["score"], new, strict=True)]
-    g = [s / R for s, R in zip(score, ranks, strict=True)]
-    saliency = [(usage[e] / sum(usage) + 1e-6) * (g[e] / sum(g) + 1e-6) / (ranks[e] + 1) ** 1.2 for e in range(E)]
-    masked = [[[[v if j < ranks[e] else 0.0 for j, v in enumerate(row)] for row in one] for e, one in enumerate(stack)]
-              for stack in grad_B]  # fmt: skip
+    usage = 0.9 * leaves(inputs["usage"]) + torch.tensor(inputs["counts"])
+    products = [(leaves(stack) * leaves(grads)).sum(1).abs().sum(1) for stack, grads in zip(B, grad_B, strict=True)]
+    score = 0.9 * leaves(inputs["score"]) + 0.1 * sum(products) / len(B)
+    R = leaves(ranks)
+    g = score / R
+    saliency = (usage / usage.sum() + 1e-6) * (g / g.sum() + 1e-6) / (R + 1) ** 1.2
+    trains = torch.arange(r_max) < R[:, None, None]  # [E, 1, r_max]
+    masked = [lists(leaves(stack) * trains) for stack in grad_B]
     yield "one step", inputs, {"usage": usage, "score": score, "saliency": saliency, "grad_B": masked}
 
 
@@ -421,16 +370,14 @@ def batch_loss() -> Iterator[tuple]:
     table = draw(rng, V, V, scale=2.0)
     lengths, prompts = (4, 7, 3, 6, 5), [2, 1, 1, 5, 3]
     sequences = [[rng.randrange(V) for _ in range(length)] for length in lengths]
+    rows = leaves(table)
+    given = [a for ids, p in zip(sequences, prompts, strict=True) for a in ids[p - 1 : -1]]
+    targets = [b for ids, p in zip(sequences, prompts, strict=True) for b in ids[p:]]
+    loss = F.cross_entropy(rows[given], torch.tensor(targets))
+    loss.backward()
     for micro_batch in (1, 2, 5):
-        rows = each(constant, table)
-        losses = [
-            [-log(softmax(rows[before])[after]) for before, after in zip(ids[p - 1 :], ids[p:], strict=False)]
-            for ids, p in zip(sequences, prompts, strict=True)
-        ]
-        loss = sum(flat(losses)) / len(flat(losses))
-        backward([loss], [1.0])
         inputs = {"table": table, "sequences": sequences, "prompt_lengths": prompts, "micro_batch": micro_batch}
-        yield f"micro-batches of {micro_batch}", inputs, {"loss": loss.value, "table": gradients(rows)}
+        yield f"micro-batches of {micro_batch}", inputs, {"loss": loss, "table": rows.grad}
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -443,7 +390,7 @@ WRITERS = (
 
 
 def cases(writer) -> list[dict]:
-    return [dict(zip(("name", "inputs", "outputs"), found, strict=True)) for found in writer()]
+    return [{"name": name, "inputs": inputs, "outputs": lists(outputs)} for name, inputs, outputs in writer()]
 
 
 def content(writer) -> str:

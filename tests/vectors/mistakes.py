@@ -6,12 +6,14 @@ each of them. docs/porting.md lists those that are made most often, under the sa
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import ours
 import torch
 from torch import nn
 
+from examples.exercises import solutions
 from model import MoETransformer, RMSNorm
 
 FUNCTIONS: list[tuple[str, str, Callable]] = []  # (function of the vectors, mistake, the wrong function)
@@ -159,29 +161,15 @@ def product_alone(W, **rest):
 
 
 @mistake("moe_layer", "experts' outputs are not multiplied by the routing weights")
-def unweighted(**inputs):
-    """The weights are 1 / K: divided by their sum, all alike. Only y is compared."""
-    rest = {"norm_topk_prob": False, "topk_before_softmax": False}
-    router, pair = inputs["router"], inputs["factors"]["router"]
-    logits = inputs["x"] @ (router + inputs["alpha"] / len(pair["A"]) * pair["B"] @ pair["A"]).T
-    chosen = ours.route(router_logits=logits, top_k=inputs["top_k"], **rest)["selected_experts"]
-    y = np.zeros_like(inputs["x"])
-    for t, ids in enumerate(chosen):
-        for e in ids:
-            y[t] += one_expert(inputs, e, inputs["x"][t : t + 1])[0]
-    return {"y": y, "selected_experts": chosen}
+def unweighted(grad_y, **inputs):
+    right = solutions.route
 
+    def route(*given):
+        chosen = right(*given)["selected_experts"]
+        return {"selected_experts": chosen, "weights": np.ones(chosen.shape)}
 
-def one_expert(inputs: dict, e: int, x: np.ndarray) -> np.ndarray:
-    """An expert of the layer, with its pairs if it is hot."""
-    W = {}
-    for name, stack in inputs["W"].items():
-        W[name] = stack[e]
-        for i in np.flatnonzero(inputs["hot"] == e):
-            pair = {part: inputs["factors"][name][part][i] for part in "AB"}
-            W[name] = ours.merge(W=W[name], factors=pair, alpha=inputs["alpha"])
-    zero = {name: {"A": np.zeros((1, W[name].shape[1])), "B": np.zeros((len(W[name]), 1))} for name in W}
-    return ours.expert(kind="lora", x=x, W=W, factors=zero, alpha=1.0, grad_y=np.zeros_like(x))["y"]
+    with patch.object(solutions, "route", route):
+        return solutions.moe_layer(**inputs)
 
 
 NO_GRADIENT, FROZEN_ROUTER = "idle experts give no gradient", "the router's pair is not trained"

@@ -6,16 +6,18 @@ offers. make_tiny.py, which writes the values, says where they come from.
 Dimensions: B sequences, S positions, T real tokens, L layers with experts, K experts per token, D hidden_size.
 """
 
+import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-FILE = Path(__file__).resolve().parent / "tiny" / "values.json"
-FOLDER = Path(__file__).resolve().parent.parent.parent / "tiny"
+VECTORS = Path(__file__).resolve().parent
+FILE, FOLDER = VECTORS / "tiny/values.json", VECTORS.parent.parent / "tiny"
 TOLERANCE = 3e-4  # largest error, as a share of the largest entry of the array: float32 with room to spare
 PAD = 1
 
@@ -193,10 +195,28 @@ def check(module: ModuleType) -> Iterator[tuple[str, bool]]:
         yield f"{function}: all {count} values agree, largest error {largest:.0e}", False
 
 
+def our_module(name: str) -> ModuleType:
+    """ours.py or mistakes.py, with this project's modules, although a port may have some of the same names."""
+    places = [str(FOLDER.parent), str(VECTORS)]
+    ours = {path.stem for place in places for path in Path(place).iterdir()}
+    theirs = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in ours and not str(getattr(module, "__file__", None)).startswith(places[0])
+    }
+    path = list(sys.path)
+    sys.path[:0] = places
+    for other in theirs:
+        del sys.modules[other]
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path[:] = path
+        sys.modules.update(theirs)
+
+
 def likely(function: str, arguments: dict, result, compare_wrong: Callable) -> Iterator[str]:
     """The mistakes with which this project's model gives the same wrong result."""
-    from mistakes import MODELS  # not earlier: it runs this project's own model
-
-    for of, mistake, wrong in MODELS:
+    for of, mistake, wrong in our_module("mistakes").MODELS:
         if of == function and all(error <= TOLERANCE for _, error in compare_wrong(result, wrong(**arguments))):
             yield mistake
