@@ -1,5 +1,5 @@
 """Wrong input, through the real commands: one line that says what was given and what is allowed, exit status 2, and
-nothing written. Every case is a command line in a folder that holds just the files it names (`FILES`)."""
+nothing written. Every case is a command line in a folder that holds just the files it names, which `make` makes."""
 
 import hashlib
 import importlib
@@ -32,7 +32,6 @@ from run import adapters
 
 ROOT = Path(__file__).parent.parent
 GSM8K = json.dumps({"question": "How many?", "answer": "One.\n#### 1"})
-ALPACA = json.dumps({"instruction": "Say one.", "output": "One."})
 
 
 @pytest.fixture(autouse=True)
@@ -56,48 +55,161 @@ def made(tmp_path_factory) -> SimpleNamespace:
 
 # ----------------------------------------------------------------------------------------- the files of the cases
 
-
-def text(content: str | bytes) -> Callable:
-    """A file of this content."""
-
-    def make(path: Path, made) -> None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-
-    return make
-
-
-def folder_of(**files: str) -> Callable:
-    def make(path: Path, made) -> None:
-        path.mkdir()
-        for name, content in files.items():
-            (path / name.replace("__", ".")).write_text(content, encoding="utf-8")
-
-    return make
+WORDS = {  # what stands for what in the tables below
+    "GOOD": '{"messages": [ASKED, ANSWERED]}',
+    "ASKED": '{"role": "user", "content": "2 + 2?"}',
+    "ANSWERED": '{"role": "assistant", "content": "4"}',
+    "GSM8K": GSM8K,
+    "LONG": "long" * 80,  # no file system takes such a name
+    "HUGE": "2 + 2? " * 5_000,
+    "MANY": "1" + "0" * 400,
+    "MARK": "\ufdd00\ufdd1",
+    " ¶ ": "\n",
+}
 
 
-def model(weights: Callable | None = None, tokenizer: Callable | None = None, **changes) -> Callable:
-    """The embedded model with another config.json (... takes a key out), other weights, another tokenizer.json."""
-
-    def make(path: Path, made) -> None:
-        path.mkdir()
-        config = json.loads((TINY / "config.json").read_text()) | changes
-        config = {key: value for key, value in config.items() if value is not ...}
-        (path / "config.json").write_text(json.dumps(config))
-        for name, change in (("model.safetensors", weights), ("tokenizer.json", tokenizer)):
-            if change:
-                (path / name).write_bytes(change((TINY / name).read_bytes()))
-            else:
-                (path / name).symlink_to(TINY / name)
-
-    return make
+def meaning(text: str) -> str:
+    for word, stands_for in WORDS.items():
+        text = text.replace(word, stands_for)
+    return text
 
 
-def config_text(content: str) -> Callable:
-    def make(path: Path, made) -> None:
-        model()(path, made)
-        (path / "config.json").write_text(content, encoding="utf-8")
+def table(text: str) -> dict[str, str]:
+    """{name: content} of lines "name | content"."""
+    rows = (line.partition("|") for line in text.strip("\n").splitlines())
+    return {name.strip(): meaning(content.removeprefix(" ")) for name, _, content in rows}
 
-    return make
+
+TEXTS = table("""
+file                 | a file
+nothing.jsonl        |
+columns.jsonl        | {"q": "How many?", "a": "#### 1"}
+blank.jsonl          | {"question": "  ", "answer": "#### 1"}
+broken.jsonl         | GSM8K ¶ {"question": "And ¶ GSM8K
+alpaca.json          | [{"instruction": "Say one.", "output": "One."}]
+gsm8k.jsonl          | GSM8K ¶ GSM8K ¶ GSM8K
+gold.jsonl           | GSM8K ¶ {"question": "How many?", "answer": "Half.\\n#### 1/2"}
+own-good.jsonl       | GOOD ¶ GOOD
+own-one.jsonl        | GOOD
+own-order.jsonl      | GOOD ¶ {"messages": [ASKED, ASKED, ANSWERED]}
+own-system.jsonl     | GOOD ¶ {"messages": [ASKED, ANSWERED, {"role": "system", "content": "Stop."}, ASKED, ANSWERED]}
+own-empty.jsonl      | GOOD ¶ {"messages": [ASKED, {"role": "assistant", "content": " "}]}
+own-no-turn.jsonl    | GOOD ¶ {"messages": []}
+own-first.jsonl      | GOOD ¶ {"messages": [ANSWERED, ASKED, ANSWERED]}
+own-alone.jsonl      | GOOD ¶ {"messages": [ASKED]}
+own-tool.jsonl       | GOOD ¶ {"messages": [ASKED, {"role": "tool", "content": "4"}, ANSWERED]}
+own-calls.jsonl      | GOOD ¶ {"messages": [ASKED, {"role": "assistant", "content": "4", "tool_calls": [{}]}]}
+own-tools.jsonl      | GOOD ¶ {"messages": [ASKED, ANSWERED], "tools": [{"name": "add"}]}
+own-mixed.jsonl      | GOOD ¶ {"prompt": "2 + 2?", "completion": "4"}
+own-parts.jsonl      | GOOD ¶ {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]}
+own-columns.jsonl    | {"question": "2 + 2?", "answer": "4"}
+own-blank.jsonl      | {"text": "  "}
+own-huge.jsonl       | {"messages": [{"role": "user", "content": "HUGE"}, ANSWERED]}
+own-character.jsonl  | GOOD ¶ {"messages": [{"role": "user", "content": "MARK"}, ANSWERED]}
+own-long.jsonl       | {"messages": [ASKED, {"role": "assistant", "content": "It is 4."}]}
+own-twice.csv        | prompt,completion,prompt ¶ 2 + 2?,4,1 + 1?
+short.csv            | prompt,type ¶ x,y ¶ x
+lists-short.json     | [[1, 2], [3]]
+lists-high.json      | [[1], [2], [3], [64]]
+lists-negative.json  | [[1], [2], [3], [-1]]
+lists-none.json      | [[], [], [], []]
+answers.jsonl        | {"id": 0, "completion": "7"}
+answers-id.jsonl     | {"id": 400, "completion": "7"}
+answers-twice.jsonl  | {"id": 0, "completion": "7"} ¶ {"id": "0", "completion": "8"}
+answers-keys.jsonl   | {"id": 0, "text": "7"}
+answers-cut.jsonl    | {"id": 0, "completion": "7"} ¶  ¶ {"id": 1, "comple
+notes/thesis.txt     | precious
+empty/nothing        |
+no-config/tokenizer.json | {}
+run-bare/config.json | {"model": "tiny"}
+run-list/config.json | {"model": "tiny", "settings": []}
+run-task/config.json | {"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}
+run-model/config.json | {"model": 7, "settings": {"task": "tiny-math"}}
+evaluation/items.jsonl | {"id": "0", "correct": true}
+evaluation/score.json | {"settings": {"task": "tiny-math"}}
+evaluation-ids/items.jsonl | {"id": "1", "correct": true}
+evaluation-ids/score.json | {"settings": {"task": "tiny-math"}}
+evaluation-task/items.jsonl | {"id": "0", "correct": true}
+evaluation-task/score.json | {"settings": {"task": "gsm8k"}}
+evaluation-items/items.jsonl | {"id": "0"}
+evaluation-items/score.json | {}
+""")
+MODELS = table("""
+config-huge          | {"hidden_size": 1000000000000000000}
+config-layers        | {"num_hidden_layers": 900000}
+config-experts       | {"num_experts": 900000}
+config-wide          | {"hidden_size": 1000000, "num_attention_heads": 1, "num_key_value_heads": 1}
+config-negative      | {"num_hidden_layers": -4}
+config-missing       | {"num_experts_per_tok": null}
+config-k             | {"num_experts_per_tok": 65}
+config-theta         | {"rope_theta": MANY}
+config-nan           | {"rms_norm_eps": NaN}
+config-pad           | {"pad_token_id": 1000000}
+config-rope-kinds    | {"rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}}
+config-layer-types   | {"layer_types": [["full_attention"]]}
+config-other         | {"intermediate_size": 64}
+config-causal        | {"is_causal": false}
+config-scaling       | {"logits_scaling": 8}
+config-unknown       | {"other_scale": 0, "mup": false}
+config-end-outside   | {"eos_token_id": 5000}
+config-no-end        | {"eos_token_id": null}
+config-short         | {"max_position_embeddings": 12}
+tokenizer-big        | {"vocab_size": 1000}
+no-template          | {}
+""")
+TEMPLATES = table("""
+template-damaged     | {% for message in messages %}
+template-raises      | {{ raise_exception('no system message, please') }}
+template-fails       | {{ messages[7].content }}
+template-drops       | {% for m in messages[1:] %}{{ m.content }}{% endfor %}
+template-cuts        | {% for m in messages %}{{ m.content[:6] }}{% endfor %}
+template-character   | {% for m in messages %}{{ 'MARK' + m.content }}{% endfor %}
+template-rewrites    | {% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}
+""")
+PROFILES = table("""
+profile.json         | {}
+profile-layers.json  | {"layers": 3}
+profile-experts.json | {"experts": 32}
+profile-k.json       | {"k": 16}
+profile-mass.json    | {"mass_layers": 3}
+profile-nan.json     | {"first_mass": NaN}
+profile-infinite.json | {"first_mass": Infinity}
+profile-light.json   | {"first_mass": -0.5}
+profile-negative.json | {"first_count": -1}
+profile-half.json    | {"first_count": 0.5}
+profile-large.json   | {"first_count": 1000000000000000000000000000000}
+profile-sum.json     | {"num_tokens": 9}
+profile-tokens.json  | {"num_tokens": 0}
+profile-endless.json | {"num_tokens": MANY}
+profile-empty.json   | {"layers": 0}
+profile-narrow.json  | {"experts": 0}
+profile-ragged.json  | {"counts": [[1, 2], [3]]}
+profile-model.json   | {"model": "no/such-model"}
+""")
+
+
+def profile_of(layers=4, experts=64, k=8, mass_layers=None, first_count=None, first_mass=None, **changes) -> str:
+    """A profile.json of 8 tokens, evenly routed but for what is given."""
+    even = 8 * k // max(experts, 1)
+    counts = [[even] * experts for _ in range(layers)]
+    mass = [[float(even)] * experts for _ in range(mass_layers or layers)]
+    for rows, first in ((counts, first_count), (mass, first_mass)):
+        if first is not None:
+            rows[0][0] = first
+    about = {"model": "tiny", "task": "tiny-math", "num_tokens": 8, "num_experts_per_tok": k}
+    return json.dumps(about | {"counts": counts, "gate_mass": mass} | changes)
+
+
+def tiny_model(path: Path, changes: dict | None = None, **files: bytes | None) -> None:
+    """The embedded model with another config.json (None takes a key out), other weights or another tokenizer."""
+    path.mkdir()
+    config = json.loads((TINY / "config.json").read_text()) | (changes or {})
+    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    for kind, name in (("weights", "model.safetensors"), ("tokenizer", "tokenizer.json")):
+        if kind not in files:
+            (path / name).symlink_to(TINY / name)
+        elif files[kind]:
+            (path / name).write_bytes(files[kind])
 
 
 class Trap:
@@ -107,203 +219,81 @@ class Trap:
         return (os.mkdir, ("unpickled",))
 
 
-def copy_of(name: str, change: Callable[[Path], None] = lambda run: None) -> Callable:
-    """A copy of a finished run, changed."""
-
-    def make(path: Path, made) -> None:
-        shutil.copytree(getattr(made, name), path)
-        change(path)
-
-    return make
+A_PICKLE = pickle.dumps(Trap())
+WEIGHTS, TOKENIZER = ((TINY / name).read_bytes() for name in ("model.safetensors", "tokenizer.json"))
 
 
-def flip(path: Path, place: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
+def flip(adapter: Path) -> None:
+    path = adapter / "adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-3] + bytes(3))
 
 
-def edit(run: Path) -> None:
-    path = run / "adapter/adapter.json"
-    path.write_text(path.read_text().replace('"alpha": 8.0', '"alpha": 9.0'))
-
-
-def reseal(**changes) -> Callable:
+def reseal(**changes) -> Callable[[Path], None]:
     """An adapter that is whole, and not of this model."""
 
-    def change(run: Path) -> None:
-        about = json.loads((run / "adapter/adapter.json").read_text())
+    def change(adapter: Path) -> None:
+        about = json.loads((adapter / "adapter.json").read_text())
         about = {key: about[key] for key in hellora.Adapter.__dataclass_fields__} | changes
-        adapters.save_adapter(load_file(run / "adapter/adapter.safetensors"), run / "adapter", hellora.Adapter(**about))
+        adapters.save_adapter(load_file(adapter / "adapter.safetensors"), adapter, hellora.Adapter(**about))
 
     return change
 
 
-def write(name: str, content: str | bytes) -> Callable:
-    return lambda run: (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def profile_of(layers: int = 4, experts: int = 64, tokens: int = 8, k: int = 8, **changes) -> str:
-    """A profile.json of even counts."""
-    counts = [[tokens * k // experts] * experts] * layers
-    about = {"model": "tiny", "task": "tiny-math", "num_tokens": tokens, "num_experts_per_tok": k}
-    return json.dumps(about | {"counts": counts, "gate_mass": counts} | changes)
-
-
-def peft(config: dict, tensors: dict) -> Callable:
-    """The folder of an adapter as PEFT writes it."""
-
-    def make(path: Path, made) -> None:
-        path.mkdir()
-        about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "tiny"} | config
-        (path / "adapter_config.json").write_text(json.dumps(about))
-        save_file(tensors, path / "adapter_model.safetensors")
-
-    return make
-
-
-def rows(*rows: object) -> Callable:
-    """A jsonl file of these rows."""
-    return text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def chat(*turns: object, **more) -> dict:
-    """A row of a chat: (role, content) for each turn, or anything else."""
-    turns = [{"role": turn[0], "content": turn[1]} if isinstance(turn, tuple) else turn for turn in turns]
-    return {"messages": turns} | more
-
-
-def template(source: str | None) -> Callable:
-    """The embedded model with another chat template, or without one."""
-
-    def make(path: Path, made) -> None:
-        model()(path, made)
-        if source:
-            (path / "chat_template.jinja").write_text(source)
-
-    return make
-
-
-ASKED, ANSWERED = ("user", "2 + 2?"), ("assistant", "4")
-GOOD = chat(ASKED, ANSWERED)
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
-UNEVEN = [[8.0 if e < 8 else 0.0 for e in range(64)]] * 4
-A_PICKLE = pickle.dumps(Trap())
-FILES = {
-    "file": text("a file\n"),
-    "notes": folder_of(thesis__txt="precious"),
-    "empty": folder_of(),
-    # data
-    "nothing.jsonl": text(""),
-    "columns.jsonl": text('{"q": "How many?", "a": "#### 1"}\n'),
-    "blank.jsonl": text('{"question": "  ", "answer": "#### 1"}\n'),
-    "alpaca.json": text(f"[{ALPACA}]"),
-    "gsm8k.jsonl": text(f"{GSM8K}\n" * 3),
-    "gold.jsonl": text(f"{GSM8K}\n{GSM8K.replace('#### 1', '#### 1/2')}\n"),
-    "own-good.jsonl": rows(GOOD, GOOD),
-    "own-one.jsonl": rows(GOOD),
-    "own-order.jsonl": rows(GOOD, chat(ASKED, ASKED, ANSWERED)),
-    "own-system.jsonl": rows(GOOD, chat(ASKED, ANSWERED, ("system", "Stop."), ASKED, ANSWERED)),
-    "own-empty.jsonl": rows(GOOD, chat(ASKED, ("assistant", " "))),
-    "own-no-turn.jsonl": rows(GOOD, chat()),
-    "own-first.jsonl": rows(GOOD, chat(ANSWERED, ASKED, ANSWERED)),
-    "own-alone.jsonl": rows(GOOD, chat(ASKED)),
-    "own-tool.jsonl": rows(GOOD, chat(ASKED, ("tool", "4"), ANSWERED)),
-    "own-calls.jsonl": rows(GOOD, chat(ASKED, {"role": "assistant", "content": "4", "tool_calls": [{}]})),
-    "own-tools.jsonl": rows(GOOD, chat(ASKED, ANSWERED, tools=[{"name": "add"}])),
-    "own-mixed.jsonl": rows(GOOD, {"prompt": "2 + 2?", "completion": "4"}),
-    "own-parts.jsonl": rows(GOOD, chat(ASKED, ("assistant", [{"type": "text", "text": "4"}]))),
-    "own-columns.jsonl": rows({"question": "2 + 2?", "answer": "4"}),
-    "own-blank.jsonl": rows({"text": "  "}),
-    "own-huge.jsonl": rows(chat(("user", "2 + 2? " * 5_000), ANSWERED)),
-    "own-character.jsonl": rows(GOOD, chat(("user", "\ufdd00\ufdd1"), ANSWERED)),
-    "own-long.jsonl": rows(chat(ASKED, ("assistant", "It is 4."))),
-    "own-twice.csv": text("prompt,completion,prompt\n2 + 2?,4,1 + 1?\n"),
-    "no-template": template(None),
-    "template-damaged": template("{% for message in messages %}"),
-    "template-raises": template("{{ raise_exception('no system message, please') }}"),
-    "template-fails": template("{{ messages[7].content }}"),
-    "template-drops": template("{% for m in messages[1:] %}{{ m.content }}{% endfor %}"),
-    "template-cuts": template("{% for m in messages %}{{ m.content[:6] }}{% endfor %}"),
-    "template-character": template("{% for m in messages %}{{ '\ufdd00\ufdd1' + m.content }}{% endfor %}"),
-    "template-rewrites": template("{% for m in messages %}{{ m.content }}{{ loop.length }}{% endfor %}"),
-    "short.csv": text("prompt,type\nx,y\nx\n"),
-    # models
-    "no-config": folder_of(tokenizer__json="{}"),
-    "config-huge": model(hidden_size=10**18),
-    "config-layers": model(num_hidden_layers=900_000),
-    "config-experts": model(num_experts=900_000),
-    "config-wide": model(hidden_size=10**6, intermediate_size=10**6, num_attention_heads=1, num_key_value_heads=1),
-    "config-negative": model(num_hidden_layers=-4),
-    "config-missing": model(num_experts_per_tok=...),
-    "config-k": model(num_experts_per_tok=65),
-    "config-theta": model(rope_theta=10**400),
-    "config-nan": model(rms_norm_eps=float("nan")),
-    "config-pad": model(pad_token_id=10**6),
-    "config-rope-kinds": model(rope_parameters={"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}),
-    "config-layer-types": model(layer_types=[["full_attention"]]),
-    "config-other": model(intermediate_size=64),
-    "config-causal": model(is_causal=False),
-    "config-scaling": model(logits_scaling=8),
-    "config-unknown": model(other_scale=0, mup=False),
-    "config-end-outside": model(eos_token_id=5000),
-    "config-no-end": model(eos_token_id=...),
-    "config-short": model(max_position_embeddings=12),
-    "weights-cut": model(weights=lambda content: content[: len(content) // 2]),
-    "weights-nan": model(weights=lambda content: content[:-4] + b"\xff\x7f\xff\x7f"),  # of float32 and of bfloat16
-    "weights-none": folder_of(config__json=(TINY / "config.json").read_text()),
-    "tokenizer-big": model(vocab_size=1000),
-    "tokenizer-cut": model(tokenizer=lambda content: content[:-100]),
-    # profiles and lists of experts
-    "profile.json": text(profile_of()),
-    "profile-layers.json": text(profile_of(layers=3)),
-    "profile-experts.json": text(profile_of(experts=32)),
-    "profile-k.json": text(profile_of(k=16)),
-    "profile-nan.json": text(profile_of(gate_mass=[[float("nan")] * 64] * 4)),
-    "profile-negative.json": text(profile_of(counts=[[-1, 3, *[1] * 62]] * 4)),
-    "profile-sum.json": text(profile_of(num_tokens=9)),
-    "profile-mass.json": text(profile_of(gate_mass=[[1.0] * 64] * 3)),
-    "profile-model.json": text(profile_of(model="no/such-model")),
-    "lists-short.json": text("[[1, 2], [3]]"),
-    "lists-high.json": text("[[1], [2], [3], [64]]"),
-    "lists-negative.json": text("[[1], [2], [3], [-1]]"),
-    "lists-none.json": text("[[], [], [], []]"),
-    # runs and adapters
-    "run": copy_of("run"),
-    "lori": copy_of("lori"),
-    "run-bare": folder_of(config__json='{"model": "tiny"}'),
-    "run-list": folder_of(config__json='{"model": "tiny", "settings": []}'),
-    "run-task": folder_of(config__json='{"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}'),
-    "run-model": copy_of("run", write("config.json", '{"model": 7, "settings": {"task": "tiny-math"}}')),
-    "run-flip": copy_of("run", lambda run: flip(run / "adapter/adapter.safetensors", -3)),
-    "run-pickle": copy_of("run", write("adapter/adapter.safetensors", A_PICKLE)),
-    "run-no-adapter": copy_of("run", lambda run: shutil.rmtree(run / "adapter")),
-    "run-layers": copy_of("run", reseal(hot=[[0, 1, 2]] * 5)),
-    "run-experts": copy_of("run", reseal(hot=[[0, 1, 64]] * 4)),
-    "run-k": copy_of("run", reseal(hot=[[0, 1]] * 4)),
-    "run-rank": copy_of("run", reseal(r=8)),
-    "peft-dora": peft({"use_dora": True}, {Q_PROJ("A"): torch.zeros(2, 256), Q_PROJ("B"): torch.ones(256, 2)}),
-    "peft-other": peft({}, {Q_PROJ("A"): torch.ones(2, 40), Q_PROJ("B"): torch.ones(40, 2)}),
-    "peft-half": peft({}, {Q_PROJ("A"): torch.ones(2, 256)}),
-    "peft-base": peft({"base_model_name_or_path": None}, {Q_PROJ("A"): torch.ones(2, 256)}),
-    # completions and evaluations
-    "answers.jsonl": text('{"id": 0, "completion": "7"}\n'),
-    "answers-id.jsonl": text('{"id": 400, "completion": "7"}\n'),
-    "answers-twice.jsonl": text('{"id": 0, "completion": "7"}\n' * 2),
-    "answers-keys.jsonl": text('{"id": 0, "text": "7"}\n'),
-    "evaluation": folder_of(
-        items__jsonl='{"id": "0", "correct": true}\n', score__json='{"settings": {"task": "tiny-math"}}'
-    ),
-    "evaluation-ids": folder_of(
-        items__jsonl='{"id": "1", "correct": true}\n', score__json='{"settings": {"task": "tiny-math"}}'
-    ),
-    "evaluation-task": folder_of(
-        items__jsonl='{"id": "0", "correct": true}\n', score__json='{"settings": {"task": "gsm8k"}}'
-    ),
-    "evaluation-items": folder_of(items__jsonl='{"id": "0"}\n', score__json="{}"),
+RUNS = {  # the adapter of a finished run, changed
+    "run": lambda adapter: None,
+    "run-flip": flip,
+    "run-pickle": lambda adapter: (adapter / "adapter.safetensors").write_bytes(A_PICKLE),
+    "run-no-adapter": shutil.rmtree,
+    "run-layers": reseal(hot=[[0, 1, 2]] * 5),
+    "run-experts": reseal(hot=[[0, 1, 64]] * 4),
+    "run-k": reseal(hot=[[0, 1]] * 4),
+    "run-rank": reseal(r=8),
+}
+PEFT = {  # changes of adapter_config.json, and the width of the factors of a layer's q_proj
+    "peft-dora": ({"use_dora": True}, {"A": 256, "B": 256}),
+    "peft-other": ({}, {"A": 40, "B": 40}),
+    "peft-half": ({}, {"A": 256}),
+    "peft-base": ({"base_model_name_or_path": None}, {"A": 256}),
+}
+DAMAGED = {
+    "weights-cut": {"weights": WEIGHTS[: len(WEIGHTS) // 2]},
+    "weights-nan": {"weights": WEIGHTS[:-4] + b"\xff\x7f\xff\x7f"},  # NaN of float32 and of bfloat16
+    "weights-none": {"weights": None, "tokenizer": None},
+    "tokenizer-cut": {"tokenizer": TOKENIZER[:-100]},
 }
 
-LONG = "long" * 80  # no file system takes such a name
+
+def make(name: str, made: SimpleNamespace) -> None:
+    """The file or folder that a case names, if it is in a table above."""
+    path = Path(name)
+    for inside in TEXTS:
+        if inside == name or inside.startswith(f"{name}/"):
+            Path(inside).parent.mkdir(exist_ok=True)
+            Path(inside).write_text(TEXTS[inside] + "\n")
+    if name in PROFILES:
+        path.write_text(profile_of(**json.loads(PROFILES[name])))
+    elif name in MODELS:
+        tiny_model(path, json.loads(MODELS[name]))
+    elif name in DAMAGED:
+        tiny_model(path, **DAMAGED[name])
+    elif name in TEMPLATES:
+        tiny_model(path)
+        (path / "chat_template.jinja").write_text(TEMPLATES[name])
+    elif name == "lori":
+        shutil.copytree(made.lori, path)
+    elif name in RUNS:
+        shutil.copytree(made.run, path)
+        RUNS[name](path / "adapter")
+    elif name in PEFT:
+        changes, widths = PEFT[name]
+        path.mkdir()
+        about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "tiny"} | changes
+        (path / "adapter_config.json").write_text(json.dumps(about))
+        shapes = {"A": (2, widths["A"]), "B": (widths.get("B"), 2)}
+        key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
+        save_file({key(factor): torch.ones(shapes[factor]) for factor in widths}, path / "adapter_model.safetensors")
+
+
 CASES = """
 train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny' or 'tiny-mixtral', not a local
 train --model file                                   | model 'file' | config.json
@@ -370,6 +360,27 @@ train --profile profile-nan.json                     | gate_mass of layer 0, exp
 train --profile profile-negative.json                | layer 0, expert 0 is -1
 train --profile profile-sum.json                     | sum to 64, not to 9 tokens
 train --profile profile-mass.json                    | (4, 64) | (3, 64)
+train --profile profile-infinite.json                | gate_mass of layer 0, expert 0 is inf
+train --profile profile-light.json                   | gate_mass of layer 0, expert 0 is -0.5
+train --profile profile-half.json                    | whole numbers
+train --profile profile-large.json                   | profile-large.json
+train --profile profile-tokens.json                  | num_tokens is 0
+train --profile profile-endless.json                 | num_tokens
+train --profile profile-empty.json                   | not a table
+train --profile profile-narrow.json                  | not a table
+train --profile profile-ragged.json                  | not a table
+train --experts broken.jsonl                         | broken.jsonl
+train --lr-warmup 1.5                                | whole number at least 1, or a share
+train --lr-warmup 6 --steps 6                        | 6 steps of warm-up in a run of 6
+train --weight-decay 0.1 --method dr-lora            | --weight-decay 0.1 | dr-lora keeps dimensions
+train --recipe moe-sieve --task saferpaca            | no settings for saferpaca | tiny-math, gsm8k
+train --recipe hellora --method fft                  | --method fft has no adapter
+train --prompt question --task tiny-code             | GSM8K's rows | tiny-code
+train --scores gate-mass --experts random            | no meaning with --method hellora and experts random
+train --scores counts --method lora                  | no meaning with --method lora and experts all
+train --scores gate-mass --method fft                | trains every weight
+train --k 3 --experts all                            | --k 3 has no meaning
+train --init-adapter run --method fft                | without adapters
 train --model config-huge                            | hidden_size | 1000000000000000000 | to 1,000,000
 train --model config-layers                          | num_hidden_layers | 900000
 train --model config-experts                         | 900000
@@ -387,8 +398,8 @@ train --model config-causal                          | is_causal False is not im
 train --model config-scaling                         | logits_scaling 8 is not implemented
 train --model config-unknown                         | mup False, other_scale 0 | --ignore-config-keys mup,other_scale
 train --model config-unknown --ignore-config-keys mup | other_scale 0
-train --model config-end-outside                     | eos_token_id is 5000 | needs one to end each target
-train --model config-no-end                          | eos_token_id is None | needs one to end each target
+train --model config-end-outside                     | eos_token_id is 5000 | training needs one
+train --model config-no-end                          | eos_token_id is None | training needs one
 train --model config-short                           | --max-length 512 | made for 12 positions
 train --model weights-cut                            | model.safetensors | download it again
 train --model weights-none                           | tokenizer.json
@@ -480,6 +491,11 @@ evaluate --task tiny-math --completions answers-id.jsonl     | line 1 | '400' is
 evaluate --task tiny-math --completions answers-twice.jsonl  | line 2 | already
 evaluate --task tiny-math --completions answers-keys.jsonl   | line 1 | 'text'
 evaluate --task tiny-math --completions ''           | empty
+evaluate tiny --task gsm8k --code-rule uncut         | --code-rule uncut has no meaning for gsm8k
+evaluate tiny --task gsm8k --shots -1                | '-1'
+evaluate --task tiny-math --completions answers.jsonl --shots 8 | --shots | one or the other
+evaluate --task tiny-math --completions answers-cut.jsonl    | line 3: not JSON
+profile advise profile-layers.json --model olmoe-1b-7b | profile-layers.json | 3 layers of 64 experts
 evaluate compare evaluation                          | FOLDER
 evaluate compare evaluation absent                   | absent
 evaluate compare evaluation evaluation-ids           | 2 ids
@@ -560,7 +576,7 @@ def cases() -> list:
 
 
 def arguments(command: str) -> list[str]:
-    return shlex.split(command.replace("LONG", LONG).replace("MANY", "1" + "0" * 400))
+    return shlex.split(meaning(command))
 
 
 def listing() -> dict[str, tuple]:
@@ -572,8 +588,8 @@ def listing() -> dict[str, tuple]:
 def complaint(command: str, made: SimpleNamespace, capsys) -> str:
     """Run a wrong command as it runs itself, in its folder.  -> the one line that it answers"""
     name, *flags = arguments(command)
-    for file in {part.split("/")[0] for part in flags} & FILES.keys():
-        FILES[file](Path(file), made)
+    for file in {part.split("/")[0] for part in flags}:
+        make(file, made)
     before = listing()
     main = importlib.import_module(name).main
     capsys.readouterr()
@@ -656,14 +672,14 @@ def test_examples_that_are_too_long_are_counted_and_said(capsys):
     result = train.main("--task gsm8k --train-data rows.jsonl --max-length 64 --rank 2 --steps 1 --out run".split())
     assert result["steps"] == 1
     out, err = capsys.readouterr()
-    assert err == "2 of 4 examples are longer than 64 tokens and were cut\n"
+    assert err.startswith("2 of 4 prompts are too long for 64 tokens and lose ")
     assert "gsm8k: 4 examples, " in out
 
 
 def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
     place = Path("mes modèles", "учёба")
     place.mkdir(parents=True)
-    model()(place / "tiny ñ", None)
+    tiny_model(place / "tiny ñ")
     base, run, data = str(place / "tiny ñ"), str(place / "run é"), str(place / "zahlen ü.jsonl")
     Path(data).write_text(f"{GSM8K}\n" * 6)
     found = str(place / "profil ß.json")
@@ -680,7 +696,7 @@ def test_folders_and_files_with_spaces_and_letters_of_any_alphabet_work(capsys):
 
 
 def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_evaluated_but_not_trained():
-    model(eos_token_id=5000, other_scale=0)(Path("model"), None)
+    tiny_model(Path("model"), {"eos_token_id": 5000, "other_scale": 0})
     flags = ["--ignore-config-keys", "other_scale"]
     sample = ["--model", "model", "--sample", "0.05", "--out", "p.json"]
     with pytest.raises(cli.InputError, match="eos_token_id is 5000, not a token of the model; training needs one"):

@@ -241,50 +241,6 @@ def test_a_saved_profile_loads_as_it_was_and_holds_the_documented_keys(olmoe, tm
     assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
 
 
-BAD = {
-    "no JSON": ("{", "not readable as JSON"),
-    "no object": ("[1]", "want an object"),
-    "deep": ("[" * 100_000, "not readable as JSON"),
-    "no counts": ({"counts": None}, "counts is None; want list"),
-    "no model": ({"model": 3}, "model is 3; want str"),
-    "tokens are true": ({"num_tokens": True}, "num_tokens is True; want int"),
-    "tokens are 5.0": ({"num_tokens": 5.0}, "num_tokens is 5.0; want int"),
-    "no token": ({"num_tokens": 0}, "must be above 0"),
-    "K of 0": ({"num_experts_per_tok": 0}, "must be above 0"),
-    "endless tokens": ({"num_tokens": 10**400}, "num_tokens"),
-    "no layer": ({"counts": [], "gate_mass": []}, "not a table"),
-    "no expert": ({"counts": [[], []], "gate_mass": [[], []]}, "not a table"),
-    "one row": ({"counts": [5, 1, 4]}, "not a table"),
-    "ragged": ({"counts": [[5, 1, 4], [5, 5]]}, "not a table"),
-    "half a token": ({"counts": [[5, 1, 4], [0.5, 4.5, 5]]}, "whole numbers"),
-    "text": ({"counts": [[5, 1, 4], [0, "5", 5]]}, "not a table"),
-    "null": ({"gate_mass": [[2.5, 0.1, None], [0, 1.0, 2.0]]}, "not a table"),
-    "too large": ({"counts": [[5, 1, 4], [0, 10**30, 5]]}, "not a table"),
-    "shapes differ": ({"gate_mass": [[2.5, 0.1], [0, 1.0]]}, r"shape \(2, 3\), gate_mass \(2, 2\)"),
-    "negative count": ({"counts": [[5, 1, 4], [-1, 6, 5]]}, "counts of layer 1, expert 0 is -1"),
-    "negative mass": ({"gate_mass": [[2.5, -0.1, 1], [0, 1, 2]]}, "gate_mass of layer 0, expert 1 is -0.1"),
-    "NaN": ({"gate_mass": [[2.5, 0.1, 1], [0, 1, math.nan]]}, "gate_mass of layer 1, expert 2 is nan"),
-    "NaN counts": ({"counts": [[5, 1, 4], [0, math.nan, 5]]}, "whole numbers"),
-    "infinite": ({"gate_mass": [[math.inf, 0.1, 1], [0, 1, 2]]}, "gate_mass of layer 0, expert 0 is inf"),
-    "row sum": ({"counts": [[5, 1, 4], [0, 5, 6]]}, "counts of layer 1 sum to 11, not to 5 tokens x 2 experts"),
-}
-
-
-@pytest.mark.parametrize("change, problem", BAD.values(), ids=BAD)
-def test_a_file_that_no_counting_can_have_written_is_refused_by_name(tmp_path, change, problem):
-    path = write(tmp_path, change if isinstance(change, str) else json.dumps(GOOD | change))
-    with pytest.raises(cli.InputError, match=problem) as error:
-        profiles.load_profile(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_good_file_loads_and_a_missing_one_or_a_folder_is_refused(tmp_path):
-    assert profiles.load_profile(write(tmp_path, json.dumps(GOOD))).counts.tolist() == GOOD["counts"]
-    for path in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(cli.InputError, match=str(path)):
-            profiles.load_profile(path)
-
-
 def test_a_profile_of_another_model_is_refused(olmoe):
     config = read_config(olmoe.folder)
     L, E, K = config.num_hidden_layers, config.num_experts, config.num_experts_per_tok
@@ -299,21 +255,6 @@ def test_a_profile_of_another_model_is_refused(olmoe):
 
 
 # ---------------------------------------------------------------------------------------------------- command
-
-FLAGS = {
-    "k": (["--k", "65"], "--k 65: want 1..64"),
-    "plot": (["--plot", "p.txt"], "--plot: got 'p.txt'; want a file that ends in .png"),
-    "sample": (["--sample", "0"], "--sample: got '0'"),
-    "train data": (["--train-data", "none.jsonl"], "none.jsonl"),
-    "model": (["--model", "no/such/model"], "no/such/model"),
-}
-
-
-@pytest.mark.parametrize("flags, problem", FLAGS.values(), ids=FLAGS)
-def test_wrong_flags_end_in_one_line_and_leave_no_file(tmp_path, flags, problem):
-    with pytest.raises(cli.InputError, match=problem) as error:
-        profile.main(["--out", str(tmp_path / "profile.json"), *flags])
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_an_out_that_cannot_be_written_is_refused_before_the_counting(tmp_path, monkeypatch):
@@ -369,32 +310,6 @@ def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_pat
     profile.main(["advise", str(out), "--rank", "4", "--targets", "pure"])
     at_rank_4 = capsys.readouterr().out.splitlines()[2].split()
     assert 2 * int(at_rank_4[3].replace(",", "")) == int(rows[0].split()[3].replace(",", ""))
-
-
-COMMAND_FLAGS = {
-    "one profile": (["compare", "{a}"], "required"),
-    "k": (["compare", "{a}", "{a}", "--k", "4"], "--k 4: want 1..3"),
-    "no profile": (["compare", "{a}", "none.json"], "none.json"),
-    "another model": (["compare", "{a}", "{other}"], r"different models: \(2, 3\) and \(1, 2\)"),
-    "plot": (["compare", "{a}", "{a}", "--plot", "p.txt"], "want a file that ends in .png"),
-    "model": (["advise", "{a}"], "model 'm' is not"),
-    "other sizes": (["advise", "{a}", "--model", "olmoe-1b-7b"], "a.json is of a model with 2 layers of 3 experts"),
-    "coverage": (["advise", "{a}", "--coverage", "0"], "--coverage: got '0'"),
-    "rank": (["advise", "{tiny}", "--model", "tiny", "--rank", "999"], "rank 999; want 1.."),
-}
-
-
-@pytest.mark.parametrize("flags, problem", COMMAND_FLAGS.values(), ids=COMMAND_FLAGS)
-def test_wrong_input_of_compare_and_advise_ends_in_one_line(two_profiles, tmp_path, flags, problem):
-    (tmp_path / "other.json").write_text(json.dumps(GOOD | {"counts": [[9, 1]], "gate_mass": [[1.0, 1.0]]}))
-    tiny = {"num_tokens": 8, "num_experts_per_tok": 8, "counts": [[1] * 64] * 4, "gate_mass": [[1.0] * 64] * 4}
-    (tmp_path / "tiny.json").write_text(json.dumps(GOOD | tiny))
-    flags = [
-        flag.format(a=two_profiles[0], other=tmp_path / "other.json", tiny=tmp_path / "tiny.json") for flag in flags
-    ]
-    with pytest.raises(cli.InputError, match=problem) as error:
-        profile.main(flags)
-    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------- what others measured

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 import hellora
 import train
-from command.cli import InputError
 from hub.weights import hub_views
 from model import load_model
 from recipes.methods import METHODS
@@ -143,21 +142,6 @@ def test_experts_are_chosen_by_tokens_or_by_the_weight_they_get(flags, hot, base
     flags += ["--model", base, "--steps", 1, "--batch", 2, "--profile", profiled(tmp_path / "p.json")]
     train.main([str(flag) for flag in (*flags, "--rank", 2, "--out", tmp_path / "run")])
     assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["hot"] == [hot] * L
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--scores", "votes"], "invalid choice: 'votes'"),
-        (["--scores", "gate-mass", "--experts", "random"], "has no meaning with --method hellora and experts random"),
-        (["--scores", "counts", "--method", "lora"], "has no meaning with --method lora and experts all"),
-        (["--scores", "gate-mass", "--method", "fft"], "trains every weight"),
-        (["--k", "3", "--experts", "all"], "--k 3 has no meaning"),
-    ],
-)
-def test_scores_without_a_choice_by_score_are_refused(flags, says):
-    with pytest.raises(InputError, match=says):
-        train.parse_settings(flags)
 
 
 def test_the_loss_and_the_validations_are_drawn(tmp_path):

@@ -138,65 +138,6 @@ def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
     assert config.num_experts_per_tok == 8  # so that k is 8 where it is not given
 
 
-GOOD_ROW = '{"question": "How many?", "answer": "One.\\n#### 1"}\n'
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--method", "magic"], "invalid choice: 'magic'"),
-        (["--task", "chess"], "invalid choice: 'chess'"),
-        (["--model", "/no/such/model"], "/no/such/model"),
-        (["--k", "0"], "want a whole number at least 1"),
-        (["--k", "1.5"], "a share between 0 and 1"),
-        (["--method", "fft", "--k", "8"], "trains every weight"),
-        (["--method", "fft", "--rank", "8"], "trains every weight"),
-        (["--experts", "warm"], "choose from hot"),
-        (["--experts", "{folder}/lists.json"], "layers"),
-        (["--experts", "{folder}/broken.jsonl"], "expert ids"),
-        (["--router-aux-form", "layer"], "no meaning"),
-        (["--method", "dr-lora", "--experts", "hot"], "ranks of all experts"),
-        (["--method", "dr-lora", "--steps", "1", "--sample", "0.01"], "at least 2 steps"),
-        (["--k", "65"], "want 1..64"),
-        (["--k", "eight"], "got 'eight'"),
-        (["--method", "lora", "--k", "8"], "no meaning"),
-        (["--experts", "coverage"], "go together"),
-        (["--coverage", "0.5"], "go together"),
-        (["--experts", "coverage", "--coverage", "1.5"], "at most 1"),
-        (["--steps", "5", "--epochs", "1"], "contradict"),
-        (["--steps", "-1"], "got '-1'"),
-        (["--rank", "1000"], "rank 1000"),
-        (["--lr", "nan"], "got 'nan'"),
-        (["--sample", "0"], "got '0'"),
-        (["--seed", "-3"], "got '-3'"),
-        (["--unknown"], "--unknown"),
-        (["--meth", "lora"], "--meth"),
-        (["--task", "gsm8k", "--train-data", "{folder}/absent.jsonl"], "absent.jsonl"),
-        (["--task", "gsm8k", "--train-data", "{folder}/empty.jsonl"], "empty.jsonl"),
-        (["--task", "gsm8k", "--train-data", "{folder}/broken.jsonl"], "line 2"),
-        (["--task", "gsm8k", "--train-data", "{folder}/columns.jsonl"], "question"),
-        (["--profile", "{folder}/absent.json"], "absent.json"),
-        (["--profile", "{folder}/nan.json"], "nan.json"),
-        (["--profile", "{folder}/other.json"], "other.json"),
-    ],
-)
-def test_wrong_input_is_named_in_one_line(tmp_path, flags, says):
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "lists.json").write_text("[[1, 2], [3]]")
-    (tmp_path / "broken.jsonl").write_text(GOOD_ROW + '{"question": "And\n' + GOOD_ROW)
-    (tmp_path / "columns.jsonl").write_text('{"q": "How many?", "a": "#### 1"}\n')
-    about = {"model": "m", "task": "t", "num_tokens": 1, "num_experts_per_tok": 1}
-    other = about | {"counts": [[1, 0]], "gate_mass": [[0.5, 0.0]]}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    (tmp_path / "nan.json").write_text(json.dumps(other | {"counts": [[float("nan"), 0]]}))
-    flags = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
-    with pytest.raises(InputError) as caught:
-        train.main([*flags, "--out", str(tmp_path / "run")])
-    assert says in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run").exists()  # nothing half-written
-
-
 def test_the_balancing_loss_and_its_gradients_are_those_of_one_process_on_three(monkeypatch):
     """32 examples at 16 a micro-batch are 2 pieces on one process and 3 on three. Their sums are done here."""
     model = load_model(TINY)
@@ -263,13 +204,6 @@ def test_experts_can_be_listed_in_a_file_or_given_as_a_share(tmp_path):
     assert num_hot_experts(train.parse_settings(["--k", "0.1"]).k, 64, 8) == 6
     assert num_hot_experts(METHODS["moe-sieve"].k, 60, 4) == 15
     assert num_hot_experts(None, 64, 8) == 8
-
-
-def test_wrong_input_ends_in_one_line_and_exit_status_2():
-    command = [sys.executable, "train.py", "--method", "magic"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
 
 
 def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
