@@ -128,21 +128,29 @@ def claimed(folder: Path) -> Iterator[None]:
     The operating system holds the lock, and drops it with the process, however that ends. Raises InputError if another
     process, which is named, has claimed the folder, or if the folder cannot be written.
     """
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    made = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    try:
+        with claim(folder):
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = locked(folder / LOCK)
     except OSError as error:
-        kind = "it is not a folder" if folder.exists() and not folder.is_dir() else error.strerror
+        kind = "it is not a folder" if os.path.isfile(folder) else error.strerror
         raise InputError(f"{folder} cannot be written ({kind}); name another folder") from None
     try:
         yield
     finally:
         (folder / LOCK).unlink()
         lock.close()
-        for path in made:
-            with suppress(OSError):  # it is not empty
-                path.rmdir()
 
 
 def locked(path: Path) -> TextIO:

@@ -132,7 +132,7 @@ evaluation-ids/score.json | {"settings": {"task": "tiny-math"}}
 evaluation-task/items.jsonl | {"id": "0", "correct": true}
 evaluation-task/score.json | {"settings": {"task": "gsm8k"}}
 evaluation-items/items.jsonl | {"id": "0"}
-evaluation-items/score.json | {}
+evaluation-items/score.json | {"settings": {"task": "tiny-math"}}
 """)
 MODELS = table("""
 config-huge          | {"hidden_size": 1000000000000000000}
@@ -323,8 +323,8 @@ train --sample 1.01                                  | '1.01' | at most 1
 train --resume now                                   | now
 train --seed 2147483648                              | '2147483648' | at most
 train --out notes                                    | --out notes | another folder
-train --out file                                     | --out file
-train --out file/run                                 | --out file/run
+train --out file                                     | file cannot be written
+train --out file/run                                 | file/run cannot be written
 train --out run --steps 2                            | --out run holds another run | steps 1 then, 2 now
 train --out ''                                       | empty
 train --method fft --k 8                             | --k | trains every weight
@@ -494,13 +494,13 @@ evaluate --task tiny-math --completions ''           | empty
 evaluate tiny --task gsm8k --code-rule uncut         | --code-rule uncut has no meaning for gsm8k
 evaluate tiny --task gsm8k --shots -1                | '-1'
 evaluate --task tiny-math --completions answers.jsonl --shots 8 | --shots | one or the other
-evaluate --task tiny-math --completions answers-cut.jsonl    | line 3: not JSON
+evaluate --task tiny-math --completions answers-cut.jsonl    | line 3: not readable as JSON
 profile advise profile-layers.json --model olmoe-1b-7b | profile-layers.json | 3 layers of 64 experts
 evaluate compare evaluation                          | FOLDER
 evaluate compare evaluation absent                   | absent
 evaluate compare evaluation evaluation-ids           | 2 ids
 evaluate compare evaluation evaluation-task          | tiny-math | gsm8k
-evaluate compare evaluation evaluation-items         | line 1 | with a verdict | any task but own
+evaluate compare evaluation evaluation-items         | line 1: not an item of evaluate.py
 export                                               | run
 export run                                           | --to
 export run --to merged                               | --out
@@ -580,9 +580,10 @@ def arguments(command: str) -> list[str]:
 
 
 def listing() -> dict[str, tuple]:
-    """Everything in the folder of the case, with sizes and times."""
-    found = (Path(folder, name) for folder, *names in os.walk(".") for name in sum(names, []))
-    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in found}
+    """Everything in the folder of the case, files with their sizes and times."""
+    files = (Path(folder, name) for folder, _, names in os.walk(".") for name in names)
+    times = {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in files}
+    return times | {folder: None for folder, *_ in os.walk(".")}
 
 
 def complaint(command: str, made: SimpleNamespace, capsys) -> str:
