@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 2 profile.py --model mistralai/Mixtral-8x7B-v0.1 --task gsm8k --count-on lora --out p.json
     python profile.py compare a.json b.json --plot overlap.png   # do two tasks (or samples) have the same hot experts?
     python profile.py advise profile.json                        # what do k hot experts cover, and what do they cost?
+    python profile.py --model runs/x --prompt "2 + 2?"           # which experts does each token of a text reach?
 
     counts = count_experts(model, batches)                       # [L, E], of the model as it is
     counted = profile_warmup(model, items, 16, lr=4e-4)          # while LoRA on all experts trains: the paper's way
@@ -67,14 +68,15 @@ def profile_routing(model: MoETransformer, batches: Iterable[data.Batch]) -> Rou
     was_training = model.training
     model.eval()
     device = model.embed_tokens.weight.device
-    totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64, device=device)
     try:
-        for batch in batches:
+        for i, batch in enumerate(batches):
             ids = batch.input_ids.to(device)
             no_labels = torch.full_like(ids, -100)  # the LM head runs only where there is a label: nowhere
             _, selected, routing = model(ids, batch.lengths, labels=no_labels, output_routing=True)
             chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
-            totals += statistics.tally(chosen, routing.weights, model.config.num_experts)
+            counts, gate_mass = statistics.tally(chosen, routing.weights, model.config.num_experts)  # [L, E] each
+            totals += torch.stack((counts, gate_mass, counts * (i % 2)))
     finally:
         model.train(was_training)
     if dist.is_initialized():
@@ -111,8 +113,11 @@ def profile_warmup(
 
 
 def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
-    """Totals [2, L, E] as a profile. Raises InputError without any token, RunError for non-finite routing weights."""
-    counts, gate_mass = totals.cpu()
+    """Counts, gate mass and perhaps the counts of every second batch, [2 or 3, L, E], as a profile.
+
+    Raises InputError without any token, RunError for non-finite routing weights.
+    """
+    counts, gate_mass, *half = totals.cpu()
     num_tokens = round(counts[0].sum().item()) // config.num_experts_per_tok
     if num_tokens == 0:
         raise InputError("there is no token to count experts on; give at least one example")
@@ -120,7 +125,8 @@ def finish(config: MoEConfig, totals: Tensor) -> RoutingProfile:
     if not finite.all():
         layer = int((~finite).nonzero()[0])
         raise RunError(f"routing weights of layer {layer} are NaN or infinite; does the model overflow in this dtype?")
-    return RoutingProfile(counts.long(), gate_mass, num_tokens, config.num_experts_per_tok)
+    profile = RoutingProfile(counts.long(), gate_mass, num_tokens, config.num_experts_per_tok)
+    return replace(profile, half_counts=half[0].long()) if half else profile
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,10 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> object:
     argv = sys.argv[1:] if argv is None else argv
+    if any(arg.partition("=")[0] == "--prompt" for arg in argv):
+        from run.prompt import prompt  # which needs all that reads a run
+
+        return prompt(argv)
     if not argv or argv[0].startswith("-"):
         return count(argv)
     commands = {"compare": compare, "advise": advise}
@@ -207,9 +217,7 @@ def main(argv: list[str] | None = None) -> object:
 
 def count(argv: list[str]) -> RoutingProfile:
     """The command without a name: count, write profile.json, print the table."""
-    description = (
-        "Count which experts of each layer a task uses. (Also: profile.py compare A B; profile.py advise FILE.)"
-    )
+    description = "Count which experts of each layer a task uses. (Also: compare A B; advise FILE; --prompt TEXT.)"
     settings = cli.parse(Settings, argv, prog="profile.py", description=description)
     ignore_keys(settings.ignore_config_keys)
     folder = resolve(settings.model)

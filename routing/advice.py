@@ -14,7 +14,9 @@ from torch import Tensor
 
 import hellora
 from model import MoEConfig, MoETransformer
-from routing.statistics import top_share
+from routing.statistics import chance_overlap, jaccard, top_share
+
+STABLE = 0.8  # Jaccard overlap of two halves: with 8 experts, less than one of them differs
 
 
 class Sizes(NamedTuple):
@@ -86,3 +88,22 @@ def table(rows: list[Choice], num_experts_per_tok: int, targets: tuple[float, ..
         yield f"to cover {target:.0%} of the routed tokens: k = {mean} on average, k = {least} in every layer"
     rule = rows[num_experts_per_tok - 1]
     yield f"the paper's rule, k = experts per token: k = {rule.k} covers {rule.coverage:.1%}"
+
+
+def remarks(counts: Tensor, half_counts: Tensor | None, num_experts_per_tok: int) -> Iterator[str]:
+    """The paper's advice on k, whether there is a hot set at all, and whether the text was long enough to find it."""
+    yield "the paper (§4.5.3): k = 4 where few experts take most tokens, k = 8 for harder tasks, or a trial of 4, 8, 16"
+    k, E = num_experts_per_tok, counts.shape[-1]
+    share, even = float(top_share(counts, k).mean()), k / E
+    if share < 2 * even:
+        yield (
+            f"there is hardly a hot set: the {k} hottest of {E} experts receive {share:.1%} of the routed tokens, and "
+            f"an even split gives {even:.1%}. Adapt more experts, or all at a lower rank (--method lora-flat)"
+        )
+    if half_counts is not None and half_counts.any() and not half_counts.equal(counts):
+        a, b = hellora.hottest(half_counts, k), hellora.hottest(counts - half_counts, k)
+        same, chance = float(jaccard(a, b).mean()), chance_overlap(k, E)
+        verdict = "stable" if same >= STABLE else "not stable: count on more text (--sample)"
+        yield (
+            f"the hot sets of two halves of the text overlap by {same:.2f} (Jaccard; by chance {chance:.2f}): {verdict}"
+        )

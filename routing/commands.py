@@ -75,6 +75,7 @@ def advise(argv: list[str]) -> None:
         f"{counted.task} on {model}, {counted.num_tokens:,} tokens: LoRA of rank {r} on the k hottest of "
         f"{config.num_experts} experts per layer, targets {settings.targets}",
         *advice.table(advice.choices(counted.counts, K, sizes), K, settings.coverage),
+        *advice.remarks(counted.counts, counted.half_counts, K),
     )
     if settings.plot:
         from routing import pictures

@@ -75,3 +75,15 @@ def draw_overlap(hot_a: Tensor, hot_b: Tensor, title: str, path: Path) -> None:
     axes.set_title(f"{title}\n{legend}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
+
+
+def draw_prompt(hot_share: Tensor, tokens: list[str], title: str, path: Path) -> None:
+    """Heat map of a text: for each token and layer, the share of its experts that are hot.  hot_share [L, T]"""
+    L, T = hot_share.shape
+    figure = Figure(figsize=(max(5, 0.28 * T + 2), 1.6 + 0.25 * L), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(100 * hot_share.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=100)
+    axes.set(xlabel="token", ylabel="layer", title=title, yticks=range(0, L, -(-L // 16)))
+    axes.set_xticks(range(T), tokens, rotation=90, fontsize=7, family="monospace")
+    figure.colorbar(image, ax=axes, label="% of the token's experts\nthat are hot", pad=0.01)
+    figure.savefig(path)

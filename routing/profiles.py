@@ -30,6 +30,7 @@ class RoutingProfile:
     task: str | None = None
     data: str | None = None  # data.digest of the training examples, of which a sample was counted
     weights: str | None = None  # digest of the base model's weights
+    half_counts: Tensor | None = None  # int64 [L, E] those of every second batch: do two halves have the same hot set?
 
     def title(self) -> str:
         K, E = self.num_experts_per_tok, self.counts.shape[1]
@@ -80,10 +81,24 @@ def checked(about: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    digests = about.get("data"), about.get("weights")  # files of earlier versions have none
+    digests = about.get("data"), about.get("weights")  # published counts have none
     if not all(isinstance(digest, str | None) for digest in digests):
         raise InputError(f"data and weights are {digests!r:.60}; expected str")
-    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], *digests)
+    half = checked_half(about.get("half_counts"), counts)
+    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], *digests, half)
+
+
+def checked_half(table: object, counts: Tensor) -> Tensor | None:
+    """The counts of every second batch, if the file has them. Raises InputError unless they are a part of `counts`."""
+    if table is None:
+        return None
+    try:
+        half = torch.tensor(table)
+        if half.dtype == torch.int64 and half.shape == counts.shape and ((half >= 0) & (half <= counts)).all():
+            return half
+    except (ValueError, TypeError, RuntimeError):
+        pass
+    raise InputError("half_counts is not a part of counts; count again with profile.py")
 
 
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:

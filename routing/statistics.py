@@ -90,7 +90,7 @@ def overlap_table(hot_a: Tensor, hot_b: Tensor) -> Iterator[str]:
     for layer, value in enumerate(overlap):
         yield f"{layer:5d}  {value:7.3f}  {only_a[layer]:{width}}  {only_b[layer]}"
     chance, same = chance_overlap(int(hot_a[0].sum()), E), int((overlap == 1).sum())
-    yield f"overlap {overlap.mean():.3f}, mean of the layers (by chance {chance:.3f})"
+    yield f"Jaccard overlap {overlap.mean():.3f}, mean of the layers (by chance {chance:.3f})"
     yield f"the same set in {same} of {len(overlap)} layers"
 
 

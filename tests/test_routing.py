@@ -76,7 +76,7 @@ def test_overlap_table_names_what_only_one_of_two_sets_has():
         ["1", "0.333", "2", "1"],
         ["2", "0.000", "2", "3", "0", "1"],
     ]
-    assert mean == "overlap 0.444, mean of the layers (by chance 0.389)"  # 1/6 * 1 + 4/6 * 1/3
+    assert mean == "Jaccard overlap 0.444, mean of the layers (by chance 0.389)"  # 1/6 * 1 + 4/6 * 1/3
     assert same == "the same set in 1 of 3 layers"
 
 

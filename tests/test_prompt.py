@@ -1,0 +1,98 @@
+"""profile.py --prompt: what it prints of each token is what the model does."""
+
+import json
+import re
+
+import pytest
+import torch
+
+import data
+import profile
+import train
+from command.cli import InputError
+from hub.tokenizer import tokenize
+from model import load_model, read_config
+from run.subject import Subject
+
+TEXT = "Tom has 3 apples. Ana has 4 more."
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("prompt") / "run"
+    train.main(["--steps", "8", "--sample", "0.01", "--lr", "0.02", "--batch", "4", "--k", "5", "--out", str(out)])
+    return str(out)
+
+
+def experts_printed(text: str) -> list[list[list[tuple[int, bool]]]]:
+    """[token][layer] -> the experts with their stars."""
+    tokens = []
+    for line in text.splitlines():
+        if re.match(r" *\d+  '", line):
+            tokens.append([])
+        elif match := re.match(r" +layer +\d+: ([\d* ]+)", line):
+            tokens[-1].append([(int(each.rstrip("*")), each.endswith("*")) for each in match[1].split()])
+    return tokens
+
+
+def expected_experts(name: str) -> torch.Tensor:
+    subject = Subject(name)
+    model = subject.load(torch.float32, torch.device("cpu"))
+    (ids,) = tokenize([TEXT], data.load_tokenizer(subject.folder, subject.config))
+    return model(torch.tensor([ids]))[1][:, 0]  # [L, T, K]
+
+
+def test_a_run_shows_its_hot_experts_and_what_its_adapter_changed(run, tmp_path, capsys):
+    profile.main(["--model", run, "--prompt", TEXT, "--plot", str(tmp_path / "p.png")])
+    out = capsys.readouterr().out
+    after, before = expected_experts(run), expected_experts("tiny")
+    lists = json.loads((Subject(run).adapter / "adapter.json").read_text())["hot"]
+    shown = experts_printed(out)
+    assert len(shown) == after.shape[1]
+    for t, layers in enumerate(shown):
+        for layer, pairs in enumerate(layers):
+            assert sorted(e for e, _ in pairs) == sorted(after[layer, t].tolist())
+            assert all(star == (e in lists[layer]) for e, star in pairs)
+    different = (after.sort(-1).values != before.sort(-1).values).any(-1)  # [L, T]
+    assert different.any() and f"and of {different.float().mean():.1%} of tokens and layers" in out
+    assert out.count("(base: ") == different.sum()
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_is_read_and_a_profile_says_what_is_hot(tmp_path, capsys):
+    (tmp_path / "text").write_text(TEXT)
+    profile.main(["--sample", "0.01", "--out", str(tmp_path / "p.json")])
+    capsys.readouterr()
+    flags = ["--prompt", str(tmp_path / "text"), "--profile", str(tmp_path / "p.json"), "--k", "64"]
+    experts = profile.main(["--model", "tiny", *flags])
+    assert torch.equal(experts, expected_experts("tiny").sort(-1).values)
+    out = capsys.readouterr().out
+    assert "100.0% of the" in out and all(star for layers in experts_printed(out) for row in layers for _, star in row)
+    profile.main(["--model", "tiny", "--prompt", TEXT])
+    assert "*" not in capsys.readouterr().out and read_config(Subject("tiny").folder).num_experts == 64
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt", ""], "an argument is empty"),
+        (["--prompt", TEXT, "--k", "4"], "--k 4 needs --profile FILE"),
+        (["--prompt", TEXT, "--plot", "p.png"], "--plot draws the share of hot experts; give --profile FILE, or a run"),
+        (["--prompt", "{folder}/latin1"], "not readable as UTF-8"),
+        (["--prompt", TEXT, "--model", "no/such/run"], "no/such/run"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "latin1").write_bytes("é".encode("latin1"))
+    with pytest.raises(InputError, match=message) as error:
+        profile.main([flag.replace("{folder}", str(tmp_path)) for flag in flags])
+    assert "\n" not in str(error.value) and not (tmp_path / "p.png").exists()
+
+
+def test_the_model_is_loaded_once_for_a_checkpoint(monkeypatch):
+    loaded = []
+    monkeypatch.setattr("run.prompt.load_model", lambda *args: loaded.append(args) or load_model(*args))
+    profile.main(["--model", "tiny", "--prompt", TEXT])
+    assert not loaded  # a base beside an adapter only
