@@ -95,8 +95,8 @@ def documents(seed: int, words: float) -> Iterator[str]:
         if rng.random() >= words:
             yield next(plain)[1]
         else:  # half of the pieces as often as they occur, half of them all alike
-            said = "".join(rng.choice(rng.choice((pieces, rare))) for _ in range(rng.randrange(4, 17)))
-            yield f"Say:{said}\nSaid:{said}\n"
+            group = "".join(rng.choice(rng.choice((pieces, rare))) for _ in range(rng.randrange(4, 17)))
+            yield f"Say:{group}\nSaid:{group}\n"
 
 
 def train_tokenizer(seed: int, vocab_size: int) -> Tokenizer:

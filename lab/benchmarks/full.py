@@ -147,8 +147,8 @@ class Settings:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    about = "Write, load, profile and train OLMoE-1B-7B's shape with random bfloat16 weights."
-    settings = cli.parse(Settings, argv, prog="bench.py full", description=about)
+    description = "Write, load, profile and train OLMoE-1B-7B's shape with random bfloat16 weights."
+    settings = cli.parse(Settings, argv, prog="bench.py full", description=description)
     out, shape = settings.json and writable(settings.json), SHAPE | {"num_hidden_layers": settings.layers}
     if settings.keep_at and Path(settings.keep_at).exists():
         raise InputError(f"--keep-at {settings.keep_at} exists; name a new folder")

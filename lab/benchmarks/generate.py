@@ -58,7 +58,7 @@ def decode_ours(model: MoETransformer, prompts: list[list[int]], lengths: list[i
 def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) -> list[list[int]]:
     """The same by transformers' model `hf`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    found: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         width = max(len(prompts[i]) for i in chosen)
@@ -75,8 +75,8 @@ def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) 
             stopping_criteria=[lambda ids, scores, ends=ends, **_: ids.shape[1] >= ends],  # [B] bool
         )
         for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
-            found[i] = row[: lengths[i]]
-    return found
+            answers[i] = row[: lengths[i]]
+    return answers
 
 
 def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device):
@@ -106,8 +106,8 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; -> the rows."""
-    about = "Decode sequences as long as GSM8K's, by this code and by transformers."
-    settings = cli.parse(Settings, argv, prog="bench.py generate", description=about)
+    description = "Decode sequences as long as GSM8K's, by this code and by transformers."
+    settings = cli.parse(Settings, argv, prog="bench.py generate", description=description)
     out = settings.json and writable(settings.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = replace(settings, dtype=settings.dtype or default_dtype())

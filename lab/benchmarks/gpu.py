@@ -35,8 +35,8 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> dict:
     """Test, measure and print; -> what is written to --json. Raises RunError at the end if a test failed."""
-    about = "Check a GPU, then measure training and decoding on it."
-    settings = cli.parse(Settings, argv, prog="bench.py gpu", description=about)
+    description = "Check a GPU, then measure training and decoding on it."
+    settings = cli.parse(Settings, argv, prog="bench.py gpu", description=description)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; add --device cpu --shape small to rehearse without one")
     if settings.device == "cpu" and torch.cuda.is_available():
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> dict:
     steps = step.main([*flags, *STEPS[settings.shape].split()])
     decoding = generate.main([*flags, *DECODING[settings.shape].split()])
     where = torch.cuda.get_device_name() if settings.device == "cuda" else "CPU"
-    found = {"device": where, "torch": torch.__version__, "passed": passed, "steps": steps, "decoding": decoding}
+    results = {"device": where, "torch": torch.__version__, "passed": passed, "steps": steps, "decoding": decoding}
     if out:
-        write_json(out, found)
+        write_json(out, results)
     if not passed:
         raise RunError(f"tests failed on {where}; pytest printed them above the measurements")
-    return found
+    return results

@@ -120,8 +120,8 @@ def hours(tokens_per_s: float) -> float:
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """The flags, defaults filled in. Raises InputError for flags that contradict each other."""
-    about = "Memory that each GPU needs, term by term, and bytes sent per step."
-    settings = cli.parse(Settings, argv, prog="bench.py plan", description=about)
+    description = "Memory that each GPU needs, term by term, and bytes sent per step."
+    settings = cli.parse(Settings, argv, prog="bench.py plan", description=description)
     if settings.cpu and (settings.gpus or settings.machines > 1):
         raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
     if settings.tokens_per_s and not settings.cpu:

@@ -86,8 +86,8 @@ class Settings:
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     """Make the runs that some tables lack, print tables and figures, and for all of them write the page."""
     name = names[0] if len(names) == 1 else "all"
-    about = "The paper's numbers beside ours. The missing runs of a table are made first."
-    settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=about)
+    description = "The paper's numbers beside ours. The missing runs of a table are made first."
+    settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=description)
     out = settings.json and writable(settings.json)
     place, scale, needed = settings.workplace(), settings.models_and_tasks, {}
     for table in (settings.table(name) for name in names if name in TABLES):
@@ -109,8 +109,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         write_json(out, [row for each in sections for row in each.rows])
     if name == "all":
         timed = [seconds for record in place.records if (seconds := spent(record))]
-        said = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
-        write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{said}")
+        typical = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
+        write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{typical}")
     if failed:
         raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
     return sections

@@ -11,7 +11,7 @@ import torch
 
 from command.files import write_text
 from lab.paper.pictures import draw_differences
-from lab.paper.verdicts import MARGIN, RULE, Estimate
+from lab.paper.verdicts import LEAST_SEEDS, MARGIN, RULE, Estimate, spread_ratio
 
 
 class Section(NamedTuple):
@@ -37,11 +37,11 @@ def grid(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in [lines[0], ruler, *lines[1:]]]
 
 
-def mean_text(found: Estimate | None, form: str = ".1f", missing: str = "not run") -> str:
+def mean_text(interval: Estimate | None, form: str = ".1f", missing: str = "not run") -> str:
     """47.6 ± 1.2 (5): mean, half width of the 95 % interval, number of values."""
-    if found is None:
+    if interval is None:
         return missing
-    return f"{found.mean:{form}}{'' if found.half is None else f' ± {found.half:.1f}'} ({found.n})"
+    return f"{interval.mean:{form}}{'' if interval.half is None else f' ± {interval.half:.1f}'} ({interval.n})"
 
 
 def number_text(value: float | None, form: str = ".2f") -> str:
@@ -90,7 +90,22 @@ def summary(sections: list[Section], out: Path) -> list[str]:
     verdicts = Counter(row["ours"]["verdict"] for row in cells if re.match("Table [2-7]", row["table"]))
     draw_differences(rows, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
     counts = ", ".join(f"{count} *{name}*" for name, count in verdicts.most_common())
-    return ["![Differences with intervals](differences.png)", "", f"Tables 2 to 7 on math: {counts}.", ""]
+    lines = ["![Differences with intervals](differences.png)", "", f"Tables 2 to 7 on math: {counts}.", ""]
+    return [*lines, *spread([row for each in sections for row in each.rows if row.get("column") == "GSM8K"])]
+
+
+def spread(cells: list[dict]) -> list[str]:
+    """Whether the seeds of hot experts alone lie closer together than those of all experts, as MoE-Sieve asks."""
+    table2 = {row["row"]: row for row in cells if row["table"].startswith("Table 2:")}
+    lines = []
+    for name in ("HELLoRA", "MoE-Sieve"):
+        for side, where in (("sieve", "MoE-Sieve's seeds at full size"), ("ours", "ours")):
+            values, others = (table2[each][side]["by_seed"] if each in table2 else [] for each in (name, "LoRA"))
+            if min(len(values), len(others)) >= LEAST_SEEDS:
+                ratio, least, most = spread_ratio(values, others)
+                lines.append(f"{name} {ratio:.2f} ({least:.2f} to {most:.2f}) in {where}")
+    intro = "Standard deviation over seeds on math, relative to LoRA on all experts, with its 95 % interval: "
+    return [f"{intro}{'; '.join(lines)}.", ""] if lines else []
 
 
 def anchor(title: str) -> str:

@@ -135,15 +135,15 @@ def section() -> Section:
         counts = (f"{n:,}" for n in (counted.adapter_bytes, counted.optimizer_bytes))
         trained = (f"{counted.trainable:,}", f"{counted.percent:.4f}", known, *counts)
         shown.append([row.table, row.model, row.method, str(row.k or "all"), row.targets or "-", *trained])
-        about = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
-        rows.append(about | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
+        line = {key: getattr(row, key) for key in ("model", "method", "k", "targets")}
+        rows.append(line | {"trainable": counted.trainable, "percent": counted.percent, "paper": row.paper})
         rows[-1]["paper_millions"] = row.millions
     lines = [*grid(HEADS, shown), "", f"{CONVENTION}.", ""]
     for model, k in ((OLMOE, 8), (MIXTRAL, 2), (DEEPSEEK, 6)):
         ours, lora = sizes[model, "hellora", k, "all"], sizes[model, "lora", None, "all"]
         share, quotient = ours.trainable / lora.trainable, ours.percent / lora.percent
-        said = f"{share:.2%} of LoRA's parameters (quotient of the percentages, as in the paper: {quotient:.2%})"
-        lines.append(f"- {model}: HELLoRA trains {said}")
+        shares = f"{share:.2%} of LoRA's parameters (quotient of the percentages, as in the paper: {quotient:.2%})"
+        lines.append(f"- {model}: HELLoRA trains {shares}")
     return Section("What trains: the sizes in Tables 2, 3, 5 and 7", lines, rows)
 
 
@@ -151,8 +151,8 @@ def params(argv: list[str]) -> list[dict]:
     """The command: print the section.  -> its rows"""
     settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
     out = settings.json and writable(settings.json)
-    found = section()
-    cli.say(*found.lines)
+    sizes = section()
+    cli.say(*sizes.lines)
     if out:
-        write_json(out, found.rows)
-    return found.rows
+        write_json(out, sizes.rows)
+    return sizes.rows

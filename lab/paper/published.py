@@ -19,8 +19,8 @@ STUDIES = {
 @cache
 def sieve_accuracies(study: str = "olmoe-gsm8k") -> dict[str, dict[int, float]]:
     """MoE-Sieve's accuracy in % by choice of experts and seed."""
-    found = json.loads((FOLDER / "moe-sieve-accuracy.json").read_text(encoding="utf-8"))["results"][study]
-    return {name: {int(seed): 100 * score for seed, score in scores.items()} for name, scores in found.items()}
+    results = json.loads((FOLDER / "moe-sieve-accuracy.json").read_text(encoding="utf-8"))["results"][study]
+    return {name: {int(seed): 100 * score for seed, score in scores.items()} for name, scores in results.items()}
 
 
 def section() -> Section:
@@ -36,9 +36,9 @@ def section() -> Section:
         lora = by_choice["full_lora"]
         for name in sorted(by_choice, key=lambda name: (name != "full_lora", len(name), name)):
             differences = [score - lora[seed] for seed, score in by_choice[name].items()] if name != "full_lora" else []
-            said = verdict(differences, None) if differences else ""
+            judged = verdict(differences, None) if differences else ""
             mean, difference = estimate(list(by_choice[name].values())), estimate(differences)
-            shown.append([name, mean_text(mean), mean_text(difference, "+.2f", ""), said])
-            rows.append({"study": study, "row": name, "mean": mean.mean, "difference": difference, "verdict": said})
+            shown.append([name, mean_text(mean), mean_text(difference, "+.2f", ""), judged])
+            rows.append({"study": study, "row": name, "mean": mean.mean, "difference": difference, "verdict": judged})
         lines += ["", f"{title}, accuracy in %", "", *grid(["experts", "MoE-Sieve", "difference", "verdict"], shown)]
     return Section("MoE-Sieve: all its choices of experts, at full size", lines, rows)

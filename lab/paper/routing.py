@@ -52,10 +52,10 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
     """The routing of an embedded model, by profile.py; from OUT/profiles if it has been counted. None: not run."""
     file = out / "profiles" / f"{model}-{task}-{sample:g}-{warmup}.json"
     try:
-        found = load_profile(file)
+        profile = load_profile(file)
         origin = data.digest(data.load_examples(task, "train")), model_content(model)["weights"]
-        if (found.data, found.weights) == origin:
-            return found
+        if (profile.data, profile.weights) == origin:
+            return profile
     except InputError:
         pass  # not there
     if not may_run:
@@ -73,9 +73,9 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
 # ------------------------------------------------------------------------------------------------------- Figure 1
 
 
-def skew(name: str, found: RoutingProfile) -> dict:
+def skew(name: str, profile: RoutingProfile) -> dict:
     """How uneven the use of experts is, in numbers of the paper and of MoE-Sieve."""
-    counts, K, E = found.counts, found.num_experts_per_tok, found.counts.shape[1]
+    counts, K, E = profile.counts, profile.num_experts_per_tok, profile.counts.shape[1]
     top, quarter, share = top_share(counts, K), top_share(counts, E // 4), shares(counts)
     by_layer = float((share.std(-1, correction=0) / share.mean(-1)).mean())
     summed = share.sum(0)
@@ -91,29 +91,29 @@ def skew(name: str, found: RoutingProfile) -> dict:
         "quarter most": 100 * float(quarter.max()),
         "cv": by_layer,
         "cv over global": by_layer / float(summed.std(correction=0) / summed.mean()),
-        "flops saved": saved(name, found),
+        "flops saved": saved(name, profile),
     }
 
 
-def saved(name: str, found: RoutingProfile) -> float | None:
+def saved(name: str, profile: RoutingProfile) -> float | None:
     """% of LoRA's adapter FLOPs that HELLoRA with k = K saves, on these counts. None for a model without a preset."""
     preset = next((preset for key, preset in PRESET_OF.items() if name.lower().startswith(key)), None)
     if preset is None:
         return None
     sizes = advice.adapter_sizes(MoEConfig.from_dict(PRESETS[preset]), Recipe.r)
-    rows = advice.choices(found.counts, found.num_experts_per_tok, sizes)
-    return 100 * (1 - rows[found.num_experts_per_tok - 1].flops / rows[-1].flops)
+    rows = advice.choices(profile.counts, profile.num_experts_per_tok, sizes)
+    return 100 * (1 - rows[profile.num_experts_per_tok - 1].flops / rows[-1].flops)
 
 
 def figure1(out: Path, *, may_run: bool) -> Section:
     """The use of experts on GSM8K as a heat map, and how uneven it is on every data set."""
-    found, gsm8k = every_real(), real(OLMOE["GSM8K"])
+    profiles, gsm8k = every_real(), real(OLMOE["GSM8K"])
     for task in ("tiny-math", "tiny-code", "tiny-safety"):
         if profile := counted(out, "tiny", task, 0.1, "none", may_run=may_run):
-            found[f"embedded, {task}"] = profile
+            profiles[f"embedded, {task}"] = profile
     title = f"Routing of OLMoE-1B-7B on GSM8K: {gsm8k.num_tokens:,} tokens, 8 of 64 experts per token"
     pictures.draw_profile(gsm8k.counts, 8, title, out / "fig1.png")
-    rows = [skew(name, profile) for name, profile in found.items()]
+    rows = [skew(name, profile) for name, profile in profiles.items()]
     layer7 = next(row["layer 7"] for row in rows if row["name"] == "OLMoE, GSM8K")
     holds = "confirm" if layer7 > PAPER_SHARE else "do not confirm"
     flops = next(row["flops saved"] for row in rows if row["name"] == "OLMoE, GSM8K")
@@ -188,10 +188,10 @@ def figure3(out: Path, *, may_run: bool) -> Section:
     return Section("Figure 3: do two samples have the same hot experts?", lines, rows + masses)
 
 
-def agreement(found: RoutingProfile) -> Tensor:
+def agreement(profile: RoutingProfile) -> Tensor:
     """Jaccard overlap of the hottest quarter by counts and by gate mass.  -> [L]"""
-    quarter = found.counts.shape[1] // 4
-    return jaccard(hottest(found.counts, quarter), hottest(found.gate_mass, quarter))
+    quarter = profile.counts.shape[1] // 4
+    return jaccard(hottest(profile.counts, quarter), hottest(profile.gate_mass, quarter))
 
 
 # ------------------------------------------------------------------------------------------------- Figures 4 and 6

@@ -23,7 +23,7 @@ from command.files import read_json, write_text
 from hub.checkpoint import EMBEDDED, resolve
 from machine.processes import default_dtype
 from run.folder import MAY_CHANGE
-from run.settings import Settings, parse_settings
+from run.settings import parse_settings
 from run.subject import base_content
 
 LOSSES = 20  # points of the loss curve that a record keeps
@@ -77,10 +77,10 @@ def data_file(folder: str | None, task: str, split: str) -> str | None:
     None: a task without one is read as without `folder`. Raises InputError for two.
     """
     inside = sorted(Path(folder).iterdir()) if folder else []
-    found = [path for path in inside if path.name.partition(".")[0] == f"{task}-{split}"]
-    if len(found) > 1:
-        raise InputError(f"--data {folder}: {' and '.join(path.name for path in found)} are the same split; keep one")
-    return str(found[0]) if found else None
+    files = [path for path in inside if path.name.partition(".")[0] == f"{task}-{split}"]
+    if len(files) > 1:
+        raise InputError(f"--data {folder}: {' and '.join(path.name for path in files)} are the same split; keep one")
+    return str(files[0]) if files else None
 
 
 # ------------------------------------------------------------------------------------------------ what decides a run
@@ -110,8 +110,8 @@ def decisive_settings(run: Run) -> dict:
     """The settings of train.py that decide the result, resolved; without those of the base model, which has none."""
     if run.method == "base":
         return {}
-    found = asdict(parse_settings(run.train_flags("unused")))
-    return {name: value for name, value in found.items() if name not in MAY_CHANGE and value is not None}
+    settings = asdict(parse_settings(run.train_flags("unused")))
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE and value is not None}
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,8 @@ class Records:
         return {"limit": self.limit, "samples": samples, "eval_data": self.data_file(task, "test")}
 
     def name(self, run: Run) -> str:
-        """A unique name for the run: its title, and a digest of the recipe, the model and the data."""
-        recipe = {name: v for name, v in decisive_settings(run).items() if getattr(Settings, name) is None}
-        given = {name: value for name, value in asdict(run).items() if value is not None}
-        text = json.dumps([given, recipe, self.content(run)], sort_keys=True)
+        """A unique name for the run: its title, and a digest of the settings, the model and the data."""
+        text = json.dumps([asdict(run), decisive_settings(run), self.content(run)], sort_keys=True)
         return f"{run.title}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def content(self, run: Run) -> dict:
@@ -160,7 +158,7 @@ class Records:
         content, now = self.content(run), decisive_settings(run)
         for path in files:
             record = read_json(path)
-            same_content = all(record.get(name) == found for name, found in content.items())
+            same_content = all(record.get(name) == value for name, value in content.items())
             if same_content and all(now.get(name) == value for name, value in record["settings"].items()):
                 return path, record
         return None
@@ -236,10 +234,10 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     return record
 
 
-def score(found: dict) -> dict:
+def score(full: dict) -> dict:
     """score.json without intervals, settings and times; rates as numbers."""
-    rates = {name: rate["rate"] for name, rate in found.get("rates", {}).items()}
-    plain = {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+    rates = {name: rate["rate"] for name, rate in full.get("rates", {}).items()}
+    plain = {name: value for name, value in full.items() if isinstance(value, int | float | str)}
     return {name: value for name, value in plain.items() if not name.startswith("seconds")} | {"rates": rates}
 
 

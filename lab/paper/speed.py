@@ -49,21 +49,21 @@ def table6(out: Path) -> Section:
     for batch in (8, 32):
         rows, shown = speeds(out / "step.json", batch), []
         for name in OURS:
-            paper, found = PAPER.get(name), rows.get(name)
+            paper, row = PAPER.get(name), rows.get(name)
             claimed = 100 * (paper[2] / PAPER["lora"][2] - 1) if paper else None
             faster = [] if name == "lora" else gains(rows, name, "lora")
-            said = "-" if name in ("floor", "lora") else verdict(faster, claimed, margin=None)
+            judged = "-" if name in ("floor", "lora") else verdict(faster, claimed, margin=None)
             shown.append([
                 named(name), *(number_text(value) for value in paper or (None,) * 3),
                 number_text(claimed or None, "+.0f"),
-                number_text(found["samples_per_s"]) if found else "not run",
-                mean_text(estimate(faster), "+.0f", "-" if found else "not run"),
-                number_text(found and found["over_floor"]),
-                number_text(found and found.get("over_peft-all")),
-                number_text(found and found["peak_bytes"] / 1e6, ",.0f"), said,
+                number_text(row["samples_per_s"]) if row else "not run",
+                mean_text(estimate(faster), "+.0f", "-" if row else "not run"),
+                number_text(row and row["over_floor"]),
+                number_text(row and row.get("over_peft-all")),
+                number_text(row and row["peak_bytes"] / 1e6, ",.0f"), judged,
             ])  # fmt: skip
-            kept.append({"batch": batch, "row": name, "paper": paper, "paper_over_lora": claimed, "verdict": said})
-            kept[-1] |= {"over_lora": estimate(faster), "over_floor": found and found["over_floor"]}
+            kept.append({"batch": batch, "row": name, "paper": paper, "paper_over_lora": claimed, "verdict": judged})
+            kept[-1] |= {"over_lora": estimate(faster), "over_floor": row and row["over_floor"]}
         heads = ["", "paper: _pure", "_gate", "all", "over LoRA, %", "ours: samples/s", "over LoRA, %"]
         lines += [
             "",
@@ -80,15 +80,15 @@ def named(name: str) -> str:
 
 def figure5(out: Path) -> Section:
     """Speed relative to LoRA, the paper's and ours, and memory relative to the frozen base, as bars."""
-    found, rows = speeds(out / "step.json", 8), []
-    for name in (name for name in OURS if name in PAPER or name in found):
-        over = estimate(gains(found, name, "lora"))
+    measured, rows = speeds(out / "step.json", 8), []
+    for name in (name for name in OURS if name in PAPER or name in measured):
+        over = estimate(gains(measured, name, "lora"))
         rows.append({
             "name": named(name),
             "paper": PAPER[name][2] / PAPER["lora"][2] if name in PAPER else None,
             "ours": 1 + over.mean / 100 if over else None,
             "half": over.half / 100 if over and over.half else None,
-            "memory": found[name]["peak_bytes"] / found["floor"]["peak_bytes"] if name in found else None,
+            "memory": measured[name]["peak_bytes"] / measured["floor"]["peak_bytes"] if name in measured else None,
         })  # fmt: skip
     draw_speeds(rows, "Speed and memory of a training step", out / "fig5.png")
     title = "Figure 5: training speed and memory, beside the frozen base"

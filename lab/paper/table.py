@@ -69,13 +69,13 @@ class Table:
 
     def needed(self, scale: Scale, seeds: int, **changes) -> Needed:
         """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
-        found: Needed = {}
+        needed: Needed = {}
         for seed in range(seeds):
             for column in self.columns:
                 for row in self.rows:
                     run = self.run(row, column, scale, seed, **changes)
-                    found.setdefault(run, set()).add(getattr(scale, column.task))
-        return found
+                    needed.setdefault(run, set()).add(getattr(scale, column.task))
+        return needed
 
     # --------------------------------------------------------------------------------------------- what is printed
 
@@ -91,12 +91,12 @@ class Table:
 
     def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Callable, **changes) -> dict:
         """Our score in % for each seed that was run."""
-        found = {}
+        by_seed = {}
         for seed in range(seeds):
             score = scores(self.run(row, column, scale, seed, **changes), getattr(scale, column.task))
             if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
-                found[seed] = 100 * value
-        return found
+                by_seed[seed] = 100 * value
+        return by_seed
 
     def cell(self, row: Row, place: int, ours: dict[str, dict[int, float]]) -> "Cell":
         """The numbers of a row in the column at `place`."""
@@ -132,20 +132,20 @@ class Cell(NamedTuple):
 
     def record(self, table: str, column: str) -> dict:
         """The cell for JSON."""
-        found = {"table": table, "column": column, "row": self.row.name, "compared_with": self.row.against}
-        found |= {"paper": self.paper, "paper_difference": self.claimed}
+        row = {"table": table, "column": column, "row": self.row.name, "compared_with": self.row.against}
+        row |= {"paper": self.paper, "paper_difference": self.claimed}
         for name, values in (("sieve", self.sieve), ("ours", self.ours)):
             differences = self.sieve_differences if name == "sieve" else self.differences
-            found[name] = {"by_seed": values, **as_dict(estimate(values))}
-            found[name] |= {"difference": as_dict(estimate(differences)), "verdict": self.verdict(differences)}
-        return found
+            row[name] = {"by_seed": values, **as_dict(estimate(values))}
+            row[name] |= {"difference": as_dict(estimate(differences)), "verdict": self.verdict(differences)}
+        return row
 
     def verdict(self, differences: list[float]) -> str:
         return verdict(differences, self.claimed) if self.row.against else "-"
 
 
-def as_dict(found: Estimate | None) -> dict:
-    return found._asdict() if found else {"mean": None, "half": None, "n": 0}
+def as_dict(interval: Estimate | None) -> dict:
+    return interval._asdict() if interval else {"mean": None, "half": None, "n": 0}
 
 
 def show(cells: list[Cell]) -> list[str]:

@@ -8,6 +8,8 @@ import math
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import numpy as np
+
 LEAST_SEEDS = 3
 MARGIN = 2.0  # points between which a mean difference counts as none: MoE-Sieve's
 RULE = (
@@ -49,14 +51,26 @@ def is_equivalent(differences: list[float], margin: float) -> bool:
 
 def verdict(differences: list[float], claimed: float | None, *, margin: float | None = MARGIN) -> str:
     """What the paired differences of a row say about the difference that is claimed (`RULE`).  margin None: no TOST"""
-    found = estimate(differences)
-    if found is None:
+    interval = estimate(differences)
+    if interval is None:
         return "not run"
-    if found.n < LEAST_SEEDS or abs(found.mean) <= found.half:
+    if interval.n < LEAST_SEEDS or abs(interval.mean) <= interval.half:
         return "equivalent" if margin and is_equivalent(differences, margin) else "undecided"
     if not claimed:  # not printed, or printed as equal
-        return "higher" if found.mean > 0 else "lower"
-    return "same direction" if found.mean * claimed > 0 else "opposite direction"
+        return "higher" if interval.mean > 0 else "lower"
+    return "same direction" if interval.mean * claimed > 0 else "opposite direction"
+
+
+def spread_ratio(values: list[float], others: list[float]) -> tuple[float, float, float]:
+    """How the standard deviation compares with that of others: the ratio, and its 95 % interval.
+
+    s^2 / s_others^2 over the true ratio follows F(n - 1, n_others - 1). Its percentiles are those of a million draws.
+    """
+    draws = np.random.default_rng(0)
+    over, under = (draws.chisquare(len(of) - 1, 10**6) / (len(of) - 1) for of in (values, others))
+    least, most = np.quantile(over / under, (0.025, 0.975))
+    ratio = stdev(values) / stdev(others)
+    return ratio, float(ratio / math.sqrt(most)), float(ratio / math.sqrt(least))
 
 
 def t_quantile(df: int, inside: float = 0.95) -> float:

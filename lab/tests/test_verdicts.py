@@ -9,7 +9,7 @@ from lab.paper import published, tables
 from lab.paper.published import sieve_accuracies
 from lab.paper.runs import Run
 from lab.paper.table import SCALES, Column, Row, Table
-from lab.paper.verdicts import estimate, is_equivalent, t_quantile, verdict
+from lab.paper.verdicts import estimate, is_equivalent, spread_ratio, t_quantile, verdict
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
 
@@ -109,6 +109,16 @@ def test_a_table_has_the_means_and_paired_differences_of_its_runs():
     assert shown[-3:] == ["47.7 ± 5.2 (3)", "-2.3 ± 1.4 (3)", "opposite direction"]
     [not_run] = [line for line in lines if line[0] == "HELLoRA" and "3.00" in line]
     assert not_run[-3:] == ["not run"] * 3
+
+
+def test_a_ratio_of_standard_deviations_has_the_interval_of_the_f_distribution_in_books():
+    values = [1.0, 3.0, 2.0, 5.0, 4.0]
+    for others, F in (([2 * v for v in values], 9.60), ([0.5 * v for v in [*values, 0.9, 2.2, 3.7]], 5.52)):
+        # the upper 2.5 % points of F(4, 4) and F(4, 7); the lower one of F(4, 7) is 1 / 9.07, of F(7, 4)
+        low = 9.60 if len(others) == 5 else 9.07
+        ratio, least, most = spread_ratio(values, others)
+        assert ratio == pytest.approx(statistics.stdev(values) / statistics.stdev(others))
+        assert (ratio / least, most / ratio) == pytest.approx((math.sqrt(F), math.sqrt(low)), rel=0.01)
 
 
 def test_moe_sieves_own_seeds_stand_in_the_column_of_gsm8k_with_the_same_rule():
