@@ -99,19 +99,18 @@ class Table:
         return by_seed
 
     def cell(self, row: Row, place: int, ours: dict[str, dict[int, float]]) -> "Cell":
-        """The numbers of a row in the column at `place`."""
-        other = next((r for r in self.rows if r.name == row.against), None)
+        """The numbers of a row in the column at `place`.  ours: of each row, by seed"""
+        other = next((each for each in self.rows if each.name == row.against), None)
         theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
-        printed, reference = (r.paper[place] if r and place < len(r.paper) else None for r in (row, other))
+        printed, reference = (each.paper[place] if each and place < len(each.paper) else None for each in (row, other))
         claimed = None if None in (printed, reference) else printed - reference
         claimed = row.claims[place] if place < len(row.claims) else claimed
-        sieve, sieve_other = (theirs.get(r.sieve, {}) if r else {} for r in (row, other))
-        mine, mine_other = ours[row.name], ours[row.against] if other else {}
-        once = row.method == "base"  # the model as it is, the same for every seed
-        return Cell(
-            row, printed, claimed, list(sieve.values()), paired(sieve, sieve_other),
-            list(mine.values())[:1] if once else list(mine.values()), paired(mine, mine_other),
-        )  # fmt: skip
+        sieve = [theirs.get(each.sieve, {}) if each else {} for each in (row, other)]
+        mine = [ours[each.name] if each else {} for each in (row, other)]
+        values = (
+            list(mine[0].values())[:1] if row.method == "base" else list(mine[0].values())
+        )  # for every seed the same
+        return Cell(row, printed, claimed, list(sieve[0].values()), paired(*sieve), values, paired(*mine))
 
 
 def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
@@ -132,16 +131,32 @@ class Cell(NamedTuple):
 
     def record(self, table: str, column: str) -> dict:
         """The cell for JSON."""
-        row = {"table": table, "column": column, "row": self.row.name, "compared_with": self.row.against}
-        row |= {"paper": self.paper, "paper_difference": self.claimed}
-        for name, values in (("sieve", self.sieve), ("ours", self.ours)):
-            differences = self.sieve_differences if name == "sieve" else self.differences
-            row[name] = {"by_seed": values, **as_dict(estimate(values))}
-            row[name] |= {"difference": as_dict(estimate(differences)), "verdict": self.verdict(differences)}
-        return row
+
+        def side(values: list[float], differences: list[float]) -> dict:
+            mean, difference = (as_dict(estimate(numbers)) for numbers in (values, differences))
+            return {"by_seed": values, **mean, "difference": difference, "verdict": self.verdict(differences)}
+
+        return {
+            "table": table,
+            "column": column,
+            "row": self.row.name,
+            "compared_with": self.row.against,
+            "paper": self.paper,
+            "paper_difference": self.claimed,
+            "sieve": side(self.sieve, self.sieve_differences),
+            "ours": side(self.ours, self.differences),
+        }
 
     def verdict(self, differences: list[float]) -> str:
         return verdict(differences, self.claimed) if self.row.against else "-"
+
+    def texts(self, values: list[float], differences: list[float], missing: str) -> list[str]:
+        """Mean, difference and verdict, ours or MoE-Sieve's."""
+        mean = mean_text(estimate(values), missing=missing)
+        if not self.row.against:
+            return [mean, "", ""]
+        judged = self.verdict(differences) if values else missing
+        return [mean, mean_text(estimate(differences), "+.1f", missing), judged]
 
 
 def as_dict(interval: Estimate | None) -> dict:
@@ -155,18 +170,8 @@ def show(cells: list[Cell]) -> list[str]:
     heads += ["MoE-Sieve, full size", "difference", "verdict"] if with_sieve else []
     rows = []
     for cell in cells:
-        claimed = number_text(cell.claimed, "+.2f") if cell.row.against else ""
-        claimed = "equal" if cell.claimed == 0 else claimed
+        claimed = "equal" if cell.claimed == 0 else number_text(cell.claimed, "+.2f") if cell.row.against else ""
         line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
-        if with_sieve:
-            line += compared(cell, cell.sieve, cell.sieve_differences, "-")
-        rows.append(line + compared(cell, cell.ours, cell.differences, "not run"))
+        line += cell.texts(cell.sieve, cell.sieve_differences, "-") if with_sieve else []
+        rows.append(line + cell.texts(cell.ours, cell.differences, "not run"))
     return grid([*heads, "ours", "difference", "verdict"], rows)
-
-
-def compared(cell: Cell, values: list[float], differences: list[float], missing: str) -> list[str]:
-    """Mean, difference and verdict as text."""
-    texts = [mean_text(estimate(values), missing=missing)]
-    if not cell.row.against:
-        return [*texts, "", ""]
-    return [*texts, mean_text(estimate(differences), "+.1f", missing), cell.verdict(differences) if values else missing]
