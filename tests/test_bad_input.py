@@ -304,7 +304,8 @@ train extra                                          | extra
 train --k 0                                          | '0' | at least 1
 train --k 1.5                                        | '1.5' | between 0 and 1
 train --k 65                                         | 65 | 1..64
-train --k MANY                                       | 1..64
+train --k MANY --out new                              | 1..64
+train --out LONG                                     | cannot be written
 train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
