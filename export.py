@@ -18,9 +18,9 @@ layer and what is wrong (diagnosis/). Exit status 0: healthy; 3: a fault was fou
 
 import command.start  # noqa: F401
 
-import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -199,8 +199,10 @@ def check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists and is not empty; name another folder")
     place = next(path for path in (out, *out.parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"--out {out} cannot be written: {place} is not a writable folder; name another folder")
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written ({error.strerror}); name another folder") from None
 
 
 def check_space(folder: Path, size: int) -> None:
