@@ -35,7 +35,7 @@ def own_path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
-@pytest.mark.parametrize("name", check.functions())
+@pytest.mark.parametrize("name", check.FUNCTIONS)
 def test_ours_passes_every_vector(name):
     verdict = check.check_function(ours, name)
     assert (verdict.failures, verdict.not_offered) == ((), 0)
@@ -46,8 +46,8 @@ def test_the_numpy_port_passes_what_it_offers_and_the_rest_is_not_offered(capsys
     place, *lines = capsys.readouterr().out.splitlines()
     assert place == f"checking {ROOT / 'examples/numpy_moe.py'}"
     found = {line.split()[0]: line for line in lines}
-    assert found.keys() == set(check.functions())
-    assert {name for name, line in found.items() if not line.endswith(" not offered")} == {"moe_layer", "route"}
+    assert found.keys() == {"moe_layer", "route", "not"}  # not offered: the others
+    assert all(name in found["not"] for name in check.FUNCTIONS if name not in found)
     assert "3 passed" in found["moe_layer"]
 
 
@@ -74,7 +74,8 @@ def test_the_files_hold_what_the_plain_formulas_give(writer):
 
 
 def test_the_files_are_small_and_no_other_than_are_made():
-    assert check.functions() == sorted(writer.__name__ for writer in make.WRITERS)
+    assert sorted(check.FUNCTIONS) == sorted(writer.__name__ for writer in make.WRITERS)
+    assert sorted(check.FUNCTIONS) == sorted(path.stem for path in VECTORS.glob("*.json"))
     assert sum(path.stat().st_size for path in VECTORS.glob("*.json")) < 150_000
 
 
@@ -130,7 +131,7 @@ def port(answers: dict) -> SimpleNamespace:
 def test_the_whole_model_has_every_value(answers):
     assert [(line.split(",")[0], failed) for line, failed in whole_model.check(port(answers))] == [
         ("forward: all 18 values agree", False),
-        ("counts: all 1 values agree", False),
+        ("counts: all 4 values agree", False),
         ("train_step: all 225 values agree", False),
     ]
 
@@ -150,7 +151,7 @@ def test_minimal_py_is_a_port_with_every_value_that_it_computes():
 
     lines = list(whole_model.check(SimpleNamespace(forward=forward, counts=counts)))
     assert [line.split(",")[0] for line, _ in lines] == [
-        "forward: all 5 values agree", "counts: all 1 values agree", "train_step: not offered",
+        "forward: all 5 values agree", "counts: all 4 values agree", "train_step: not offered",
     ]  # fmt: skip
     assert not any(failed for _, failed in lines)
 
@@ -164,6 +165,21 @@ def test_the_first_layer_that_differs_is_named(answers, layer, name, monkeypatch
     (line, failed), *_ = whole_model.check(port(answers | {"forward": wrong}))
     step = {"selected_experts": "selected experts", "weights": "routing weights", "hidden_states": "output"}
     assert failed and line.startswith(f"forward: layer {layer}, {step.get(name, 'after attention')} is the first value")
+
+
+@pytest.mark.parametrize("result", [{}, {"hidden": np.zeros((5, 2, 110, 128))}])
+def test_a_model_that_returns_nothing_known_fails(result):
+    assert list(whole_model.check(port({"forward": result}))) == [
+        ("forward returns nothing that could be compared", True)
+    ]
+
+
+@pytest.mark.parametrize("cut", [np.s_[:-1], np.s_[:, :-1], np.s_[:, :, :-1], np.s_[..., :-1]])
+def test_an_array_of_another_shape_differs(answers, cut, monkeypatch):
+    monkeypatch.setattr(whole_model, "likely", lambda *_: ())
+    for name, array in answers["forward"].items():
+        (line, failed), *_ = whole_model.check(port({"forward": {name: array[cut]}}))
+        assert failed and "is the first value that differs" in line, name
 
 
 def test_what_stands_at_padding_does_not_matter(answers, questions):
@@ -191,7 +207,7 @@ def test_a_wrong_model_ends_with_status_1_and_the_name_of_the_mistake(tmp_path, 
         run(lambda: check.main(["--model", str(tmp_path / "padded_port.py")]))
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and err == "error: 1 case failed\n"
-    assert "counts: counts is the first value that differs (0 before it agree)" in out
+    assert "counts: layer 0 is the first value that differs (0 before it agree)" in out
     assert "This looks like: padding is counted." in out
 
 
@@ -237,7 +253,7 @@ def test_a_wrong_port_ends_with_status_1_and_names_the_case_and_the_array(tmp_pa
     assert ended.value.code == 1 and err == "error: 9 cases failed\n"
     assert "pass_at_k        2 passed, 4 FAILED" in out and "2 of 5 pass, k 3: the result is off by" in out
     assert "renormalised: selected_experts is missing; weights is off by" in out
-    assert "linear           not offered" in out
+    assert "not offered      count_experts, select_experts, init_A, linear, " in out
 
 
 def test_modules_of_a_port_may_have_the_names_of_ours(tmp_path):

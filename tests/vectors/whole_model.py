@@ -90,9 +90,10 @@ def compare_forward(result: dict, real: np.ndarray, expected: dict) -> Iterator[
     """What is compared, and its error, from the first layer to the last."""
     arrays = {name: np.asarray(array) for name, array in result.items()}
 
-    def part(name: str, *place: int) -> np.ndarray | None:
-        array = arrays[name][place]
-        return array[real] if array.shape[:2] == real.shape else None
+    def part(name: str, layer: int) -> np.ndarray | None:
+        """The real tokens of a layer; None if the array has not its shape."""
+        layers = arrays[name]
+        return layers[layer][real] if layer < len(layers) and layers.shape[1:3] == real.shape else None
 
     if "hidden_states" in arrays:
         yield "embeddings", error_of(part("hidden_states", 0), expected["hidden_states"][0])
@@ -110,7 +111,8 @@ def compare_forward(result: dict, real: np.ndarray, expected: dict) -> Iterator[
         if "hidden_states" in arrays:
             yield f"layer {i}, output", error_of(part("hidden_states", i + 1), expected["hidden_states"][i + 1])
     if "logits" in arrays:
-        yield "logits", error_of(part("logits"), expected["logits"])
+        logits = arrays["logits"]
+        yield "logits", error_of(logits[real] if logits.shape[:2] == real.shape else None, expected["logits"])
 
 
 def step_arrays(result: dict, pairs: dict) -> Iterator[tuple[str, np.ndarray | None]]:
@@ -155,7 +157,8 @@ def questions() -> dict[str, tuple[dict, Callable, Callable]]:
     step |= {"alpha": values["alpha"], "lr": values["lr"]}
 
     def compare_counts(result, expected) -> Iterator[tuple[str, float]]:
-        yield "counts", 0.0 if np.array_equal(result, expected) else math.inf
+        for i, counts in enumerate(expected):
+            yield f"layer {i}", 0.0 if i < len(result) and np.array_equal(result[i], counts) else math.inf
 
     return {
         "forward": (
@@ -192,6 +195,9 @@ def check(module: ModuleType) -> Iterator[tuple[str, bool]]:
                     yield f"    This looks like: {mistake}.", True
                 return
             count, largest = count + 1, max(largest, error)
+        if not count:
+            yield f"{function} returns nothing that could be compared", True
+            return
         yield f"{function}: all {count} values agree, largest error {largest:.0e}", False
 
 
