@@ -6,9 +6,9 @@
     4. Train the pairs.
     5. Merge them into the weights, and answer questions that training did not show.
 
-The model is the OLMoE in tiny/, the task tiny-math. This file uses nothing else of the project than the rows of that
-task: the rest of the repository is the same method for real models, fast and on many processes. Weights are a dict of
-tensors under the names of the checkpoint, pairs a dict (A, B) under the same names.
+The model is the OLMoE in tiny/, the task tiny-math. From the rest of the repository, which is the same method for real
+models, fast and on many processes, this file takes only the rows of that task. The weights are a dict of tensors under
+the names of the checkpoint. The pairs (A, B) are a dict under the same names.
 
 Dimensions: B sequences, S positions, T real tokens in a batch, L layers, E experts per layer, K experts per token,
 D hidden_size, F intermediate_size of an expert, Hq heads, Dh head_dim, V vocabulary, r rank.
@@ -117,7 +117,7 @@ def mixture(x, layer, W, pairs):
     p = linear(x, f"{layer}.mlp.gate", W, pairs).softmax(-1)  # [T, E]
     p, chosen = p.topk(K)  # [T, K] twice; Mixtral now divides p by its sum, OLMoE does not
     y = torch.zeros_like(x)
-    for e in range(E):
+    for e in range(E):  # also those that no token chose: their pairs then get a gradient of zero
         token, place = (chosen == e).nonzero(as_tuple=True)  # the tokens that chose e, and where it stands in their p
         y.index_add_(0, token, p[token, place, None] * expert(x[token], f"{layer}.mlp.experts.{e}", W, pairs))
     return y, chosen
@@ -125,14 +125,14 @@ def mixture(x, layer, W, pairs):
 
 def forward(ids, real, W, pairs):
     """ids, real [B, S] -> the normalised hidden states [B, S, D], and the experts of the real tokens [L, T, K]"""
-    x, chosen = W["embed_tokens.weight"][ids], []  # [B, S, D]
+    x = W["embed_tokens.weight"][ids]  # [B, S, D]
+    chosen = []
     for layer in (f"layers.{i}" for i in range(L)):
         x = x + attention(norm(x, f"{layer}.input_layernorm", W), layer, W, pairs)
-        y, chosen_here = mixture(
-            norm(x[real], f"{layer}.post_attention_layernorm", W), layer, W, pairs
-        )  # [T, D], [T, K]
-        x = x.index_put((real,), x[real] + y)  # padding passes no expert
-        chosen.append(chosen_here)
+        h = norm(x[real], f"{layer}.post_attention_layernorm", W)  # [T, D]; padding passes no expert
+        y, chosen_of_layer = mixture(h, layer, W, pairs)  # [T, D], [T, K]
+        x = x.index_put((real,), x[real] + y)  # [B, S, D]
+        chosen.append(chosen_of_layer)
     return norm(x, "norm", W), torch.stack(chosen)
 
 
@@ -151,8 +151,9 @@ def count(sequences, W):
 
 
 def choose(counts):
-    """H[l]: the k experts of layer l with the largest c[l, e]; among equal counts the lower id.  -> L lists, rising"""
-    return [sorted(sorted(range(E), key=lambda e: (-c[e], e))[:num_hot]) for c in counts.tolist()]
+    """H[l]: the k experts of layer l with the largest c[l, e]; of equal counts the lower id first.  -> L lists"""
+    by_count = counts.argsort(dim=-1, descending=True, stable=True)  # [L, E]
+    return [sorted(ids) for ids in by_count[:, :num_hot].tolist()]
 
 
 def attach(hot, W):
@@ -183,11 +184,12 @@ def loss_of(batch, W, pairs):
 
 
 def train(batches, W, pairs):
-    """AdamW on the pairs alone. The rate rises over a tenth of the steps, then falls to zero.  -> the losses"""
+    """AdamW on the pairs alone. The rate rises from 0 over a tenth of the steps, then falls to 0.  -> the losses"""
     factors = [factor for pair in pairs.values() for factor in pair]
     optimizer = torch.optim.AdamW(factors, weight_decay=0.0)
-    steps, losses = len(batches), []
+    steps = len(batches)
     warmup = math.ceil(steps / 10)
+    losses = []
     for step, batch in enumerate(batches):
         optimizer.param_groups[0]["lr"] = learning_rate * min(step / warmup, (steps - step) / (steps - warmup))
         loss = loss_of(batch, W, pairs)
@@ -216,12 +218,14 @@ def merge(W, pairs):
 @torch.no_grad()
 def complete(prompts, W, pairs):
     """Append the most likely token to each prompt until it is EOS. Each step reads everything again: no KV cache."""
-    sequences, going = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    sequences = [list(prompt) for prompt in prompts]
+    going = list(range(len(prompts)))  # those without an EOS
     for _ in range(max_new_tokens):
         ids, real = pad([sequences[i] for i in going])
         x, _ = forward(ids, real, W, pairs)
-        last = x[torch.arange(len(going)), real.sum(1) - 1]  # [B, D]
-        for i, token in zip(going, (last @ W["lm_head.weight"].T).argmax(-1).tolist(), strict=True):
+        last = x[torch.arange(len(going)), real.sum(1) - 1]  # [B, D] of each sequence's last token
+        tokens = (last @ W["lm_head.weight"].T).argmax(-1)  # [B]
+        for i, token in zip(going, tokens.tolist(), strict=True):
             sequences[i].append(token)
         going = [i for i in going if sequences[i][-1] != EOS]
         if not going:
@@ -259,7 +263,7 @@ def main():
 
     pairs = attach(hot, W)
     trained = sum(factor.numel() for pair in pairs.values() for factor in pair)
-    print(f"3. attached {len(pairs)} pairs of rank {r}: {trained:,} numbers train")
+    print(f"3. attached {len(pairs)} pairs of rank {r}: {trained:,} parameters train")
 
     batches = [rows[start : start + batch_size] for start in range(0, num_train, batch_size)]
     print(f"4. training on {num_train:,} rows, {batch_size} a step")

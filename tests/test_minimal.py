@@ -63,6 +63,12 @@ def test_counts_and_hot_experts_are_those_of_the_run(trained):
     assert trained.hot == json.loads((trained.out / "adapter/adapter.json").read_text())["hot"]
 
 
+def test_of_equal_counts_the_experts_are_chosen_that_hellora_selects():
+    counts = torch.randint(0, 9, (minimal.L, minimal.E), generator=torch.Generator().manual_seed(0))
+    mask = hellora.select_experts("hot", counts, num_hot=minimal.num_hot)
+    assert minimal.choose(counts) == [row.nonzero().flatten().tolist() for row in mask]
+
+
 def test_the_same_number_of_parameters_trains(trained):
     result = json.loads((trained.out / "result.json").read_text())
     assert sum(factor.numel() for pair in trained.pairs.values() for factor in pair) == result["trainable"]
@@ -117,5 +123,5 @@ print(*sorted(name for name, file in files.items() if file.startswith({str(minim
     assert ran.returncode == 0, ran.stderr
     *lines, imported = ran.stdout.splitlines()
     assert imported == "minimal tiny tiny.tasks"
-    assert "3. attached 116 pairs of rank 8: 174,080 numbers train" in lines
+    assert "3. attached 116 pairs of rank 8: 174,080 parameters train" in lines
     assert "accuracy: base 0%, HELLoRA" in ran.stdout
