@@ -57,7 +57,7 @@ RECIPES = {
     "gsm8k": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5),
     "codealpaca": Recipe(lr=2e-3, epochs=2, fft_lr=2e-4),
     "saferpaca": Recipe(lr=4e-4, epochs=1, fft_lr=2e-5),
-    "own": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5, batch=32, fft_batch=32),
+    "own": Recipe(lr=4e-4, epochs=3, fft_lr=4e-5, batch=8, fft_batch=8),  # small batches: few rows still make steps
     "tiny-math": Recipe(lr=3e-3, **TINY),
     "tiny-code": Recipe(lr=3e-3, **TINY),
     "tiny-safety": Recipe(lr=3e-3, **TINY),
