@@ -19,7 +19,6 @@ import functools
 import hashlib
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -34,19 +33,18 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from command import cli
 from command.cli import InputError, flag, note, number, say
-from command.files import read_json, write_json, write_jsonl
+from command.files import write_json, write_jsonl
 from data import Example
-from generate import Decoding, check_decoding, complete
-from hub.config import IGNORE_HELP, ignore_keys
-from hub.tokenizer import BOS_HELP
+from generate import Decoding, DecodingFlags, complete
+from hub.config import ignore_keys
 from machine import memory
-from machine.processes import ALONE, DTYPE_HELP, DTYPES, Processes, default_dtype, start_processes
+from machine.processes import ALONE, Processes, default_dtype, start_processes
 from model import MoETransformer
 from recipes.papers import evaluation_of
 from run.subject import Subject, began
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
-from scoring.completions import read_completions, read_generations, remove_score, write_generations
+from scoring.completions import check_folder, claim, read_completions, remove_score, write_generations
 from scoring.statistics import describe
 
 DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
@@ -56,13 +54,14 @@ DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of Hum
     "own": Decoding(512),
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
+BATCH = 32  # sequences decoded at once, by default
 GENERATING = "batch max_new_tokens temperature top_p samples shots prompt seed dtype bos shard".split()
 
 # --------------------------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(DecodingFlags):
     """The flags of evaluate.py."""
 
     source: str | None = flag(
@@ -74,25 +73,18 @@ class Settings:
     out: str | None = flag(None, "folder for score.json and items.jsonl; default: none with --completions")
     completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines')
     partial: bool = flag(False, "let --completions leave examples out")
-    batch: int | None = flag(None, "sequences decoded at once (default: 32)", type=number(int, 1))
-    max_new_tokens: int | None = flag(None, "where a completion is cut (default: by task)", type=number(int, 1))
-    temperature: float | None = flag(None, "0: greedy (default: by task)", type=number(float, 0))
-    top_p: float | None = flag(None, "nucleus (default: by task)", type=number(float, 0, 1, above=True))
+    batch: int | None = flag(None, f"sequences decoded at once (default: {BATCH})", type=number(int, 1))
     samples: int | None = flag(None, "completions per problem (default: by task)", type=number(int, 1))
     shots: int | None = flag(None, "show the first problems of the training data, solved; 0: none", type=number(int, 0))
     train_data: str | None = flag(None, "a local copy of the training file, for --shots")
     prompt: str | None = flag(None, "form of GSM8K (default: the run's, or lori)", choices=list(data.PROMPTS))
-    bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
     max_length: int | None = flag(None, "own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8))
-    seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
-    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     refusal_rule: str | None = flag(None, "which phrases count (default: lori)", choices=list(refusals.RULES))
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
     allow_code_execution: bool = flag(False, "run model-written code with limits only")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, above=True))
     workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
-    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
     @property
     def benchmark(self) -> str:
@@ -105,8 +97,7 @@ class Settings:
         decoding = default_decoding(self.task)
         if self.temperature == 0:
             decoding = replace(decoding, top_p=1.0, samples=1)
-        given = {name: getattr(self, name) for name in asdict(decoding) if getattr(self, name) is not None}
-        return replace(decoding, **given)
+        return self.given_to(replace(decoding, samples=self.samples or decoding.samples))
 
 
 def default_decoding(task: str) -> Decoding:
@@ -178,7 +169,6 @@ def check_task_flags(settings: Settings) -> None:
             raise InputError(f"{given} has no meaning for {task}; leave it out")
     if settings.train_data and not settings.shots:
         raise InputError(f"--train-data {settings.train_data} is read only for --shots N; leave it out, or add that")
-    check_decoding(decoding)
     if decoding.samples > 1 and (decoding.temperature == 0 or benchmark != "humaneval"):
         why = "greedy samples are all the same" if benchmark == "humaneval" else f"{task} scores one completion"
         raise InputError(f"--samples {decoding.samples}: {why}; leave it out")
@@ -187,11 +177,39 @@ def check_task_flags(settings: Settings) -> None:
 # ----------------------------------------------------------------------------------------------------------- prompt
 
 
-def make_reader(settings: Settings, subject: Subject) -> data.Reader:
-    """What reads the rows for a model."""
-    length = settings.max_length or 512
-    date = began(subject.run)
-    return data.Reader(settings.task, subject.folder, subject.config, max_length=length, bos=settings.bos, date=date)
+class Job(NamedTuple):
+    """What is asked of which model, and where the answers go."""
+
+    examples: list[Example]  # of the task, all of them
+    out: Path | None
+    protection: str | None  # from model-written code, if any is run
+    subject: Subject | None = None  # None: completions exist already
+    reader: data.Reader | None = None
+    prompts: list[list[int]] = []  # the token ids of each example's prompt
+    items: list[data.Encoded] = []  # rows of task own whose loss is measured
+
+
+def prepare(settings: Settings, subject: Subject | None, processes: Processes) -> Job:
+    """Read what is asked. Raises InputError, before anything is downloaded if the flags are wrong."""
+    runs_code = settings.benchmark == "humaneval" and processes.is_main
+    protection = check_protection(settings.allow_code_execution) if runs_code else None
+    out = out_folder(settings, subject)
+    if out:
+        check_folder(out)
+    if subject is None:
+        return Job(load_problems(settings, None), out, protection)
+    reader = data.Reader(
+        settings.task,
+        subject.folder,
+        subject.config,
+        max_length=settings.max_length or 512,
+        bos=settings.bos,
+        date=began(subject.run),
+    )
+    examples = load_problems(settings, reader)
+    answered = [example for example in examples[: settings.limit] if example.answer.strip()]
+    items = reader.encode(answered) if settings.task == "own" and answered else []
+    return Job(examples, out, protection, subject, reader, reader.prompts(examples), items)
 
 
 def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
@@ -227,66 +245,60 @@ class Answers(NamedTuple):
     losses: dict[str, loss.RowLoss] | None = None  # of task own: of the rows that have an answer
 
 
-def decode(
-    settings: Settings,
-    subject: Subject,
-    examples: list[Example],
-    reader: data.Reader,
-    out: Path,
-    processes: Processes,
-) -> Answers | None:
-    """The completions of a model; None on every process but the main one."""
-    dtype = settings.dtype or default_dtype()
-    prompts, batch = reader.prompts(examples[: settings.limit]), settings.batch or 32
-    answered = [example for example in examples[: settings.limit] if example.answer.strip()]
-    items = reader.encode(answered) if settings.task == "own" and answered else []
-    longest = max(map(len, [*prompts, *(item.ids for item in items)]))
-    sizes = {"tokens": batch * longest, "cached": batch * (longest + settings.decoding.max_new_tokens)}
+def load(settings: Settings, job: Job, dtype: str, processes: Processes) -> MoETransformer:
+    """The model, as each process is to hold it for the longest of the sequences."""
+    batch = settings.batch or BATCH
+    longest = max(map(len, [*job.prompts[: settings.limit], *(item.ids for item in job.items)]))
+    cached = batch * (longest + settings.decoding.max_new_tokens)
 
     def choose_shard(plan_of: Callable[..., memory.Plan]) -> str:
-        plan_of = functools.partial(plan_of, **sizes)
+        plan_of = functools.partial(plan_of, tokens=batch * longest, cached=cached)
         return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
 
-    model = subject.load(getattr(torch, dtype), processes.device, choose_shard)
-    kept = [{}]
-    if processes.is_main:
-        claim(out, identity(settings, dtype, examples, reader, subject.content))
-        kept = [read_generations(out)]
-    if processes.count > 1:
-        dist.broadcast_object_list(kept)
-    examples, decoding = examples[: settings.limit], settings.decoding
-    losses = row_losses(model, items, processes) if items else {}
-    todo = [(i, s) for i in range(len(examples)) for s in range(decoding.samples) if (examples[i].id, s) not in kept[0]]
-    todo = [(i, s) for i, s in todo if examples[i].prompt]  # a row of text alone asks for nothing
-    todo.sort(key=lambda pick: len(examples[pick[0]].prompt))  # neighbours in length go to different processes
-    written = complete(
+    return job.subject.load(getattr(torch, dtype), processes.device, choose_shard)
+
+
+def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None:
+    """The completions of the model, those included that an interrupted evaluation has left in the folder.
+
+    -> None on every process but the main one
+    """
+    decoding, dtype = settings.decoding, settings.dtype or default_dtype()
+    asked, prompts = job.examples[: settings.limit], job.prompts[: settings.limit]
+    model = load(settings, job, dtype, processes)
+    kept = processes.once(lambda: claim(job.out, identity(settings, job, dtype)))
+    losses = row_losses(model, job.items, processes) if job.items else {}
+
+    todo = [(i, s) for i, each in enumerate(asked) for s in range(decoding.samples) if (each.id, s) not in kept]
+    todo = [(i, s) for i, s in todo if asked[i].prompt]  # a row of text alone asks for nothing
+    todo.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
+    completed = complete(
         model,
-        reader.tokenizer,
+        job.reader.tokenizer,
         prompts,
         todo[processes.index :: processes.count],
         decoding,
-        batch_size=batch,
-        stop_ids=reader.stop_ids,
-        stop=stop_rule(settings, examples),
+        batch_size=settings.batch or BATCH,
+        stop_ids=job.reader.stop_ids,
+        stop=stop_rule(settings, asked),
         proceed=processes.any if isinstance(model, FSDPModule) else bool,
     )
     done = {}
-    with open(out / f"generations-{processes.index}.jsonl", "w", encoding="utf-8") as file:
-        for i, s, text, cut in written:
+    with open(job.out / f"generations-{processes.index}.jsonl", "w", encoding="utf-8") as file:
+        for i, s, text, cut in completed:
             text = text.partition(data.NEXT_SHOT)[0] if settings.shots else text
-            done[examples[i].id, s] = {"id": examples[i].id, "sample": s, "completion": text, "cut": cut}
-            print(json.dumps(done[examples[i].id, s]), file=file, flush=True)
+            done[asked[i].id, s] = {"id": asked[i].id, "sample": s, "completion": text, "cut": cut}
+            print(json.dumps(done[asked[i].id, s]), file=file, flush=True)
     done = gather(done, processes)
     if done is None:
         return None
-    done = kept[0] | done
-    write_generations(out, done)
+    done = kept | done
+    write_generations(job.out, done)
     nothing = {"completion": "", "cut": False}
-    records = [[done.get((example.id, s), nothing) for s in range(decoding.samples)] for example in examples]
-    cut = sum(record["cut"] for samples in records for record in samples)
-    if cut:
-        note(f"{cut} of {len(examples) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    return Answers(examples, [[record["completion"] for record in samples] for samples in records], losses)
+    records = [[done.get((each.id, s), nothing) for s in range(decoding.samples)] for each in asked]
+    if cut := sum(record["cut"] for samples in records for record in samples):
+        note(f"{cut} of {len(asked) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
+    return Answers(asked, [[record["completion"] for record in samples] for samples in records], losses)
 
 
 @torch.no_grad()
@@ -321,18 +333,7 @@ def gather(done: dict, processes: Processes) -> dict | None:
     return functools.reduce(dict.__or__, parts) if processes.is_main else None
 
 
-def check_folder(out: Path) -> None:
-    """Raise InputError if `out` holds anything but an evaluation, or cannot be written to."""
-    try:
-        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
-        if not ours and not (out.is_dir() and not any(out.iterdir())):
-            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
-        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
-
-
-def identity(settings: Settings, dtype: str, examples: list[Example], reader: data.Reader, content: dict) -> dict:
+def identity(settings: Settings, job: Job, dtype: str) -> dict:
     """Everything that decides the completions, by content. More examples or samples continue what is there.
 
     The tokens of the prompts hold what --eval-data, --shots, --bos and the like decide.
@@ -341,24 +342,9 @@ def identity(settings: Settings, dtype: str, examples: list[Example], reader: da
     del decoding["samples"]
     if settings.decoding.temperature == 0:
         del decoding["seed"], decoding["top_p"]
-    prompts = list(zip([example.id for example in examples], reader.prompts(examples), strict=True))
-    about = {"task": settings.task, "dtype": dtype, "stop_ids": list(reader.stop_ids)} | decoding
-    return about | {"prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()} | content
-
-
-def claim(out: Path, about: dict) -> None:
-    """Make `out` the folder of the evaluation that `about` identifies. Completions of another one are removed."""
-    file = out / "evaluation.json"
-    before = read_json(file, dict) if file.is_file() else None
-    out.mkdir(parents=True, exist_ok=True)
-    if before != about:
-        if before is not None:
-            changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
-            note(f"{out} holds completions made with other {', '.join(changed)}: starting over")
-        for old in out.glob("generations*.jsonl"):
-            old.unlink()
-        write_json(file, about)
-    remove_score(out)
+    prompts = json.dumps([(example.id, ids) for example, ids in zip(job.examples, job.prompts, strict=True)])
+    about = {"task": settings.task, "dtype": dtype, "stop_ids": list(job.reader.stop_ids)} | decoding
+    return about | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()} | job.subject.content
 
 
 # ------------------------------------------------------------------------------------------------ extract and score
@@ -408,38 +394,35 @@ def report(result: dict, task: str) -> list[str]:
     return [*lines, f"{name} {describe(main)} on {task}, rule: {rule}{remark}"]
 
 
-def evaluate(settings: Settings, subject: Subject | None, processes: Processes) -> dict | None:
+def evaluate(settings: Settings, job: Job, processes: Processes) -> dict | None:
     """Generate or read, score, write, print.  -> the score; None on every process but the main one"""
-    runs_code = settings.benchmark == "humaneval"
-    protection = check_protection(settings.allow_code_execution) if runs_code and processes.is_main else None
-    out = out_folder(settings, subject)
-    if out:
-        check_folder(out)
-    began = time.perf_counter()
-    reader = make_reader(settings, subject) if subject else None
-    examples = load_problems(settings, reader)
-    if subject:
-        answers = decode(settings, subject, examples, reader, out, processes)
+    started, out = time.perf_counter(), job.out
+    if job.subject:
+        answers = decode(settings, job, processes)
         if answers is None:
             return None
     else:
-        ids = [example.id for example in examples]
-        options = {"limit": settings.limit, "partial": settings.partial, "several": runs_code}
-        texts = read_completions(Path(settings.completions), ids, **options)
-        answers = Answers([example for example in examples if example.id in texts], list(texts.values()))
+        texts = read_completions(
+            Path(settings.completions),
+            [example.id for example in job.examples],
+            limit=settings.limit,
+            partial=settings.partial,
+            several=settings.benchmark == "humaneval",
+        )
+        answers = Answers([example for example in job.examples if example.id in texts], list(texts.values()))
     remove_score(out)
-    seconds = {"seconds_completing": time.perf_counter() - began}
+    seconds = {"seconds_completing": time.perf_counter() - started}
     result, items = score(settings, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}
-    used |= {"protection": protection} | (asdict(settings.decoding) if subject else {})
+    used |= {"protection": job.protection} | (asdict(settings.decoding) if job.subject else {})
     problems = problems_digest({example.id: example.row for example in answers.examples})
-    result |= {"seconds": time.perf_counter() - began} | seconds | {"settings": used, "problems": problems}
+    result |= {"seconds": time.perf_counter() - started} | seconds | {"settings": used, "problems": problems}
     if out:
         out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "items.jsonl", items)
         write_json(out / "score.json", result)
-    if protection:
-        say(f"programs ran with {protection}")
+    if job.protection:
+        say(f"programs ran with {job.protection}")
     say(*report(result, settings.task))
     return result
 
@@ -463,10 +446,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     settings, subject = read_settings(argv)
     ignore_keys(settings.ignore_config_keys)
     if settings.completions:  # nothing to share out
-        return evaluate(settings, None, ALONE) if cli.is_main_process() else None
+        return evaluate(settings, prepare(settings, None, ALONE), ALONE) if cli.is_main_process() else None
     # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
     processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
-    result = evaluate(settings, subject, processes)
+    result = evaluate(settings, prepare(settings, subject, processes), processes)
     if processes.count > 1:
         dist.barrier()  # a process that leaves while another still communicates would abort that one
         dist.destroy_process_group()

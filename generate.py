@@ -54,10 +54,29 @@ class Decoding:
     seed: int = 0
 
 
-def check_decoding(decoding: Decoding) -> None:
-    """Raise InputError for settings that contradict each other."""
-    if decoding.top_p < 1 and decoding.temperature == 0:
-        raise InputError(f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0")
+@dataclass(frozen=True, kw_only=True)
+class DecodingFlags:
+    """The flags of evaluate.py and of generate.py that say how text is generated."""
+
+    max_new_tokens: int | None = flag(
+        None, "where to cut an answer (default: 512; tiny tasks 160)", type=number(int, 1)
+    )
+    temperature: float | None = flag(None, "0: greedy (default: 0; code 0.2)", type=number(float, 0))
+    top_p: float | None = flag(None, "nucleus (default: 1; code 0.95)", type=number(float, 0, 1, above=True))
+    seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
+    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
+    bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
+    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
+
+    def given_to(self, decoding: Decoding) -> Decoding:
+        """The decoding with what the flags say. Raises InputError for flags that contradict each other."""
+        given = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+        decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
+        if decoding.top_p < 1 and decoding.temperature == 0:
+            raise InputError(
+                f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0"
+            )
+        return decoding
 
 
 @dataclass
@@ -300,24 +319,17 @@ LONGEST = 512  # tokens of an answer, by default
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(DecodingFlags):
     """The flags of generate.py."""
 
-    model: str = flag(help="a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True)
+    model: str | None = flag(
+        None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True
+    )
     prompt: str | None = flag(
         None, "what to answer; without it: what is typed, or each line of a pipe", positional=True, nargs="?"
     )
     adapter: str | None = flag(None, "none: the base model, without the adapter of the run", choices=("none",))
     plain: bool = flag(False, "put the text to the model as it is, without a chat template or a task's prompt")
-    max_new_tokens: int | None = flag(
-        None, f"where an answer is cut (default: {LONGEST}, or where the model's positions end)", type=number(int, 1)
-    )
-    temperature: float = flag(0.0, "0: always the most likely token", type=number(float, 0))
-    top_p: float = flag(1.0, "nucleus", type=number(float, 0, 1, above=True))
-    seed: int = flag(0, "of the samples", type=number(int, 0))
-    dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
-    ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
 
 class Speaker:
@@ -328,9 +340,7 @@ class Speaker:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.limit = settings.max_new_tokens
-        self.decoding = Decoding(LONGEST, settings.temperature, settings.top_p, seed=settings.seed)
-        check_decoding(self.decoding)
+        self.limit, self.decoding = settings.max_new_tokens, settings.given_to(Decoding(LONGEST))
         subject = Subject(settings.model)
         trained, date = subject.run["settings"] if subject.run else {}, began(subject.run)
         if settings.adapter == "none":

@@ -1,16 +1,17 @@
 """Completions in files: those of `evaluate.py --completions FILE`, and those that an evaluation keeps.
 
     texts = read_completions(Path("FILE.jsonl"), ["0", "1", ...])    # lines {"id": ..., "completion": "..."}
-    done = read_generations(folder)                                  # what an interrupted evaluation has finished
+    done = claim(folder, about)                                      # what an interrupted evaluation has finished
 
 An evaluation's generations.jsonl is also a file that `read_completions` reads.
 """
 
 import json
+import tempfile
 from pathlib import Path
 
-from command.cli import InputError
-from command.files import parse_json, write_jsonl
+from command.cli import InputError, note
+from command.files import parse_json, read_json, write_json, write_jsonl
 from hub.rows import read_text
 
 LINE = '{"id": ..., "completion": "..."}'
@@ -61,6 +62,39 @@ def parse_completion(line: str, place: str) -> tuple[str, str]:
     if not isinstance(text, str):
         raise InputError(f"{place}: completion {text!r:.40} is not text; expected {LINE}")
     return str(name), text
+
+
+# ----------------------------------------------------------------------------------- the folder of an evaluation
+
+
+def check_folder(out: Path) -> None:
+    """Raise InputError if `out` holds anything but an evaluation, or cannot be written to."""
+    try:
+        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
+        if not ours and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
+        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
+
+
+def claim(folder: Path, about: dict) -> dict[tuple[str, int], dict]:
+    """Make `folder` that of the evaluation which `about` identifies.  -> what is finished, as of `read_generations`
+
+    Completions of another evaluation are removed, and so is an earlier score.
+    """
+    file = folder / "evaluation.json"
+    before = read_json(file, dict) if file.is_file() else None
+    folder.mkdir(parents=True, exist_ok=True)
+    if before != about:
+        if before is not None:
+            changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
+            note(f"{folder} holds completions made with other {', '.join(changed)}: starting over")
+        for old in folder.glob("generations*.jsonl"):
+            old.unlink()
+        write_json(file, about)
+    remove_score(folder)
+    return read_generations(folder)
 
 
 def read_generations(folder: Path) -> dict[tuple[str, int], dict]:

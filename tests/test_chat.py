@@ -518,7 +518,9 @@ def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, adde
         for bos in ("auto", "yes", "no"):
             reader = Reader("own", tmp_path, config, bos=bos)
             examples = reader.load("test", path)
-            about = json.dumps(evaluate.identity(settings, "float32", examples, reader, {}))
+            subject = SimpleNamespace(content={})  # the model, which stays the same
+            job = evaluate.Job(examples, None, None, subject, reader, reader.prompts(examples))
+            about = json.dumps(evaluate.identity(settings, job, "float32"))
             prompts.setdefault(about, []).append(reader.prompts(examples))
         assert all(found == found[:1] * len(found) for found in prompts.values())
 
