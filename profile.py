@@ -37,7 +37,7 @@ import hellora
 from command import cli
 from command.cli import InputError, RunError, flag
 from command.files import writable
-from hub.checkpoint import resolve
+from hub.checkpoint import REVISION_HELP, resolve, with_revision
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.digests import weights_digest
 from hub.tokenizer import BOS_HELP
@@ -186,6 +186,7 @@ class Settings:
     """The flags of `profile.py` without a command."""
 
     model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id")
+    revision: str | None = flag(None, REVISION_HELP)
     task: str = flag("tiny-math", "task whose training data is counted", choices=list(data.TASKS))
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))
@@ -219,6 +220,7 @@ def count(argv: list[str]) -> RoutingProfile:
     """The command without a name: count, write profile.json, print the table."""
     description = "Count which experts of each layer a task uses. (Also: compare A B; advise FILE; --prompt TEXT.)"
     settings = cli.parse(Settings, argv, prog="profile.py", description=description)
+    settings = replace(settings, model=with_revision(settings.model, settings.revision))
     ignore_keys(settings.ignore_config_keys)
     folder = resolve(settings.model)
     config = read_config(folder)

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from command.cli import InputError
+from command.cli import InputError, did_you_mean
 from command.files import read_json, write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
 TINY = Path(__file__).parent.parent / "tiny"
+REVISION_HELP = "branch, tag or commit of a hub id (or --model ID@REVISION)"
 EMBEDDED = {"tiny": TINY, "tiny-mixtral": TINY / "mixtral"}  # models that come with the repository: `--model NAME`
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # what a checkpoint holds besides config.json, weights and code
@@ -40,24 +41,58 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
     """The folder of a checkpoint: an embedded model, a local folder, or a hub id, of which files `wanted` are cached.
 
-    Raises InputError if there is no such checkpoint.
+    ID@REVISION is a branch, tag or commit of a hub id. Raises InputError if there is no such checkpoint.
     """
     if str(path) in EMBEDDED:
         return EMBEDDED[str(path)]
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        if not (Path(path) / "config.json").is_file():
-            is_adapter = (Path(path) / "adapter_config.json").is_file()
-            what = "is a PEFT adapter; name its base model" if is_adapter else "expected a checkpoint folder"
-            raise InputError(f"model {str(path)!r}: it has no config.json; {what}")
+        check_kind(Path(path))
         return Path(path)
+    name, revision = name_and_revision(str(path))
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(wanted)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # of the library, its HTTP client or the disk; a partial file is never used
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         embedded = " or ".join(map(repr, EMBEDDED))
+        parent = os.path.dirname(path)
+        beside = [str(each) for each in Path(parent).iterdir()] if os.path.isdir(parent or ".") else ()
         raise InputError(
-            f"model {str(path)!r} is not {embedded}, not a local folder, and the hub did not give it ({reason})"
+            f"model {str(path)!r} is not {embedded}, no folder of a run or checkpoint, and the hub did not give it "
+            f"({reason}){did_you_mean(str(path), (*EMBEDDED, *beside))}"
         ) from None
+
+
+def check_kind(folder: Path) -> None:
+    """Raise InputError, which says what a folder is instead, if it is not one of a checkpoint."""
+    config = read_json(folder / "config.json", dict, missing={}) if folder.is_dir() else {}
+    if (folder / "adapter_config.json").is_file():
+        advice = "it is a PEFT adapter; name its base model"
+    elif {"settings", "model"} <= config.keys():
+        merged = f"merge its adapter first (python export.py {folder} --to merged --out DIR)"
+        other = f"name {folder / 'model'}" if (folder / "model").is_dir() else merged
+        advice = f"it is a run of train.py; {other}"
+    else:
+        advice = "expected the folder of a Hugging Face checkpoint"
+    if not config or "model" in config:
+        raise InputError(f"model {str(folder)!r} has no config.json of a model; {advice}")
+
+
+def name_and_revision(model: str) -> tuple[str, str | None]:
+    """ID@REVISION in its two parts; a model without a revision has None."""
+    name, _, revision = model.partition("@")
+    return (model, None) if os.path.exists(model) or not revision else (name, revision)
+
+
+def with_revision(model: str, revision: str | None) -> str:
+    """ID@REVISION for the flags --model and --revision. Raises InputError for a model that has no revisions."""
+    if revision and (model in EMBEDDED or os.path.exists(model) or "@" in model):
+        raise InputError(f"--revision {revision} is one of a hub id, and the model is {model}; leave it out")
+    return f"{model}@{revision}" if revision else model
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of the hub that a checkpoint's folder holds; None for a folder of another origin."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def read_config_json(folder: Path, name: str = "config.json") -> dict:

@@ -14,6 +14,7 @@ Dimensions: E experts per layer, r rank, D hidden_size, F intermediate_size of a
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import parse_json, read_json
-from hub.checkpoint import converted
+from hub.checkpoint import converted, name_and_revision
 from hub.config import Family
 
 Factors = dict[str, Tensor]  # of one matrix: lora_A [r, in], lora_B [out, r]; for DoRA also lora_m [out]
@@ -67,18 +68,19 @@ def write_peft(
 
     DoRA needs a pair everywhere, since zeros would stand for a weight of zeros.
     """
-    tensors, r, alpha = {}, adapter.r, adapter.alpha
+    (name, revision), tensors, r, alpha = name_and_revision(base_name), {}, adapter.r, adapter.alpha
     for matrix, (fan_out, fan_in) in shapes.items():
         zeros = {"lora_A": torch.zeros(r, fan_in), "lora_B": torch.zeros(fan_out, r)}
         for factor, value in adapter.pairs.get(matrix, zeros).items():
-            name = "lora_magnitude_vector" if factor == "lora_m" else f"{factor}.weight"
-            key = f"base_model.model.{matrix}.{name}"
+            kind = "lora_magnitude_vector" if factor == "lora_m" else f"{factor}.weight"
+            key = f"base_model.model.{matrix}.{kind}"
             tensors[key] = converted(value, dtype, key).clone()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "target_modules": target_modules,
@@ -357,7 +359,8 @@ def base_of(folder: str | Path) -> str | None:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    name = read_json(path, dict).get("base_model_name_or_path")
+    about = read_json(path, dict)
+    name, revision = about.get("base_model_name_or_path"), about.get("revision")
     if not isinstance(name, str):
         raise InputError(f"{path} does not name a base model; add its folder or hub id as base_model_name_or_path")
-    return name
+    return f"{name}@{revision}" if isinstance(revision, str) and not os.path.exists(name) else name

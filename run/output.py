@@ -11,7 +11,7 @@ from torch import Tensor
 
 from command.cli import InputError
 from command.files import atomic_folder, write_json
-from hub.checkpoint import copy_beside
+from hub.checkpoint import copy_beside, hub_commit
 from hub.tokenizer import write_stop_ids
 from model import MoETransformer, save_model
 from neighbours.ranks import truncate
@@ -26,7 +26,7 @@ LOG_LINE = 400  # bytes of a record in log.jsonl
 def write_about(run: Run) -> None:
     """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
     if run.processes.is_main:
-        write_config(run.out, asdict(run.settings), run.content)
+        write_config(run.out, asdict(run.settings), run.content | {"hub_commit": hub_commit(run.folder)})
         if run.counted:
             save_profile(run.counted, run.out / "profile.json", run.settings.model, run.settings.task)
 

@@ -11,6 +11,7 @@ import data
 import hellora
 from command import cli
 from command.cli import InputError, count_or_share, flag, number
+from hub.checkpoint import REVISION_HELP, with_revision
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from machine.memory import CHOSEN, SHARD_HELP
@@ -19,8 +20,13 @@ from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, expe
 from recipes.papers import PAPERS, settings_of
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
+from run.subject import Subject
 
 POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+MODEL_HELP = (
+    "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
+    "--init-adapter)"
+)
 SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: float32, in which it trains)"
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
@@ -31,7 +37,8 @@ STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"gr
 class Settings:
     """A run. None: the task and the method decide (`resolved`), or the setting is off."""
 
-    model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id", **TASK)
+    model: str | None = flag(None, MODEL_HELP, **TASK)
+    revision: str | None = flag(None, REVISION_HELP, **TASK)
     task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
     valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)
@@ -158,10 +165,12 @@ def check(settings: Settings) -> None:
 def resolved(settings: Settings) -> Settings:
     """The settings with what the task's recipe and the method decide."""
     s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
+    model = s.model or (Subject(s.init_adapter).base if s.init_adapter else "tiny")
     k = "" if s.k is None else f"-k{s.k}"
     full = method.experts is None
     s = replace(
         s,
+        model=with_revision(model, s.revision),
         experts=s.experts or method.experts,
         lr=s.lr or (recipe.fft_lr if full else recipe.lr),
         epochs=s.epochs or (None if s.steps else recipe.epochs),

@@ -295,7 +295,7 @@ def make(name: str, made: SimpleNamespace) -> None:
 
 
 CASES = """
-train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny' or 'tiny-mixtral', not a local
+train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny' or 'tiny-mixtral', no folder of
 train --model file                                   | model 'file' | config.json
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong

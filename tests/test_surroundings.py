@@ -17,13 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import export
+import profile
 import train
 import training_step
 from command import cli
 from command.cli import InputError, RunError
 from command.files import LOCK, claimed
 from hub.checkpoint import TINY
+from run.settings import parse_settings
 from run.state import states
+from run.subject import Subject
 
 FORK = multiprocessing.get_context("fork")
 SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4", "--steps", "3"]
@@ -254,3 +258,64 @@ def test_a_sparse_run_is_not_extended_beyond_its_first_stage(tmp_path):
     train.main(flags)
     with pytest.raises(InputError, match="stage D of this run did 3 steps, .*; expected --steps 3, or another --out"):
         train.main([*flags, "--steps", "5", "--resume"])
+
+
+# ------------------------------------------------------------------------------------------------- names of models
+
+
+@pytest.mark.parametrize("command", [["train.py"], ["profile.py", "--out", "counts.json"]])
+def test_the_revision_of_a_hub_id_is_asked_for_and_recorded(command, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--a--b/snapshots/0123abcd"
+    shutil.copytree(TINY, snapshot, ignore=shutil.ignore_patterns("mixtral", "*.py"))
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(snapshot)
+
+    monkeypatch.setattr("hub.checkpoint.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    name, *flags = command
+    if name == "profile.py":
+        profile.main([*flags, "--model", "a/b", "--revision", "v2", "--sample", "0.005"])
+        assert json.loads(Path("counts.json").read_text())["model"] == "a/b@v2"
+    else:
+        train.main([*SMALL, "--steps", "1", "--model", "a/b@v2", "--out", "run"])
+        config = json.loads(Path("run/config.json").read_text())
+        assert (config["model"], config["hub_commit"]) == ("a/b@v2", "0123abcd")
+        with pytest.raises(InputError, match="model a/b@v2 then, a/b now"):
+            train.main([*SMALL, "--steps", "1", "--model", "a/b", "--out", "run"])
+        export.main(["run", "--to", "peft", "--out", "adapter"])
+        config = json.loads(Path("adapter/adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("a/b", "v2")
+        assert Subject("adapter").base == "a/b@v2"
+    assert set(asked) <= {("a/b", "v2"), ("a/b", None)} and ("a/b", "v2") in asked
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--model", "tiny", "--revision", "v2"], "--revision v2 is one of a hub id, and the model is tiny"),
+        (["--model", "a/b@v1", "--revision", "v2"], "and the model is a/b@v1"),
+        (["--model", "run"], "'run' has no config.json of a model; it is a run of train.py; merge its adapter first"),
+        (["--model", "fft"], "it is a run of train.py; name fft/model"),
+        (["--model", "runn"], "no folder of a run or checkpoint, and the hub did not .*; did you mean run?"),
+        (["--model", "tinny"], "did you mean tiny?"),
+    ],
+)
+def test_a_model_that_is_something_else_is_named_with_what_to_do(flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "fft", "fft/model"):
+        Path(name).mkdir()
+        Path(name, "config.json").write_text('{"model": "tiny", "settings": {}}')
+    with pytest.raises(InputError, match=says):
+        train.main([*SMALL, *flags])
+
+
+def test_an_adapter_brings_the_base_that_it_was_trained_on(tmp_path):
+    train.main([*SMALL, "--steps", "1", "--model", "tiny-mixtral", "--out", str(tmp_path / "run")])
+    export.main([str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "peft")])
+    for name, model in (("run", "tiny-mixtral"), ("peft", str(TINY / "mixtral"))):
+        assert parse_settings(["--init-adapter", str(tmp_path / name)]).model == model
+    assert parse_settings(["--init-adapter", str(tmp_path / "run"), "--model", "tiny"]).model == "tiny"
+    assert parse_settings([]).model == "tiny"
