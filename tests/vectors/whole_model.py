@@ -1,7 +1,7 @@
-"""A port's model against the values of tiny/ in tiny.json, in the order in which a model computes them.
+"""A port's model against the values of tiny/ in whole_model.json, in the order in which a model computes them.
 
 An array is described by its norm, its largest entry and some of its entries (`described`). check.py says what a port
-offers. make_tiny.py, which writes the values, says where they come from.
+offers. make_whole_model.py, which writes the values, says where they come from.
 
 Dimensions: B sequences, S positions, T real tokens, L layers with experts, K experts per token, D hidden_size.
 """
@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 
 VECTORS = Path(__file__).resolve().parent
-FILE, FOLDER = VECTORS / "tiny/values.json", VECTORS.parent.parent / "tiny"
+FILE, FOLDER = VECTORS / "whole_model.json", VECTORS.parent.parent / "tiny"
 TOLERANCE = 3e-4  # largest error, as a share of the largest entry of the array: float32 with room to spare
 PAD = 1
 

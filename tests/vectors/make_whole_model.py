@@ -1,4 +1,4 @@
-"""Write tiny/values.json, the values of the model in tiny/: `python tests/vectors/make_tiny.py`.
+"""Write whole_model.json, the values of the model in tiny/: `python tests/vectors/make_whole_model.py`.
 
 They come from transformers' OLMoE, and from LoRA, backward pass and AdamW as torch has them: W + (alpha / r) B A is
 formed for every adapted matrix, and autograd does the rest. Nothing here imports the code under test.
@@ -158,5 +158,4 @@ def content() -> dict:
 
 
 if __name__ == "__main__":
-    FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps(content(), separators=(",", ":")).replace(',"', ',\n"') + "\n")
