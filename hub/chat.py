@@ -76,15 +76,15 @@ def template_source(folder: Path) -> str | None:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise InputError(f"{file}: cannot be read ({error})") from None
-    found = read_json(path, dict, missing={}).get("chat_template")
-    if isinstance(found, list):  # several, with names
-        named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    template = read_json(path, dict, missing={}).get("chat_template")
+    if isinstance(template, list):  # several, with names
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         if "default" not in named:
             raise InputError(f"{path}: chat_template has {', '.join(map(str, named))}; expected one called default")
-        found = named["default"]
-    if not isinstance(found, str | None):
-        raise InputError(f"{path}: chat_template is {found!r:.40}; expected text")
-    return found
+        template = named["default"]
+    if not isinstance(template, str | None):
+        raise InputError(f"{path}: chat_template is {template!r:.40}; expected text")
+    return template
 
 
 # ------------------------------------------------------------------------------------------------------------- a chat
@@ -141,8 +141,13 @@ class ChatTemplate:
 
         def write(messages: list[Message], add_generation_prompt: bool = False) -> str:
             try:
-                about = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt} | variables
-                return template.render(messages=copy.deepcopy(messages), **about)
+                return template.render(
+                    messages=copy.deepcopy(messages),
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **variables,
+                )
             except Exception as error:  # a template may do anything
                 raise InputError(f"the model's chat template refuses it: {error or type(error).__name__}") from None
 
@@ -152,7 +157,7 @@ class ChatTemplate:
         """The rendered messages, special tokens of the template as marks, and those that messages spell as text."""
 
         def mark(text: str, form: str) -> str:
-            return self.spelling.sub(lambda found: form.format(self.special[found[0]]), text)
+            return self.spelling.sub(lambda spelled: form.format(self.special[spelled[0]]), text)
 
         plain = self.write(messages, add_generation_prompt)
         if MARK.search(plain):
@@ -165,7 +170,7 @@ class ChatTemplate:
 
     def spelled(self, text: str, marks: str = A_SPECIAL) -> str:
         """A part of a chat's text with its special tokens spelled in place of the marks."""
-        return re.sub(marks, lambda found: self.names[found[0][1:-1]], text)
+        return re.sub(marks, lambda mark: self.names[mark[0][1:-1]], text)
 
     def render(self, messages: list[Message]) -> Chat:
         """The messages, the last of which is the assistant's, as the template writes them, and the assistant's part.
@@ -202,16 +207,16 @@ class ChatTemplate:
         """
         until = self.marked(messages)
         if text.startswith(until):
-            found = re.search(rf"({A_SPECIAL})\s*\Z", until[start:])
-            return start + found.end(1) if found else len(until)
+            mark = re.search(rf"({A_SPECIAL})\s*\Z", until[start:])
+            return start + mark.end(1) if mark else len(until)
         # The template writes the last turn differently from those before it, as Qwen3 does with its reasoning.
-        found = re.compile(A_SPECIAL).search(text, start)
-        if not found or not messages[-1]["content"].strip().endswith(text[start : found.start()].strip()):
+        mark = re.compile(A_SPECIAL).search(text, start)
+        if not mark or not messages[-1]["content"].strip().endswith(text[start : mark.start()].strip()):
             raise InputError(
                 f"the model's chat template writes turn {len(messages)} differently when more turns follow, and no "
                 "special token ends it; end the row after this turn"
             )
-        return found.end()
+        return mark.end()
 
     @cached_property
     def end_id(self) -> int | None:

@@ -66,7 +66,7 @@ class Download:
     url: str
     sha256: str = ""
     git_blob: str = ""
-    licence: str = ""  # said where it restricts the use
+    licence: str = ""  # printed where it restricts the use
 
     def holds(self, content: bytes) -> bool:
         """Whether this is the pinned file."""

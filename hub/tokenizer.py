@@ -28,7 +28,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special_ids: set[int | None]) 
             raise InputError(
                 f"{folder} has tokenizer.model but no tokenizer.json; make it with transformers: {convert}"
             )
-        raise InputError(f"{folder} has no tokenizer.json; want the fast tokenizer of the model, as the hub stores it")
+        raise InputError(f"{folder} has no tokenizer.json; expected the fast tokenizer of the model, as the hub has it")
     try:
         with path.open("rb") as file:
             if file.read(8) == b"version ":
@@ -55,13 +55,13 @@ def read_tokenizer(folder: Path, vocab_size: int, special_ids: set[int | None]) 
 
 def special_tokens(path: Path) -> set[str]:
     """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
-    about = read_json(path, dict, missing={})
+    config = read_json(path, dict, missing={})
     try:
         several = [
-            token for key in ("additional_special_tokens", "extra_special_tokens") for token in about.get(key) or ()
+            token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()
         ]
-        several += [token for token in about.get("added_tokens_decoder", {}).values() if token["special"]]
-        named = [about.get(f"{name}_token") for name in NAMED]
+        several += [token for token in config.get("added_tokens_decoder", {}).values() if token["special"]]
+        named = [config.get(f"{name}_token") for name in NAMED]
         return {token["content"] if isinstance(token, dict) else token for token in (*several, *named) if token}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a tokenizer_config.json ({error!r})") from None
@@ -74,10 +74,9 @@ def named_tokens(folder: Path) -> dict[str, str]:
     """What tokenizer_config.json calls `bos_token`, `eos_token` and the like: names that a template may use."""
     names = ("special_tokens_map.json", "tokenizer_config.json")
     older, newer = (read_json(folder / name, dict, missing={}) for name in names)
-    about = older | newer
-    found = {f"{name}_token": about.get(f"{name}_token") for name in NAMED}
-    found = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
-    return {name: token for name, token in found.items() if isinstance(token, str)}
+    tokens = {name: (older | newer).get(name) for name in (f"{name}_token" for name in NAMED)}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 def write_stop_ids(folder: Path, stop_ids: Iterable[int]) -> None:
@@ -96,11 +95,11 @@ def tokenize(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     Raises InputError for text that becomes a special token all the same, as in some tokenizers without merges.
     """
     # DEVIATION from LoRI: no BOS before HumanEval prompts either; LoRI has it there, but nowhere in training.
-    found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    ids_of = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
     special = never_text(tokenizer)
-    for text, ids in zip(texts, found, strict=True):
+    for text, ids in zip(texts, ids_of, strict=True):
         refuse_special(text, ids, special)
-    return found
+    return ids_of
 
 
 def never_text(tokenizer: Tokenizer) -> dict[int, str]:
@@ -127,7 +126,7 @@ class Bos:
     id: int | None = None
     in_text: bool = False  # those of prompt and target
     in_chat: bool | None = None  # those of a chat template; None: where the template writes it
-    said: str = ""  # the choice, and the reason
+    reason: str = ""  # the choice, and why
 
     def before_text(self, ids: list[int]) -> list[int]:
         """The ids of a prompt, with the BOS token if it is to be there."""
@@ -153,7 +152,7 @@ def choose_bos(asked: str, folder: Path, tokenizer: Tokenizer, config_id: int | 
     config_id: bos_token_id of config.json. Raises InputError for "yes" if there is no BOS token.
     """
     if asked == "auto" and not follows:
-        return Bos(said="no BOS token")
+        return Bos(reason="no BOS token")
     name = named_tokens(folder).get("bos_token")
     bos_id = config_id if name is None else tokenizer.token_to_id(name)
     if asked == "yes" and bos_id is None:
@@ -161,7 +160,7 @@ def choose_bos(asked: str, folder: Path, tokenizer: Tokenizer, config_id: int | 
     if asked != "auto":
         return Bos(bos_id, asked == "yes", asked == "yes", f"as asked, {'a' if asked == 'yes' else 'no'} BOS token")
     if bos_id is None:
-        return Bos(said="no BOS token, as the tokenizer names none")
+        return Bos(reason="no BOS token, as the tokenizer names none")
     added = tokenizer.encode("a").ids[:1] == [bos_id]
     where = "a BOS token, as the tokenizer adds it" if added else "no BOS token, as the tokenizer adds none"
     return Bos(bos_id, added, None, where)

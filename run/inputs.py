@@ -159,7 +159,7 @@ def read_data(
     tokens = f"{sum(len(item.ids) for item in items):,} tokens"
     if settings.loss_on == "all":
         items, held_out = ([replace(item, spans=((0, len(item.ids)),)) for item in part] for part in (items, held_out))
-    begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.said}"
+    begin = "" if settings.task != "own" and settings.bos == "auto" else f"; {reader.bos.reason}"
     begin += f"; {len(held_out):,} examples held out for validation" if held_out else ""
     say(f"{settings.task}: {len(items):,} examples, {tokens}; answers end with {reader.endings(items)}{begin}")
     return described, items, held_out

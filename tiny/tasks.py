@@ -197,16 +197,16 @@ def _unique(make: Callable[[], tuple[str, Any]], n: int, split: str) -> list[Any
     """Draw n examples of the split that have different keys."""
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for _ in range(1000 + 400 * n):
-        if len(found) == n:
+        if len(rows) == n:
             break
         key, row = make()
         if row is not None and is_test(key) == (split == "test"):
-            found.setdefault(key, row)
-    if len(found) < n:
-        raise ValueError(f"only {len(found)} different {split} examples found, {n} wanted")
-    return list(found.values())
+            rows.setdefault(key, row)
+    if len(rows) < n:
+        raise ValueError(f"only {len(rows)} different {split} examples were drawn, expected {n}")
+    return list(rows.values())
 
 
 def math_story(rng: random.Random, steps: int, max_value: int) -> tuple[str, list[str], str, int]:
@@ -295,7 +295,7 @@ def code_examples(rng: random.Random, name: str, kind: str, source: str, n: int)
     """n different calls (argument: result) of a function, not all with one result; None if a call fails."""
     scope: dict[str, Any] = {}
     exec(source, scope)
-    found: dict[str, str] = {}
+    calls: dict[str, str] = {}
     for attempt in range(40):
         argument = _argument(rng, kind)
         try:
@@ -304,10 +304,10 @@ def code_examples(rng: random.Random, name: str, kind: str, source: str, n: int)
             return None
         if len(value) > LONGEST_RESULT:
             return None
-        if list(found.values()).count(value) < max(1, n // 2) or attempt > 30:
-            found.setdefault(repr(argument), value)
-        if len(found) == n:
-            return found
+        if list(calls.values()).count(value) < max(1, n // 2) or attempt > 30:
+            calls.setdefault(repr(argument), value)
+        if len(calls) == n:
+            return calls
     return None
 
 
