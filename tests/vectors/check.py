@@ -33,6 +33,9 @@ mistakes (mistakes.py).
         table[a] holds the logits of the token after a; the loss is the mean over the target tokens of all sequences
     kept_entries(matrices: name -> B, share) -> name -> positions in the flat B, rising
     merge(W [out, in], factors, alpha) -> [out, in]
+    packed_deltas(lora_A, lora_B, num_experts, alpha, before_peft_0_19) -> [E, out, in]
+        of the pair that PEFT saves for the stack of a layer's E experts: lora_A [E r, in], lora_B [out, r E]. Before
+        PEFT 0.19 lora_A is [E r, out] and lora_B [in, r E]
     dr_lora_observe(usage [E], score [E], ranks [E], counts [E], B, grad_B) -> {"usage", "score", "saliency", "grad_B"}
         B and grad_B: lists of the projections, each [E, out, r_max]; usage and score before the step, and after it
     dr_lora_grow(saliency [E], ranks [E], quota, cap, budget, r_max) -> ranks [E]

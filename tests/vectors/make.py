@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from make_packed import packed_deltas
 from make_scoring import gsm8k_verdict, pass_at_k, refuses
 from torch import Tensor
 
@@ -385,7 +386,7 @@ def batch_loss() -> Iterator[tuple]:
 
 WRITERS = (
     select_experts, count_experts, init_A, route, linear, expert, moe_layer, merge, kept_entries, dr_lora_observe,
-    dr_lora_grow, batch_loss, gsm8k_verdict, pass_at_k, refuses,
+    dr_lora_grow, batch_loss, packed_deltas, gsm8k_verdict, pass_at_k, refuses,
 )  # fmt: skip
 
 

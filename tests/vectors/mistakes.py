@@ -73,6 +73,28 @@ def summed_over_layers(**inputs):
     return np.broadcast_to(counts.sum(0), counts.shape)
 
 
+# ------------------------------------------------------------------------------------------------- PEFT's stacks
+
+
+def regrouped(columns: np.ndarray, E: int) -> np.ndarray:
+    """Columns in the order of [E, r] in that of [r, E]."""
+    return columns.reshape(len(columns), E, -1).transpose(0, 2, 1).reshape(columns.shape)
+
+
+EXPERT_BY_EXPERT = "columns of PEFT's packed lora_B read expert by expert"
+misread("packed_deltas", EXPERT_BY_EXPERT, lora_B=lambda i: regrouped(i.lora_B, i.num_experts))
+misread(
+    "packed_deltas",
+    "rows of PEFT's packed lora_A read with the expert innermost",
+    lora_A=lambda i: regrouped(i.lora_A.T, len(i.lora_A) // i.num_experts).T.copy(),
+)
+misread(
+    "packed_deltas",
+    "the orientation of PEFT's packed stack told by its shape, which fails if it is square",
+    before_peft_0_19=lambda i: i.before_peft_0_19 and i.lora_A.shape[1] != len(i.lora_B),
+)
+
+
 # ------------------------------------------------------------------------------------------------- routing
 
 NOT_RENORMALISED = "routing weights not renormalised where the family does it"

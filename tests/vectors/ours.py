@@ -13,6 +13,8 @@ import lori
 import model as transformer
 import profile
 from hellora import KINDS
+from hub.config import FAMILIES
+from hub.peft import Layout, unstack
 from lora import init_A as fill_A
 from machine.processes import Processes
 from neighbours.drlora import RankGrowth
@@ -62,6 +64,18 @@ def merge(W, factors, alpha):
 def kept_entries(matrices, share):
     kept = lori.top_entries({f"{name}.lora_B": tensor(B) for name, B in matrices.items()}, share)
     return {name: positions.numpy() for name, positions in kept.items()}
+
+
+# ------------------------------------------------------------------------------------------- PEFT's files
+
+
+def packed_deltas(lora_A, lora_B, num_experts, alpha, before_peft_0_19):
+    pair, stack = {"lora_A": tensor(lora_A), "lora_B": tensor(lora_B)}, "model.layers.0.mlp.experts"
+    fan_in, fan_out = (len(lora_B), lora_A.shape[1]) if before_peft_0_19 else (lora_A.shape[1], len(lora_B))
+    shapes, layout = {f"{stack}.0.gate_proj": (fan_in, fan_out)}, Layout(False, before_peft_0_19)  # it is down's
+    _, pairs = unstack(stack, pair, FAMILIES["olmoe"], list(range(num_experts)), layout, shapes)
+    deltas = [alpha / len(pair["lora_A"]) * pair["lora_B"] @ pair["lora_A"] for pair in pairs.values()]
+    return torch.stack(deltas).numpy()
 
 
 # ------------------------------------------------------------------------------------------- adapters
