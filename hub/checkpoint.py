@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from command.cli import InputError, did_you_mean
+from command.cli import InputError, did_you_mean, note
 from command.files import read_json, write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
@@ -138,7 +138,10 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
     wanted: the shapes that config.json implies. family: of a model, whose experts may be stacked in the files.
     Raises InputError if a weight is missing, unexpected or of another shape, or if it is quantised.
     """
-    held = [pair for file in files(folder) for pair in headers(file)]
+    paths = files(folder)
+    if (folder / INDEX).is_file() and paths == [folder / "model.safetensors"]:
+        note(f"{folder}: read are the weights of model.safetensors, as by transformers, and not those of {INDEX}")
+    held = [pair for file in paths for pair in headers(file)]
     in_memory = any(key.endswith(IN_MEMORY[0]) for key, _ in held)
     found, unexpected = {}, []
     for key, weight in held:
@@ -229,10 +232,13 @@ def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
 
 
 def files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or the only one."""
-    index = folder / INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
+    """The safetensors files of a checkpoint: model.safetensors, or those that its index names.
+
+    Where there are both, the index is left out, as transformers does.
+    """
+    index, only = folder / INDEX, folder / "model.safetensors"
+    names = [only.name]
+    if index.is_file() and not only.is_file():
         try:
             names = sorted(set(read_json(index, dict)["weight_map"].values()))
             elsewhere = [name for name in names if Path(name).name != name]

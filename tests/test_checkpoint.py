@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import LOADABLE, hf_name
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from command.cli import InputError
 from hub.checkpoint import copy_beside
@@ -269,3 +270,17 @@ def test_what_a_base_has_beside_its_weights_is_copied_its_code_as_auto_map_names
     copied = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     assert copied.keys() == {*beside, *code, "tokenizer_config.json"}
     assert all(path.read_bytes() == (base / name).read_bytes() for name, path in copied.items())
+
+
+@pytest.mark.parametrize("first, then", [("sharded", "whole"), ("whole", "sharded")])
+def test_of_a_whole_file_and_a_stale_index_the_weights_are_those_of_transformers(first, then, olmoe, tmp_path, capsys):
+    """transformers leaves the index, or the whole file, of an earlier `save_pretrained` in the folder."""
+    sizes = {"sharded": "200KB", "whole": "5GB"}
+    for how, factor in ((first, 1.0), (then, 1.5)):
+        hf = AutoModelForCausalLM.from_pretrained(olmoe.folder)
+        hf.lm_head.weight.data *= factor
+        hf.save_pretrained(tmp_path, max_shard_size=sizes[how])
+    assert (tmp_path / INDEX).is_file() and (tmp_path / "model.safetensors").is_file()
+    ours, theirs = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert f"model.safetensors, as by transformers, and not those of {INDEX}" in capsys.readouterr().err

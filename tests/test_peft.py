@@ -20,6 +20,8 @@ from command.cli import InputError
 from model import load_model, read_config
 from run import adapters
 from run.adapters import load_any_adapter, read_any_adapter
+from run.settings import parse_settings
+from run.subject import content_of
 
 R, ALPHA = 4, 9
 ROOT = Path(__file__).parent.parent
@@ -194,3 +196,19 @@ def test_evaluate_takes_the_folder_of_an_adapter_of_peft(base, tmp_path):
     out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
     evaluate.main([str(tmp_path / "adapter"), "--task", "tiny-math", *out])
     assert json.loads((tmp_path / "out/score.json").read_text())["num_total"] == 2
+
+
+def test_a_run_that_starts_from_an_adapter_of_peft_takes_the_base_that_it_names(base, tmp_path, capsys):
+    saved_under_5(base, tmp_path / "adapter", UNDER_5["rsLoRA"])
+    change = json.loads((tmp_path / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(change))
+    settings = parse_settings(["--method", "lora", "--init-adapter", str(tmp_path / "adapter")])
+    assert settings.model == str(base)
+    assert parse_settings([]).model == "tiny"
+    other = shutil.copytree(base, tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    state["model.norm.weight"][0] += 1
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    assert content_of(base, str(tmp_path / "adapter")) and "names the base" not in capsys.readouterr().err
+    content_of(other, str(tmp_path / "adapter"))
+    assert f"names the base {base}, whose weights differ from those of {other}" in capsys.readouterr().err
