@@ -84,7 +84,8 @@ from command.cli import InputError, RunError, flag, number, parse, run, say  # n
 
 FUNCTIONS = (
     "route", "count_experts", "select_experts", "init_A", "linear", "expert", "moe_layer", "batch_loss",
-    "kept_entries", "merge", "dr_lora_observe", "dr_lora_grow", "gsm8k_verdict", "pass_at_k", "refuses",
+    "kept_entries", "merge", "packed_deltas", "dr_lora_observe", "dr_lora_grow", "gsm8k_verdict", "pass_at_k",
+    "refuses",
 )  # fmt: skip
 UNWRITTEN = "the function returns nothing yet"
 GRADIENTS = {"x", "factors", "table"}  # results that may be left out
