@@ -16,6 +16,7 @@ import errno
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -145,24 +146,24 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     return field(default=default, metadata={"help": help} | options)
 
 
-def parse(settings: type[T], argv: list[str] | None, defaults: dict[str, Any] | None = None, **texts: Any) -> T:
+def parse(settings: type[T], argv: list[str] | None, **options: Any) -> T:
     """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError.
 
-    defaults: by name, in place of those of the fields. texts: for argparse's ArgumentParser.
+    options: for argparse's ArgumentParser.
     """
-    parser, groups, flags = Parser(**texts), {}, []
+    parser, groups, flags = Parser(**options), {}, []
     for f in fields(settings):
-        options = dict(f.metadata)
-        group, positional, alias = (options.pop(key, None) for key in ("group", "positional", "alias"))
+        argument = dict(f.metadata)
+        group, positional, alias = (argument.pop(key, None) for key in ("group", "positional", "alias"))
         place = groups.setdefault(group, parser.add_argument_group(group)) if group else parser
         if f.default is False:
-            options["action"] = "store_true"
+            argument["action"] = "store_true"
         elif f.default is not MISSING:
-            options["default"] = (defaults or {}).get(f.name, f.default)
+            argument["default"] = f.default
         elif not positional:
-            options["required"] = True
+            argument["required"] = True
         names = [f.name] if positional else [f"--{f.name.replace('_', '-')}", *([alias] if alias else ())]
-        place.add_argument(*names, **options)
+        place.add_argument(*names, **argument)
         flags += names
     argv = sys.argv[1:] if argv is None else argv
     parser.check_flags(argv, flags)
@@ -199,6 +200,10 @@ class Parser(argparse.ArgumentParser):
         if "" in (sys.argv[1:] if args is None else args):  # `--mask "$RUN"` with RUN unset is not "no mask"
             raise InputError(f"an argument is empty (an unset variable?); leave it out (see {self.prog} --help)")
         return super().parse_known_args(args, namespace)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """The arguments in a line of an @FILE: as in a shell, with comments."""
+        return shlex.split(line, comments=True)
 
     def check_flags(self, args: list[str], flags: list[str]) -> None:
         """Raise InputError for an argument that looks like a flag and is none, before anything that follows from it."""

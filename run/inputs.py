@@ -19,7 +19,6 @@ from hub.config import ignore_keys
 from machine.processes import Processes, start_processes
 from model import MoEConfig, read_config
 from neighbours import drlora
-from recipes import papers
 from recipes.methods import METHODS, Method, flat_rank, num_hot_experts
 from routing.profiles import RoutingProfile, check_fits, load_profile
 from run import adapters
@@ -65,8 +64,6 @@ class Run:
 
 def prepare(settings: Settings) -> Run:
     """Everything that a run needs before its experts are counted. Raises InputError for what does not fit."""
-    if settings.recipe:
-        say(*papers.described(asdict(settings)))
     ignore_keys(settings.ignore_config_keys)
     if settings.report_to != "none":
         package(settings.report_to)  # an error now, not after the download

@@ -22,7 +22,7 @@ def warmup_steps(warmup: int | float | None, steps: int) -> int:
     """The steps of --lr-warmup, given as a number or as a share of the run. Raises InputError unless some are left."""
     count = math.ceil(warmup * steps) if isinstance(warmup, float) else warmup or 0
     if count and count >= steps:
-        raise InputError(f"--lr-warmup {warmup}: {count} steps of warm-up in a run of {steps}; want fewer")
+        raise InputError(f"--lr-warmup {warmup}: {count} steps of warm-up in a run of {steps}; expected fewer")
     return count
 
 

@@ -5,19 +5,20 @@
 A setting that is not given is decided by the recipe of the task and by the method (`resolved`).
 """
 
+import sys
 from dataclasses import asdict, dataclass, replace
 
 import data
 import hellora
 from command import cli
-from command.cli import InputError, count_or_share, flag, number
+from command.cli import InputError, count_or_share, flag, number, say
 from hub.checkpoint import REVISION_HELP, with_revision
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from machine.memory import CHOSEN, SHARD_HELP
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
 from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, experts_flag
-from recipes.papers import PAPERS, settings_of
+from recipes.papers import PAPERS, recipe_flags
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
 from run.subject import Subject
@@ -43,7 +44,7 @@ class Settings:
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
     valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)
     valid_share: float | None = flag(None, "share of the training rows to validate on instead", type=HALF, **TASK)
-    recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=list(PAPERS), **TASK)
+    recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=PAPERS, **TASK)
     prompt: str = flag("lori", "prompt for GSM8K's rows", choices=list(data.PROMPTS), **TASK)
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
@@ -100,12 +101,20 @@ class Settings:
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """The settings of a command line, defaults filled in. Raises InputError for wrong or contradictory flags."""
-    about = "Fine-tune a mixture of experts on the experts that the task uses."
-    settings = cli.parse(Settings, argv, prog="train.py", description=about)
+    argv = sys.argv[1:] if argv is None else argv
+    settings = parse_flags(argv)
     if settings.recipe:
-        settings = cli.parse(Settings, argv, settings_of(asdict(settings)), prog="train.py", description=about)
+        flags, comments = recipe_flags(asdict(settings), argv)
+        say(*comments, f"--recipe {settings.recipe} sets {' '.join(flags)}")
+        settings = parse_flags([*flags, *argv])
     check(settings)
     return resolved(settings)
+
+
+def parse_flags(argv: list[str]) -> Settings:
+    """The settings of a command line as they are given. @FILE stands for the flags in a file."""
+    description = "Fine-tune a mixture of experts on the experts that the task uses. @FILE reads flags from a file."
+    return cli.parse(Settings, argv, prog="train.py", description=description, fromfile_prefix_chars="@")
 
 
 CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "expert_rank", "alpha", "profile")

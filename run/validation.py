@@ -39,7 +39,7 @@ def split(items: list, share: float, seed: int) -> tuple[list, list]:
     rest = [item for i, item in enumerate(items) if i not in held_out]
     if not rest:
         raise InputError(
-            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; want more examples"
+            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; expected more examples"
         )
     return rest, [items[i] for i in sorted(held_out)]
 

@@ -281,7 +281,7 @@ def test_help_names_defaults_where_there_are_any(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         train.main(["--help"])
     said = capsys.readouterr().out
-    assert "(default: tiny)" in said and "default: None" not in said and "default: False" not in said
+    assert "(default: tiny-math)" in said and "default: None" not in said and "default: False" not in said
 
 
 @pytest.mark.parametrize(

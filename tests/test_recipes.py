@@ -1,20 +1,20 @@
 """Recipes: a paper's settings all at once, printed, recorded, overridden by flags, and followed by evaluate.py."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 import data
 import evaluate
 import train
-from recipes.papers import PAPERS
+from recipes.papers import FILES, PAPERS
 from run.settings import parse_settings
 
 PUBLISHED = {  # by hand, from the papers
     ("hellora", "gsm8k"): dict(method="hellora", rank=32, alpha=64, lr=4e-4, batch=128, epochs=3, schedule="constant"),
     ("hellora", "codealpaca"): dict(rank=32, alpha=64, lr=2e-3, batch=128, epochs=2, lora_dropout=0, targets="all"),
-    ("hellora", "saferpaca"): dict(rank=32, alpha=64, lr=4e-4, batch=128, epochs=1, sample=0.1, loss_on="answer"),
+    ("hellora", "saferpaca"): dict(rank=32, alpha=64, lr=4e-4, batch=128, epochs=1, sample=0.1, count_on="lora"),
     ("moe-sieve", "gsm8k"): dict(
         method="moe-sieve", rank=32, alpha=64, lr=4e-4, batch=64, epochs=3, schedule="linear", lr_warmup=None,
         lora_dropout=0.05, max_length=2048, loss_on="all", sample=1, count_on="base", prompt="question",
@@ -34,11 +34,16 @@ def test_a_recipe_is_what_its_paper_says(recipe, task):
     assert {name: settings[name] for name in wanted} == wanted and settings["recipe"] == recipe
 
 
-@pytest.mark.parametrize("recipe", PAPERS)
-def test_a_recipe_is_accepted_for_every_task_that_its_paper_has_settings_for(recipe):
-    for task, about in data.TASKS.items():
-        if about.benchmark in PAPERS[recipe].benchmarks:
-            assert parse_settings(["--recipe", recipe, "--task", task]).method == recipe
+@pytest.mark.parametrize("recipe, benchmark", FILES, ids="-".join)
+def test_a_recipe_is_accepted_for_every_task_of_its_benchmark_and_as_a_file(recipe, benchmark):
+    tasks = [task for task, row in data.TASKS.items() if row.benchmark == benchmark]
+    assert len(tasks) == 2  # a real one, and an embedded one
+    for task in tasks:
+        named = parse_settings(["--recipe", recipe, "--task", task, "--lr", "0.125"])
+        assert named.method == recipe
+        assert parse_settings(["--task", task, f"@{FILES[recipe, benchmark]}", "--lr", "0.125"]) == replace(
+            named, recipe=None
+        )
 
 
 def test_any_flag_overrides_a_recipe_also_with_the_value_that_is_otherwise_the_default():
@@ -55,10 +60,10 @@ def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, t
     small = ["--steps", "2", "--batch", "3", "--sample", "0.005", "--rank", "8", "--alpha", "16"]
     train.main(["--recipe", recipe, *small, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert f"recipe {recipe} ({PAPERS[recipe].source}): --method {recipe}" in said
-    assert "given instead:" in said and "--batch 3" in said.split("given instead:")[1].splitlines()[0]
+    assert f"--recipe {recipe} sets --method {recipe} " in said and "Not from the paper" in said
+    assert "--batch" not in said and "--steps" not in said and "--epochs" not in said  # given otherwise
     about = json.loads((tmp_path / "run/config.json").read_text())["settings"]
-    assert about["recipe"] == recipe and about["schedule"] == PAPERS[recipe].train["schedule"]
+    assert about["recipe"] == recipe and about["loss_on"] == ("all" if recipe == "moe-sieve" else "answer")
     out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
     evaluate.main([str(tmp_path / "run"), *out])
     first = json.loads((tmp_path / "out/items.jsonl").read_text().splitlines()[0])["prompt"]

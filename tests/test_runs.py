@@ -101,15 +101,15 @@ def test_a_run_cut_in_two_ends_with_the_bits_of_one_left_alone(tmp_path, flags):
         assert (cut / "adapter/adapter.json").read_bytes() == (uncut / "adapter/adapter.json").read_bytes()
 
 
-def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
-    flags = [*SMALL, "--steps", "100"]
+def test_ten_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
+    flags = [*SMALL, "--steps", "40"]
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
     train.main([*flags, "--out", str(uncut)])
     rng, while_saving = random.Random(0), 0
-    for kill in range(20):
+    for kill in range(10):
         process = start(*flags, "--save-every", "1", "--out", str(cut), *["--resume"] * (cut / "config.json").exists())
         # Every other kill comes while a state is being written, at one of its first, or later.
-        deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.4, 1.6))
+        deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.4, 1.2))
         patience = rng.randrange(1, 40)
         while process.is_alive() and time.monotonic() < deadline:
             if kill % 2 and list(cut.glob("checkpoint/.step-*.part")):
@@ -125,10 +125,10 @@ def test_twenty_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path
         for state in states(cut / "checkpoint"):  # whatever has its final name is complete
             about = json.loads((state / "state.json").read_text())
             assert all(sha256(state / name) == digest for name, digest in about["sha256"].items())
-    assert while_saving >= 3
+    assert while_saving >= 2
     train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
     assert same(adapter(cut), adapter(uncut)) and losses(cut) == losses(uncut)
-    assert [state.name for state in states(cut / "checkpoint")] == ["step-00000099", "step-00000100"]  # --keep 2
+    assert [state.name for state in states(cut / "checkpoint")] == ["step-00000039", "step-00000040"]  # --keep 2
 
 
 def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
