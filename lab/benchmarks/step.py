@@ -34,7 +34,7 @@ from command.files import writable, write_json
 from data import Batch
 from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
 from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
-from lab.benchmarks.subjects import OURS, PEERS, Subject, make_ours, make_peer, our_model
+from lab.benchmarks.subjects import OURS, PEERS, PLACED, Subject, make_ours, make_peer, our_model
 from lab.benchmarks.workload import SHAPES, make_batches
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 from model import MoEConfig
@@ -55,7 +55,7 @@ class Settings:
     k: int = flag(8, "hot experts per layer", type=POSITIVE)
     rank: int | None = flag(None, "LoRA rank r (default: 8, full size 32); alpha is 2 r", type=POSITIVE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=NAMES)
+    names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=(*NAMES, "moe-sieve", *PLACED))
     repeats: int = flag(5, "times each row is timed", type=POSITIVE)
     json: str | None = flag(None, "write the rows", metavar="FILE")
 
@@ -71,6 +71,7 @@ def measure(settings: Settings, batch: int) -> list[dict]:
     base = our_model(shape, device, dtype)
     counts = profile_routing(base, batches).counts  # [L, E]
     hot = hellora.select_experts("hot", counts, settings.k)
+    quarter = hellora.select_experts("hot", counts, counts.shape[1] // 4)  # MoE-Sieve's
     profiling = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(settings.repeats))
     routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
     with freed_memory_kept(device):
@@ -82,7 +83,10 @@ def measure(settings: Settings, batch: int) -> list[dict]:
         rows, times = [], {}
         for group in [present] if settings.shape == "small" else [[name] for name in present]:
             try:
-                subjects = [make_subject(name, our_model(shape, device, dtype), hot, settings.rank) for name in group]
+                subjects = []
+                for name in group:
+                    chosen, model = quarter if name == "moe-sieve" else hot, our_model(shape, device, dtype)
+                    subjects.append(make_subject(name, model, chosen, settings.rank))
                 times |= take_turns(subjects, batches, settings.repeats)
                 rows += [subject_row(subject, config, batches, times[subject.name]) for subject in subjects]
             except torch.OutOfMemoryError:

@@ -17,6 +17,7 @@ from model import MoEConfig, MoETransformer
 from recipes.methods import METHODS
 
 OURS = ("hellora", "hellori-d", "hellori-s", "lora", "lori-d", "lori-s", "dora")  # rows of METHODS
+PLACED = tuple(f"{name}-{targets}" for targets in ("pure", "gate") for name in OURS[:6])  # as the paper's _pure, _gate
 PEERS = {  # name -> modules and parameters that peft adapts
     "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
     "peft-attention": ("q_proj k_proj v_proj o_proj", ""),
@@ -60,9 +61,14 @@ def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETrans
 
 def attach(name: str, model: MoETransformer, hot: Tensor, rank: int) -> None:
     """Put the adapters of a method on a model.  hot [L, E] bool: the experts that hot methods adapt"""
-    method = METHODS[name]
+    method = METHODS[method_of(name)]
     hot = hot if method.experts == "hot" else torch.ones_like(hot)
-    hellora.attach(model, hot, rank, 2.0 * rank, kind=method.kind)
+    targets = name.rpartition("-")[2] if name in PLACED else method.targets
+    hellora.attach(model, hot, rank, 2.0 * rank, kind=method.kind, targets=targets)
+
+
+def method_of(name: str) -> str:
+    return name.rpartition("-")[0] if name in PLACED else name
 
 
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
@@ -73,7 +79,7 @@ def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subje
         model.embed_tokens.register_forward_hook(lambda module, ids, x: x.requires_grad_())
     elif name != "fft":
         attach(name, model, hot, rank)
-        if METHODS[name].sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
+        if METHODS[method_of(name)].sparse:  # a tenth of B trains, as in LoRI-S; for speed any tenth will do
             generator = torch.Generator().manual_seed(0)
             Bs = {key.removesuffix(".lora_B"): B for key, B in model.named_parameters() if key.endswith("lora_B")}
             kept = {key: torch.rand(B.numel(), generator=generator) < 0.1 for key, B in Bs.items()}

@@ -138,6 +138,17 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tiny_step, monkeypat
     assert "peft-all: not run, peft is not installed" in capsys.readouterr().out
 
 
+def test_the_placements_of_the_paper_and_moe_sieve_are_rows_of_their_own(tiny_step):
+    names = ["hellora", "hellora-gate", "hellora-pure", "lora-pure", "lori-s-gate", "moe-sieve"]
+    rows = {
+        row["name"]: row
+        for row in bench.main(["step", "--batch", "3", "--k", "1", "--repeats", "1", "--names", *names])
+    }
+    flops = {name: rows[name]["adapter_flops"] for name in names}
+    assert flops["hellora-pure"] < flops["hellora-gate"] < flops["hellora"] < flops["moe-sieve"]  # two of eight experts
+    assert flops["hellora-pure"] < flops["lora-pure"]
+
+
 def test_at_full_size_every_row_has_the_device_to_itself_and_one_that_does_not_fit_says_so(tiny_step, monkeypatch):
     monkeypatch.setattr(step, "make_ours", lambda name, *rest: make_ours(name, *rest) if name != "dora" else full_up())
     flags = ["--shape", "full", "--k", "2", "--rank", "4", "--repeats", "1", "--names", "floor", "dora", "hellora"]

@@ -18,7 +18,14 @@ def sections(tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     steps = []
     for batch, repeats in ((8, 3), (32, 4)):
-        for name, pace in (("floor", 1.0), ("lora", 2.0), ("hellora", 1.6), ("peft-all", 5.0)):
+        for name, pace in (
+            ("floor", 1.0),
+            ("lora", 2.0),
+            ("hellora", 1.6),
+            ("peft-all", 5.0),
+            ("lora-pure", 3.0),
+            ("hellora-pure", 1.5),
+        ):
             turns = [pace * (1 + 0.01 * turn) for turn in range(repeats * max(1, 32 // batch))]
             about = {"samples_per_s": batch / pace, "over_floor": 1 / pace, "peak_bytes": int(pace * 1e9)}
             steps.append({"name": name, "batch": batch, "seconds": turns} | about)
@@ -70,4 +77,7 @@ def test_a_speed_is_compared_with_lora_in_the_same_turns(sections):
     assert (rows[8, "floor"]["verdict"], rows[8, "dora"]["verdict"]) == ("-", "not run")
     assert found["paper_over_lora"] == pytest.approx(82.76, abs=0.01)  # 19.08 / 10.44
     assert math.isclose(rows[32, "hellora"]["over_floor"], 1 / 1.6)
+    pure = rows[8, "hellora-pure"]  # beside LoRA at the same places
+    assert pure["over_lora"].mean == pytest.approx(100) and pure["paper_over_lora"] == pytest.approx(95.80, abs=0.01)
+    assert rows[8, "lora-pure"]["verdict"] == "-"
     assert speed.speeds(sections["folder"] / "none.json", 8) == {}
