@@ -2,15 +2,12 @@
 
 import gzip
 import json
-import math
 import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
@@ -429,17 +426,6 @@ def test_an_epoch_takes_every_example_once_in_an_order_of_its_own():
     assert all(other != batches for other in others)
     # Written down: a run must find the order of its seed again after any update of a library.
     assert data.global_batches(7, 4, seed=1, epoch=2) == [[0, 6, 5, 1], [4, 3, 2]]
-
-
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=50), st.integers(1, 9))
-def test_a_global_batch_is_the_same_on_one_two_or_three_processes(lengths, micro_batch):
-    items = items_of(lengths)
-    for world in (1, 2, 3):
-        ranks = [data.micro_batches(items, micro_batch, rank, world) for rank in range(world)]
-        together = [item for parts in ranks for part in parts for item in part]
-        assert sorted(map(id, together)) == sorted(map(id, items))
-        assert {len(parts) for parts in ranks} == {math.ceil(len(items) / (world * micro_batch))}
-        assert all(len(part) <= micro_batch for parts in ranks for part in parts)
 
 
 def test_every_process_has_a_micro_batch_with_data_when_there_is_enough():

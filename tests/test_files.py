@@ -132,12 +132,9 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "number as text": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": 5}]', ["entry 1", "'output'"]),
     "no output": ("saferpaca", "train", "a.json", '{"instructions": ["x"]}', ["entry 1", "Alpaca rows"]),
     "blank": ("saferpaca", "test", "a.csv", 'prompt,type\nx,y\n" ",y\n', ["line 3", "'prompt'"]),
-    "deep line": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n{'[' * 99_999}", ["line 2", "GSM8K rows"]),
-    "deep list": ("codealpaca", "train", "a.json", "[" * 99_999, ["not readable as JSON", "Alpaca rows"]),
     "not an object": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n7\n", ["line 2", "GSM8K rows"]),
     "only empty outputs": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": ""}]', ["no rows"]),
     "empty file": ("gsm8k", "train", "a.jsonl", "", ["no rows", "GSM8K rows"]),
-    "empty list": ("gsm8k", "train", "a.json", "[]", ["no rows", "GSM8K rows"]),
     "empty csv": ("saferpaca", "test", "a.csv", "prompt\n", ["no rows", "'prompt'"]),
     "csv without header": ("saferpaca", "test", "a.csv", "Do this.\nDo that.\n", ["line 2", "HEx-PHI folder"]),
     "short line": ("saferpaca", "test", "a.csv", "prompt,type\nx,y\nx\n", ["line 3", "prompt, type"]),
@@ -146,7 +143,6 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
     "uneven columns": ("codealpaca", "train", "a.json", '{"instruction": ["x"], "output": ["y", "z"]}', ["length"]),
     "latin-1": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n".encode() + "Zoë".encode("latin-1"), ["line 2", "UTF-8"]),
     "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
-    "cut gzip": ("codealpaca", "test", "a.jsonl.gz", gzip.compress(b"x" * 99)[:-9], ["read", "HumanEval rows"]),
     "broken inside": (
         "gsm8k",
         "train",
@@ -180,31 +176,15 @@ BAD_FILES = {  # what is wrong -> task, split, file name, content, what the mess
         "prompt\tcompletion\na\tb\n",
         ["it begins with 'prompt", "csv if its name says so"],
     ),
-    "spreadsheet": (
-        "gsm8k",
-        "train",
-        "a.xlsx",
-        b"PK\x03\x04\x14\x00\x06\x00\x8f\xff",
-        ["line 1", "not text encoded in UTF-8"],
-    ),
-    "pointer": (
-        "gsm8k",
-        "train",
-        "a.jsonl",
-        "version https://git-lfs.github.com/spec/v1\n",
-        ["version https://git-lfs"],
-    ),
-    "web page": ("gsm8k", "train", "a.jsonl", "\n<!DOCTYPE html>\n<title>404</title>", ["'<!DOCTYPE html>"]),
     "rows inside": ("gsm8k", "train", "a.json", f'{{"data": [{GOOD}]}}', ["rows are inside 'data'"]),
-    "utf-16": ("gsm8k", "train", "a.jsonl", GOOD.encode("utf-16"), ["line 1", "not text encoded in UTF-8"]),
     "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
     "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
 }
 
 
-@pytest.mark.parametrize("task, split, name, content, said", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_wanted(
-    tmp_path, task, split, name, content, said
+@pytest.mark.parametrize("task, split, name, content, parts", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(
+    tmp_path, task, split, name, content, parts
 ):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -212,7 +192,7 @@ def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_wanted(
         load_examples(task, split, path)
     message = str(error.value)
     assert message.startswith(str(path)) and "expected" in message and "\n" not in message
-    assert all(part in message for part in said), message
+    assert all(part in message for part in parts), message
 
 
 def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):

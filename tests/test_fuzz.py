@@ -3,6 +3,7 @@
 Examples are drawn by hypothesis, always the same ones. Dimensions: L layers, E experts a layer.
 """
 
+import math
 import re
 
 import torch
@@ -157,7 +158,8 @@ def test_the_processes_share_a_batch_evenly_and_take_it_once(lengths, micro_batc
     ranks = [data.micro_batches(items, micro_batch, rank, world) for rank in range(world)]
     assert sorted(item.ids[0] for parts in ranks for part in parts for item in part) == list(range(len(items)))
     sizes = [len(part) for parts in ranks for part in parts]
-    assert len({len(parts) for parts in ranks}) == 1 and max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
+    assert {len(parts) for parts in ranks} == {math.ceil(len(items) / (world * micro_batch))}
+    assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
 
 
 @settings(EXAMPLES)
