@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from command import cli
-from command.cli import InputError, flag, say
+from command.cli import InputError, flag, note, say
 from command.files import atomic_folder, writable, write_json
 from diagnosis import report
 from diagnosis.findings import Finding, of_changes, of_layout, of_merged, of_pairs, sorted_findings
@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     check_out(out)
     subject.check_base()
+    stop_ids = subject.run.get("stop_ids", ())
     with atomic_folder(out) as part:
         if settings.to == "peft":
             is_local = subject.base in EMBEDDED or Path(subject.base).exists()
@@ -246,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
             write_adapter(part, adapter, factors, config, name, compact=settings.compact, dtype=dtype)
         else:
             write_merged(part, adapter, factors, base, dtype=dtype)
-            write_stop_ids(part, subject.run.get("stop_ids", ()))
+            write_stop_ids(part, stop_ids)
+    if settings.to == "peft" and set(stop_ids) - set(config.eos_token_ids):
+        note(f"the base does not name all tokens that end an answer; serve it with the stop tokens {list(stop_ids)}")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if folder.name == BEST["adapter"]:
         say(f"{folder}: the best of the run by its validation loss")

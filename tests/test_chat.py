@@ -569,6 +569,8 @@ def test_a_run_keeps_its_date_and_what_it_serves_stops_where_its_answers_ended(m
     assert {item["prompt"] for item in items} == {f"{moment:%H:%M:%S.%f}{i} + 1?\n" for i in range(4)}
     if method == "hellora":
         export.main("run --to merged --out merged".split())
+        export.main("run --to peft --out adapter".split())
+        assert "serve it with the stop tokens [0, 1]" in capsys.readouterr().err
     served = GenerationConfig.from_pretrained("merged" if method == "hellora" else "run/model")
     assert (served.eos_token_id, served.pad_token_id) == ([0, 1], 1)
 
