@@ -131,6 +131,8 @@ def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
             raise InputError(f"{what} says how to generate, but --completions exist already; give one or the other")
         if not Path(settings.completions).is_file():  # before anything is downloaded to compare it with
             raise InputError(f"--completions {settings.completions}: no such file; name one of JSON lines")
+    if settings.task is None and subject and not subject.is_here:
+        raise InputError(f"no such run: there is no folder {subject.name}; if that is a model of the hub, add --task")
     if settings.task not in list(data.TASKS):  # the settings of a run may hold anything
         given = "is missing" if settings.task is None else f"{settings.task!r} is unknown"
         raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")

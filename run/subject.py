@@ -17,7 +17,7 @@ import hellora
 from command.cli import InputError, note
 from command.files import read_json, sha256
 from hub import digests
-from hub.checkpoint import resolve
+from hub.checkpoint import EMBEDDED, resolve
 from hub.peft import base_of
 from machine import memory
 from model import MoEConfig, MoETransformer, read_config
@@ -46,6 +46,11 @@ class Subject:
             is_adapter = (place / "adapter.json").is_file()
             self.adapter = place if is_adapter else result_of(self.run, place, "adapter")
             self.base = base or self.run["model"]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the name is that of a folder or of an embedded model, and not perhaps one of the hub."""
+        return self.name in EMBEDDED or Path(self.name).exists()
 
     @cached_property
     def folder(self) -> Path:

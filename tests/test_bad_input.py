@@ -295,7 +295,7 @@ def make(name: str, made: SimpleNamespace) -> None:
 
 
 CASES = """
-train --model nowhere/at-all                         | 'nowhere/at-all' is not 'tiny' or 'tiny-mixtral', no folder of
+train --model nowhere/at-all                         | no such run or model: 'nowhere/at-all' is not 'tiny' or
 train --model file                                   | model 'file' | config.json
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong
@@ -448,7 +448,8 @@ train --patience 2                                   | --patience | --valid-data
 train --task codealpaca --train-data gsm8k.jsonl     | line 1 | Alpaca rows
 evaluate                                             | nothing to evaluate
 evaluate tiny                                        | --task is missing | gsm8k
-evaluate nowhere/at-all --task tiny-math             | nowhere/at-all
+evaluate runs/typo                                   | no such run: there is no folder runs/typo | add --task
+evaluate nowhere/at-all --task tiny-math             | no such run or model: 'nowhere/at-all'
 evaluate notes --task tiny-math                      | notes | config.json
 evaluate weights-cut --task tiny-math                | model.safetensors
 evaluate weights-nan --task tiny-math                | model.safetensors | holds NaN
@@ -764,7 +765,7 @@ def test_a_model_download_that_is_cut_is_an_error_the_next_one_is_whole_and_then
     http.shutdown()
     http.server_close()
     nothing, cut, part, whole, again = done.stdout.splitlines()
-    assert "the hub did not give it" in nothing
-    assert "the hub did not give it" in cut and "50000" in cut
+    assert "the hub has no such model or cannot be reached" in nothing
+    assert "the hub has no such model or cannot be reached" in cut and "50000" in cut
     assert "whole" not in part and re.search("some(/|--)model", part)
     assert whole == again == "whole [50000]"

@@ -299,7 +299,7 @@ def test_the_revision_of_a_hub_id_is_asked_for_and_recorded(command, tmp_path, m
         (["--model", "a/b@v1", "--revision", "v2"], "and the model is a/b@v1"),
         (["--model", "run"], "'run' has no config.json of a model; it is a run of train.py; merge its adapter first"),
         (["--model", "fft"], "it is a run of train.py; name fft/model"),
-        (["--model", "runn"], "no folder of a run or checkpoint, and the hub did not .*; did you mean run?"),
+        (["--model", "runn"], "no such run or model: .* not a folder, and the hub has no such .*; did you mean run?"),
         (["--model", "tinny"], "did you mean tiny?"),
     ],
 )
