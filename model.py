@@ -107,6 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+@ops.reference
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, causal if there is no mask.  q [B, Hq, S, Dh], k, v [B, Hk, M, Dh] -> as q"""
     gqa = q.shape[1] != k.shape[1]
@@ -209,7 +210,7 @@ class Attention(nn.Module):
         if cache is None:
             return self.o_proj(ops.attend_to_batch(q, k, v, layout, scale))
         k, v = cache.append(layer, layout, k, v)  # [B, Hk, M, Dh]
-        return self.o_proj(layout.unpad(attend(layout.pad(q), k, v, layout.mask, scale)))
+        return self.o_proj(layout.unpad(ops.attend(layout.pad(q), k, v, layout.mask, scale)))
 
 
 # ------------------------------------------------------------------------------------------- mixture of experts
@@ -238,8 +239,9 @@ def route(router_logits: Tensor, config: MoEConfig) -> tuple[Tensor, Routing]:
 @ops.reference
 def grouped_linear(x: Tensor, W: Tensor, offsets: Tensor) -> Tensor:
     """W_g x for rows sorted by group.  x [R, in], W [G, out, in], offsets [G] ends of the groups' rows -> [R, out]"""
-    counts = offsets.diff(prepend=offsets.new_zeros(1)).tolist()  # [G] rows of each group
-    return torch.cat([F.linear(x_g, W_g) for x_g, W_g in zip(x.split(counts), W, strict=True)])
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat([F.linear(x[start:end], W_g) for start, end, W_g in zip(starts, ends, W, strict=True)])
 
 
 @ops.reference

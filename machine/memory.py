@@ -13,6 +13,7 @@ Dimensions: T tokens of a micro-batch, K experts per token, D hidden_size, F int
 
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -21,18 +22,19 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from command import cli
 from command.cli import InputError
-from hellora import SHARED, adapted_paths
 from hub.checkpoint import resolve
 from hub.config import HUB_IDS, PRESETS
 from hub.weights import shard_dim
-from lora import LoRAExperts, LoRALinear
 from machine.processes import processes_per_machine
-from model import MoEConfig, MoETransformer, read_config
-from ops.head import HEAD_ROWS
+from model import KVCache, MoEConfig, MoETransformer, read_config
 
+aten = torch.ops.aten
 SPARE = 0.1  # share of a device's memory that is left to the allocator and to what the plan does not count
 
 
@@ -66,8 +68,8 @@ def plan(
 ) -> Plan:
     """What each of `num_processes` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
 
-    cached: positions of a KV cache, over all sequences. Parameters are counted on a model without weights; activations
-    follow from the config.
+    cached: positions of a KV cache, over all sequences. Parameters are counted, and a pass is measured, on a model
+    without weights: to within 15 % of what it really allocates (tests/test_memory.py), if all rows reach hot experts.
     """
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
@@ -75,7 +77,7 @@ def plan(
         attach(model)
     named, parts = dict(model.named_parameters()), num_processes if sharded else 1
     trained = [p for p in named.values() if trains and p.requires_grad]
-    activations, transient = pass_bytes(model, dtype, tokens, trains, checkpointing)
+    activations, transient = pass_bytes(model, tokens, trains, checkpointing)
     return Plan(
         weights=held([p for name, p in named.items() if "lora_" not in name], parts),
         adapters=held([p for name, p in named.items() if "lora_" in name], parts),
@@ -116,109 +118,104 @@ def largest_layer(model: MoETransformer) -> int:
 # ------------------------------------------------------------------------------------------------------ activations
 
 
-def pass_bytes(
-    model: MoETransformer, dtype: torch.dtype, tokens: int, trains: bool, checkpointing: bool
-) -> tuple[int, int]:
-    """Bytes kept for the backward pass over all layers, and bytes allocated and freed on the way."""
-    config, hidden = model.config, tokens * model.config.hidden_size * dtype.itemsize  # of one [T, D]
-    head = min(tokens, HEAD_ROWS) * config.vocab_size * 4 * 2  # logits and log-probabilities, float32
-    transient = tokens * transient_numbers(model, trains) * dtype.itemsize + norm_bytes(model, dtype)
-    if not trains:
-        return 0, max(transient + factor_copies(model, dtype) // config.num_hidden_layers, head)
-    kept = kept_by_layers(model, dtype, tokens)
-    if checkpointing:  # only the inputs of layers are kept; one layer at a time is computed again
-        kept, transient = config.num_hidden_layers * hidden, kept // config.num_hidden_layers + transient
-    ends = 2 * hidden  # inputs of the first layer and of the head
-    if model.adapter is None:  # the head also keeps its weight's gradient, computed in the forward pass, and norm input
-        ends += config.vocab_size * config.hidden_size * dtype.itemsize + hidden
-    return kept + ends, max(transient, head)
+def pass_bytes(model: MoETransformer, tokens: int, trains: bool, checkpointing: bool) -> tuple[int, int]:
+    """Bytes kept for the backward pass over all layers, and the most that are allocated besides.
 
-
-def kept_by_layers(model: MoETransformer, dtype: torch.dtype, tokens: int) -> int:
-    """Bytes that all layers keep for the backward pass, by the rules of autograd.
-
-    For instance, a product keeps its input if its weight trains or the factor A beside it does. Every row is counted
-    as if it reached a hot expert.
+    model: on the meta device. Its layers with experts are alike: one more of them is measured, and counted for each.
     """
-    config, adapter = model.config, model.adapter
-    D, F, K, E = config.hidden_size, config.intermediate_size, config.num_experts_per_tok, config.num_experts
-    S, r = config.shared_intermediate_size, adapter.r if adapter else 0
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    paths = adapted_paths(config, adapter.targets if adapter else "shared")
-    attends, shares = "self_attn.q_proj" in paths, SHARED[0] in paths  # attention, and shared experts, train
-
-    normed = D + (q + kv if config.qk_norm else 0)  # inputs of the attention's norms
-    attention = normed + 2 * q + 2 * kv  # queries, keys, values and the result of the attention itself
-    experts = D + E * 4 // dtype.itemsize + K * 2 * F  # input of the norm, probabilities, gate and up
-    experts += 3 * S + (D if config.shared_expert_gate else 0)  # gate, silu(gate), up; the gated output
-    if adapter is None or adapter.kind != "lori":
-        attention += D + q if attends else 0  # the input of q, k and v; that of o
-        experts += D + (S if shares else 0)  # the input of router, gate and up; that of the shared expert's down
-    if adapter is None:  # norms' weights train too, and the experts' inputs are not computed again
-        attention += normed
-        experts += D + K * (D + F)
-    else:  # what A computes
-        attention += 4 * r if attends else 0
-        experts += 3 * K * r + (r if "mlp.gate" in paths else 0) + (3 * r if shares else 0)
-    if adapter and uses_dropout(model):  # masks of a byte, and what the A's see of x, which was one tensor for several
-        bytes_ = dtype.itemsize if adapter.kind != "lori" else 0
-        masks = (3 * D + q if attends else 0, (D if "mlp.gate" in paths else 0) + (2 * D + S if shares else 0))
-        copies = (2 * D if attends else 0, (D if "mlp.gate" in paths else 0) + (2 * D if shares else 0))
-        attention, experts = (
-            n + (mask + bytes_ * copy) / dtype.itemsize
-            for n, mask, copy in zip((attention, experts), masks, copies, strict=True)
-        )
-        experts += 2 * K * 8 // dtype.itemsize  # what names the rows
-    if adapter and adapter.kind == "dora":  # outputs before they are scaled; for experts also the scale of each row
-        attention += q + 2 * kv + D if attends else 0
-        experts += 2 * K * (2 * F + D) + (2 * S + D if shares else 0)
-    indices = K * (4 * 8 + dtype.itemsize)  # the experts chosen, the rows' order and places, their weights
-    L, dense = len(config.moe_layers), config.num_hidden_layers - len(config.moe_layers)
-    numbers = L * (attention + experts) + dense * (attention + 2 * D + 3 * config.dense_intermediate_size)
-    if not attends:  # nothing trains below the first experts
-        numbers = L * (attention + experts) - attention
-    return tokens * (numbers * dtype.itemsize + L * indices) + factor_copies(model, dtype)
+    layers, num_dense = model.layers, model.config.num_dense_layers
+    num_moe = len(layers) - num_dense
+    measured = []
+    for n in range(1, min(2, num_moe) + 1):
+        model.layers = layers[: num_dense + n]
+        measured.append(train_on_meta(model, tokens, checkpointing) if trains else read_on_meta(model, tokens))
+    model.layers = layers
+    kept_by_one, (kept, peak) = measured[0][0], measured[-1]
+    return kept + (num_moe - len(measured)) * (kept - kept_by_one), peak - kept
 
 
-def uses_dropout(model: MoETransformer) -> bool:
-    return any(isinstance(module, LoRALinear | LoRAExperts) and module.dropout for module in model.modules())
+def train_on_meta(model: MoETransformer, tokens: int, checkpointing: bool) -> tuple[int, int]:
+    """Bytes kept after the forward pass of a micro-batch, in which every token has a target, and the peak of both."""
+    model.to("meta").train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)  # there from the first micro-batch on
+    for layer in model.layers:
+        layer.activation_checkpointing = checkpointing
+    ids, lengths = sequences(model.config, tokens)
+    with Meter(model.parameters(), ids.numel() * model.config.num_experts_per_tok) as meter:
+        loss, _ = model(ids, lengths, labels=ids)
+        kept = meter.held
+        loss.backward()
+    return kept, meter.peak
 
 
-def factor_copies(model: MoETransformer, dtype: torch.dtype) -> int:
-    """Bytes of the factors as products take them: scaled, in `dtype`, those of gate and up side by side."""
-    numbers = 0
-    for name, p in model.named_parameters():
-        stacked, is_A = ".experts." in name, name.endswith("lora_A")
-        if is_A and (stacked or dtype != p.dtype) or name.endswith("lora_B"):
-            numbers += p.numel() * (2 if stacked and not is_A and "down_proj" not in name else 1)  # block-diagonal
-    return numbers * dtype.itemsize
+@torch.no_grad()
+def read_on_meta(model: MoETransformer, tokens: int) -> tuple[int, int]:
+    """Bytes kept (none), and the peak of reading prompts into a KV cache, whose own bytes are not counted."""
+    model.to("meta").eval()
+    ids, lengths = sequences(model.config, tokens)
+    dtype = model.embed_tokens.weight.dtype
+    cache = KVCache(model.config, *ids.shape, dtype=dtype, device="meta")
+    given = [*model.parameters(), cache.keys, cache.values]
+    with Meter(given, ids.numel() * model.config.num_experts_per_tok) as meter:
+        model(ids, lengths, cache=cache, last_only=True)
+    return 0, meter.peak
 
 
-def norm_bytes(model: MoETransformer, dtype: torch.dtype) -> int:
-    """Bytes of the float32 copy of a projection's hot weights, of which DoRA takes the norm (`lora.row_norm`)."""
-    if dtype == torch.float32 or model.adapter is None or model.adapter.kind != "dora":
-        return 0
-    config, experts = model.config, [m.num_hot for m in model.modules() if isinstance(m, LoRAExperts)]
-    return max(experts, default=0) * config.hidden_size * config.intermediate_size * 4
+def sequences(config: MoEConfig, tokens: int) -> tuple[Tensor, Tensor]:
+    """Sequences of that many tokens together, no longer than the attention's window.  -> ids [B, S], lengths [B]"""
+    length = min(tokens, config.sliding_window or tokens)
+    lengths = torch.full((-(-tokens // length),), length)
+    return torch.empty(len(lengths), length, dtype=torch.int64, device="meta"), lengths
 
 
-def transient_numbers(model: MoETransformer, trains: bool) -> int:
-    """Numbers per token that are allocated at once within a layer, beside what it keeps.
+class Meter(TorchDispatchMode):
+    """Counts the bytes that a computation on the meta device would hold: in `held` now, and in `peak` at most.
 
-    The peak is in the backward pass of SwiGLU, or in the forward pass of down and its adapters. By then what the head
-    kept is freed; what the shared expert keeps is not yet allocated, or freed.
+    The routing is not known there. All rows count as if they reached hot experts, which is the most a pass can need.
     """
-    config = model.config
-    D, F, K = config.hidden_size, config.intermediate_size, config.num_experts_per_tok
-    if not trains:  # while rows are gathered, in down or behind it; and the residual stream with its norms
-        results = {None: 0, "dora": 2}.get(model.adapter and model.adapter.kind, 1)  # of the adapters, scaled or not
-        return K * max((D if results else 0) + 2 * F * (1 + results), 3 * F + D * (1 + results), 2 * D) + 5 * D
-    shared = 3 * config.shared_intermediate_size + (D if config.shared_expert_gate else 0)
-    if model.adapter is None:
-        return K * max(4 * F, 2 * D) - shared
-    # Dropout: the rows, what A sees of them, a hash for four numbers and their mask, while gate and up are computed.
-    dropping = 2 * F + 5 * D // 2 if uses_dropout(model) else 0
-    return K * max(5 * F, F + 2 * D, dropping) - shared + D
+
+    def __init__(self, given: Iterable[Tensor], num_rows: int) -> None:
+        """given: tensors that exist already; neither they nor their gradients are counted. num_rows: R of a layer."""
+        super().__init__()
+        self.held = self.peak = 0
+        self.num_rows = num_rows
+        self.known = WeakIdKeyDictionary()  # storages
+        for tensor in given:
+            self.known[tensor.untyped_storage()] = True
+            if tensor.grad is not None:
+                self.known[tensor.grad.untyped_storage()] = True
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        on_meta = bool(args) and isinstance(args[0], Tensor) and args[0].is_meta
+        if operation is aten._local_scalar_dense.default and on_meta:  # where the hot experts' rows end
+            return self.num_rows
+        if operation is aten._to_copy.default and on_meta and kwargs.get("device") == torch.device("cpu"):
+            return torch.full_like(args[0], self.num_rows, device="cpu")  # where each group's rows end
+        if operation is aten.nonzero.default and on_meta:  # which labels are targets: all
+            result = args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
+        elif operation is aten._grouped_mm.default:  # in float32 torch does not say its shape
+            x, W, offsets = args[:3]
+            groups = (len(offsets),) if W.dim() == 2 else ()
+            result = x.new_empty(*groups, x.shape[0], W.shape[-1])
+        else:
+            result = operation(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self.count(tensor.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known[storage] = True
+            self.held += storage.nbytes()
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self.release, storage.nbytes())
+
+    def release(self, size: int) -> None:
+        self.held -= size
 
 
 def position_bytes(config: MoEConfig, dtype: torch.dtype) -> int:

@@ -8,12 +8,20 @@ The layers call ops.NAME. tests/test_ops.py holds each optimized version equal t
 import os
 from collections.abc import Callable
 
-from ops.attention import attend_to_batch
+from ops.attention import attend, attend_to_batch
 from ops.experts import grouped_linear, weighted_swiglu
 from ops.head import target_loss
 from ops.lora import lora_down, lora_gate_up
 
-__all__ = ["attend_to_batch", "grouped_linear", "lora_down", "lora_gate_up", "target_loss", "weighted_swiglu"]
+__all__ = [
+    "attend",
+    "attend_to_batch",
+    "grouped_linear",
+    "lora_down",
+    "lora_gate_up",
+    "target_loss",
+    "weighted_swiglu",
+]
 PLAIN = os.environ.get("HELLORA_PLAIN") == "1"
 
 

@@ -30,6 +30,10 @@ def attend_by_sequence(q: Tensor, k: Tensor, v: Tensor, layout, scale: float | N
     return torch.cat([out.transpose(1, 2).flatten(2)[0] for out in outputs])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v, causal if there is no mask.  q [B, Hq, S, Dh], k, v [B, Hk, M, Dh] -> as q"""
+    if q.is_meta:  # where memory is measured: torch would hold all S * M scores, which no device does
+        flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return flash_attention(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)[0]
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)

@@ -2,7 +2,7 @@
 
 import torch
 
-ONE_KERNEL = ("cuda",)  # device types
+ONE_KERNEL = ("cuda", "meta")  # device types; on the meta device, memory is planned as on a GPU
 
 
 def one_kernel(device: torch.device) -> bool:

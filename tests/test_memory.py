@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import os
 import sys
 
@@ -53,13 +54,20 @@ ATTACH = {
     "dora": lambda model: attach(model, model.config.num_experts, "dora"),
     "lori": lambda model: attach(model, model.config.num_experts, "lori"),
     "fft": None,
-    "dropout": lambda model: attach(model, 3, dropout=0.1),
-    "lori with dropout": lambda model: attach(model, 6, "lori", "shared", 0.1),
+    "dropout": lambda model: attach(model, model.config.num_experts, dropout=0.1),
+    "lori with dropout": lambda model: attach(model, model.config.num_experts, "lori", "shared", 0.1),
     "moe-sieve": lambda model: attach(model, 6, targets="shared"),
     "pure": lambda model: attach(model, 6, targets="pure"),
 }
 CASES = [(family, method) for family in SIZES for method in ("hellora", "lora", "dora", "lori", "fft")]
 CASES += [*((family, "moe-sieve") for family in SHARED), ("qwen3_moe", "pure")]
+CASES += [("olmoe", "dropout"), ("qwen2_moe", "lori with dropout")]
+TRAINED = [(*case, torch.float32, {}) for case in CASES]
+TRAINED += [
+    (family, method, torch.bfloat16, {}) for family, method in zip(itertools.cycle(SIZES), ATTACH, strict=False)
+]
+TRAINED += [("olmoe", "lora", torch.float32, {"hidden_size": 126, "num_attention_heads": 3, "num_key_value_heads": 3})]
+TRAINED += [("mixtral", "lora", torch.float32, {"sliding_window": 13})]
 
 
 def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
@@ -67,27 +75,35 @@ def loss(model: MoETransformer, lengths: Tensor) -> Tensor:
     return model.train()(ids, lengths, labels=ids)[0]
 
 
-@pytest.mark.parametrize("family, method", CASES)
-def test_kept_and_transient_bytes_of_a_pass_are_planned_to_within_fifteen_percent(monkeypatch, family, method):
-    """In float32: in bfloat16 torch's norm keeps a float32 copy on the CPU, and on a GPU it does not."""
-    monkeypatch.setattr("ops.kernels.ONE_KERNEL", ("cpu",))  # as on a GPU
-    model, dtype, attach = MoETransformer(wide(family)), torch.float32, ATTACH[method]
+@pytest.mark.parametrize("family, method, dtype, sizes", TRAINED, ids=str)
+def test_kept_bytes_and_the_peak_of_a_pass_are_planned_to_within_fifteen_percent(
+    monkeypatch, family, method, dtype, sizes
+):
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", ("cpu", "meta"))  # as on a GPU
+    model, attach = MoETransformer(MoEConfig.from_dict({**wide(family).hub, **sizes})), ATTACH[method]
     init_weights(model, std=0.05)
+    model.to(dtype)
     if attach:
         attach(model)
     lengths = torch.tensor([65, 60, 52, 65, 61, 58, 65])
-    options = {"dtype": dtype, "num_processes": 1, "sharded": False, "tokens": int(lengths.sum())}
     loss(model, lengths).backward()  # gradients are there from the first micro-batch on
     plans = {}
     for checkpointing in (False, True):
         for layer in model.layers:
             layer.activation_checkpointing = checkpointing
-        plan = plans[checkpointing] = memory.plan(model.config, attach, **options, checkpointing=checkpointing)
+        plan = plans[checkpointing] = memory.plan(
+            model.config,
+            attach,
+            dtype=dtype,
+            num_processes=1,
+            sharded=False,
+            tokens=int(lengths.sum()),
+            checkpointing=checkpointing,
+        )
         kept = saved_bytes(lambda: loss(model, lengths), model.parameters())
         peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
         assert plan.activations == pytest.approx(kept, rel=0.15)
         assert plan.activations + plan.transient == pytest.approx(peak, rel=0.15)
-    assert plan.transient == pytest.approx(peak - kept, rel=0.15)  # most of it, where little is kept
     assert plans[True].activations < 0.3 * plans[False].activations
 
 
@@ -103,12 +119,12 @@ def test_memory_is_what_the_tightest_control_group_leaves(tmp_path):
     assert memory.left_by_control_groups(tmp_path / "absent", tmp_path) == []
 
 
-READING = [(family, method, {}) for family, method in CASES if "dropout" not in method]
+READING = [(family, method, {}) for family in SIZES for method in ("lora", "dora", "fft")]
 READING += [("olmoe", method, {"intermediate_size": 16}) for method in ("lora", "dora", "fft")]  # down needs the most
 
 
 @pytest.mark.parametrize("family, method, sizes", READING, ids=str)
-def test_the_bytes_of_decoding_are_planned_to_within_a_quarter(family, method, sizes):
+def test_the_bytes_of_decoding_are_planned_to_within_fifteen_percent(family, method, sizes):
     """Of reading prompts, the largest step."""
     config, attach, dtype = MoEConfig.from_dict({**wide(family).hub, **sizes}), ATTACH[method], torch.float32
     model = MoETransformer(config)
@@ -127,7 +143,7 @@ def test_the_bytes_of_decoding_are_planned_to_within_a_quarter(family, method, s
     read()
     options = {"dtype": dtype, "num_processes": 1, "sharded": False, "tokens": 420, "cached": 420}
     plan = memory.plan(config, attach, **options, trains=False)
-    assert plan.activations + plan.transient == pytest.approx(allocated_peak(read, torch.device("cpu")), rel=0.25)
+    assert plan.activations + plan.transient == pytest.approx(allocated_peak(read, torch.device("cpu")), rel=0.15)
 
 
 def test_the_heads_logits_are_planned_to_within_fifteen_percent():
@@ -148,7 +164,6 @@ def test_the_heads_logits_are_planned_to_within_fifteen_percent():
         checkpointing=True,
     )
     peak = allocated_peak(lambda: loss(model, lengths).backward(), torch.device("cpu"))
-    assert plan.transient == 2 * 4 * HEAD_ROWS * 5003
     assert plan.transient == pytest.approx(
         peak - saved_bytes(lambda: loss(model, lengths), model.parameters()), rel=0.15
     )
