@@ -21,8 +21,8 @@ OURS = ("floor", *PAPER, "moe-sieve", "dora", "fft", "peft-all", "peft-attention
 NOTE = (
     "Ours: `python bench.py step --json results/step.json`, the shape of OLMoE-1B-7B at a quarter of its width and "
     "depth, on CPU cores. The frozen base is the model without any adapter, forward and backward. -pure: adapters on "
-    "experts alone; -gate: also on the router; both are compared with LoRA at the same places. The interval is over the "
-    "repetitions of the benchmark, in which all rows take turns."
+    "experts alone. -gate: also on the router. Both are compared with LoRA at the same places. The interval is over "
+    "the repetitions of the benchmark, in which all rows take turns."
 )
 
 
