@@ -3,6 +3,7 @@
 RUN/config.json            settings as resolved, versions, commit
 RUN/profile.json           the routing counts from which the experts were chosen
 RUN/log.jsonl, loss.png    one record per step, and its picture (run/log.py)
+RUN/adapter.png            how far each expert moved, beside its tokens (diagnosis/)
 RUN/checkpoint/step-N/     the state after step N, for --resume (run/state.py)
 RUN/adapter-best/          with validation: the adapter with the lowest loss so far (run/validation.py)
 RUN/adapter/, result.json  when the run is finished (run/adapters.py)
@@ -72,7 +73,7 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
 
 def remove_results(folder: Path, is_new: bool) -> None:
     """Remove what an earlier run has left at its end, and if a new one starts, also the best results."""
-    for name in ("result.json", "loss.png", "ranks.png"):
+    for name in ("result.json", "loss.png", "ranks.png", "adapter.png"):
         (folder / name).unlink(missing_ok=True)
     for name in ("adapter", "model", *(("adapter-best", "model-best") if is_new else ())):
         remove_folder(folder / name)
