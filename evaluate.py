@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from command import cli
 from command.cli import InputError, flag, note, number, say
-from command.files import write_json, write_jsonl
+from command.files import claimed, write_json, write_jsonl
 from data import Example
 from generate import Decoding, DecodingFlags, complete
 from hub.config import ignore_keys
@@ -134,7 +135,8 @@ def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
     if settings.task is None and subject and not subject.is_here:
         raise InputError(f"no such run: there is no folder {subject.name}; if that is a model of the hub, add --task")
     if settings.task not in list(data.TASKS):  # the settings of a run may hold anything
-        given = "is missing" if settings.task is None else f"{settings.task!r} is unknown"
+        not_a_run = f", and {settings.source} is no run folder, which would name it" if subject else ""
+        given = f"is missing{not_a_run}" if settings.task is None else f"{settings.task!r} is unknown"
         raise InputError(f"--task {given}; choose from {', '.join(data.TASKS)}")
     check_task_flags(settings)
     return settings, subject
@@ -451,7 +453,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         return evaluate(settings, prepare(settings, None, ALONE), ALONE) if cli.is_main_process() else None
     # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
     processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
-    result = evaluate(settings, prepare(settings, subject, processes), processes)
+    job = prepare(settings, subject, processes)
+    with claimed(job.out) if job.out and processes.is_main else nullcontext():
+        result = evaluate(settings, job, processes)
     if processes.count > 1:
         dist.barrier()  # a process that leaves while another still communicates would abort that one
         dist.destroy_process_group()

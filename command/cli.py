@@ -170,11 +170,11 @@ def parse(settings: type[T], argv: list[str] | None, **options: Any) -> T:
     return settings(**vars(parser.parse_args(argv)))
 
 
-def subcommand(program: str, names: Iterable[str], argv: list[str] | None, about: str) -> tuple[str, list[str]]:
-    """The command that stands first on the command line, and the arguments after it. `--help` prints `about`."""
+def subcommand(program: str, names: Iterable[str], argv: list[str] | None, help: str) -> tuple[str, list[str]]:
+    """The command that stands first on the command line, and the arguments after it. `--help` prints `help`."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("-h", "--help"):
-        print(f"usage: {program} {{{','.join(names)}}} [-h] ...\n\n{about}")
+        print(f"usage: {program} {{{','.join(names)}}} [-h] ...\n\n{help}")
         sys.exit(0)
     if name not in names:
         given = repr(name) if name else "no command"

@@ -198,7 +198,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(about: dict, *files: Path) -> str:
+def seal(content: dict, *files: Path) -> str:
     """SHA-256 over a JSON object and the files it describes: a changed bit in any of them changes the seal."""
-    text = json.dumps([about, *map(sha256, files)], sort_keys=True)
+    text = json.dumps([content, *map(sha256, files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -47,12 +47,12 @@ def placement_digest(model: MoETransformer) -> str:
     return seal(asdict(replace(model.adapter, ranks=None, expert_rank=None)) | kept)  # ranks grow
 
 
-def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **about) -> None:
-    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, `about`, a checksum."""
+def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **origin) -> None:
+    """Write adapter.safetensors (`adapter_state`) and adapter.json: the Adapter, `origin`, a checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "adapter.safetensors", metadata={"format": "pt"})
-    about = asdict(adapter) | about
-    text = json.dumps(about | {"sha256": seal(about, folder / "adapter.safetensors")}, indent=1)
+    content = asdict(adapter) | origin
+    text = json.dumps(content | {"sha256": seal(content, folder / "adapter.safetensors")}, indent=1)
     (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -63,12 +63,12 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
     """
     folder = Path(folder)
     try:
-        about = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
-        if about.pop("sha256") != seal(about, folder / "adapter.safetensors"):
+        content = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
+        if content.pop("sha256") != seal(content, folder / "adapter.safetensors"):
             raise ValueError("sha256 mismatch: the files are not as they were saved")
         stored = load_file(folder / "adapter.safetensors")
         state = {name: positions_of(t) if name.endswith("positions") else t for name, t in stored.items()}
-        adapter = Adapter(*(about[key] for key in Adapter.__dataclass_fields__))
+        adapter = Adapter(*(content[key] for key in Adapter.__dataclass_fields__))
         if adapter.ranks is not None:
             ranks = torch.tensor(adapter.ranks)
             state, r = pad(state, ranks), int(ranks.max())
@@ -99,9 +99,9 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
 
 def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     """A file of expert lists, one list per layer, or an adapter.json, which has them as `hot`.  -> bool [L, E]"""
-    about = read_json(path)
+    content = read_json(path)
     try:
-        hot = about["hot"] if isinstance(about, dict) else about
+        hot = content["hot"] if isinstance(content, dict) else content
         lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
         if not lists or any(type(e) is not int for ids in hot for e in ids):
             raise ValueError(f"it holds {hot!r:.60}")

@@ -145,11 +145,11 @@ def with_moments(trained: dict[str, Tensor], optimizer: torch.optim.AdamW) -> di
 
 
 def save_state(
-    folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, about: dict, keep: int
+    folder: Path, step: int, trained: dict[str, Tensor], optimizer: torch.optim.AdamW, kept: dict, keep: int
 ) -> None:
     """Write folder/step-N, then drop all but the `keep` newest. Every process must call it; the main one writes.
 
-    about: whatever else has to be kept, as JSON. Raises RunError if the disk refuses; older states stay.
+    kept: whatever else has to be kept, as JSON. Raises RunError if the disk refuses; older states stay.
     """
     state = with_moments(trained, optimizer)
     updates = max((int(moments.get("step", 0)) for moments in optimizer.state.values()), default=0)  # fewer if skipped
@@ -168,8 +168,8 @@ def save_state(
     with atomic_folder(folder / f"step-{step:08d}") as part:
         write_shards(part, sizes, tensors(), SHARD_BYTES)
         digests = {path.name: sha256(path) for path in sorted(part.iterdir())}
-        about = {"step": step, "updates": updates, "sha256": digests} | about
-        text = json.dumps(about | {"seal": seal(about)})
+        content = {"step": step, "updates": updates, "sha256": digests} | kept
+        text = json.dumps(content | {"seal": seal(content)})
         (part / "state.json").write_text(text, encoding="utf-8")
     for old in states(folder)[:-keep]:
         remove_folder(old)
@@ -178,17 +178,17 @@ def save_state(
 def read_state(folder: Path) -> dict:
     """state.json of a state. Raises InputError if it or, on the main process, any other file of it is damaged."""
     try:
-        about = read_json(folder / "state.json", dict)
-        if about.pop("seal") != seal(about):
+        content = read_json(folder / "state.json", dict)
+        if content.pop("seal") != seal(content):
             raise ValueError("not as it was saved")
         # One process reads every byte; the others read their parts.
-        digests = about["sha256"].items() if is_main_process() else ()
+        digests = content["sha256"].items() if is_main_process() else ()
         damaged = [name for name, digest in digests if sha256(folder / name) != digest]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         damaged = [f"state.json ({error})"]
     if damaged:
         raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
-    return about
+    return content
 
 
 @torch.no_grad()
@@ -197,10 +197,10 @@ def load_tensors(folder: Path, trained: dict[str, Tensor], optimizer: torch.opti
 
     Raises InputError if the tensors are those of another run.
     """
-    about = optimizer.state_dict()
+    empty = optimizer.state_dict()
     moments = [{m: torch.zeros_like(p) for m in ("exp_avg", "exp_avg_sq")} for p in trained.values()]
-    about["state"] = {i: {"step": torch.tensor(float(updates))} | pair for i, pair in enumerate(moments)}
-    optimizer.load_state_dict(about)
+    empty["state"] = {i: {"step": torch.tensor(float(updates))} | pair for i, pair in enumerate(moments)}
+    optimizer.load_state_dict(empty)
     state = with_moments(trained, optimizer)
     places = {name: held_part(tensor) for name, tensor in state.items()}
     weights = stored(folder, {name: tuple(tensor.shape) for name, tensor in state.items()})

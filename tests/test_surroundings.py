@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import export
 import profile
 import train
@@ -148,6 +149,13 @@ def test_a_folder_that_stays_empty_goes_with_those_that_were_made_for_it_and_no_
         with claimed(tmp_path / name):
             assert (tmp_path / name / LOCK).exists()
         assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not list((tmp_path / "mine").iterdir())
+
+
+def test_a_second_evaluation_into_a_folder_ends_at_once(tmp_path):
+    flags = ["tiny", "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    assert evaluate.main(flags)["num_total"] == 2 and not (tmp_path / "out" / LOCK).exists()
+    with claimed(tmp_path / "out"), pytest.raises(InputError, match=f"out is in use by process {os.getpid()} on "):
+        evaluate.main(flags)
 
 
 # ----------------------------------------------------------------------------------------------------------- disks
