@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -106,22 +105,26 @@ def measure(folder: Path) -> dict:
     """Count, choose, load and train, as train.py does; says each number as it comes."""
     config, before, began = read_config(folder), peak_resident(), time.perf_counter()
     items = examples(EXAMPLES, config.vocab_size)
-    options = {"dtype": torch.bfloat16, "shard": None, "warmup": None, "seed": 0}
-    counted = count_task(folder, items, BATCH, ALONE, **options)
+    counted = count_task(folder, items, BATCH, ALONE, dtype=torch.bfloat16, shard=None, warmup=None, seed=0)
     row = {"resident_before_bytes": before, "seconds_profile": time.perf_counter() - began}
     say(f"loaded, and counted the experts of {counted.num_tokens} tokens, in {row['seconds_profile']:.0f} s")
 
     hot, began = hellora.select_experts("hot", counted.counts, config.num_experts_per_tok), time.perf_counter()
-    attached = partial(attach, "hellora", hot=hot, rank=RANK)
-    model = load_shared(folder, torch.bfloat16, CPU, shard="none", attach=lambda model: attached(model=model))
+
+    def attach_here(model: MoETransformer) -> None:
+        attach("hellora", model, hot, RANK)
+
+    model = load_shared(folder, torch.bfloat16, CPU, shard="none", attach=attach_here)
     row["seconds_load"] = time.perf_counter() - began
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
     with freed_memory_kept(CPU):
         row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
         rows = max(row["tokens"]) * config.num_experts_per_tok
         speed = grouped_matmul_speed(model.layers[-1].mlp.experts.gate_up_proj, rows)
-    sizes = {"dtype": torch.bfloat16, "num_processes": 1, "sharded": False, "tokens": max(row["tokens"])}
-    row["planned_bytes"] = memory.plan(config, lambda model: attached(model=model), **sizes).total
+    planned = memory.plan(
+        config, attach_here, dtype=torch.bfloat16, num_processes=1, sharded=False, tokens=max(row["tokens"])
+    )
+    row["planned_bytes"] = planned.total
     return row | {"grouped_matmul_flops_per_s": speed, "share_of_matmul": row["flops_per_s"] / speed}
 
 

@@ -92,9 +92,9 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) ->
 
     def attach(model: MoETransformer) -> None:
         hot = (torch.arange(config.num_experts) < num_hot).expand(len(config.moe_layers), -1)
-        options = {"kind": method.kind, "targets": settings.targets or method.targets}
         r_max = drlora.RESERVED * settings.rank if method.grows else None
-        hellora.attach(model, hot, settings.rank, Recipe.alpha, expert_rank=r_max, **options)
+        targets = settings.targets or method.targets
+        hellora.attach(model, hot, settings.rank, Recipe.alpha, kind=method.kind, targets=targets, expert_rank=r_max)
 
     plan = memory.plan(
         config,

@@ -40,8 +40,8 @@ def draw_coverage(counts: dict[str, Tensor], num_hot: int, title: str, path: Pat
         experts = range(1, covered.shape[1] + 1)
         axes.plot(experts, np.median(covered, 0), color=COLORS[i], linestyle=STYLES[i], label=f"{name}, median layer")
         if i == 0:
-            band = {"color": OURS, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(experts, covered.min(0), covered.max(0), label=f"{name}, all layers", **band)
+            label = f"{name}, all layers"
+            axes.fill_between(experts, covered.min(0), covered.max(0), color=OURS, alpha=0.15, lw=0, label=label)
     axes.plot([0, len(experts)], [0, 100], color="0.6", linewidth=0.8, label="even use")
     axes.axvline(num_hot, color="0.4", linestyle=":", linewidth=1)
     axes.text(num_hot + 0.5, 3, f"k = {num_hot}", color="0.3")

@@ -167,6 +167,19 @@ def test_results_with_other_data_do_not_go_to_the_results_folder():
     assert str(command.Settings(data="x").folder) != "results"
 
 
+def test_the_real_models_have_the_papers_ten_seeds_unless_a_flag_says_otherwise():
+    seeds = {
+        flags: command.Settings(**dict(flags)).number_of_seeds(TABLES["table5"])
+        for flags in (
+            (),
+            (("scale", "paper"),),
+            (("scale", "paper"), ("quick", True)),
+            (("scale", "paper"), ("seeds", 4)),
+        )
+    }
+    assert list(seeds.values()) == [3, 10, 2, 4]
+
+
 def test_a_run_takes_as_long_as_all_its_parts_and_an_unknown_time_if_one_was_not_timed():
     record = {"scores": {"a": {}, "b": {}}, "seconds": {"train": 1.5, "evaluate a": 2.5, "evaluate b": 4}}
     assert runs.spent(record) == 8
