@@ -242,11 +242,10 @@ def same_question(example: Example) -> str:
 
 
 class Answers(NamedTuple):
-    """Examples and their completions, one or more each."""
+    """The completions of each example, by id, one or more."""
 
-    examples: list[Example]
-    texts: list[list[str]]
-    losses: dict[str, loss.RowLoss] | None = None  # of task own: of the rows that have an answer
+    texts: dict[str, list[str]]
+    losses: dict[str, loss.RowLoss] = {}  # of the rows of task own that have an answer
 
 
 def load(settings: Settings, job: Job, dtype: str, processes: Processes) -> MoETransformer:
@@ -299,10 +298,11 @@ def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None
     done = kept | done
     write_generations(job.out, done)
     nothing = {"completion": "", "cut": False}
-    records = [[done.get((each.id, s), nothing) for s in range(decoding.samples)] for each in asked]
-    if cut := sum(record["cut"] for samples in records for record in samples):
+    records = {each.id: [done.get((each.id, s), nothing) for s in range(decoding.samples)] for each in asked}
+    if cut := sum(record["cut"] for samples in records.values() for record in samples):
         note(f"{cut} of {len(asked) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    return Answers(asked, [[record["completion"] for record in samples] for samples in records], losses)
+    texts = {name: [record["completion"] for record in samples] for name, samples in records.items()}
+    return Answers(texts, losses)
 
 
 @torch.no_grad()
@@ -354,9 +354,9 @@ def identity(settings: Settings, job: Job, dtype: str) -> dict:
 # ------------------------------------------------------------------------------------------------ extract and score
 
 
-def score(settings: Settings, answers: Answers) -> tuple[dict, list[dict]]:
+def score(settings: Settings, examples: list[Example], answers: Answers) -> tuple[dict, list[dict]]:
     """The score of a task, as in score.json, and its items, as in items.jsonl. Code of HumanEval problems is run."""
-    pairs = [(example, text) for example, samples in zip(*answers[:2], strict=True) for text in samples]
+    pairs = [(example, text) for example in examples for text in answers.texts[example.id]]
     items = [{"id": example.id, "prompt": example.prompt, "completion": text} for example, text in pairs]
     records = [example.row for example, _ in pairs]
     if settings.benchmark == "own":
@@ -406,20 +406,16 @@ def evaluate(settings: Settings, job: Job, processes: Processes) -> dict | None:
         if answers is None:
             return None
     else:
-        texts = read_completions(
-            Path(settings.completions),
-            [example.id for example in job.examples],
-            limit=settings.limit,
-            partial=settings.partial,
-            several=settings.benchmark == "humaneval",
-        )
-        answers = Answers([example for example in job.examples if example.id in texts], list(texts.values()))
+        file, ids = Path(settings.completions), [example.id for example in job.examples]
+        several = settings.benchmark == "humaneval"
+        answers = Answers(read_completions(file, ids, settings.limit, settings.partial, several))
+    examples = [example for example in job.examples if example.id in answers.texts]
     remove_score(out)
     seconds = {"seconds_completing": time.perf_counter() - started}
-    result, items = score(settings, answers)
+    result, items = score(settings, examples, answers)
     used = {name: value for name, value in asdict(settings).items() if value is not None}
     used |= {"protection": job.protection} | (asdict(settings.decoding) if job.subject else {})
-    problems = problems_digest({example.id: example.row for example in answers.examples})
+    problems = problems_digest({example.id: example.row for example in examples})
     result |= {"seconds": time.perf_counter() - started} | seconds | {"settings": used, "problems": problems}
     if out:
         out.mkdir(parents=True, exist_ok=True)

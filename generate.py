@@ -143,14 +143,6 @@ def text_behind(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[list[int]]
     return tokenizer.decode
 
 
-def note_limits(model: MoETransformer, longest: int, max_new_tokens: int) -> None:
-    """Say if an answer may exceed the positions that the model was made for."""
-    positions = model.config.hub.get("max_position_embeddings") or math.inf
-    if longest + max_new_tokens > positions:
-        lengths = f"prompts of up to {longest} tokens and answers of up to {max_new_tokens} (--max-new-tokens)"
-        note(f"{lengths} may exceed the {positions} positions that the model was made for")
-
-
 # ------------------------------------------------------------------------------------------------------ many prompts
 
 
@@ -181,7 +173,10 @@ def complete(
     Yields (index, sample, completion, cut) as each one ends; cut: it has max_new_tokens tokens. stop_ids: those that
     end a text. stop, proceed: as for `stream`, stop on text.
     """
-    note_limits(model, max(map(len, prompts)), decoding.max_new_tokens)
+    longest, positions = max(map(len, prompts)), model.config.hub.get("max_position_embeddings") or math.inf
+    if longest + decoding.max_new_tokens > positions:
+        lengths = f"prompts of up to {longest} tokens and answers of up to {decoding.max_new_tokens} (--max-new-tokens)"
+        note(f"{lengths} may exceed the {positions} positions that the model was made for")
     if not stop_ids:
         note(f"the model names no eos_token_id: completions end after {decoding.max_new_tokens} tokens")
 
@@ -333,14 +328,14 @@ class Settings(DecodingFlags):
 
 
 class Speaker:
-    """A model that answers, and remembers what was said if it has a chat template.
+    """A model that answers, as far as its positions reach, and remembers what was said if it has a chat template.
 
     Text is put to it as it was trained to be asked: in the prompt of the run's task, else through its chat template,
     else as it is.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.limit, self.decoding = settings.max_new_tokens, settings.given_to(Decoding(LONGEST))
+        self.decoding = settings.given_to(Decoding(LONGEST))
         subject = Subject(settings.model)
         trained, date = subject.run["settings"] if subject.run else {}, began(subject.run)
         if settings.adapter == "none":
@@ -377,9 +372,8 @@ class Speaker:
         """The answer to a text, in pieces."""
         ids, spoken = self.ids(text), ""
         positions = self.reader.config.hub.get("max_position_embeddings") or math.inf
-        limit = self.limit or max(1, min(LONGEST, positions - len(ids)))
-        note_limits(self.model, len(ids), limit)
-        decoding = replace(self.decoding, max_new_tokens=limit)
+        room = max(1, min(self.decoding.max_new_tokens, positions - len(ids)))
+        decoding = replace(self.decoding, max_new_tokens=room)
         try:
             for piece in pieces(self.model, self.reader.tokenizer, ids, decoding, self.reader.stop_ids):
                 spoken += piece

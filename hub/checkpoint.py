@@ -57,8 +57,8 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         parent = os.path.dirname(path)
         beside = [str(each) for each in Path(parent).iterdir()] if os.path.isdir(parent or ".") else ()
         raise InputError(
-            f"no such run or model: {str(path)!r} is not {embedded}, not a folder, and the hub has no such model or cannot "
-            f"be reached ({reason}){did_you_mean(str(path), (*EMBEDDED, *beside))}"
+            f"no such run or model: {str(path)!r} is not {embedded}, not a folder, and the hub has no such model or "
+            f"cannot be reached ({reason}){did_you_mean(str(path), (*EMBEDDED, *beside))}"
         ) from None
 
 

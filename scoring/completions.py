@@ -19,7 +19,7 @@ RECORD = {"id": str, "sample": int, "completion": str, "cut": bool}  # of genera
 
 
 def read_completions(
-    path: Path, ids: list[str], *, limit: int | None = None, partial: bool = False, several: bool
+    path: Path, ids: list[str], limit: int | None, partial: bool, several: bool
 ) -> dict[str, list[str]]:
     """The completions of each id of a task, in the order of `ids`.
 
