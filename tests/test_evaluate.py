@@ -261,7 +261,7 @@ def test_a_model_that_names_no_eos_token_is_said_to_run_on(checkpoint, gsm8k, tm
     run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
     assert "names no eos_token_id: completions end after 6 tokens" in capsys.readouterr().err
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(InputError, match="/generation_config.json: eos_token_id is .*want token ids from 0 to 263"):
+    with pytest.raises(InputError, match="/generation_config.json: eos_token_id is .*expected token ids from 0 to 263"):
         run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
 
 
