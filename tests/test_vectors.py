@@ -183,6 +183,22 @@ def test_an_array_of_another_shape_differs(answers, cut, monkeypatch):
         assert failed and "is the first value that differs" in line, name
 
 
+@pytest.mark.parametrize(
+    "change", [lambda x: x * 1.001, lambda x: np.roll(x, 1), lambda x: np.where(x == x.max(), 9, x)]
+)
+def test_a_description_notices_a_change_of_size_of_order_and_of_one_entry(change):
+    x = np.random.default_rng(0).normal(size=(7, 40))
+    expected = whole_model.described(x, whole_model.NUM_ENTRIES)
+    assert whole_model.error_of(x, expected) == 0
+    assert whole_model.error_of(change(x), expected) > whole_model.TOLERANCE
+
+
+def test_the_order_of_a_tokens_experts_does_not_matter(answers, questions):
+    _, compare, _ = questions["forward"]
+    turned = {name: answers["forward"][name][..., ::-1] for name in ("selected_experts", "weights")}
+    assert max(error for _, error in compare(turned)) < whole_model.TOLERANCE
+
+
 def test_what_stands_at_padding_does_not_matter(answers, questions):
     arguments, compare, _ = questions["forward"]
     padding = np.arange(arguments["input_ids"].shape[1]) >= arguments["lengths"][:, None]

@@ -1,6 +1,6 @@
 """A port's model against the values of tiny/ in whole_model.json, in the order in which a model computes them.
 
-An array is described by its norm, its largest entry and some of its entries (`described`). check.py says what a port
+An array is described by its norm and some of its entries (`described`). check.py says what a port
 offers. make_whole_model.py, which writes the values, says where they come from.
 
 Dimensions: B sequences, S positions, T real tokens, L layers with experts, K experts per token, D hidden_size.
@@ -18,7 +18,8 @@ import numpy as np
 
 VECTORS = Path(__file__).resolve().parent
 FILE, FOLDER = VECTORS / "whole_model.json", VECTORS.parent.parent / "tiny"
-TOLERANCE = 3e-4  # largest error, as a share of the largest entry of the array: float32 with room to spare
+TOLERANCE = 3e-4  # largest error (`error_of`): float32 with room to spare
+NUM_ENTRIES = 24  # of an array of the forward pass
 PAD = 1
 
 
@@ -48,36 +49,37 @@ def factors(pairs: dict[str, list[int]], r: int) -> dict[str, dict[str, np.ndarr
 
 
 def described(array: np.ndarray | None, count: int) -> dict | None:
-    """The norm of an array, and its `count` largest entries with their places in the flat array."""
+    """The norm of an array, and `count` of its entries, evenly spaced in the flat array."""
     if array is None:
         return None
     flat = np.asarray(array, dtype=np.float64).ravel()
-    places = np.argsort(-np.abs(flat), kind="stable")[:count]
-    return {"norm": float(np.linalg.norm(flat)), "places": places.tolist(), "entries": flat[places].tolist()}
+    places = np.linspace(0, flat.size - 1, count).round().astype(int)
+    return {"size": flat.size, "norm": float(np.linalg.norm(flat)), "entries": flat[places].tolist()}
 
 
 def error_of(array, expected: dict | None) -> float:
-    """How far an array is from its description, as a share of its largest entry (the norm: of itself)."""
+    """How far an array is from its description: its entries relative to their root mean square, the norm to itself."""
     if array is None or expected is None:
         return 0.0 if array is expected else math.inf
-    flat, places = np.asarray(array, dtype=np.float64).ravel(), expected["places"]
-    if flat.size <= max(places):
+    got = described(array, len(expected["entries"]))
+    if got["size"] != expected["size"]:
         return math.inf
-    off = np.abs(flat[places] - expected["entries"]).max() / (abs(expected["entries"][0]) or 1.0)
-    norm = abs(np.linalg.norm(flat) - expected["norm"]) / (expected["norm"] or 1.0)
-    return math.inf if math.isnan(off + norm) else float(max(off, norm))
+    norm = expected["norm"] or 1.0
+    off = np.abs(np.subtract(got["entries"], expected["entries"])).max() * math.sqrt(expected["size"])
+    error = max(off, abs(got["norm"] - expected["norm"])) / norm
+    return math.inf if math.isnan(off + got["norm"]) else float(error)
 
 
 def describe_forward(result: dict, real: np.ndarray) -> dict:
     """What `compare_forward` needs of a right result, with real tokens alone."""
-    hidden = [described(layer[real], 6) for layer in result["hidden_states"]]
-    attention = [described(layer[real], 6) for layer in result["after_attention"]]
+    hidden = [described(layer[real], NUM_ENTRIES) for layer in result["hidden_states"]]
+    attention = [described(layer[real], NUM_ENTRIES) for layer in result["after_attention"]]
     return {
         "hidden_states": hidden,
         "after_attention": attention,
         "selected_experts": [layer[real].tolist() for layer in result["selected_experts"]],
-        "weights": [described(falling(layer[real]), 6) for layer in result["weights"]],
-        "logits": described(result["logits"][real], 6),
+        "weights": [described(falling(layer[real]), NUM_ENTRIES) for layer in result["weights"]],
+        "logits": described(result["logits"][real], NUM_ENTRIES),
     }
 
 
@@ -128,7 +130,7 @@ def step_arrays(result: dict, pairs: dict) -> Iterator[tuple[str, np.ndarray | N
 
 def describe_step(result: dict, pairs: dict) -> dict:
     """What `compare_step` needs of a right result."""
-    arrays = {label: described(array, 2) for label, array in step_arrays(result, pairs)}
+    arrays = {label: described(array, 3) for label, array in step_arrays(result, pairs)}
     return {"loss": float(result["loss"])} | arrays
 
 
@@ -189,7 +191,7 @@ def check(module: ModuleType) -> Iterator[tuple[str, bool]]:
         count, largest = 0, 0.0
         for label, error in compare(result):
             if error > TOLERANCE:
-                by = "" if math.isinf(error) else f", by {error:.1e} of its largest entry"
+                by = "" if math.isinf(error) else f", by {error:.1e} of its root mean square"
                 yield f"{function}: {label} is the first value that differs{by} ({count} before it agree)", True
                 for mistake in likely(function, arguments, result, compare_wrong):
                     yield f"    This looks like: {mistake}.", True
