@@ -9,6 +9,8 @@
 mask says, and moves the hot experts to the front of the stacks. The rows that they compute are then one contiguous
 prefix, and cold experts cost nothing extra.
 
+model is a model.MoETransformer, config its model.MoEConfig: this module uses both and depends on neither.
+
 Dimensions: L layers with experts, E experts per layer.
 """
 
@@ -17,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
-from command.cli import InputError
-from hub.weights import fill
+from command.errors import InputError
+from hub.sharded import fill
 from lora import LoRAExperts, LoRALinear, StackedLoRA, init_A
-from model import Experts, MoEConfig, MoETransformer
 from neighbours import policies
 from neighbours.dora import DoRAExperts, DoRALinear
 
@@ -117,19 +119,19 @@ class Adapter:
         return self.expert_rank or self.r if ".experts." in name else self.r
 
 
-def largest_rank(config: MoEConfig) -> int:
+def largest_rank(config) -> int:
     """The largest rank of a LoRA pair: the smaller side of an expert's matrices."""
     return min(config.hidden_size, config.intermediate_size)
 
 
-def check_rank(config: MoEConfig, r: int) -> None:
+def check_rank(config, r: int) -> None:
     """Raise InputError for a rank that no pair of this model's experts can have."""
     if not 1 <= r <= largest_rank(config):
         raise InputError(f"rank {r}; expected 1..{largest_rank(config)}, the smaller side of an expert's matrices")
 
 
 def attach(
-    model: MoETransformer,
+    model: nn.Module,
     hot: Tensor,
     r: int,
     alpha: float,
@@ -176,19 +178,19 @@ def attach(
         init_factors(model)
 
 
-def adapted_paths(config: MoEConfig, targets: str) -> list[str]:
+def adapted_paths(config, targets: str) -> list[str]:
     """The linear layers that `targets` names within a layer: without those of a shared expert if there is none."""
     return [path for path in TARGETS[targets] if config.shared_intermediate_size or path not in SHARED]
 
 
-def adapted_linears(config: MoEConfig, targets: str) -> list[str]:
+def adapted_linears(config, targets: str) -> list[str]:
     """The linear layers that `targets` names, in all layers that have them."""
     paths, layers = adapted_paths(config, targets), range(config.num_hidden_layers)
     return [f"layers.{i}.{p}" for i in layers for p in paths if i in config.moe_layers or p.startswith("self_attn.")]
 
 
 @torch.no_grad()
-def init_factors(model: MoETransformer) -> None:
+def init_factors(model: nn.Module) -> None:
     """Fill the factors: A drawn by (seed, matrix name), B zero, DoRA's m the row norms of W (a collective under FSDP).
 
     Frozen A's are not stored but drawn again; the SHA-256 over all of them goes into `model.adapter` (LoRI, §3.1).
@@ -209,7 +211,7 @@ def init_factors(model: MoETransformer) -> None:
         model.adapter = replace(model.adapter, sha256_A=digest.hexdigest())
 
 
-def draw_A(model: MoETransformer, name: str, shape: torch.Size) -> Tensor:
+def draw_A(model: nn.Module, name: str, shape: torch.Size) -> Tensor:
     """The initial lora_A of the module `name`: [r, in], or [n, r, in] of a layer's hot experts."""
     A = torch.empty(shape)
     path, is_stack, projection = name.partition(".lora.")
@@ -221,7 +223,7 @@ def draw_A(model: MoETransformer, name: str, shape: torch.Size) -> Tensor:
     return A
 
 
-def move_to_front(experts: Experts, ids: list[int]) -> None:
+def move_to_front(experts: nn.Module, ids: list[int]) -> None:
     """Reorder the stacks: first the experts `ids`, then the others by rising id."""
     order = ids + [e for e in range(len(experts.expert_ids)) if e not in set(ids)]
     if order != experts.expert_ids:
@@ -232,10 +234,10 @@ def move_to_front(experts: Experts, ids: list[int]) -> None:
 
 
 @torch.no_grad()
-def detach(model: MoETransformer) -> None:
+def detach(model: nn.Module) -> None:
     """Remove the adapters. The model is the base again; its experts keep their storage order."""
     with torch.device("meta"):
-        base = MoETransformer(model.config)
+        base = type(model)(model.config)
     for name, module in list(model.named_modules()):
         if isinstance(module, LoRALinear | LoRAExperts):
             plain = base.get_submodule(name)
@@ -260,7 +262,7 @@ def folded(W: Tensor, factors: dict[str, Tensor], kind: str, scaling: float) -> 
 
 
 @torch.no_grad()
-def merge(model: MoETransformer) -> None:
+def merge(model: nn.Module) -> None:
     """Add every adapter to its weight (W + (alpha / r) B A for LoRA) in float32, and remove the adapters."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -271,13 +273,13 @@ def merge(model: MoETransformer) -> None:
     detach(model)
 
 
-def count_parameters(model: MoETransformer) -> tuple[int, int]:
+def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total), frozen adapter tensors included in the total: the convention of the paper and of PEFT."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in model.parameters())
 
 
-def report(model: MoETransformer) -> Iterator[str]:
+def report(model: nn.Module) -> Iterator[str]:
     """Lines that say what trains: the adapted experts of every layer, other modules, the number of parameters."""
     trainable, total = count_parameters(model)
     adapter, E = model.adapter, model.config.num_experts

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-from model import Experts
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -131,7 +130,7 @@ def hot_weights(gate_up_proj: Tensor, down_proj: Tensor, n: int) -> dict[str, Te
     return {"gate_proj": gate, "up_proj": up, "down_proj": down_proj[:n]}
 
 
-class LoRAExperts(Experts):
+class LoRAExperts(nn.Module):
     """Experts of which the first n in the stack are hot: each of their projections has a pair of its own.
 
     The adapters take part in every step, even if no token reaches a hot expert. Their gradient is then zero and not
@@ -140,8 +139,9 @@ class LoRAExperts(Experts):
 
     pair = StackedLoRA  # of one projection
 
-    def __init__(self, base: Experts, n: int, r: int, alpha: float, dropout: float = 0.0) -> None:
-        nn.Module.__init__(self)
+    def __init__(self, base: nn.Module, n: int, r: int, alpha: float, dropout: float = 0.0) -> None:
+        """base: model.Experts, with the hot ones first."""
+        super().__init__()
         self.gate_up_proj, self.down_proj, self.expert_ids = base.gate_up_proj, base.down_proj, base.expert_ids
         self.register_buffer("position", base.position, persistent=False)
         self.num_hot, self.dropout = n, dropout

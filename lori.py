@@ -34,12 +34,12 @@ def top_entries(state: dict[str, Tensor], share: float = KEPT) -> dict[str, Tens
     """
     names = sorted(name for name in state if name.endswith(".lora_B"))
     if not names:
-        raise InputError("there is no dense lora_B to choose entries from; want the run of lori-d or hellori-d")
+        raise InputError("there is no dense lora_B to choose entries from; expected the run of lori-d or hellori-d")
     sizes = [state[name].numel() for name in names]
     flat = torch.cat([state[name].float().abs().flatten() for name in names])  # [N]
     keep, moved = int(share * len(flat)), int((flat > 0).sum())
     if moved < keep:
-        raise InputError(f"only {moved:,} entries of B are not zero and {keep:,} are wanted; train stage D longer")
+        raise InputError(f"only {moved:,} entries of B are not zero, expected {keep:,} or more; train stage D longer")
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[:keep]] = True
     parts = zip(names, chosen.split(sizes), strict=True)

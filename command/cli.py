@@ -27,15 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 import command.standard_profile  # noqa: F401  before anything imports `profile`
-
-
-class InputError(ValueError):
-    """Wrong input from the user. The message says what was given, what is allowed and what to do."""
-
-
-class RunError(RuntimeError):
-    """A run cannot continue although its input was right: a full disk, a NaN loss. One line, exit status 1."""
-
+from command.errors import InputError, RunError
 
 # ------------------------------------------------------------------------------------------------- what is printed
 

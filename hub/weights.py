@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from command.cli import is_main_process
 from hub.checkpoint import WHOLE, Part, Stored, read_slices, write_checkpoint
 from hub.config import Family
+from hub.sharded import full_tensor
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an expert, as we name them
 ExpertIds = dict[str, list[int]]  # module path of a stack -> the expert in each of its rows
@@ -95,19 +96,6 @@ def as_stored(tensors: Iterable[tuple[str, Tensor]], family: Family, num_experts
 
 
 # ------------------------------------------------------------------------------------------- sharded parameters
-
-
-def full_tensor(parameter: Tensor) -> Tensor:
-    """The full parameter. If it is sharded, this is a collective: every process must call it."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def fill(parameter: Tensor, values: Tensor) -> None:
-    """Set a parameter, or the part of it that this process holds."""
-    if isinstance(parameter, DTensor):
-        mesh, places = parameter.device_mesh, parameter.placements
-        values = distribute_tensor(values.to(parameter.device), mesh, places, src_data_rank=None)
-    parameter.copy_(values)
 
 
 UNEVEN = 1.1  # how much larger than the average the largest share may be

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from hub.weights import fill, full_tensor
+from hub.sharded import fill, full_tensor
 from lora import LoRAExperts, LoRALinear, StackedLoRA, hot_weights
 
 

@@ -351,7 +351,7 @@ def test_adapter_file_holds_hot_experts_only(tmp_path):
         (lambda f: (f / "adapter.safetensors").write_bytes(b"x" * 40), "damaged"),
         (lambda f: edit(f, hot=[[0], [99]]), "expert 99"),
         (lambda f: edit(f, hot=[[0]]), "for 1 layers"),
-        (lambda f: edit(f, r=8), "q_proj.lora_A is \\(4, 40\\), the model wants \\(8, 40\\)"),
+        (lambda f: edit(f, r=8), "lora_A is .*4, .*, expected .*8, "),
         (lambda f: edit(f, targets="pure"), "unexpected"),
         (lambda f: edit(f, {"a": torch.ones(1)}), "unexpected"),
     ],
