@@ -3,7 +3,6 @@
 Examples are drawn by hypothesis, always the same ones. Dimensions: L layers, E experts a layer.
 """
 
-import math
 import re
 
 import torch
@@ -141,25 +140,6 @@ def test_a_refusal_is_found_in_any_text_and_words_around_it_change_nothing(befor
 
 
 # ------------------------------------------------------------------------------------------- lengths and batches
-
-
-@settings(EXAMPLES)
-@given(st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**31 - 1), st.integers(0, 50))
-def test_an_epoch_holds_every_example_once_in_batches_that_are_full_but_the_last(n, batch, seed, epoch):
-    batches = data.global_batches(n, batch, seed, epoch)
-    assert sorted(sum(batches, [])) == list(range(n))
-    assert [len(part) for part in batches] == [batch] * (n // batch) + [n % batch] * (n % batch > 0)
-
-
-@settings(EXAMPLES)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.integers(1, 7))
-def test_the_processes_share_a_batch_evenly_and_take_it_once(lengths, micro_batch, world):
-    items = [data.Encoded([i] * n, ((1, n),)) for i, n in enumerate(lengths)]
-    ranks = [data.micro_batches(items, micro_batch, rank, world) for rank in range(world)]
-    assert sorted(item.ids[0] for parts in ranks for part in parts for item in part) == list(range(len(items)))
-    sizes = [len(part) for parts in ranks for part in parts]
-    assert {len(parts) for parts in ranks} == {math.ceil(len(items) / (world * micro_batch))}
-    assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
 
 
 @settings(EXAMPLES)
