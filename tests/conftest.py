@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first i
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: small matrices gain nothing from threads
 
 import json  # noqa: E402
+import socket  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -137,6 +138,27 @@ def with_tokenizer(folder: Path) -> Path:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text("{}")
     return folder
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def on_processes(count: int, work: Callable[..., object], *args, per_machine: int | None = None) -> None:
+    """work(*args) on forks of this process, which have its imports, in the environment that torchrun gives them."""
+    port = free_port()
+
+    def start(index: int) -> None:
+        torch.set_num_threads(1)
+        local = per_machine or count
+        numbers = {"RANK": index, "LOCAL_RANK": index % local, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": local}
+        os.environ |= {name: str(number) for name, number in numbers.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        work(*args)
+
+    torch.multiprocessing.start_processes(start, nprocs=count, start_method="fork")
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,15 @@
-"""DR-LoRA: who grows, that the budget is met and never passed, and that what has not grown takes no part.
-
-Run by torchrun, this file is the worker of its own test of two processes.
-"""
+"""DR-LoRA: who grows, that the budget is met and never passed, and that what has not grown takes no part."""
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import on_processes
 from test_hellora import fresh_model
 
 import hellora
@@ -329,11 +324,14 @@ def full_run(index: int = 0, count: int = 1) -> dict:
     return {"growth": growth.state_dict(), "adapter": adapters.adapter_state(model)}
 
 
+def run_in_group(folder: Path) -> None:
+    index, count, _ = start_processes()
+    torch.save(full_run(index, count), folder / f"{index}.pt")
+    dist.destroy_process_group()
+
+
 def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    on_processes(2, run_in_group, tmp_path)
     one = full_run()
     assert len(torch.tensor(one["growth"]["ranks"][-1]).unique()) > 2
     for index in range(2):
@@ -430,9 +428,3 @@ def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path
         4 * 64 * 2 < active[0] < active[1] < active[2] == active[3] == 4 * 64 * 4
     )  # three growths, the last at step 3
     assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"] != [[4] * 64] * 4
-
-
-if __name__ == "__main__":
-    index, count, _ = start_processes()
-    torch.save(full_run(index, count), f"{sys.argv[1]}/{index}.pt")
-    dist.destroy_process_group()

@@ -5,12 +5,11 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_processes
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -556,16 +555,7 @@ def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
     flags = ["--eval-data", str(problems), "--max-new-tokens", "9", "--samples", "5", "--temperature", "1"]
     flags = [str(checkpoint), "--task", "codealpaca", "--allow-code-execution", *flags, "--out"]
     run(*flags, tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate.py"]
-    found = subprocess.run(
-        [*command, *flags, str(tmp_path / "two")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.count("pass@1 0.000 (0/2, ") == 1
+    on_processes(2, evaluate.main, [*flags, str(tmp_path / "two")])
     assert read_lines(tmp_path / "two" / "items.jsonl") == read_lines(tmp_path / "one" / "items.jsonl")
     assert len({item["completion"] for item in read_lines(tmp_path / "one" / "items.jsonl")}) > 5
 

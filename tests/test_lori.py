@@ -105,7 +105,7 @@ def choose_in_process(rank: int, world: int, out: Path) -> None:
 
 def test_two_processes_choose_by_one_threshold_over_what_both_hold(tmp_path):
     """The first of them holds the larger experts: a tenth of what each holds would be another choice."""
-    torch.multiprocessing.spawn(choose_in_process, (2, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(choose_in_process, (2, tmp_path), nprocs=2, start_method="fork")
     alone = lori.top_entries(adapters.adapter_state(with_random_B()))
     stack = alone["layers.0.mlp.experts.lora.up_proj"]
     assert int((stack < 3 * 24 * R).sum()) > 4 * int((stack >= 3 * 24 * R).sum())  # 3 of its 5 experts, and 2

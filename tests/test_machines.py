@@ -1,9 +1,7 @@
 """Several machines, as groups of processes on one: torchrun's agents, and `--shard hybrid`."""
 
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port, on_processes
 from safetensors.torch import load_file
 
 import evaluate
@@ -21,18 +20,11 @@ from model import load_model
 from training_step import load_shared
 
 ROOT = Path(__file__).parent.parent
-FORK = multiprocessing.get_context("fork")
 FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.2", "--k", "3", "--lr", "1e-4"]
 
 
 def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -57,28 +49,8 @@ def alone(flags, tmp_path_factory) -> Path:
     return out
 
 
-def work(rank: int, count: int, port: int, main: Callable, flags: list[str]) -> None:
-    """One of `count` processes, two on each machine, in the environment that torchrun gives it."""
-    torch.set_num_threads(1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    place = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    main(flags)
-
-
 def on_machines(main: Callable, *flags: str, count: int = 4) -> None:
-    port = free_port()
-    processes = [FORK.Process(target=work, args=(rank, count, port, main, list(flags))) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * count
+    on_processes(count, main, list(flags), per_machine=2)
 
 
 def test_two_agents_of_torchrun_give_the_bits_of_two_processes_of_one(flags, alone, tmp_path):

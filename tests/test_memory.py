@@ -301,7 +301,7 @@ def choose_with_its_own_room(index: int, out) -> None:
 
 
 def test_processes_with_different_free_memory_choose_alike_and_machines_must_be_alike_for_hybrid(tmp_path):
-    torch.multiprocessing.spawn(choose_with_its_own_room, (tmp_path,), nprocs=2)
+    torch.multiprocessing.start_processes(choose_with_its_own_room, (tmp_path,), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / f"{index}.pt") for index in (0, 1)]
     assert found == [("full", "--shard hybrid: the machines run 1 to 2 processes; start as many on each")] * 2
 

@@ -131,7 +131,7 @@ def test_micro_batches_do_not_change_the_balancing_loss_or_its_gradients(olmoe, 
 def shared(make_checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared")
     folders = {family: checkpoint(make_checkpoint, family).folder for family in FAMILIES}
-    torch.multiprocessing.spawn(share_the_work, (folders, out), nprocs=WORLD)
+    torch.multiprocessing.start_processes(share_the_work, (folders, out), nprocs=WORLD, start_method="fork")
     return out
 
 

@@ -201,7 +201,7 @@ def count_in_process(index: int, count: int, folder, out) -> None:
 
 
 def test_two_processes_get_the_totals_of_one_process_sharded_or_not(olmoe, tmp_path):
-    torch.multiprocessing.spawn(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2, start_method="fork")
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
     base = profile.profile_routing(model, make_batches(items, 2))

@@ -1,15 +1,13 @@
 """The training loop: the same run on one process and on two, what a run folder holds, and wrong input."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_processes
 from safetensors.torch import load_file
 
 import data
@@ -30,19 +28,7 @@ from training_step import global_step
 ROOT = Path(__file__).parent.parent
 
 
-def run(out: Path, *flags: str, processes: int = 1) -> list[dict]:
-    """Train through the command a user types; the records of log.jsonl."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["train.py", "--out", str(out), *BASE, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 BASE = ["--batch", "7", "--steps", "3", "--lr", "1e-3", "--sample", "0.01"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +46,8 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 def test_two_processes_give_the_losses_and_the_adapter_of_one(tmp_path, flags):
     train.main([*BASE, *flags, "--out", str(tmp_path / "one")])
     one = [json.loads(line) for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
-    two = run(tmp_path / "two", *flags, processes=2)
+    on_processes(2, train.main, [*BASE, *flags, "--out", str(tmp_path / "two")])
+    two = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], abs=1e-5)
     assert [record["grad_norm"] for record in two] == pytest.approx([r["grad_norm"] for r in one], rel=1e-4)
     ours, theirs = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("one", "two"))

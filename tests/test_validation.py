@@ -3,16 +3,13 @@
 import itertools
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import with_tokenizer
+from conftest import on_processes, with_tokenizer
 from safetensors.torch import load_file
 
 import data
@@ -210,13 +207,8 @@ def test_a_run_that_is_killed_and_ends_sooner_keeps_the_best_of_the_steps_that_i
 def test_two_processes_validate_as_one_does(tmp_path):
     flags = [*VALID, "--lr", "0.001"]  # AdamW turns rounding into steps
     one = run(tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(ROOT / "train.py"), "--model", "base", *FLAGS, "--rank", "4", *flags, "--shard", "full"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["--model", "base", *FLAGS, "--rank", "4", *flags, "--shard", "full", "--out", str(tmp_path / "two")]
+    on_processes(2, train.main, command)
     two = json.loads((tmp_path / "two/result.json").read_text())
     assert log(tmp_path / "two", "valid_loss") == pytest.approx(log(tmp_path / "one", "valid_loss"), abs=1e-5)
     assert two["best_step"] == one["best_step"]
