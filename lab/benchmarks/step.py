@@ -36,6 +36,7 @@ from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
 from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
 from lab.benchmarks.subjects import OURS, PEERS, PLACED, Subject, make_ours, make_peer, our_model
 from lab.benchmarks.workload import SHAPES, make_batches
+from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 from model import MoEConfig
 from profile import profile_routing
@@ -100,7 +101,6 @@ def measure(settings: Settings, batch: int) -> list[dict]:
         row |= {f"over_{other}": times_as_fast(mine, times[other]) for other in ("floor", *PEERS) if other in times}
         row |= {"dtype": settings.dtype, "share_of_matmul": row["flops_per_s"] / fastest}
     for name, why in absent.items():
-        say(f"{name}: not run, {why}")
         rows.append({"name": name, "batch": batch, "samples_per_s": None, "note": why})
     if "hellora" in times:
         share = 0.1 * profiling / (0.1 * profiling + 3 * time_of_all(times["hellora"]))
@@ -183,28 +183,30 @@ def subject_row(subject: Subject, config: MoEConfig, batches: list[Batch], spent
 
 
 def show(rows: list[dict]) -> None:
-    """Print one table."""
+    """Print one table, where the host waits for the GPU, and what counting costs."""
     others = [name for name in ("floor", *PEERS) if any(f"over_{name}" in row for row in rows)]
-    ratios = "".join(f"{'/ ' + name:>17}" for name in others)
-    heads = f"{'':15}{'batch':>6}{'samples/s':>11}{'tokens/s':>10}{ratios}"
-    say(f"{heads}{'peak MB':>9}{'saved MB':>10}{'adapter GFLOP':>15}{'GFLOP/s':>9}{'/ matmul':>10}")
+    heads = ["", "batch", "samples/s", "tokens/s", *(f"/ {name}" for name in others)]
+    heads += ["peak MB", "saved MB", "adapter GFLOP", "GFLOP/s", "/ matmul"]
+    lines, notes = [], []
     for row in rows:
-        line = f"{row['name']:15}{row['batch']:6d}"
         if row["samples_per_s"] is None:
-            say(f"{line}  not run: {row['note']}")
+            notes.append(f"{row['name']}: not run, {row['note']}")
         elif row["name"] == "profile":
-            say(
-                f"{line}{row['samples_per_s']:11.2f}   counting a tenth of the data takes {row['share']:.1%} of the"
-                f" time of 3 epochs; the hot experts receive {row['hot_share']:.0%} of the routed tokens"
+            notes.append(
+                f"counting a tenth of the data takes {row['share']:.1%} of the time of 3 epochs; the hot experts "
+                f"receive {row['hot_share']:.0%} of the routed tokens"
             )
         else:
-            ratios = "".join(f"{row[f'over_{name}']:17.2f}" for name in others)
-            line += f"{row['samples_per_s']:11.2f}{row['tokens_per_s']:10,.0f}{ratios}"
-            line += f"{row['peak_bytes'] / 1e6:9,.0f}{row['saved_bytes'] / 1e6:10,.1f}"
-            line += f"{row['adapter_flops'] / 1e9:15,.1f}{row['flops_per_s'] / 1e9:9,.0f}"
-            say(f"{line}{row['share_of_matmul']:10.2f}")
-            for place, count in (row["host_waits"] or {}).items():
-                say(f"{'':15}waits for the GPU {count} times in {place}")
+            lines.append([
+                row["name"], str(row["batch"]), f"{row['samples_per_s']:.2f}", f"{row['tokens_per_s']:,.0f}",
+                *(f"{row[f'over_{name}']:.2f}" for name in others),
+                f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['saved_bytes'] / 1e6:,.1f}",
+                f"{row['adapter_flops'] / 1e9:,.1f}", f"{row['flops_per_s'] / 1e9:,.0f}",
+                f"{row['share_of_matmul']:.2f}",
+            ])  # fmt: skip
+            waits = row["host_waits"] or {}
+            notes += [f"{row['name']} waits for the GPU {count} times in {place}" for place, count in waits.items()]
+    say(*grid(heads, lines), *notes)
 
 
 def main(argv: list[str]) -> list[dict]:

@@ -14,7 +14,8 @@ import lori
 from command import cli
 from command.files import writable, write_json
 from hub.config import PRESETS
-from lab.paper.page import Section, grid
+from lab.markdown import grid
+from lab.paper.page import Section
 from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
 from recipes.methods import METHODS, Recipe

@@ -4,7 +4,8 @@ import json
 from functools import cache
 
 from lab import ROOT
-from lab.paper.page import Section, grid, mean_text
+from lab.markdown import grid
+from lab.paper.page import Section, mean_text
 from lab.paper.verdicts import estimate, verdict
 
 FOLDER = ROOT / "results" / "published"

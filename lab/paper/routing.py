@@ -14,7 +14,8 @@ from command.cli import InputError, RunError
 from hellora import hottest
 from hub.config import PRESETS
 from lab import ROOT
-from lab.paper.page import Section, grid
+from lab.markdown import grid
+from lab.paper.page import Section
 from lab.paper.pictures import draw_coverage, draw_multiples, draw_overlaps
 from lab.paper.published import FOLDER
 from lab.paper.runs import model_content

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from lab.benchmarks.step import EXAMPLES, times_as_fast
-from lab.paper.page import Section, grid, mean_text, number_text
+from lab.markdown import grid
+from lab.paper.page import Section, mean_text, number_text
 from lab.paper.pictures import draw_speeds
 from lab.paper.verdicts import estimate, verdict
 

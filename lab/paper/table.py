@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lab.paper.page import Section, grid, mean_text, number_text
+from lab.markdown import grid
+from lab.paper.page import Section, mean_text, number_text
 from lab.paper.published import sieve_accuracies
 from lab.paper.runner import Needed
 from lab.paper.runs import Run
