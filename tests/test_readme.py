@@ -14,6 +14,7 @@ import reproduce
 import train
 from hub.config import FAMILIES
 from lab.benchmarks import plan
+from lab.paper.verdicts import estimate
 from recipes.methods import METHODS, RECIPES
 from scoring.statistics import rate
 
@@ -149,11 +150,12 @@ def finished(task: str, method: str, seed: int = 0) -> tuple[dict, dict]:
 
 
 def test_the_table_of_methods_is_that_of_the_finished_runs():
-    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d,]+) \| ([\d.]+) % \|$", README, re.M)
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d,]+) \| ([\d.]+ ± [\d.]+) % \|$", README, re.M)
     assert [method for method, *_ in rows] == list(METHODS)
     for method, *stated in rows:
-        record, found = finished("tiny-math", method)
-        assert stated == [f"{record['trainable']:,}", f"{100 * found['accuracy']:.1f}"], method
+        records, scores = zip(*(finished("tiny-math", method, seed) for seed in range(5)), strict=True)
+        accuracy = estimate([100 * score["accuracy"] for score in scores])
+        assert stated == [f"{records[0]['trainable']:,}", f"{accuracy.mean:.1f} ± {accuracy.half:.1f}"], method
 
 
 def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
