@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import data
@@ -29,8 +28,7 @@ from command.cli import say
 from command.files import claimed, write_json
 from lora import seed_dropout
 from lori import sparsify, top_entries
-from machine import memory
-from machine.processes import end_processes, freed_memory_kept, processes_per_machine
+from machine.processes import end_processes, freed_memory_kept
 from model import MoETransformer
 from neighbours import drlora
 from recipes.methods import num_hot_experts
@@ -40,9 +38,10 @@ from run.folder import earlier_result
 from run.inputs import Run, prepare
 from run.log import check_records, summary
 from run.observers import Observers
-from run.output import check_space, save, write_about
+from run.output import check_space, save, write_inputs
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
+from run.sharding import choose_sharding
 from run.state import naming_checkpoint
 from training_step import load_shared, train_step
 
@@ -66,7 +65,7 @@ def train_claimed(settings: Settings) -> dict:
         began = time.perf_counter()
         run = place(run)
         result |= {"adapted_share": adapted_share(run), "seconds_profile": time.perf_counter() - began}
-    run = replace(run, shard=choose_sharding(run))
+    run = replace(run, shard=choose_sharding(run, partial(attach, run)))
     result |= {"shard": run.shard} | (train_lori_s(run) if run.method.sparse else train(run, run.out)[0])
     if run.processes.is_main:
         write_json(run.out / "result.json", result)
@@ -141,26 +140,6 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
         sparsify(model, positions)
 
 
-def choose_sharding(run: Run) -> str:
-    """Whether the base model is sharded over the processes (FSDP2) or those of a machine, or replicated on each."""
-    s, processes, (dtype, compute_dtype) = run.settings, run.processes, run.dtypes
-    if dtype != compute_dtype:
-        say("sharded: FSDP keeps the float32 weights that train, and computes in bfloat16")
-        if processes.count == 1:
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-        return "hybrid" if s.shard == "hybrid" and processes_per_machine() < processes.count else "full"
-    tokens = s.micro_batch * max(len(item.ids) for item in run.items)
-    plan_of = partial(
-        memory.plan,
-        run.config,
-        partial(attach, run),
-        dtype=dtype,
-        tokens=tokens,
-        checkpointing=s.activation_checkpointing,
-    )
-    return memory.choose_shard(s.shard, processes.device, processes.count, plan_of)
-
-
 def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer:
     """The base model with the run's adapters, as this process is to hold it."""
     dtype, compute_dtype = run.dtypes
@@ -208,7 +187,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     observers = Observers(run, model, optimizer, out)
     first = observers.resume()
     check_space(run, model)
-    write_about(run)
+    write_inputs(run)
     say(f"{run.steps:,} steps of {s.batch} examples, {run.processes.count} process{'es' * (run.processes.count > 1)}")
     model.train()
     with observers.watching(first), freed_memory_kept(run.processes.device):

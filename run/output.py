@@ -23,7 +23,7 @@ from run.inputs import Run
 LOG_LINE = 400  # bytes of a record in log.jsonl
 
 
-def write_about(run: Run) -> None:
+def write_inputs(run: Run) -> None:
     """config.json and profile.json. Not earlier than the first step: by then any fault of the input has been found."""
     if run.processes.is_main:
         write_config(run.out, asdict(run.settings), run.content | {"hub_commit": hub_commit(run.folder)})
