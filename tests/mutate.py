@@ -1,7 +1,7 @@
 """Does a test fail when a line of the code is wrong? A seeded sample of mutants against the tests that call the line.
 
     python tests/mutate.py --sample 60 --seed 0                  # prints each mutant, and the test that killed it
-    python tests/mutate.py model.py lora.py -- --ignore tests/test_gpu.py       # after --: flags of pytest
+    python tests/mutate.py model.py lora.py -- --ignore tests/test_fuzz.py      # after --: flags of pytest
 
 A mutant changes one expression or drops one statement. First every test runs on the code as it is: that records which
 functions it calls and how long it takes. A mutant then meets the quickest tests of its function, about a minute's

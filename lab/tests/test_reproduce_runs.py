@@ -324,6 +324,17 @@ def test_a_second_command_that_would_make_runs_is_refused(tmp_path):
         pass
 
 
+def test_a_child_holds_the_folder_too_so_that_one_which_outlives_the_command_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "train.py").write_text(
+        "import os, sys\n"
+        "files = {os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')}\n"
+        "sys.exit(sys.argv[1] not in files)"
+    )
+    with alone(tmp_path):
+        Workplace(Records(tmp_path), tmp_path).call("train.py", [str(tmp_path.resolve() / "lock")], tmp_path / "log")
+
+
 def test_a_child_that_fails_says_its_last_line(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     (tmp_path / "train.py").write_text("import sys; print('first'); print('error: no such task'); sys.exit(2)")
