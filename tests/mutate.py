@@ -30,7 +30,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOORS = ("bench.py", "reproduce.py")
+OUTSIDE = ("lab/", "tests/", "examples/", "bench.py", "reproduce.py")
 SECONDS = 60  # of processor time: what the tests of one mutant take on the code as it is
 PAIRS = [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn), (ast.Is, ast.IsNot)]
 PAIRS += [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.And, ast.Or)]
@@ -197,20 +197,20 @@ def try_mutant(mutant: Mutant, tree: Path, recorded: dict, flags: list[str]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", help="what to change (default: the core, run/, ops/, scoring/ and hub/)")
+    parser.add_argument("files", nargs="*", help="what to change (default: all but lab/ and examples/)")
     parser.add_argument("--sample", type=int, default=60, help="how many mutants (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="which ones (default: 0)")
     parser.add_argument("--list", action="store_true", help="print the sample alone")
     parser.add_argument("--record", type=Path, help="where what the tests call is kept, or lies from an earlier time")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, flags = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
-    folders = [ROOT, *(ROOT / name for name in ("run", "ops", "scoring", "hub"))]
-    core = [path for folder in folders for path in folder.glob("*.py") if path.name not in DOORS]
+    tracked = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")[:-1]
+    core = [ROOT / name for name in tracked if name.endswith(".py") and not name.startswith(OUTSIDE)]
     sample = draw([ROOT / name for name in args.files] or core, args.sample, args.seed)
 
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "tree"
-        for name in subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")[:-1]:
+        for name in tracked:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, tree / name)
         if not args.list:
