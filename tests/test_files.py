@@ -123,76 +123,59 @@ def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
     assert load_examples("codealpaca", "train", path, limit=2) == examples[:2]
 
 
-GOOD, NO_ANSWER = json.dumps(GSM8K_ROW), json.dumps({"question": "Q?", "answer": "Seven #### seven"})
-BAD_FILES = {  # what is wrong -> task, split, file name, content, what the message must say besides the file's name
-    "broken line": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n\n{GOOD[:-1]}", ["line 3", "GSM8K rows"]),
-    "cut list": ("codealpaca", "train", "a.json", '[\n {"instruction": "x"},\n {"instr', ["line 3", "Alpaca rows"]),
-    "other columns": ("gsm8k", "test", "a.jsonl", json.dumps(ALPACA_ROW), ["line 1", "'question'", "GSM8K rows"]),
-    "no number": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n{NO_ANSWER}", ["line 2", "'#### number'"]),
-    "number as text": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": 5}]', ["entry 1", "'output'"]),
-    "no output": ("saferpaca", "train", "a.json", '{"instructions": ["x"]}', ["entry 1", "Alpaca rows"]),
-    "blank": ("saferpaca", "test", "a.csv", 'prompt,type\nx,y\n" ",y\n', ["line 3", "'prompt'"]),
-    "not an object": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n7\n", ["line 2", "GSM8K rows"]),
-    "only empty outputs": ("codealpaca", "train", "a.json", '[{"instruction": "x", "output": ""}]', ["no rows"]),
-    "empty file": ("gsm8k", "train", "a.jsonl", "", ["no rows", "GSM8K rows"]),
-    "empty csv": ("saferpaca", "test", "a.csv", "prompt\n", ["no rows", "'prompt'"]),
-    "csv without header": ("saferpaca", "test", "a.csv", "Do this.\nDo that.\n", ["line 2", "HEx-PHI folder"]),
-    "short line": ("saferpaca", "test", "a.csv", "prompt,type\nx,y\nx\n", ["line 3", "prompt, type"]),
-    "long line": ("saferpaca", "test", "a.csv", "prompt,type\nx,y\nx, or z,y\n", ["line 3", "prompt, type"]),
-    "open quote": ("saferpaca", "test", "a.csv", 'prompt\nx\n"y\n', ["line 3", "not csv"]),
-    "uneven columns": ("codealpaca", "train", "a.json", '{"instruction": ["x"], "output": ["y", "z"]}', ["length"]),
-    "latin-1": ("gsm8k", "train", "a.jsonl", f"{GOOD}\n".encode() + "Zoë".encode("latin-1"), ["line 2", "UTF-8"]),
-    "half a character": ("saferpaca", "test", "a.jsonl", '{"prompt": "\\ud83d"}', ["line 1", "surrogates"]),
-    "broken inside": (
-        "gsm8k",
-        "train",
-        "a.json",
-        f'{GOOD}\n{{\n "question": 1,\n}}',
-        ["line 2", "not readable as JSON"],
-    ),
-    "key twice": ("own", "train", "a.jsonl", '{"text": "a", "text": "b"}', ["the key 'text' has two values"]),
-    "key twice inside": (
-        "own",
-        "train",
-        "a.json",
-        '[{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}]',
-        ["the key 'role' has two values"],
-    ),
-    "header again": ("own", "train", "a.csv", "prompt,completion\na,b\nprompt,completion\n", ["line 3", "once more"]),
-    "header again, other case": ("own", "train", "a.csv", 'text\na\n"Text "\n', ["line 3", "names of the columns"]),
-    "header again after a mark": (
-        "own",
-        "train",
-        "a.csv.gz",
-        gzip.compress("\ufeffprompt,completion\na,b\n\ufeffprompt,completion\nc,d\n".encode()),
-        ["line 3", "names of the columns"],
-    ),
-    "semicolons": ("own", "train", "a.csv", "prompt;completion\na;b\n", ["line 1", "names separated by commas"]),
-    "tabs": ("codealpaca", "train", "a.csv", "instruction\toutput\na\tb\n", ["line 1", "names separated by commas"]),
-    "tsv": (
-        "own",
-        "train",
-        "a.tsv",
-        "prompt\tcompletion\na\tb\n",
-        ["it begins with 'prompt", "csv if its name says so"],
-    ),
-    "rows inside": ("gsm8k", "train", "a.json", f'{{"data": [{GOOD}]}}', ["rows are inside 'data'"]),
-    "same id": ("codealpaca", "test", "a.jsonl", f"{json.dumps(PROBLEM)}\n{json.dumps(PROBLEM)}", ["task_id", "twice"]),
-    "no tests": ("codealpaca", "test", "a.jsonl", '{"task_id": "a", "prompt": "b", "entry_point": "c"}', ["'test'"]),
+GOOD = json.dumps(GSM8K_ROW)
+WRITTEN = {
+    " ¶ ": "\n",
+    "⇥": "\t",
+    "BOM": "\ufeff",
+    "GOOD": GOOD,
+    "PROBLEM": json.dumps(PROBLEM),
+    "ALPACA": json.dumps(ALPACA_ROW),
 }
+BAD_FILES = """
+broken line        | gsm8k train a.jsonl     | GOOD ¶  ¶ {"question": "And | line 3 | GSM8K rows
+cut list           | codealpaca train a.json | [ ¶ {"instruction": "x"}, ¶ {"instr | line 3 | Alpaca rows
+other columns      | gsm8k test a.jsonl      | ALPACA | line 1 | 'question' | GSM8K rows
+no number          | gsm8k train a.jsonl     | GOOD ¶ {"question": "Q?", "answer": "Seven #### seven"} | line 2 | '#### number'
+no output          | saferpaca train a.json  | {"instructions": ["x"]} | entry 1 | Alpaca rows
+blank              | saferpaca test a.csv    | prompt,type ¶ x,y ¶ " ",y ¶ | line 3 | 'prompt'
+not an object      | gsm8k train a.jsonl     | GOOD ¶ 7 | line 2 | GSM8K rows
+only empty outputs | codealpaca train a.json | [{"instruction": "x", "output": ""}] | no rows
+empty csv          | saferpaca test a.csv    | prompt ¶ | no rows | 'prompt'
+csv without header | saferpaca test a.csv    | Do this. ¶ Do that. ¶ | line 2 | HEx-PHI folder
+short line         | saferpaca test a.csv    | prompt,type ¶ x,y ¶ x ¶ | line 3 | prompt, type
+long line          | saferpaca test a.csv    | prompt,type ¶ x,y ¶ x, or z,y ¶ | line 3 | prompt, type
+open quote         | saferpaca test a.csv    | prompt ¶ x ¶ "y ¶ | line 3 | not csv
+uneven columns     | codealpaca train a.json | {"instruction": ["x"], "output": ["y", "z"]} | length
+half a character   | saferpaca test a.jsonl  | {"prompt": "\\ud83d"} | line 1 | surrogates
+broken inside      | gsm8k train a.json      | GOOD ¶ { ¶ "question": 1, ¶ } | line 2 | not readable as JSON
+key twice          | own train a.jsonl       | {"text": "a", "text": "b"} | the key 'text' has two values
+key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "assistant"}]}] | the key 'role' has two values
+header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | once more
+in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | names of the columns
+after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ c,d ¶ | line 3 | names of the columns
+semicolons         | own train a.csv         | prompt;completion ¶ a;b ¶ | line 1 | names separated by commas
+tabs               | codealpaca train a.csv  | instruction⇥output ¶ a⇥b ¶ | line 1 | names separated by commas
+tsv                | own train a.tsv         | prompt⇥completion ¶ a⇥b ¶ | it begins with 'prompt | csv if its name says so
+rows inside        | gsm8k train a.json      | {"data": [GOOD]} | rows are inside 'data'
+same id            | codealpaca test a.jsonl | PROBLEM ¶ PROBLEM | task_id | twice
+no tests           | codealpaca test a.jsonl | {"task_id": "a", "prompt": "b", "entry_point": "c"} | 'test'
+"""
 
 
-@pytest.mark.parametrize("task, split, name, content, parts", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(
-    tmp_path, task, split, name, content, parts
-):
+@pytest.mark.parametrize("row", BAD_FILES.strip("\n").splitlines(), ids=lambda row: row.partition("|")[0].strip())
+def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(tmp_path, row):
+    _, place, content, *parts = row.split(" | ")
+    task, split, name = place.split()
+    for word, meaning in WRITTEN.items():
+        content = content.replace(word, meaning)
     path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    path.write_text(content.rstrip(" "), encoding="utf-8")
     with pytest.raises(InputError) as error:
         load_examples(task, split, path)
     message = str(error.value)
     assert message.startswith(str(path)) and "expected" in message and "\n" not in message
-    assert all(part in message for part in parts), message
+    assert all(part.strip() in message for part in parts), message
 
 
 def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):
