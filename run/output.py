@@ -20,7 +20,7 @@ from run import adapters
 from run.folder import write_config
 from run.inputs import Run
 
-LOG_LINE = 400  # bytes of a record in log.jsonl
+LOG_LINE, OTHER_FILES = 400, 500_000  # bytes: a record of log.jsonl; counts and pictures
 
 
 def write_inputs(run: Run) -> None:
@@ -39,12 +39,13 @@ def check_space(run: Run, model: MoETransformer) -> None:
     # A new best result is written beside the old one, and a new checkpoint before the oldest is removed.
     results = 1 + (3 if run.held_out else 0)
     checkpoints = s.keep + 1 if s.save_every else 0
-    needed = results * learnt + checkpoints * 3 * trained + run.steps * LOG_LINE  # a checkpoint has AdamW's moments
+    needed = results * learnt + checkpoints * 3 * trained  # a checkpoint has AdamW's moments
+    needed += run.steps * LOG_LINE + OTHER_FILES
     free = shutil.disk_usage(run.out).free if run.processes.is_main else math.inf
     if free < needed:
         written = f"{checkpoints} checkpoints, {results} results and the log"
         raise InputError(
-            f"--out {run.out} has {free / 1e9:,.3f} GB free, and this run writes up to {needed / 1e9:,.3f} GB "
+            f"--out {run.out} has {free / 1e6:,.1f} MB free, and this run writes up to {needed / 1e6:,.1f} MB "
             f"({written}); free some, name a folder on another disk, or lower --keep"
         )
 

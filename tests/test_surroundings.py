@@ -161,12 +161,14 @@ def test_a_second_evaluation_into_a_folder_ends_at_once(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- disks
 
 
-@pytest.mark.parametrize("flags, held", [([], "0 checkpoints, 1 results"), (["--save-every", "1"], "3 checkpoints")])
+@pytest.mark.parametrize(
+    "flags, held", [([], "0 checkpoints, 1 results and the log"), (["--save-every", "1"], "3 checkpoints")]
+)
 def test_a_disk_without_room_for_the_results_is_named_before_the_first_step(flags, held, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     # Rank 4 on 3 experts: about 170 kB of factors, three times that in each checkpoint.
-    monkeypatch.setattr("run.output.shutil.disk_usage", lambda path: usage(100_000 if not flags else 900_000))
-    with pytest.raises(InputError, match=f"GB free, and this run writes up to .*{held}.* or lower --keep"):
+    monkeypatch.setattr("run.output.shutil.disk_usage", lambda path: usage(600_000 if not flags else 1_400_000))
+    with pytest.raises(InputError, match=f"MB free, and this run writes up to .*{held}.* or lower --keep"):
         train.main([*SMALL, *flags, "--out", str(tmp_path / "runs/run")])
     assert not (tmp_path / "runs").exists()
 
