@@ -215,6 +215,14 @@ def test_a_wrong_model_is_noticed_and_named(function, name, wrong, questions, an
     assert any(error > whole_model.TOLERANCE for _, error in compare_wrong(answers[function], result))
 
 
+def test_only_the_mistake_that_was_made_is_named(questions):
+    arguments, *_ = questions["forward"]
+    wrong = {name: wrong for function, name, wrong in mistakes.MODELS if function == "forward"}
+    lines = list(whole_model.check(port({"forward": wrong["gate and up swapped"](**arguments)})))
+    assert lines[1:] == [("    This looks like: gate and up swapped.", True)]
+    assert lines[0][0].startswith("forward: layer 0, output is the first value that differs")
+
+
 def test_a_wrong_model_ends_with_status_1_and_the_name_of_the_mistake(tmp_path, capsys):
     (tmp_path / "padded_port.py").write_text(
         "import numpy as np\nimport ours\n\n\ndef counts(folder, input_ids, lengths):\n"
