@@ -76,6 +76,7 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "The answer is 7.</think>So 9": "9",  # its beginning stands in the prompt
     "<think>It is 7.</think>9<think>5": "9",
     "<think>The answer is 7. But": None,
+    "<think>Hm.</think>The answer is 7.<think>No.</think>9": "9",
     # a calculation behind a marker
     "The answer is 3 x 3 = 9. It took 2 steps": "9",
     "The answer is 4 apples + 5 apples = 9 apples. 2": "9",
@@ -85,7 +86,7 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "The answer is 3 times 3, which is 9": "9",
     "The answer is 18 because 3 x 5 = 15 and 3 more": "18",
     "The answer is 18 (3 x 5 = 15)": "18",
-    "The answer is 18 boxes 2 of them red": "18",
+    "The answer is 18 in box 2": "18",
     # a heading behind a marker
     "#### 1. Add\n4 + 5 = 9\n#### 2. Answer\n9": "9",
     "#### 1) Add 4 and 5\n#### **2: Answer**\n9": "9",
