@@ -136,7 +136,7 @@ BAD_FILES = """
 broken line        | gsm8k train a.jsonl     | GOOD ¶  ¶ {"question": "And | line 3 | GSM8K rows
 cut list           | codealpaca train a.json | [ ¶ {"instruction": "x"}, ¶ {"instr | line 3 | Alpaca rows
 other columns      | gsm8k test a.jsonl      | ALPACA | line 1 | 'question' | GSM8K rows
-no number          | gsm8k train a.jsonl     | GOOD ¶ {"question": "Q?", "answer": "Seven #### seven"} | line 2 | '#### number'
+no number          | gsm8k train a.jsonl     | GOOD ¶ {"question": "Q?", "answer": "####"} | line 2 | '#### number'
 no output          | saferpaca train a.json  | {"instructions": ["x"]} | entry 1 | Alpaca rows
 blank              | saferpaca test a.csv    | prompt,type ¶ x,y ¶ " ",y ¶ | line 3 | 'prompt'
 not an object      | gsm8k train a.jsonl     | GOOD ¶ 7 | line 2 | GSM8K rows
@@ -150,13 +150,13 @@ uneven columns     | codealpaca train a.json | {"instruction": ["x"], "output": 
 half a character   | saferpaca test a.jsonl  | {"prompt": "\\ud83d"} | line 1 | surrogates
 broken inside      | gsm8k train a.json      | GOOD ¶ { ¶ "question": 1, ¶ } | line 2 | not readable as JSON
 key twice          | own train a.jsonl       | {"text": "a", "text": "b"} | the key 'text' has two values
-key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "assistant"}]}] | the key 'role' has two values
+key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "?"}]}] | the key 'role' has two
 header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | once more
 in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | names of the columns
-after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ c,d ¶ | line 3 | names of the columns
+after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | names of
 semicolons         | own train a.csv         | prompt;completion ¶ a;b ¶ | line 1 | names separated by commas
 tabs               | codealpaca train a.csv  | instruction⇥output ¶ a⇥b ¶ | line 1 | names separated by commas
-tsv                | own train a.tsv         | prompt⇥completion ¶ a⇥b ¶ | it begins with 'prompt | csv if its name says so
+tsv                | own train a.tsv         | prompt⇥completion ¶ a⇥b ¶ | it begins with 'prompt | csv if its name
 rows inside        | gsm8k train a.json      | {"data": [GOOD]} | rows are inside 'data'
 same id            | codealpaca test a.jsonl | PROBLEM ¶ PROBLEM | task_id | twice
 no tests           | codealpaca test a.jsonl | {"task_id": "a", "prompt": "b", "entry_point": "c"} | 'test'
@@ -166,6 +166,7 @@ no tests           | codealpaca test a.jsonl | {"task_id": "a", "prompt": "b", "
 @pytest.mark.parametrize("row", BAD_FILES.strip("\n").splitlines(), ids=lambda row: row.partition("|")[0].strip())
 def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(tmp_path, row):
     _, place, content, *parts = row.split(" | ")
+    content += " "
     task, split, name = place.split()
     for word, meaning in WRITTEN.items():
         content = content.replace(word, meaning)
