@@ -57,7 +57,7 @@ def draw_sorted_shares(axes: Axes, counts: Tensor, num_hot: int) -> None:
     axes.text(0.98, 0.98, note, ha="right", va="top", transform=axes.transAxes, bbox=background)
     axes.set(xlabel="experts of a layer, most used first", ylabel="% of the layer's routed tokens")
     axes.set(xlim=(0.5, E + 0.5), ylim=(0, None))
-    axes.set_title("Descending: median and range of the layers", fontsize=11)
+    axes.set_title("Median and range of the layers", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -93,11 +93,11 @@ def draw_speeds(rows: list[dict], title: str, path: Path) -> None:
     left.barh(places - 0.2, speeds[0], 0.38, color=OTHER, label="paper, two A100")
     left.barh(places + 0.2, speeds[1], 0.38, xerr=speeds[2], color=OURS, ecolor="0.5", label="ours, CPU, batches of 8")
     left.axvline(1, color="0.3", linestyle="--", linewidth=1)
-    left.set(yticks=places, yticklabels=names, xlabel="speed (dashed: LoRA of the same code)")
+    left.set(yticks=places, yticklabels=names, xlabel="speed, times that of LoRA (dashed)")
     left.legend(frameon=False, loc="lower right", fontsize=8)
     right.barh(places, [row["memory"] or 0 for row in rows], 0.6, color=OURS)
     right.axvline(1, color="#e69f00", linewidth=2)
-    right.set(xlabel="peak memory (orange: the frozen base)")
+    right.set(xlabel="memory, times the frozen base (orange)")
     for place, row in enumerate(rows):
         if row["memory"] is None:
             right.text(0.05, place, "not run", va="center", color="0.4")
