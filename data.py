@@ -237,7 +237,7 @@ def load_examples(
             if path and not own:
                 unread(row, used=("label",))  # scoring reads it
         except (InputError, UnicodeEncodeError) as error:
-            raise InputError(f"{place}: {error}; {expected}") from None
+            raise InputError(f"{place}: {error}{'' if own else f'; {expected}'}") from None
         # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
         if answer.strip() or split == "test":

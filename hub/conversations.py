@@ -95,7 +95,8 @@ class OwnRows:
             row = row | {name: "" for name in ANSWERS if row.get(name) is None}
         columns = next((columns for columns in self.formats if row.keys() >= set(columns)), None)
         if columns is None:
-            raise InputError(f"its columns {', '.join(map(repr, row))[:100]} are those of no format")
+            names = ", ".join(" and ".join(map(repr, columns)) for columns in self.formats)
+            raise InputError(f"its columns are {', '.join(map(repr, row))[:100]}; expected one of {names}")
         if self.columns not in (None, columns):
             raise InputError(f"a row of {' and '.join(columns)} after rows of {' and '.join(self.columns)} in one file")
         self.columns = columns

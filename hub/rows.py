@@ -206,7 +206,9 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
     try:
         whole = parse_json(content, path)
     except InputError as error:
-        raise InputError(f"{error}; it begins with {content.lstrip()[:30]!r}; {FILES}") from None
+        opens = content.lstrip().startswith(("[", "{"))
+        advice = "" if opens else f"; it begins with {content.lstrip()[:30]!r}; {FILES}"
+        raise InputError(f"{error}{advice}") from None
     if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
         if any(isinstance(turn, dict) for name in CHATS for turn in whole.get(name, ())):  # one row, and its turns
             return [(lines[0][0], whole)]
