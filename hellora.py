@@ -15,7 +15,6 @@ Dimensions: L layers with experts, E experts per layer.
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -277,18 +276,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total), frozen adapter tensors included in the total: the convention of the paper and of PEFT."""
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trainable, sum(parameter.numel() for parameter in model.parameters())
-
-
-def report(model: nn.Module) -> Iterator[str]:
-    """Lines that say what trains: the adapted experts of every layer, other modules, the number of parameters."""
-    trainable, total = count_parameters(model)
-    adapter, E = model.adapter, model.config.num_experts
-    if adapter is not None:
-        for i, ids in zip(model.config.moe_layers, adapter.hot, strict=True):
-            shown = "all" if len(ids) == E else " ".join(map(str, ids))
-            yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
-        paths = (path.split(".", 1)[1] for path in adapted_paths(model.config, adapter.targets))
-        modules = ", ".join(paths) or "none"
-        of_experts = f" (experts {adapter.expert_rank})" if adapter.expert_rank else ""
-        yield f"rank {adapter.r}{of_experts}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
-    yield f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)"

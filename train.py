@@ -155,7 +155,7 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
         layer.activation_checkpointing = run.settings.activation_checkpointing
     if run.start:
         adapters.fill_factors(model, run.start, run.settings.init_adapter)
-    say(*hellora.report(model))
+    say(*adapters.report(model))
     return model
 
 

@@ -9,6 +9,7 @@ Dimensions: L layers with experts, E experts per layer, r rank.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
 from diagnosis.findings import UNUSABLE, of_pairs
-from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, fill
+from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
 from hub.checkpoint import check_finite
 from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
@@ -45,6 +46,21 @@ def placement_digest(model: MoETransformer) -> str:
     """Where the adapter of a model is: equal for equal experts, kind, rank, targets and entries of a sparse B."""
     kept = {name: m.positions.tolist() for name, m in model.named_modules() if isinstance(m, Scatter)}
     return seal(asdict(replace(model.adapter, ranks=None, expert_rank=None)) | kept)  # ranks grow
+
+
+def report(model: MoETransformer) -> Iterator[str]:
+    """Lines that say what trains: the adapted experts of every layer, other modules, the number of parameters."""
+    trainable, total = count_parameters(model)
+    adapter, E = model.adapter, model.config.num_experts
+    if adapter is not None:
+        for i, ids in zip(model.config.moe_layers, adapter.hot, strict=True):
+            shown = "all" if len(ids) == E else " ".join(map(str, ids))
+            yield f"layer {i:2d}: {len(ids)} of {E} experts adapted: {shown}"
+        paths = (path.split(".", 1)[1] for path in adapted_paths(model.config, adapter.targets))
+        modules = ", ".join(paths) or "none"
+        of_experts = f" (experts {adapter.expert_rank})" if adapter.expert_rank else ""
+        yield f"rank {adapter.r}{of_experts}, alpha {adapter.alpha:g}; other modules adapted in every layer: {modules}"
+    yield f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.4f} %)"
 
 
 def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **origin) -> None:

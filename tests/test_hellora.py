@@ -383,5 +383,5 @@ def test_rank_and_expert_list_are_checked():
 def test_layers_are_reported_by_their_number_in_the_model(make_checkpoint):
     model = load_model(make_checkpoint("deepseek").folder)  # its first layer has no experts
     hellora.attach(model, adapters.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
-    lines = list(hellora.report(model))
+    lines = list(adapters.report(model))
     assert lines[0] == "layer  1: 2 of 7 experts adapted: 1 4" and lines[2] == "layer  3: 3 of 7 experts adapted: 2 3 5"

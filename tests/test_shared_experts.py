@@ -49,7 +49,7 @@ def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_no
     layers = model.config.moe_layers if family in SHARED else ()
     added = {f"layers.{i}.mlp.shared_expert.{projection}" for i in layers for projection in PROJECTIONS}
     assert found["shared"] - found["all"] == added and found["all"] < found["shared"] | {""}
-    assert ("shared_expert.down_proj" in " ".join(hellora.report(model))) == (family in SHARED)
+    assert ("shared_expert.down_proj" in " ".join(adapters.report(model))) == (family in SHARED)
 
 
 @pytest.mark.parametrize("family", SHARED)
