@@ -5,14 +5,13 @@ pickle is never opened.
 """
 
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -120,16 +119,23 @@ def read_config_numbers(folder: Path) -> dict:
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight of a checkpoint: where it lies, as the header of its file says."""
+    """A weight of a checkpoint: the tensor of a file that holds it, and where inside it."""
 
     file: Path
-    offset: int  # of its first byte
+    tensor: str  # its name in the file
     shape: tuple[int, ...]
     dtype: torch.dtype
+    expert: int | None = None  # in a stack of experts
+    first_row: int = 0  # in a stack of gate and up
 
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def index(self, dim: int = 0, first: int = 0, end: int | None = None) -> tuple[int | slice, ...]:
+        """The index, into the tensor, of the places first to end - 1 of one dimension."""
+        slices = [slice(0, size) for size in self.shape]
+        slices[dim] = slice(first, self.shape[dim] if end is None else end)
+        if self.expert is None:
+            return tuple(slices)
+        rows = slice(self.first_row + slices[0].start, self.first_row + slices[0].stop)
+        return self.expert, rows, *slices[1:]
 
 
 def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | None = None) -> dict[str, Stored]:
@@ -172,20 +178,17 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
 def headers(file: Path) -> Iterator[tuple[str, Stored]]:
     """The key and the place of every tensor of a safetensors file, in the order of the file."""
     try:
-        with file.open("rb") as content:
-            size = content.read(8)
-            if size == b"version ":
-                raise InputError(f"{file}: a Git LFS pointer instead of the weights; fetch them with `git lfs pull`")
-            with safe_open(file, framework="pt"):  # checks the header, and that the file has all the bytes it names
-                pass
-            start = 8 + int.from_bytes(size, "little")
-            header = json.loads(content.read(start - 8))
+        with safe_open(file, framework="pt") as content:  # checks that the file has all the bytes that it names
+            for key in content.offset_keys():
+                tensor = content.get_slice(key)
+                dtype = DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
+                yield key, Stored(file, key, tuple(tensor.get_shape()), dtype)
     except (OSError, SafetensorError) as error:
+        with file.open("rb") as content:
+            if content.read(8) == b"version ":
+                advice = "a Git LFS pointer instead of the weights; fetch them with `git lfs pull`"
+                raise InputError(f"{file}: {advice}") from None
         raise InputError(f"{file}: not a whole safetensors file ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    for key, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype = DTYPES.get(tensor["dtype"], tensor["dtype"])
-        yield key, Stored(file, start + tensor["data_offsets"][0], tuple(tensor["shape"]), dtype)
 
 
 def in_hub_layout(key: str, weight: Stored, family: Family, in_memory: bool) -> dict[str, Stored]:
@@ -203,10 +206,14 @@ def in_hub_layout(key: str, weight: Stored, family: Family, in_memory: bool) -> 
     if name not in pair or len(weight.shape) != 3 or not isinstance(weight.dtype, torch.dtype):
         return {key: weight}
     leaves = family.projections[2:] if pair.index(name) else family.projections[:2]
-    shape = (weight.shape[1] // len(leaves), weight.shape[2])
-    size = math.prod(shape) * weight.dtype.itemsize
-    names = [f"{block}.{family.moe}.experts.{e}.{leaf}.weight" for e in range(weight.shape[0]) for leaf in leaves]
-    return {name: replace(weight, offset=weight.offset + i * size, shape=shape) for i, name in enumerate(names)}
+    rows, fan_in = weight.shape[1] // len(leaves), weight.shape[2]
+    return {
+        f"{block}.{family.moe}.experts.{e}.{leaf}.weight": replace(
+            weight, shape=(rows, fan_in), expert=e, first_row=i * rows
+        )
+        for e in range(weight.shape[0])
+        for i, leaf in enumerate(leaves)
+    }
 
 
 def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
@@ -315,35 +322,32 @@ WHOLE = Part()
 def read_slices(weights: dict[str, Stored], wanted: dict[str, Part]) -> Iterator[tuple[str, Tensor]]:
     """The wanted parts of the wanted weights, one at a time: no process reads what it does not hold.
 
-    A memory-mapped file would count as memory of the process until it is closed, so this is a plain read. Raises
-    InputError for weights that hold NaN or infinity.
+    Raises InputError for weights that hold NaN or infinity.
     """
     for path in dict.fromkeys(weight.file for weight in weights.values()):
-        with path.open("rb", buffering=0) as file:
-            for key, (dim, first, end) in wanted.items():
-                weight = weights[key]
-                if weight.file != path:
-                    continue
-                shape, size = list(weight.shape), weight.shape[dim]
-                shape[dim] = (size if end is None else end) - first
-                tensor = torch.empty(shape, dtype=weight.dtype)
-                pieces = tensor.flatten(0, dim - 1) if dim else tensor[None]  # each lies in one place of the file
-                stride = weight.nbytes // len(pieces)
-                for i, piece in enumerate(pieces if tensor.numel() else ()):
-                    file.seek(weight.offset + i * stride + first * stride // size)
-                    read_into(file, piece)
-                check_finite(tensor, f"{path}: {key}")
-                yield key, tensor
+        here = [key for key in wanted if weights[key].file == path]
+        parts = ((weights[key].tensor, weights[key].index(*wanted[key])) for key in here)
+        for key, tensor in zip(here, read_parts(path, parts), strict=True):
+            check_finite(tensor, f"{path}: {key}")
+            yield key, tensor
 
 
-def read_into(file: BinaryIO, tensor: Tensor) -> None:
-    """Fill a contiguous tensor from a file. Raises InputError if the file ends early."""
-    left = memoryview(tensor.view(torch.uint8).numpy()).cast("B")
-    while left:  # a read may return fewer bytes than asked for
-        got = file.readinto(left)
-        if not got:
-            raise InputError(f"{file.name}: ends early; download it again")
-        left = left[got:]
+MAPPED = 2**28  # bytes
+
+
+def read_parts(file: Path, parts: Iterable[tuple[str, tuple[int | slice, ...]]]) -> Iterator[Tensor]:
+    """Parts of the tensors of a safetensors file, each given by a name and an index.
+
+    The file is mapped into memory, and what was read of it counts as memory of the process until it is closed. So it is
+    opened again after every MAPPED bytes.
+    """
+    content, mapped = None, 0
+    for name, index in parts:
+        if content is None or mapped > MAPPED:
+            content, mapped = safe_open(file, framework="pt"), 0
+        tensor = content.get_slice(name)[index]
+        mapped += tensor.nbytes
+        yield tensor
 
 
 def copy_beside(base: Path, out: Path) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 
-from command.cli import InputError, RunError
+from command.cli import RunError
 from command.files import write_json
-from hub.checkpoint import files
-
-BLOCK = 1 << 20  # bytes
+from hub.checkpoint import files, headers, read_parts
 
 
 def weights_digest(folder: Path) -> str:
@@ -56,28 +55,15 @@ def cached_digests(path: Path) -> dict[str, str]:
 def tensor_digests(path: Path) -> dict[str, str]:
     """SHA-256 of every tensor of a safetensors file, over its dtype, shape and bytes.
 
-    The file has 8 bytes with the size of the header, the header as JSON, then the bytes of the tensors. Raises
-    InputError for a file that is damaged or of another format.
+    Raises InputError for a file that is damaged or of another format.
     """
-    try:
-        with safe_open(path, framework="pt"):  # checks the sizes
-            pass
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
-    found = {}
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            first, end = about["data_offsets"]
-            digest = hashlib.sha256(json.dumps([about["dtype"], about["shape"]]).encode())
-            file.seek(8 + size + first)
-            while first < end:
-                block = file.read(min(BLOCK, end - first))
-                if not block:
-                    raise OSError(f"{path} ends early")
-                digest.update(block)
-                first += len(block)
-            found[name] = digest.hexdigest()
-    return found
+    weights = dict(headers(path))
+    with safe_open(path, framework="pt") as file:
+        kinds = [json.dumps([file.get_slice(name).get_dtype(), weights[name].shape]) for name in weights]
+    tensors = read_parts(path, ((name, weight.index()) for name, weight in weights.items()))
+    digests = {}
+    for name, kind, tensor in zip(weights, kinds, tensors, strict=True):
+        digest = hashlib.sha256(kind.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digests[name] = digest.hexdigest()
+    return digests

@@ -182,6 +182,8 @@ def other_base(adapter: Path, folder: Path) -> tuple[bool, str] | None:
         return False, str(error)
     if named is None or f"models--{named.replace('/', '--')}" in folder.parts:  # a folder of the hub's cache
         return None
+    if Path(named).resolve() == folder.resolve():
+        return None
     if not (Path(named) / "config.json").is_file():
         return False, f"{adapter} names the base {named}, which is not here to be compared with {folder}"
     if digests.weights_digest(Path(named)) == digests.weights_digest(folder):
