@@ -213,8 +213,8 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
-    about = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT. (Also: export.py check.)"
-    settings = cli.parse(Settings, argv, prog="export.py", description=about)
+    description = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT. (Also: export.py check.)"
+    settings = cli.parse(Settings, argv, prog="export.py", description=description)
     if settings.compact and settings.to == "merged":
         raise InputError("--compact has no meaning with --to merged; leave it out")
     return settings
@@ -261,8 +261,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(argv: list[str]) -> None:
     """`export.py check`: print what moved and what is wrong. Ends with status 3 if there is a fault."""
-    about = "Did the experts train, merge and load? Checks an adapter or a merged checkpoint of any tool."
-    settings = cli.parse(CheckSettings, argv, prog="export.py check", description=about)
+    description = "Did the experts train, merge and load? Checks an adapter or a merged checkpoint of any tool."
+    settings = cli.parse(CheckSettings, argv, prog="export.py check", description=description)
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)
@@ -272,11 +272,11 @@ def check(argv: list[str]) -> None:
     if subject.adapter:
         if settings.adapter:
             raise InputError(f"--adapter has no meaning with the adapter {settings.source}; leave it out")
-        matrices, found = check_adapter(subject, config, counts)
+        matrices, findings = check_adapter(subject, config, counts)
     else:
         model = resolve(subject.base if subject.run else settings.source)  # a run of full fine-tuning has model/
-        matrices, found = check_merged(model, settings.adapter, base, config)
-    findings = sorted_findings(found)
+        matrices, findings = check_merged(model, settings.adapter, base, config)
+    findings = sorted_findings(findings)
     say(*report.table(matrices, config, counts), "")
     for finding in findings:
         say(*finding.lines(), "")
@@ -318,9 +318,9 @@ def check_adapter(
     readings = readings_of(subject.adapter, config)
     reading = readings[AS_READ]
     matrices = adapter_changes(reading, weights_of(subject.folder), config)
-    found = [*of_pairs(reading, config), *of_base(subject)]
-    found += [*of_layout(reading, readings.get(REORDERED), config), *of_changes(reading, matrices, config, counts)]
-    return matrices, found
+    findings = [*of_pairs(reading, config), *of_base(subject)]
+    findings += [*of_layout(reading, readings.get(REORDERED), config), *of_changes(reading, matrices, config, counts)]
+    return matrices, findings
 
 
 def of_base(subject: Subject) -> Iterator[Finding]:
@@ -343,16 +343,16 @@ def check_merged(
     merged, weights = weights_of(folder), weights_of(base)
     if {key: weight.shape for key, weight in merged.items()} != {key: weight.shape for key, weight in weights.items()}:
         raise InputError(f"{folder} is of another model than {base}: the weights have other names or shapes")
-    readings, found = {}, []
+    readings, findings = {}, []
     if adapter:
         place = Subject(adapter).adapter
         if place is None:
             raise InputError(f"--adapter {adapter} holds no adapter; expected a run folder, or PEFT's format")
         readings = readings_of(place, config)
-        found = [*of_pairs(readings[AS_READ], config)]
+        findings = [*of_pairs(readings[AS_READ], config)]
     comparison = compare(merged, weights, config, readings)
     say(f"largest difference of an entry from the base: {comparison.largest:.3g}")
-    return comparison.matrices, [*found, *of_merged(comparison, readings, config)]
+    return comparison.matrices, [*findings, *of_merged(comparison, readings, config)]
 
 
 if __name__ == "__main__":

@@ -149,30 +149,30 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
         note(f"{folder}: read are the weights of model.safetensors, as by transformers, and not those of {INDEX}")
     held = [pair for file in paths for pair in headers(file)]
     in_memory = any(key.endswith(IN_MEMORY[0]) for key, _ in held)
-    found, unexpected = {}, []
+    weights, unexpected = {}, []
     for key, weight in held:
         parts = {key: weight} if key in wanted or family is None else in_hub_layout(key, weight, family, in_memory)
         for name, part in parts.items():
             file = part.file
             if name not in wanted:
                 unexpected.append((name, part))
-            elif name in found:
-                raise InputError(f"{file}: {name} is in {found[name].file.name} too; expected every weight once")
+            elif name in weights:
+                raise InputError(f"{file}: {name} is in {weights[name].file.name} too; expected every weight once")
             elif part.shape != tuple(wanted[name]):
                 raise InputError(f"{file}: {name} has shape {part.shape}, config.json implies {tuple(wanted[name])}")
             elif not isinstance(part.dtype, torch.dtype):
                 known = ", ".join(DTYPES)
                 raise InputError(f"{file}: {name} is {part.dtype}, a quantised checkpoint? Expected one of {known}")
             else:
-                found[name] = part
-    unexpected = [name for name, part in unexpected if not is_harmless(name, part, found)]
-    missing = [name for name in wanted if name not in found]
+                weights[name] = part
+    unexpected = [name for name, part in unexpected if not is_harmless(name, part, weights)]
+    missing = [name for name in wanted if name not in weights]
     if missing or unexpected:
         raise InputError(
             f"{folder}: {len(missing)} missing keys {missing[:5]}, "
             f"{len(unexpected)} unexpected keys {unexpected[:5]}; is config.json of this checkpoint?"
         )
-    return found
+    return weights
 
 
 def headers(file: Path) -> Iterator[tuple[str, Stored]]:
@@ -216,7 +216,7 @@ def in_hub_layout(key: str, weight: Stored, family: Family, in_memory: bool) -> 
     }
 
 
-def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
+def is_harmless(key: str, weight: Stored, weights: dict[str, Stored]) -> bool:
     """Whether a tensor that config.json does not imply changes nothing: rotary tables, masks, a copy of a tied head.
 
     Raises InputError if the embedding is tied and the head differs from it.
@@ -227,7 +227,7 @@ def is_harmless(key: str, weight: Stored, found: dict[str, Stored]) -> bool:
         return True
     if re.fullmatch(rf"{attention}bias", key) and len(weight.shape) == 4:  # the causal mask [1, 1, S, S]
         return True
-    embedding = found.get("model.embed_tokens.weight")
+    embedding = weights.get("model.embed_tokens.weight")
     if key != "lm_head.weight" or embedding is None:
         return False
     pair = {"head": weight, "embedding": embedding}
@@ -361,7 +361,7 @@ def copy_beside(base: Path, out: Path) -> None:
 
 def code_files(folder: Path) -> list[Path]:
     """The Python files that `auto_map` in the configs of a folder names, and those that they import beside them."""
-    modules, found = [], []
+    modules, paths = [], []
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         try:
             classes = list(read_json(folder / name, dict)["auto_map"].values())
@@ -372,12 +372,12 @@ def code_files(folder: Path) -> list[Path]:
         modules += [each.rpartition("--")[2].rpartition(".")[0] for each in classes if isinstance(each, str)]
     while modules:
         path = folder / f"{modules.pop()}.py"
-        if path.parent == folder and path.is_file() and path not in found:
-            found.append(path)
+        if path.parent == folder and path.is_file() and path not in paths:
+            paths.append(path)
             code = path.read_text(encoding="utf-8", errors="replace")
             modules += re.findall(r"^\s*from\s+\.(\w+)\s+import", code, re.MULTILINE)
             modules += re.findall(r"^\s*from\s+\.\s+import\s+(\w+)", code, re.MULTILINE)
-    return found
+    return paths
 
 
 def write_checkpoint(

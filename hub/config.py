@@ -271,7 +271,7 @@ def rope_values(hub: dict) -> dict:
 
     Raises InputError for a value that is not implemented or not valid, and for two values that contradict each other.
     """
-    found, source = {}, {}
+    values_by_key, source = {}, {}
     for place in ("", *NESTED):
         values = hub.get(place) if place else {key: hub.get(key) for key in ROPE if key != "type"}
         values = {} if values is None else values
@@ -285,10 +285,12 @@ def rope_values(hub: dict) -> dict:
                 check_positive(name, value)
             elif value != (only := ONLY.get(key, "default")) or isinstance(value, bool):
                 raise InputError(f"config.json: {name} {value!r:.40} is not implemented, only {only!r}")
-            if found.setdefault(key, value) != value:
-                raise InputError(f"config.json: {source[key]} is {found[key]!r}, {name} is {value!r}; they must agree")
+            if values_by_key.setdefault(key, value) != value:
+                raise InputError(
+                    f"config.json: {source[key]} is {values_by_key[key]!r}, {name} is {value!r}; they must agree"
+                )
             source.setdefault(key, name)
-    return found
+    return values_by_key
 
 
 def check_positive(name: str, value: object) -> None:

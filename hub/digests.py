@@ -43,13 +43,13 @@ def cached_digests(path: Path) -> dict[str, str]:
     try:
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        found = tensor_digests(path)
+        fresh = tensor_digests(path)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
+        write_json(kept, fresh)
     except (OSError, RunError):
         pass  # without a cache it takes longer
-    return found
+    return fresh
 
 
 def tensor_digests(path: Path) -> dict[str, str]:

@@ -76,7 +76,7 @@ def write_peft(
             key = f"base_model.model.{matrix}.{kind}"
             tensors[key] = converted(value, dtype, key).clone()
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    about = {
+    settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
@@ -91,7 +91,7 @@ def write_peft(
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    (out / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (out / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------------- read
@@ -145,12 +145,12 @@ def read_pairs(
     shapes: of every matrix of the model. layout: of packed pairs, by default what adapter_config.json says. Also reads
     the packed pairs of selected experts that axolotl's moe_sieve writes. Raises InputError for a damaged file.
     """
-    about, tensors = read_files(Path(folder))
-    problems = setting_problems(about)
-    layout = layout or layout_of(about)
-    reading = Reading("dora" if about.get("use_dora") else "lora", layout=layout, problems=problems)
-    selection = about.get("moe_sieve_selection") or {}
-    for name, pair in pairs_by_name(tensors, about, problems).items():
+    settings, tensors = read_files(Path(folder))
+    problems = setting_problems(settings)
+    layout = layout or layout_of(settings)
+    reading = Reading("dora" if settings.get("use_dora") else "lora", layout=layout, problems=problems)
+    selection = settings.get("moe_sieve_selection") or {}
+    for name, pair in pairs_by_name(tensors, settings, problems).items():
         try:
             matrix, rows = name.replace(".mlp.", f".{family.moe}."), len(pair["lora_A"])  # transformers 5 -> the hub
             if name.endswith((".experts", ".experts.base_layer")):
@@ -161,7 +161,7 @@ def read_pairs(
                 reading.packed[name] = rows
             else:
                 parts = {matrix: pair}
-            scale = scale_of(name, rows, about)
+            scale = scale_of(name, rows, settings)
             for part, factors in parts.items():
                 fan_out, fan_in = shapes.get(part, (0, 0))
                 rank = len(factors["lora_A"])
@@ -177,9 +177,9 @@ def read_pairs(
 def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """adapter_config.json and the tensors of a PEFT folder. Raises InputError if they are missing or damaged."""
     try:
-        about = parse_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json", dict)
+        settings = parse_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json", dict)
         tensors = load_file(folder / "adapter_model.safetensors")
-        r, alpha = about["r"], about["lora_alpha"]
+        r, alpha = settings["r"], settings["lora_alpha"]
         if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < float("inf")):
             raise ValueError(f"r {r!r}, lora_alpha {alpha!r}; expected numbers above 0")
     except FileNotFoundError as error:
@@ -192,7 +192,7 @@ def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         raise
     except (OSError, ValueError, TypeError, KeyError, OverflowError, SafetensorError) as error:
         raise InputError(f"{folder}: not a PEFT adapter, or damaged ({type(error).__name__}: {error})") from None
-    return about, tensors
+    return settings, tensors
 
 
 def unified(reading: Reading) -> tuple[PeftAdapter, str]:
@@ -222,33 +222,35 @@ def unified(reading: Reading) -> tuple[PeftAdapter, str]:
     return PeftAdapter(r, float(r * scale), changed, dora), "" if same == len(pairs) else remark
 
 
-def setting_problems(about: dict) -> list[str]:
+def setting_problems(settings: dict) -> list[str]:
     """What adapter_config.json says that gives the factors another meaning, or that is not known."""
     problems = [
-        f"{name} is {about[name]!r}, only {only!r} can be read"
+        f"{name} is {settings[name]!r}, only {only!r} can be read"
         for name, only in ONLY.items()
-        if (about.get(name) or only) != only
+        if (settings.get(name) or only) != only
     ]
-    if unknown := sorted(key for key, value in about.items() if value and key not in KNOWN):
-        given = ", ".join(f"{key} {about[key]!r:.40}" for key in unknown)
+    if unknown := sorted(key for key, value in settings.items() if value and key not in KNOWN):
+        given = ", ".join(f"{key} {settings[key]!r:.40}" for key in unknown)
         problems.append(f"{given}: unknown in adapter_config.json; take it out if it changes nothing")
-    init = about.get("init_lora_weights")
+    init = settings.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
         problems.append(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")
     return problems
 
 
-def layout_of(about: dict) -> Layout:
+def layout_of(settings: dict) -> Layout:
     """How the file packs its stacks, as far as adapter_config.json tells: PEFT's way, which changed with 0.19.
 
     Unsloth of before September 2026 packed lora_B expert by expert; later versions record which (`lora_B_layout`).
     """
-    return Layout(about.get("lora_B_layout") == "grouped_by_expert", version(about) < (0, 19))  # 0.17 writes no version
+    return Layout(
+        settings.get("lora_B_layout") == "grouped_by_expert", version(settings) < (0, 19)
+    )  # 0.17 writes no version
 
 
-def of_module(about: dict, pattern: str, default: str, name: str) -> int | float:
+def of_module(settings: dict, pattern: str, default: str, name: str) -> int | float:
     """What adapter_config.json says of a module. The keys of a pattern are regular expressions for ends of names."""
-    patterns = about.get(pattern) or {}
+    patterns = settings.get(pattern) or {}
     is_object = isinstance(patterns, dict)
     if not is_object or not all(type(n) in (int, float) and n > 0 for n in patterns.values()):
         raise InputError(f"{pattern} is {patterns!r:.80}; expected an object of numbers above 0")
@@ -258,29 +260,32 @@ def of_module(about: dict, pattern: str, default: str, name: str) -> int | float
                 return value
         except re.error as error:
             raise InputError(f"{pattern} has {key!r:.80}, not a regular expression ({error})") from None
-    return about[default]
+    return settings[default]
 
 
-def scale_of(name: str, rows: int, about: dict) -> Fraction:
+def scale_of(name: str, rows: int, settings: dict) -> Fraction:
     """What B A is multiplied by: alpha / r, or alpha / sqrt(r) under rsLoRA (arXiv 2312.03732).
 
     name: PEFT's name of the module, or of the parameter. rows: of one A. Raises InputError if these are not the rank.
     """
-    rank, alpha = of_module(about, "rank_pattern", "r", name), of_module(about, "alpha_pattern", "lora_alpha", name)
+    rank, alpha = (
+        of_module(settings, "rank_pattern", "r", name),
+        of_module(settings, "alpha_pattern", "lora_alpha", name),
+    )
     if rows != rank:
         raise InputError(
             f"{name}: lora_A has rank {rows}, but adapter_config.json says {rank}: of another model or rank"
         )
-    return Fraction(alpha / math.sqrt(rank)) if about.get("use_rslora") else Fraction(alpha) / rank
+    return Fraction(alpha / math.sqrt(rank)) if settings.get("use_rslora") else Fraction(alpha) / rank
 
 
-def pairs_by_name(tensors: dict[str, Tensor], about: dict, problems: list[str]) -> dict[str, Factors]:
+def pairs_by_name(tensors: dict[str, Tensor], settings: dict, problems: list[str]) -> dict[str, Factors]:
     """The tensors of a PEFT file as pairs, by PEFT's name of a matrix or of a layer's stacked experts.
 
     A tensor without a place becomes one of the problems. So does a name that a wrapper has changed: it is read, but
     PEFT passes over it without an error.
     """
-    pairs, factors, misnamed = {}, ["lora_A", "lora_B"] + (["lora_m"] if about.get("use_dora") else []), []
+    pairs, factors, misnamed = {}, ["lora_A", "lora_B"] + (["lora_m"] if settings.get("use_dora") else []), []
     for key, tensor in tensors.items():
         name = re.sub(WRAPPERS, "", key)
         misnamed += [key] if name != key else []
@@ -349,9 +354,9 @@ def unstack(
     }
 
 
-def version(about: dict) -> tuple[int, ...]:
+def version(settings: dict) -> tuple[int, ...]:
     """The version of PEFT that wrote adapter_config.json; (0,) where it says none."""
-    return tuple(int(part) for part in re.findall(r"\d+", str(about.get("peft_version") or "0"))[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", str(settings.get("peft_version") or "0"))[:2])
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -359,8 +364,8 @@ def base_of(folder: str | Path) -> str | None:
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
         return None
-    about = read_json(path, dict)
-    name, revision = about.get("base_model_name_or_path"), about.get("revision")
+    settings = read_json(path, dict)
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str):
         raise InputError(f"{path} does not name a base model; add its folder or hub id as base_model_name_or_path")
     return f"{name}@{revision}" if isinstance(revision, str) and not os.path.exists(name) else name

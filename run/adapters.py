@@ -194,12 +194,12 @@ def hub_shapes(config: MoEConfig) -> Shapes:
 
 def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]]:
     """Our modules that hold factors, and the matrices that these adapt: one, or those of a layer's hot experts."""
-    found = {name: [name] for name in adapted_linears(config, adapter.targets)}
+    modules = {name: [name] for name in adapted_linears(config, adapter.targets)}
     for i, ids in zip(config.moe_layers, adapter.hot, strict=True):
         for projection in PROJECTIONS if ids else ():
             stack = f"layers.{i}.mlp.experts.lora.{projection}"
-            found[stack] = [f"layers.{i}.mlp.experts.{e}.{projection}" for e in ids]
-    return found
+            modules[stack] = [f"layers.{i}.mlp.experts.{e}.{projection}" for e in ids]
+    return modules
 
 
 @torch.no_grad()

@@ -180,7 +180,9 @@ def other_base(adapter: Path, folder: Path) -> tuple[bool, str] | None:
         named = base_of(adapter)
     except InputError as error:
         return False, str(error)
-    if named is None or f"models--{named.replace('/', '--')}" in folder.parts:  # a folder of the hub's cache
+    if (
+        named is None or f"models--{named.partition('@')[0].replace('/', '--')}" in folder.parts
+    ):  # a folder of the hub's cache
         return None
     if Path(named).resolve() == folder.resolve():
         return None
