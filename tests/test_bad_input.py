@@ -425,7 +425,7 @@ train --task own --train-data own-calls.jsonl        | line 2: turn 2 has 'tool_
 train --task own --train-data own-tools.jsonl        | line 2: the column 'tools'
 train --task own --train-data own-mixed.jsonl        | line 2: a row of prompt and completion after rows of messages
 train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | expected text
-train --task own --train-data own-columns.jsonl      | line 1: its columns are 'question', 'answer'; expected | 'messages'
+train --task own --train-data own-columns.jsonl      | line 1: its columns are 'question', 'answer'; expected
 train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
 train --task own --train-data own-huge.jsonl         | no target token within 512 tokens  | --max-length
 train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
