@@ -62,7 +62,7 @@ def check_rank(r: int, largest: int) -> None:
     """Raise InputError for a target rank r that leaves no room to grow. largest: the largest rank of a LoRA pair."""
     if not 2 <= r <= largest // RESERVED:
         starts = f"the ranks of dr-lora start at half of it and may grow to {RESERVED} times as much"
-        raise InputError(f"--rank {r}: {starts}; want 2..{largest // RESERVED}")
+        raise InputError(f"--rank {r}: {starts}; expected 2..{largest // RESERVED}")
 
 
 def growth_steps(steps: int) -> range:
@@ -71,7 +71,7 @@ def growth_steps(steps: int) -> range:
     Raises InputError for a run that is too short.
     """
     if steps < 2:
-        raise InputError(f"a run of {steps} step has no time for ranks to grow; want at least 2 steps")
+        raise InputError(f"a run of {steps} step has no time for ranks to grow; expected at least 2 steps")
     interval = max(1, round(steps * 200 / 3750))
     return range(-(-3 * steps // 100), steps - interval + 1, interval)
 

@@ -74,7 +74,7 @@ def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok
     if isinstance(k, float):
         return max(1, int(k * num_experts))
     if k > num_experts:
-        raise InputError(f"--k {k}: want 1..{num_experts}, the experts of a layer")
+        raise InputError(f"--k {k}: expected 1..{num_experts}, the experts of a layer")
     return k
 
 

@@ -301,7 +301,7 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
 
 @pytest.mark.parametrize("rank", ["1", "25", "48"])
 def test_a_rank_that_leaves_no_room_to_grow_is_refused(tmp_path, rank):
-    with pytest.raises(InputError, match=f"--rank {rank}: .*; want 2..24"):  # the embedded model's experts: 48 wide
+    with pytest.raises(InputError, match=f"--rank {rank}: .*; expected 2..24"):  # the embedded model's experts: 48 wide
         train.main(["--method", "dr-lora", "--rank", rank, "--steps", "2", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 

@@ -38,7 +38,7 @@ def commands(page: str) -> list[tuple[str, str]]:
 
 
 COMMANDS = [command for page in PAGES.values() for command in commands(page)]
-SUBCOMMANDS = {"advise", "compare", "full", "generate", "gpu", "load", "plan", "step", *reproduce.COMMANDS}
+SUBCOMMANDS = {"advise", "check", "compare", "full", "generate", "gpu", "load", "plan", "step", *reproduce.COMMANDS}
 WITH_SUBCOMMAND = [(script, *SUBCOMMANDS & set(rest.split()[:1]), rest) for script, rest in COMMANDS]
 
 
