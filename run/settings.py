@@ -171,10 +171,19 @@ def check(settings: Settings) -> None:
         raise InputError("--count-on lora is a way to count, and --profile has the counts already; leave one out")
 
 
+def base_of_start(folder: str) -> str:
+    """The model that the adapter of --init-adapter was trained on. Raises InputError if there is no adapter."""
+    subject = Subject(folder)
+    if subject.adapter is None:
+        expected = "a run of train.py, its adapter folder, or one that PEFT saved"
+        raise InputError(f"--init-adapter {folder} holds no adapter; expected {expected}")
+    return subject.base
+
+
 def resolved(settings: Settings) -> Settings:
     """The settings with what the task's recipe and the method decide."""
     s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
-    model = s.model or (Subject(s.init_adapter).base if s.init_adapter else "tiny")
+    model = s.model or (base_of_start(s.init_adapter) if s.init_adapter else "tiny")
     k = "" if s.k is None else f"-k{s.k}"
     full = method.experts is None
     s = replace(

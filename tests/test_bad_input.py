@@ -339,7 +339,7 @@ train --method dr-lora --steps 1                     | at least 2 steps
 train --steps 3 --epochs 1                           | contradict
 train --router-aux-form layer                        | both or neither
 train --profile profile.json --warmup lora           | --count-on lora | --profile
-train --init-adapter notes                           | missing
+train --init-adapter notes                           | --init-adapter notes holds no adapter
 train --init-adapter run --k 8                       | contradicts --init-adapter
 train --init-adapter lori                            | kind lori | lora
 train --method hellori-d --init-adapter lori --seed 1 | --seed 0

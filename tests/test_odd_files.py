@@ -31,7 +31,7 @@ from model import load_model, read_config
 from routing import profiles
 from run import adapters
 from run import state as states
-from run.log import check_records
+from run.log import log_lines, read_records
 from scoring import completions
 
 
@@ -215,7 +215,8 @@ def run(olmoe: Path, folder: Path) -> Reader:
 
 def log(olmoe: Path, folder: Path) -> Reader:
     def read(folder: Path) -> object:
-        return check_records(folder / "log.jsonl", 2, patience=None)
+        path = folder / "log.jsonl"
+        return [record["step"] for record in read_records(path, 2, log_lines(path))]
 
     return Reader({"log.jsonl": lines({"step": 1, "loss": 2.5}, {"step": 2, "loss": None})}, read)
 
@@ -247,7 +248,9 @@ def chats(olmoe: Path, folder: Path) -> Reader:
 
 def answers(olmoe: Path, folder: Path) -> Reader:
     def read(folder: Path) -> object:
-        return completions.read_completions(folder / "answers.jsonl", ["0", "1", "2"], partial=True, several=False)
+        return completions.read_completions(
+            folder / "answers.jsonl", ["0", "1", "2"], None, partial=True, several=False
+        )
 
     return Reader({"answers.jsonl": lines({"id": 0, "completion": "4 ë"}, {"id": "1", "completion": "5"})}, read)
 
