@@ -63,10 +63,14 @@ def train_claimed(settings: Settings) -> dict:
     result = {"method": run.settings.method, "task": run.settings.task, "processes": run.processes.count}
     if run.method.experts:
         began = time.perf_counter()
-        run = place(run)
+        run = count_and_choose(run)
         result |= {"adapted_share": adapted_share(run), "seconds_profile": time.perf_counter() - began}
     run = replace(run, shard=choose_sharding(run, partial(attach, run)))
-    result |= {"shard": run.shard} | (train_lori_s(run) if run.method.sparse else train(run, run.out)[0])
+    if run.method.sparse:
+        trained = train_lori_s(run)
+    else:
+        trained, _ = train(run, run.out)
+    result |= {"shard": run.shard} | trained
     if run.processes.is_main:
         write_json(run.out / "result.json", result)
         say(f"{summary(result)}; run in {run.out}")
@@ -77,7 +81,7 @@ def train_claimed(settings: Settings) -> dict:
 # ----------------------------------------------------------------------------------------------- count and choose
 
 
-def place(run: Run) -> Run:
+def count_and_choose(run: Run) -> Run:
     """Count the experts and choose those to adapt, unless this is given."""
     origin = {"data": run.content["data"], "weights": run.content["base"]["weights"]}
     if run.counted:
@@ -209,6 +213,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
                 on_gradients=observers.on_gradients,
             )
             observers.after(number, done)
+    observers.exit_if_interrupted()
     return observers
 
 

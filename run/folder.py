@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from command.cli import InputError, say
-from command.files import LOCK, read_json, remove_folder, write_json
+from command.files import read_json, remove_folder, write_json
 
 DECIDING_PACKAGES = ("torch", "numpy", "tokenizers", "jinja2", "safetensors")  # they order, cut and compute
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
@@ -30,11 +30,13 @@ def check_out(out: Path, settings: dict) -> None:
 
     Settings in MAY_CHANGE may differ from those of the run in the folder, and with --resume the number of steps.
     """
-    is_new = set(os.listdir(out)) <= {LOCK}
+    is_new = all(name.startswith(".") for name in os.listdir(out))  # a lock; a file that a crash cut off
     before = settings if is_new else read_json(out / "config.json", dict, missing={}).get("settings")
     if not isinstance(before, dict):
         raise InputError(f"--out {out} exists and is not a run of train.py; name another folder")
     free = MAY_CHANGE | ({"steps", "epochs"} if settings["resume"] else set())
+    if settings["lora_dropout"]:
+        free = free - {"micro_batch"}  # it decides which numbers are dropped
     changed = [key for key in settings if key not in free and before.get(key) != settings[key]]
     if changed:
         was = ", ".join(f"{key} {before.get(key)} then, {settings[key]} now" for key in changed)

@@ -236,13 +236,12 @@ class Signals(Observer):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def result(self) -> dict:
-        """Ends the program with the exit status of the signal, if there was one: there is no result."""
+    def exit_if_interrupted(self) -> None:
+        """End the program with the exit status of the signal, if there was one."""
         if self.interrupted:
             name = signal.Signals(self.received).name
             say(f"stopped by {name} after step {self.number}; --resume continues from there")
             raise SystemExit(128 + self.received)
-        return {}
 
 
 def draw_loss(losses: list[float], validated: Losses, path: Path, title: str) -> None:

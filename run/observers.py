@@ -111,7 +111,8 @@ class Observers:
         service = Report(s.report_to, out, asdict(s)) if reports else None
         moved = AdapterPicture(run, out) if model.adapter else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
-        members = (Signals(processes), finite, growth, validation, recorder, picture, moved, service)
+        self.signals = Signals(processes)
+        members = (self.signals, finite, growth, validation, recorder, picture, moved, service)
         self.members: list[Observer] = [each for each in members if each is not None]
         planned = growth is not None or s.schedule != "constant" or s.lr_warmup
         self.checkpoints = Checkpoints(
@@ -155,6 +156,10 @@ class Observers:
     def after(self, number: int, done: Step) -> None:
         for each in self.members:
             each.after(number, done)
+
+    def exit_if_interrupted(self) -> None:
+        """End the program if a signal ended the training, which is to be continued: there is no result."""
+        self.signals.exit_if_interrupted()
 
     def result(self) -> dict:
         return {key: value for each in self.members for key, value in each.result().items()}

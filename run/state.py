@@ -77,6 +77,7 @@ class Checkpoints(Observer):
         state = read_state(last) if last else {"step": 0}
         first = state["step"] + 1
         if self.processes.count > 1:  # before anything is loaded, for which they may have to wait for each other
+            # The maxima are the last step, and minus the first one.
             furthest = torch.tensor([first, -first], device=self.processes.device)
             dist.all_reduce(furthest, dist.ReduceOp.MAX)
             if furthest.sum():

@@ -110,7 +110,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         write_json(out, [row for each in sections for row in each.rows])
     if name == "all":
         timed = [seconds for record in place.records if (seconds := spent(record))]
-        typical = f"; the median run took {median(timed):.0f} s on one worker" if timed else ""
+        typical = f"; the median run took {median(timed):.0f} s" if timed else ""
         write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{typical}")
     if failed:
         raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
