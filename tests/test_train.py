@@ -72,6 +72,7 @@ def test_a_run_learns_and_its_folder_holds_what_is_documented(tmp_path):
         "config.json",
         "profile.json",
         "log.jsonl",
+        "adapter.png",
         "loss.png",
         "result.json",
         "adapter/adapter.json",
