@@ -28,6 +28,7 @@ import profile
 import train
 from command import cli
 from hub.checkpoint import TINY
+from model import read_config
 from run import adapters
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,8 @@ evaluation-items/score.json | {"settings": {"task": "tiny-math"}}
 MODELS = table("""
 config-huge          | {"hidden_size": 1000000000000000000}
 config-layers        | {"num_hidden_layers": 900000}
-config-experts       | {"num_experts": 900000}
+config-experts       | {"num_experts": 30000}
+config-cross         | {"add_cross_attention": true}
 config-wide          | {"hidden_size": 1000000, "num_attention_heads": 1, "num_key_value_heads": 1}
 config-negative      | {"num_hidden_layers": -4}
 config-missing       | {"num_experts_per_tok": null}
@@ -384,7 +386,8 @@ train --k 3 --experts all                            | --k 3 has no meaning
 train --init-adapter run --method fft                | without adapters
 train --model config-huge                            | hidden_size | 1000000000000000000 | to 1,000,000
 train --model config-layers                          | num_hidden_layers | 900000
-train --model config-experts                         | 900000
+train --model config-experts                         | 4 layers of 30000 experts | at most 100,000
+train --model config-cross                           | add_cross_attention True is not implemented
 train --model config-wide                            | shape
 train --model config-negative                        | num_hidden_layers is -4 | from 1
 train --model config-missing                         | num_experts_per_tok is missing
@@ -456,7 +459,7 @@ evaluate weights-nan --task tiny-math                | model.safetensors | holds
 train --model weights-nan                            | model.safetensors | holds NaN
 profile --out p.json --model weights-nan             | model.safetensors | holds NaN
 evaluate tokenizer-cut --task tiny-math              | tokenizer.json
-evaluate config-experts --task tiny-math             | 900000
+evaluate config-experts --task tiny-math             | at most 100,000
 evaluate run-bare --task tiny-math                   | run-bare
 evaluate run-list --task tiny-math                   | run-list
 evaluate run-task                                    | chess
@@ -706,6 +709,13 @@ def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_evaluated_bu
         profile.main([*flags, *sample])  # as train.py would
     some = ["--limit", "1", "--max-new-tokens", "2", "--out", "score"]
     assert evaluate.main(["model", "--task", "tiny-math", *flags, *some])["num_total"] == 1
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_number_of_dense_layers_may_be_none(layers, make_checkpoint):
+    config = json.loads((make_checkpoint("deepseek").folder / "config.json").read_text())
+    Path("config.json").write_text(json.dumps(config | {"first_k_dense_replace": layers}))
+    assert len(read_config(Path()).moe_layers) == config["num_hidden_layers"] - layers
 
 
 # ------------------------------------------------------------------------------------------------------- downloads

@@ -321,7 +321,7 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_text(tmp_path):
     config = save(tmp_path, byte_level(trim_offsets=True), template)
     _, [item] = read(tmp_path, config, [{"messages": turns("a", "b", "c", "d")}])
     pieces = [AutoTokenizer.from_pretrained(tmp_path).decode(item.ids[slice(*span)]) for span in item.spans]
-    assert pieces == ["b\n ", "d\n </s>"]
+    assert pieces == ["b\n ", "d\n </s>"] and item.spans[-1][1] == len(item.ids)
 
 
 def test_a_template_that_rewrites_what_came_before_is_an_error_that_names_the_row(tmp_path):
