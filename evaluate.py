@@ -36,7 +36,7 @@ from command import cli
 from command.cli import InputError, flag, note, number, say
 from command.files import claimed, write_json, write_jsonl
 from data import Example
-from generate import Decoding, DecodingFlags, complete
+from generate import Decoding, DecodingFlags, complete, new_cache
 from hub.config import ignore_keys
 from machine import memory
 from machine.processes import ALONE, Processes, default_dtype, start_processes
@@ -269,6 +269,8 @@ def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None
     decoding, dtype = settings.decoding, settings.dtype or default_dtype()
     asked, prompts = job.examples[: settings.limit], job.prompts[: settings.limit]
     model = load(settings, job, dtype, processes)
+    size = min(settings.batch or BATCH, len(asked) * decoding.samples)
+    new_cache(model, size, max(map(len, prompts)) + decoding.max_new_tokens)  # before earlier completions are removed
     kept = processes.once(lambda: claim(job.out, identity(settings, job, dtype)))
     losses = row_losses(model, job.items, processes) if job.items else {}
 

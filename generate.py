@@ -101,8 +101,7 @@ class Sequence:
 @torch.no_grad()
 def tokens(model: MoETransformer, prompt: list[int], decoding: Decoding, eos_ids: tuple[int, ...]) -> Iterator[int]:
     """The tokens that continue a prompt, one by one, up to one of `eos_ids` or decoding.max_new_tokens of them."""
-    weight = model.embed_tokens.weight
-    cache = KVCache(model.config, 1, len(prompt) + decoding.max_new_tokens, dtype=weight.dtype, device=weight.device)
+    cache = new_cache(model, 1, len(prompt) + decoding.max_new_tokens)
     sequence = Sequence(0, 0, list(prompt), len(prompt), random.Random(f"{decoding.seed} 0 0"))
     while len(sequence.completion) < decoding.max_new_tokens:
         logits = feed(model, cache, [sequence], 0)  # [1, V]
@@ -228,15 +227,13 @@ def stream(
     waiting = sorted(todo, key=lambda pick: len(prompts[pick[0]]))
     if waiting and not prompts[waiting[0][0]]:
         raise ValueError("an empty prompt has no last token to continue from")
-    weight = model.embed_tokens.weight
     size = min(batch_size, len(waiting))
-    capacity = max((len(prompts[index]) for index, _ in waiting), default=0) + max_new_tokens
-    cache = KVCache(model.config, size, capacity, dtype=weight.dtype, device=weight.device)
+    cache = new_cache(model, size, max((len(prompts[index]) for index, _ in waiting), default=0) + max_new_tokens)
     active: list[Sequence] = []
     bar = tqdm(total=len(waiting), unit=" sequences", leave=False, disable=None if is_main_process() else True)
     while proceed(bool(waiting or active)):
         if not (waiting or active):
-            model(torch.zeros(0, 1, dtype=torch.int64, device=weight.device))
+            model(torch.zeros(0, 1, dtype=torch.int64, device=cache.keys.device))
             continue
         first, free = 0, size - len(active)
         if waiting and free * REFILL >= size:
@@ -257,6 +254,16 @@ def stream(
             bar.update()
             yield sequence.index, sequence.sample, sequence.completion
     bar.close()
+
+
+def new_cache(model: MoETransformer, size: int, capacity: int) -> KVCache:
+    """A cache for `size` sequences of up to `capacity` tokens. Raises InputError if memory does not suffice."""
+    weight = model.embed_tokens.weight
+    try:
+        return KVCache(model.config, size, capacity, dtype=weight.dtype, device=weight.device)
+    except RuntimeError:
+        needed = f"the keys and values of {size} sequences of {capacity} tokens"
+        raise InputError(f"no memory for {needed}; lower --max-new-tokens, or decode fewer at once") from None
 
 
 def feed(model: MoETransformer, cache: KVCache, active: list[Sequence], first: int) -> Tensor:

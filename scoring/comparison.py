@@ -35,7 +35,7 @@ def compare(argv: list[str]) -> dict:
     if of_a.keys() != of_b.keys():
         alone = sorted(of_a.keys() ^ of_b.keys())
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
-    if problems_a and problems_b and problems_a != problems_b:  # an older score does not name them
+    if problems_a != problems_b:
         raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
     pairs = [(of_a[example], of_b[example]) for example in of_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
@@ -79,10 +79,10 @@ def problems_digest(problems: dict[str, dict]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def read_about(folder: Path) -> tuple[str, str | None]:
+def read_about(folder: Path) -> tuple[str, str]:
     """The task of an evaluation folder, and the digest of its problems."""
     about = read_json(folder / "score.json", dict)
     try:
-        return about["settings"]["task"], about.get("problems")
+        return about["settings"]["task"], about["problems"]
     except (TypeError, KeyError):
         raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; expected its --out folder") from None

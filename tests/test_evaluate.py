@@ -92,17 +92,8 @@ def test_partial_and_limit_say_how_many_examples_count(gsm8k, tmp_path):
     assert run(*task, "--partial")["num_total"] == 4
     assert run(*task, "--limit", 3)["num_total"] == 3
     assert run(*task, "--limit", 4, "--partial")["num_total"] == 3
-    with pytest.raises(InputError, match=r"no completion for 3 of 7 ids \(3, 4, 6\); add them, or pass --partial"):
-        run(*task)
     with pytest.raises(InputError, match=r"no completion for 1 of 4 ids \(3\)"):
         run(*task, "--limit", 4)
-
-
-def test_items_of_an_evaluation_are_a_file_of_completions(gsm8k, tmp_path):
-    file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": f"{10 + i // 2}"} for i in range(7)])
-    first = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
-    again = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", tmp_path / "out" / "items.jsonl")
-    assert again["rates"] == first["rates"]
 
 
 def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
@@ -155,8 +146,6 @@ def test_several_lines_per_id_are_samples_and_bigcodes_rule_is_reported_beside(t
     assert items[0]["extracted"] == "passed"
     assert "assert candidate(3) == 6" in items[1]["extracted"] and "SyntaxError" in items[2]["extracted"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("pass@1 0.667 (1.3333/2, 95% CI ")
-    with pytest.raises(InputError, match=r"line 1: id '0' is unknown; the task has own/double to own/square"):
-        run(*task, "--completions", write_lines(tmp_path / "c.jsonl", [{"id": 0, "completion": "    pass"}]))
 
 
 def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_uncut_runs_it_as_it_is(
@@ -283,13 +272,6 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
     ids = torch.tensor([tokenizer.encode(f"{shown}Question: What is 0 + 10?\nAnswer:").ids])
     found = hf.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=0, pad_token_id=1)[0, ids.shape[1] :]
     assert tokenizer.decode(found.tolist()) == free[0]
-    monkeypatch.setattr(statistics, "LORI_BATCH", 1)  # so that it would have a rate
-    for name, shots in (("few", ["--shots", 2, "--train-data", train]), ("none", [])):
-        run(*generating(checkpoint, gsm8k, tmp_path / name, *shots))
-    rates = [json.loads((tmp_path / name / "score.json").read_text())["rates"] for name in ("few", "none")]
-    assert ["lori as published" in found for found in rates] == [False, True]
-    with pytest.raises(InputError, match="--shots 4: the training data has 3 problems to show; give fewer"):
-        run(*flags, "--shots", 4)
 
 
 def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_path, capsys):
@@ -319,14 +301,11 @@ def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tm
 
 CHANGES = {  # what is changed between two evaluations into one folder -> what the note must name
     "problems": "prompts",
-    "order of the problems": "prompts",
-    "shots": "prompts",
     "weights": "weights",
     "config": "config.json",
     "generation config": "generation_config.json, stop_ids",
     "tokenizer": "tokenizer.json",
     "seed": "seed",
-    "nothing": None,
     "copy of the weights in two files": None,
     "name of the file": None,
 }
@@ -334,30 +313,22 @@ CHANGES = {  # what is changed between two evaluations into one folder -> what t
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(checkpoint, tmp_path, capsys, changed):
-    model, shown = tmp_path / "model", [{"question": "Q?", "answer": "#### 1"}]
-    shutil.copytree(checkpoint, model)
+    model = shutil.copytree(checkpoint, tmp_path / "model")
     rows = [{"question": f"What is {i} + 10?", "answer": f"#### {10 + i}"} for i in range(3)]
-    write_lines(tmp_path / "m.jsonl", rows)
-    write_lines(tmp_path / "train.jsonl", shown)
 
     def evaluated(file: Path, *flags) -> list[str]:
-        shots = ["--shots", 1, "--train-data", tmp_path / "train.jsonl", "--temperature", 1, *flags]
-        run(*generating(model, file, tmp_path / "out", *shots))
+        run(*generating(model, file, tmp_path / "out", "--temperature", 1, *flags))
         return [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
 
     def edit(name: str, **changes) -> None:
         about = json.loads((model / name).read_text()) if (model / name).exists() else {}
         (model / name).write_text(json.dumps(about | changes))
 
-    file, flags = tmp_path / "m.jsonl", []
+    file, flags = write_lines(tmp_path / "m.jsonl", rows), []
     first = evaluated(file)
     weights = load_file(model / "model.safetensors")
     if changed == "problems":
-        write_lines(tmp_path / "m.jsonl", [rows[0], rows[1] | {"question": "What is 7 + 10?"}, rows[2]])
-    elif changed == "order of the problems":
-        write_lines(tmp_path / "m.jsonl", rows[::-1])
-    elif changed == "shots":
-        write_lines(tmp_path / "train.jsonl", [{"question": "R?", "answer": "#### 1"}])
+        write_lines(file, [rows[0], rows[1] | {"question": "What is 7 + 10?"}, rows[2]])
     elif changed == "weights":  # in place: same size and same time
         times = (model / "model.safetensors").stat()
         weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
@@ -380,7 +351,7 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
         index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
         (model / "model.safetensors.index.json").write_text(json.dumps(index))
     elif changed == "name of the file":
-        file = (tmp_path / "m.jsonl").rename(tmp_path / "n.jsonl")
+        file = file.rename(tmp_path / "n.jsonl")
     marked = [json.loads(line) | {"completion": "kept"} for line in (tmp_path / "out" / "generations.jsonl").open()]
     write_lines(tmp_path / "out" / "generations.jsonl", marked)
     capsys.readouterr()
@@ -392,7 +363,7 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
         assert "starting over" not in said and again == ["kept"] * 3 and first != again
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path, capsys):
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(*generating(checkpoint, gsm8k, whole))
     run(*generating(checkpoint, gsm8k, out, "--limit", 3))
@@ -410,9 +381,6 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, t
     assert sorted(path.name for path in out.iterdir()) == [
         "evaluation.json", "generations.jsonl", "items.jsonl", "score.json"
     ]  # fmt: skip
-    run(*generating(checkpoint, gsm8k, out, "--max-new-tokens", 5))
-    assert "made with other max_new_tokens: starting over" in capsys.readouterr().err
-    assert all(len(item["completion"].encode()) <= 20 for item in read_lines(out / "items.jsonl"))
 
 
 def test_flags_that_change_nothing_keep_the_completions(checkpoint, gsm8k, tmp_path, capsys):
@@ -427,7 +395,7 @@ def test_flags_that_change_nothing_keep_the_completions(checkpoint, gsm8k, tmp_p
         assert {item["completion"] for item in read_lines(out / "items.jsonl")} == {"kept"}
 
 
-@pytest.mark.parametrize("change", [{"cut": None}, {"cut": 0}, {"completion": 3}, {"sample": "0"}, {"id": 2}])
+@pytest.mark.parametrize("change", [{"cut": None}, {"cut": 0}, {"id": 2}])
 def test_a_line_that_is_no_record_of_a_completion_is_made_again(checkpoint, gsm8k, tmp_path, change):
     run(*generating(checkpoint, gsm8k, tmp_path / "out"))
     file = tmp_path / "out" / "generations.jsonl"
@@ -439,42 +407,43 @@ def test_a_line_that_is_no_record_of_a_completion_is_made_again(checkpoint, gsm8
 
 
 def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, gsm8k, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+    out, task = tmp_path / "out", ["--task", "gsm8k", "--eval-data", gsm8k, "--out", tmp_path / "out"]
+    texts = write_lines(tmp_path / "texts.jsonl", [{"id": i, "completion": f"#### {10 + i}"} for i in range(7)])
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "complete", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*generating(checkpoint, gsm8k, out))
-    assert len(read_lines(out / "generations.jsonl")) == 3
-    assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
+    for step, argv in (
+        ("complete", generating(checkpoint, gsm8k, out)),
+        ("score", [*task, "--completions", texts]),
+    ):
+        run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+        with pytest.raises(InputError):  # what is refused leaves it
+            run(*task, "--completions", write_lines(tmp_path / "few.jsonl", []))
+        assert (out / "score.json").exists() and (out / "items.jsonl").exists()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(evaluate, step, stop)
+            run(*argv)
+        assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
+        assert len(read_lines(out / "generations.jsonl")) == 3
 
 
-def test_an_earlier_score_is_gone_while_other_completions_are_scored(gsm8k, tmp_path, monkeypatch):
-    out, task = tmp_path / "out", ["--task", "gsm8k", "--eval-data", gsm8k]
-    file = write_lines(tmp_path / "texts.jsonl", [{"id": str(i), "completion": f"#### {10 + i}"} for i in range(7)])
-    assert run(*task, "--completions", file, "--out", out)["num_correct"] == 7
-    with pytest.raises(InputError):  # what is refused leaves it
-        run(*task, "--completions", write_lines(tmp_path / "few.jsonl", []), "--out", out)
-    assert (out / "score.json").exists()
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "score", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*task, "--completions", file, "--out", out)
-    assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
+def test_answers_that_memory_has_no_room_for_are_one_error_and_leave_what_is_there(checkpoint, gsm8k, tmp_path):
+    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(InputError, match=r"no memory for .* of 3 sequences of 2\d{9} tokens; lower --max-new-tokens"):
+        run(*generating(checkpoint, gsm8k, tmp_path / "out", "--max-new-tokens", 2**31 - 1))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_scoring_a_folders_own_generations_into_it_keeps_them(checkpoint, gsm8k, tmp_path):
-    first = run(*generating(checkpoint, gsm8k, tmp_path / "out"))
-    file = tmp_path / "out" / "generations.jsonl"
-    task = ["--task", "gsm8k", "--eval-data", gsm8k]
-    assert run(*task, "--completions", file, "--out", tmp_path / "out")["rates"] == first["rates"]
-    assert len(read_lines(file)) == 7
+def test_generations_and_items_of_a_folder_are_scored_into_it_again_as_a_file_of_completions(
+    checkpoint, gsm8k, tmp_path
+):
+    out = tmp_path / "out"
+    first = run(*generating(checkpoint, gsm8k, out))
+    for name in ("generations.jsonl", "items.jsonl"):
+        again = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", out / name, "--out", out)
+        assert again["rates"] == first["rates"] and len(read_lines(out / name)) == 7
 
 
 def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(checkpoint, gsm8k, tmp_path):
@@ -561,8 +530,6 @@ def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
 
 
 ANSWERLESS = {  # rows that ask -> the rows beside them that have an answer
-    '{"prompt": "a"}': {"prompt": "b", "completion": "cd"},
-    '{"prompt": "a", "completion": null}': {"prompt": "b", "completion": "cd"},
     '{"prompt": "a", "completion": " "}': {"prompt": "b", "completion": "cd"},
     '{"instruction": "a"}': {"instruction": "b", "output": "cd"},
     '{"messages": [{"role": "user", "content": "a"}]}': {
@@ -630,13 +597,13 @@ def test_tiny_tasks_are_decoded_as_the_full_tasks_with_fewer_tokens():
 # ------------------------------------------------------------------------------------------------------ comparing
 
 
-def evaluation(folder: Path, verdicts: list[tuple], task: str = "gsm8k", **about) -> Path:
+def evaluation(folder: Path, verdicts: list[tuple], problems: str = "") -> Path:
     """A folder with what `compare` reads; verdicts: (id, correct), or (id, correct, label)."""
     folder.mkdir(exist_ok=True)
     write_lines(
         folder / "items.jsonl", [dict(zip(("id", "correct", "label"), item, strict=False)) for item in verdicts]
     )
-    (folder / "score.json").write_text(json.dumps({"settings": {"task": task}} | about))
+    (folder / "score.json").write_text(json.dumps({"settings": {"task": "gsm8k"}, "problems": problems}))
     return folder
 
 
@@ -650,12 +617,6 @@ def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, c
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "McNemar exact p 0.2188 on 6 items that differ"
     assert out[0].endswith("a: 0.667 (6/9, 95% CI 0.354..0.879)")
-    with pytest.raises(InputError, match=r"8 ids are in one folder only \(first: 1\)"):
-        run("compare", a, evaluation(tmp_path / "b", [("0", T)]))
-    with pytest.raises(InputError, match="line 1: not an item of evaluate.py"):
-        run("compare", a, evaluation(tmp_path / "b", [("0",)]))
-    with pytest.raises(InputError, match="a is of gsm8k and .*b of tiny-math; expected two of one task"):
-        run("compare", a, evaluation(tmp_path / "b", [(str(i), T) for i in range(9)], "tiny-math"))
 
 
 def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_path):
@@ -666,8 +627,7 @@ def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_pa
     assert problems_digest({"c": {"seen": datetime.date(2026, 1, 2), None: ["more"]}})  # of Parquet, and of a long line
     verdicts = [("a", T), ("b", F)]
     a = evaluation(tmp_path / "a", verdicts, problems=same)
-    for problems in ({"problems": again}, {}):  # an older score does not name them
-        assert run("compare", a, evaluation(tmp_path / "b", verdicts, **problems))["both"] == 1
+    assert run("compare", a, evaluation(tmp_path / "b", verdicts, problems=again))["both"] == 1
     with pytest.raises(InputError, match="a and .*b are of different problems; evaluate both on the same"):
         run("compare", a, evaluation(tmp_path / "b", verdicts, problems=different))
 
