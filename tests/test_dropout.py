@@ -9,28 +9,19 @@ import torch
 from conftest import with_tokenizer
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file
-from test_ops import IDS, LABELS, LENGTHS, PLAIN, ends, every_device, every_family, gradients
+from test_ops import IDS, LABELS, LENGTHS, PLAIN, adapted_model, ends, every_device, every_family, gradients
 
 import hellora
 import lora
 import ops
 import train
 from command.cli import InputError
-from model import MoETransformer, load_model
+from model import MoETransformer
 from run.settings import parse_settings
 
 
-def attached(folder, kind: str = "lora", p: float = 0.3) -> MoETransformer:
-    """A model in training with random factors on two or three experts per layer."""
-    model = load_model(folder)
-    hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
-    hot[:, [1, 4]] = hot[0, 5] = True
-    hellora.attach(model, hot, 8, 12.0, kind=kind, targets="shared", dropout=p)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
-    return model.train()
+def attached(folder, kind: str = "lora") -> MoETransformer:
+    return adapted_model(folder, kind, dropout=0.3).train()
 
 
 def backward(model: MoETransformer, step: int = 3) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

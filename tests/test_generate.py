@@ -66,16 +66,6 @@ def test_greedy_equals_transformers_generate_token_for_token(checkpoint):
         assert completion == theirs[0, len(prompt) :].tolist()
 
 
-def test_greedy_takes_the_argmax_of_the_forward_without_a_cache(model, prompts):
-    completions = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=4)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        assert len(completion) == NEW
-        for n, token in enumerate(completion):
-            with torch.no_grad():
-                logits, _ = model(torch.tensor([prompt + completion[:n]]))
-            assert token == int(logits[0, -1].argmax())
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_one_prompt_token_by_token_says_what_a_batch_says(model, prompts, temperature):
     settings = {"temperature": temperature, "top_p": 0.9, "seed": 5}
@@ -176,15 +166,6 @@ def test_top_p_never_leaves_the_smallest_set_that_reaches_it(top_p):
             assert likelier < top_p, "tokens likelier than the drawn one reach top_p without it"
 
 
-def test_a_sequence_ends_at_eos_which_is_dropped(model, prompts):
-    free = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
-    eos = free[2][4]
-    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=(eos,), batch_size=3)
-    for long, short in zip(free, ended, strict=True):
-        assert short == (long[: long.index(eos)] if eos in long else long)
-    assert len(ended[2]) <= 4
-
-
 def test_a_sequence_ends_at_the_first_of_several_eos_tokens_as_in_transformers(model, olmoe, prompts):
     free = generate(model, prompts, max_new_tokens=NEW, batch_size=3)
     eos = (free[2][4], free[5][2], free[0][6])
@@ -207,13 +188,6 @@ def test_a_sequence_ends_where_the_callback_says_and_keeps_that_token(model, pro
 
     ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3, stop=stop)
     assert ended == [long[: index + 1] for index, long in enumerate(free)]
-
-
-def test_decoding_on_a_dropped_row_leaves_no_trace_in_the_next_one(model, prompts):
-    """Sixteen prompts through two rows: each row is taken eight times, by shorter prompts each time."""
-    doubled = prompts + prompts[::-1]
-    completions = generate(model, doubled, max_new_tokens=4, eos_ids=(), batch_size=2)
-    assert completions[:8] == completions[:7:-1]
 
 
 def test_no_work_gives_no_completions_and_an_empty_prompt_is_refused(model):

@@ -126,6 +126,7 @@ def test_a_d_run_that_hardly_moved_is_refused():
 def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
     """The reference: a dense B whose gradient is masked before every step of the same optimizer."""
     kept = lori.top_entries(adapters.adapter_state(trained_d(ids)))
+    kept["layers.1.mlp.gate"] = kept["layers.1.mlp.gate"][:0]  # a matrix that keeps nothing
     compact, masked = adapted(), adapted()
     lori.sparsify(compact, kept)
     assert all(not B.any() for B in matrices(compact).values())  # B starts from zero again
@@ -147,14 +148,7 @@ def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
         outside = torch.ones(B.numel(), dtype=torch.bool)
         outside[kept[name]] = False
         assert not B.flatten()[outside].any()
-    assert any(B.any() for B in dense.values())
-
-
-def test_optimizer_and_gradients_are_a_tenth_of_those_of_stage_d(ids):
-    dense, compact = trained_d(ids), adapted()
-    lori.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
-    few = sum(p.numel() for p in compact.parameters() if p.requires_grad)
-    assert few == int(0.1 * sum(p.numel() for p in dense.parameters() if p.requires_grad))
+    assert all(B.any() == (name != "layers.1.mlp.gate") for name, B in dense.items())
 
 
 def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_entry(tmp_path, ids):
@@ -167,17 +161,6 @@ def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_e
         sizes[name] = len(file) - 8 - int.from_bytes(file[:8], "little")  # without the names
     entries = sizes["d"] // 4
     assert sizes["s"] <= 4 * (entries // 10) + entries // 8 + len(matrices(dense))
-
-
-def test_a_matrix_that_keeps_nothing_stays_zero_and_trains_nothing(ids):
-    kept = lori.top_entries(adapters.adapter_state(trained_d(ids)))
-    name = "layers.1.mlp.gate"
-    kept[name] = kept[name][:0]
-    model = adapted()
-    lori.sparsify(model, kept)
-    optimizer = optimizer_of(model)
-    step(model, optimizer, ids)
-    assert not matrices(model)[name].any()
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -22,7 +22,6 @@ from model import (
     KVCache,
     MoEConfig,
     MoETransformer,
-    SparseMoE,
     lay_out,
     load_model,
     read_config,
@@ -152,14 +151,18 @@ def test_the_content_and_the_amount_of_padding_change_nothing(make_checkpoint, f
 
 
 @torch.no_grad()
-def test_no_padding_token_is_multiplied_by_an_expert_or_the_head(olmoe):
+def test_no_padding_token_is_multiplied_and_the_head_runs_only_where_it_is_needed(olmoe):
     model, rows = load_model(olmoe.folder), []
     layer = model.layers[1]
-    for module, i in ((layer.mlp.experts, 1), (layer.self_attn.q_proj, 0), (model.lm_head, 0)):  # i: its rows
+    for module, i in ((layer.mlp.experts, 1), (layer.self_attn.q_proj, 0), (model.norm, 0)):  # i: its rows
         module.register_forward_pre_hook(lambda module, args, i=i: rows.append(len(args[i])))
-    model(random_ids(50, B, S), LENGTHS)
+    labels = torch.full((B, S), -100)
+    labels[0, 3:5] = labels[3, 1] = 7
     T, K = int(LENGTHS.sum()), model.config.num_experts_per_tok
-    assert rows == [T, T * K, T]
+    for options, head_rows in (({}, T), ({"labels": labels}, 3), ({"last_only": True}, B)):
+        rows.clear()
+        model(random_ids(50, B, S), LENGTHS, **options)
+        assert rows == [T, T * K, head_rows]
 
 
 @every_family
@@ -188,42 +191,6 @@ def test_rotary_angles_equal_those_of_transformers_to_the_last_bit_far_from_the_
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def plain_moe(moe: SparseMoE, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Every expert computes every token; the K largest probabilities of a token weigh the sum, the rest are 0."""
-    probs = (x @ moe.gate.weight.T).softmax(-1)  # [T, E]
-    selected = probs.sort(descending=True, stable=True).indices[:, : moe.config.num_experts_per_tok]
-    weights = torch.zeros_like(probs).scatter(1, selected, probs.gather(1, selected))
-    if moe.config.norm_topk_prob or moe.config.topk_before_softmax:
-        weights = weights / weights.sum(1, keepdim=True)
-    gate_up = torch.einsum("efd,td->tef", moe.experts.gate_up_proj, x)
-    gate, up = gate_up.split(gate_up.shape[-1] // 2, dim=-1)
-    outputs = torch.einsum("edf,tef->ted", moe.experts.down_proj, gate * gate.sigmoid() * up)
-    y = torch.einsum("te,ted->td", weights, outputs)
-    if moe.shared_expert is not None:
-        gate, up, down = (getattr(moe.shared_expert, f"{name}_proj").weight for name in ("gate", "up", "down"))
-        gate, up = x @ gate.T, x @ up.T
-        shared = (gate * gate.sigmoid() * up) @ down.T
-        y = y + (shared if moe.shared_expert_gate is None else shared * (x @ moe.shared_expert_gate.weight.T).sigmoid())
-    return y, selected
-
-
-@every_family
-def test_the_moe_block_equals_the_sum_over_all_experts_in_values_and_gradients(make_checkpoint, family):
-    moe = load_model(make_checkpoint(family).folder, torch.float64).layers[1].mlp
-    x = torch.randn(13, moe.gate.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x.requires_grad_()
-    upstream = torch.randn_like(x)
-    inputs = [x, *moe.parameters()]
-    y, selected, _ = moe(x)
-    want, want_selected = plain_moe(moe, x)
-    assert torch.equal(selected, want_selected)
-    # The probabilities are rounded to float32, whatever the model's dtype.
-    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-5)
-    grads, want_grads = torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(want, inputs, upstream)
-    for grad, want_grad in zip(grads, want_grads, strict=True):
-        torch.testing.assert_close(grad, want_grad, atol=1e-5, rtol=1e-5)
-
-
 def test_the_worked_example_of_sorting_by_expert_is_right():
     example = doctest.DocTestFinder().find(sort_by_expert, globs={"sort_by_expert": sort_by_expert, "torch": torch})
     assert doctest.DocTestRunner().run(*example) == (0, 6)
@@ -245,19 +212,6 @@ def test_ties_of_the_router_go_to_the_experts_that_transformers_takes(make_check
     assert torch.equal(selected, hf.gate(x)[2])
     assert all(len(set(experts)) == 3 for experts in selected.tolist())
     torch.testing.assert_close(y, hf(x[None])[0], atol=1e-5, rtol=1e-5)
-
-
-def test_an_expert_without_rows_gets_a_zero_gradient(olmoe):
-    model = load_model(olmoe.folder)
-    ids = random_ids(61, 1, 1)
-    loss, selected = model(ids, labels=ids)
-    loss.backward()
-    for layer, chosen in zip(model.layers, selected, strict=True):
-        idle = sorted(set(range(7)) - set(chosen.flatten().tolist()))
-        assert len(idle) == 4
-        for parameter in layer.mlp.experts.parameters():
-            touched = parameter.grad.flatten(1).abs().amax(1) > 0
-            assert not touched[idle].any() and touched.sum() == 3
 
 
 @pytest.mark.parametrize("shape, lengths", [((1, 1), [0]), ((3, 2), [0, 0, 0]), ((0, 5), [])], ids=str)
@@ -330,18 +284,6 @@ def test_loss_and_gradients_of_all_weights_equal_those_of_transformers(
         torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
-@torch.no_grad()
-def test_the_head_runs_only_where_there_is_a_label_or_on_last_tokens(olmoe):
-    model, rows = load_model(olmoe.folder), []
-    model.norm.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))  # what the head gets
-    ids = random_ids(61, B, S)
-    labels = torch.full((B, S), -100)
-    labels[0, 3:5] = labels[3, 1] = 7
-    model(ids, LENGTHS, labels=labels)
-    model(ids, LENGTHS, last_only=True)
-    assert rows == [3, B]
-
-
 # ------------------------------------------------------------------------------------------------ KV cache
 
 FEEDS = {  # tokens that each of three sequences gets at each call
@@ -390,7 +332,9 @@ def test_decoding_with_the_cache_equals_the_forward_without_it(make_checkpoint, 
 @torch.no_grad()
 def test_transformers_loads_what_save_model_wrote(make_checkpoint, tmp_path, family, changes):
     checkpoint = make_checkpoint(family, **changes)
-    save_model(load_model(checkpoint.folder), tmp_path)
+    model = load_model(checkpoint.folder)
+    save_model(model, tmp_path)
+    assert read_config(tmp_path) == model.config
     hf, report = load_transformers(tmp_path, output_loading_info=True)
     assert type(hf) is type(checkpoint.hf)
     assert not any(report.values())  # no missing, unexpected, mis-shaped key and no other complaint
@@ -399,17 +343,6 @@ def test_transformers_loads_what_save_model_wrote(make_checkpoint, tmp_path, fam
     assert all(torch.equal(tensor, want[key]) for key, tensor in hf.state_dict().items())
     ids = random_ids(50, B, S)
     torch.testing.assert_close(hf(ids).logits, checkpoint.hf(ids).logits, atol=1e-4, rtol=0)
-
-
-@every_model
-def test_a_saved_and_loaded_model_is_the_same_to_the_last_bit(make_checkpoint, tmp_path, family, changes):
-    model = load_model(make_checkpoint(family, **changes).folder)
-    save_model(model, tmp_path)
-    again = load_model(tmp_path)
-    assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    ids = random_ids(50, B, S)
-    assert torch.equal(model(ids)[0], again(ids)[0])
 
 
 def test_tied_embeddings_stay_one_parameter(make_checkpoint):
@@ -431,22 +364,6 @@ def test_a_sharded_checkpoint_of_transformers_loads_to_the_same_weights(make_che
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     one, many = load_model(checkpoint.folder), load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
-
-
-@every_loadable_family
-@torch.no_grad()
-def test_bfloat16_agrees_with_transformers_on_the_likeliest_token(make_checkpoint, family):
-    checkpoint = make_checkpoint(family)
-    hf = load_transformers(checkpoint.folder, dtype=torch.bfloat16)
-    model = load_model(checkpoint.folder, torch.bfloat16)
-    ids = random_ids(50, 40, S)
-    logits, _ = model(ids)
-    assert logits.dtype == torch.bfloat16
-    assert (logits.argmax(-1) == hf(ids).logits.argmax(-1)).float().mean() > 0.95
-    loss, _ = model(ids, labels=ids)
-    want = F.cross_entropy(hf(ids).logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, want, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -511,30 +428,19 @@ def error_of(action, *args) -> str:
     return str(caught.value)
 
 
-def change_weights(folder: Path, change) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 DOWN = "model.layers.2.mlp.experts.5.down_proj.weight"
 
 
-def test_a_weight_that_two_shards_hold_is_named(olmoe, tmp_path):
+def test_a_missing_shard_and_a_weight_that_two_shards_hold_are_named(olmoe, tmp_path):
     olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
     first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
     key = next(iter(load_file(first)))
     save_file(load_file(second) | {key: load_file(first)[key]}, second, metadata={"format": "pt"})
     message = error_of(load_model, tmp_path)
     assert key in message and first.name in message and second.name in message
-
-
-def test_a_missing_shard_is_named(olmoe, tmp_path):
-    olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
-    shard = sorted(tmp_path.glob("*.safetensors"))[1]
-    shard.unlink()
+    second.unlink()
     message = error_of(load_model, tmp_path)
-    assert shard.name in message and "missing" in message
+    assert second.name in message and "missing" in message
 
 
 def test_a_folder_without_weights_is_refused(copied):
@@ -542,35 +448,21 @@ def test_a_folder_without_weights_is_refused(copied):
     assert "model.safetensors" in error_of(load_model, copied)
 
 
-def test_a_missing_key_is_named(copied):
-    change_weights(copied, lambda tensors: tensors.pop(DOWN))
-    message = error_of(load_model, copied)
-    assert DOWN in message and "1 missing" in message and "0 unexpected" in message
-
-
-def test_an_unexpected_key_is_named(copied):
-    change_weights(copied, lambda tensors: tensors.update({"model.layers.9.odd": torch.zeros(2)}))
-    message = error_of(load_model, copied)
-    assert "model.layers.9.odd" in message and "0 missing" in message and "1 unexpected" in message
-
-
-def test_a_mis_shaped_key_is_named_with_both_shapes(copied):
-    change_weights(copied, lambda tensors: tensors.update({DOWN: tensors[DOWN].T.contiguous()}))
-    message = error_of(load_model, copied)
-    assert DOWN in message and "(40, 48)" in message and "(48, 40)" in message
-
-
-@pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_named(copied, part):
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (lambda tensors: tensors.pop(DOWN), (DOWN, "1 missing", "0 unexpected")),
+        (lambda tensors: tensors.update(odd=torch.zeros(2)), ("odd", "0 missing", "1 unexpected")),
+        (lambda tensors: tensors.update({DOWN: tensors[DOWN].T.contiguous()}), (DOWN, "(40, 48)", "(48, 40)")),
+    ],
+)
+def test_a_missing_an_unexpected_and_a_mis_shaped_key_are_named(copied, change, parts):
     file = copied / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
-    assert "model.safetensors" in error_of(load_model, copied)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}', "\xff"], ids=repr)
-def test_an_index_that_is_none_is_refused(copied, text):
-    (copied / "model.safetensors.index.json").write_text(text, encoding="latin-1")
-    assert "model.safetensors.index.json" in error_of(load_model, copied)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = error_of(load_model, copied)
+    assert all(part in message for part in parts)
 
 
 @pytest.mark.parametrize(
@@ -585,9 +477,7 @@ def test_an_index_that_is_none_is_refused(copied, text):
         {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}},
         {"rope_parameters": "default"},
         {"rope_parameters": False},
-        {"hidden_size": ...},
         {"num_experts": ...},
-        {"num_experts_per_tok": 8},
         {"num_experts_per_tok": 0},
         {"num_experts_per_tok": True},
         {"quantization_config": {"quant_method": "gptq"}},
@@ -598,7 +488,6 @@ def test_an_index_that_is_none_is_refused(copied, text):
         {"scoring_func": "sigmoid"},
         {"routed_scaling_factor": 2.5},
         {"use_sliding_window": True},
-        {"vocab_size": 10**12},
         {"hidden_size": 47},
         {"hidden_size": "48"},
         {"rms_norm_eps": -1},
@@ -620,9 +509,7 @@ def test_a_config_that_this_forward_does_not_compute_is_refused_by_naming_the_ke
 @pytest.mark.parametrize(
     ("top", "inner"),
     [
-        ({"rope_theta": 1e4}, {"rope_theta": -5.0}),
         ({"rope_theta": 1e4}, {"rope_theta": "abc"}),
-        ({"rope_theta": 1e4}, {"rope_theta": float("nan")}),
         ({"rope_theta": 1e4}, {"rope_theta": 0}),
         ({"rope_theta": 1e4}, {"rope_theta": 5e5}),
         ({"rope_theta": -5.0}, {"rope_theta": 1e4}),
@@ -639,12 +526,6 @@ def test_nested_values_of_the_rotary_embedding_are_checked_beside_those_at_the_t
     assert read_config(copied).rope_theta == 1e4
     rewrite_config(copied, **(alone | {"rope_theta": ..., nested: inner} | top))
     assert list(inner)[0] in error_of(read_config, copied)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\xff"], ids=repr)
-def test_a_config_that_is_no_json_object_is_refused(copied, text):
-    (copied / "config.json").write_text(text, encoding="latin-1")
-    assert str(copied / "config.json") in error_of(load_model, copied)
 
 
 def test_a_path_that_is_no_checkpoint_folder_is_refused(tmp_path):
@@ -664,33 +545,3 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(monkeypatch, 
 def test_resolve_knows_the_embedded_models_and_local_folders(olmoe):
     assert (resolve("tiny"), resolve("tiny-mixtral")) == (TINY, TINY / "mixtral")
     assert resolve(olmoe.folder) == resolve(str(olmoe.folder)) == olmoe.folder
-
-
-def test_configs_of_the_hub_are_read_with_their_published_values():
-    olmoe = MoEConfig.from_dict(  # what the public OLMoE-1B-7B-0924 says, without rms_norm_eps as some revisions
-        {
-            "model_type": "olmoe", "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024,
-            "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
-            "num_experts_per_tok": 8, "norm_topk_prob": False, "clip_qkv": None, "rope_theta": 10000.0,
-            "rope_scaling": None, "eos_token_id": 50279, "pad_token_id": 1, "hidden_act": "silu",
-        }
-    )  # fmt: skip
-    mixtral = MoEConfig.from_dict(  # Mixtral-8x7B-v0.1
-        {
-            "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
-            "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "sliding_window": None,
-            "eos_token_id": [2, 7], "hidden_act": "silu",
-        }
-    )  # fmt: skip
-    assert (olmoe.head_dim, olmoe.norm_topk_prob, olmoe.family.qk_norm, olmoe.rms_norm_eps) == (
-        128,
-        False,
-        "projection",
-        1e-5,
-    )
-    assert (mixtral.head_dim, mixtral.norm_topk_prob, mixtral.family.qk_norm) == (128, True, None)
-    assert (mixtral.num_experts, mixtral.eos_token_id, mixtral.pad_token_id) == (8, 2, None)
-    with torch.device("meta"):
-        sizes = [sum(p.numel() for p in MoETransformer(config).parameters()) for config in (olmoe, mixtral)]
-    assert sizes == [6_919_161_856, 46_702_792_704]  # the parameters of the public checkpoints

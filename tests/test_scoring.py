@@ -15,7 +15,7 @@ from scoring.code import cut_at_stop_word
 from scoring.extraction import extract, finished
 from scoring.gsm8k import FIRST_MARKED, gold, verdict
 from scoring.refusals import refusal
-from scoring.statistics import describe, mcnemar, pass_at_k, rate
+from scoring.statistics import describe, mcnemar, rate
 
 # ------------------------------------------------------------------------------------------------------- GSM8K
 
@@ -198,12 +198,6 @@ def test_a_rate_of_nothing_is_no_number():
     assert rate(0, 0)["rate"] is None
     assert describe(rate(0, 0)) == "n/a (nothing to score)"
     assert describe(rate(165, 400)) == "0.412 (165/400, 95% CI 0.365..0.461)"
-
-
-@pytest.mark.parametrize(("n", "c", "k"), [(1, 0, 1), (1, 1, 1), (6, 2, 3), (6, 4, 3), (7, 3, 1), (8, 1, 5), (5, 5, 5)])
-def test_pass_at_k_is_the_share_of_all_draws_of_k_samples_that_hold_a_pass(n, c, k):
-    draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 3), (2, 7), (7, 2), (0, 9)])
@@ -531,11 +525,6 @@ def test_safe_prompts_count_as_over_refusal_and_silence_is_counted_apart():
     last = report(score, "tiny-safety")[-1]
     assert last.startswith("refusal_rate 0.250 (1/4, 95% CI 0.")
     assert last.endswith("rule: lori; 1 empty answers, which are not refusals")
-
-
-def test_a_model_that_says_nothing_refuses_nothing_as_in_what_lori_published():
-    score, _ = refusals.score(items_of([""] * 64, "You are a helpful assistant."), [{}] * 64, "lori")
-    assert score["refusal_rate"] == score["rates"]["lori as published"]["rate"] == 0.0 and score["num_empty"] == 64
 
 
 def test_a_set_of_safe_prompts_alone_has_no_refusal_rate():

@@ -1,4 +1,7 @@
-"""Adapters on the shared expert (targets "shared", MoE-Sieve): placed, computed, merged, exported and trained."""
+"""Adapters on the shared expert (targets "shared", MoE-Sieve): placed, merged, exported and trained.
+
+test_ops.py compares what they compute, and their gradients, with transformers.
+"""
 
 import shutil
 
@@ -6,9 +9,7 @@ import pytest
 import torch
 from conftest import SHARED, with_tokenizer
 from safetensors.torch import load_file
-from test_export import assert_close, logits, make_run, merged, peft_folder
-from torch import Tensor
-from torch.func import functional_call
+from test_export import logits, make_run, merged, peft_folder
 
 import bench
 import data
@@ -28,16 +29,6 @@ def adapted_linears(model: MoETransformer) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
-def attach_shared(model: MoETransformer) -> None:
-    """Random factors on the shared experts; those of all other modules add nothing."""
-    L, E = len(model.config.moe_layers), model.config.num_experts
-    hellora.attach(model, torch.arange(E).expand(L, -1) < 2, r=3, alpha=5.0, targets="shared")
-    noise = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if ".shared_expert." in name and name.endswith("lora_B"):
-            parameter.data.normal_(0, 0.3, generator=noise)
-
-
 @pytest.mark.parametrize("family", [*SHARED, "olmoe"])
 def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_not_their_gate(family, make_checkpoint):
     found = {}
@@ -50,58 +41,6 @@ def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_no
     added = {f"layers.{i}.mlp.shared_expert.{projection}" for i in layers for projection in PROJECTIONS}
     assert found["shared"] - found["all"] == added and found["all"] < found["shared"] | {""}
     assert ("shared_expert.down_proj" in " ".join(adapters.report(model))) == (family in SHARED)
-
-
-@pytest.mark.parametrize("family", SHARED)
-def test_adapted_shared_experts_compute_what_transformers_does_with_the_sum_of_the_weights(family, make_checkpoint):
-    checkpoint = make_checkpoint(family)
-    model = load_model(checkpoint.folder)
-    attach_shared(model)
-    before = {name: W.clone() for name, W in checkpoint.hf.state_dict().items() if ".shared_expert" in name}
-    try:
-        for name in adapted_linears(model):
-            if ".shared_expert." in name:
-                pair = model.get_submodule(name)
-                path = name.replace("shared_expert", model.config.family.shared_expert)
-                W = checkpoint.hf.get_submodule(f"model.{path}").weight.data
-                W += 5 / 3 * (pair.lora_B @ pair.lora_A).detach()
-        want = logits(checkpoint.hf)
-    finally:
-        checkpoint.hf.load_state_dict(before, strict=False)
-    assert (want - logits(checkpoint.hf)).abs().max() > 0.05 * want.abs().max()
-    assert_close(logits(model), want)
-
-
-def loss(model: MoETransformer, ids: Tensor, weights: dict[str, Tensor] | None = None) -> Tensor:
-    options = {"lengths": torch.tensor([9, 4, 7]), "labels": ids}
-    return functional_call(model, weights or {}, (ids,), options)[0]
-
-
-@pytest.mark.parametrize("family", SHARED)
-def test_gradients_of_the_shared_experts_factors_are_those_of_plain_autograd(family, make_checkpoint):
-    """Plain: the weight W + (alpha / r) B A is formed, and autograd finds its way to A and B."""
-    folder = make_checkpoint(family).folder
-    model, plain = load_model(folder), load_model(folder)
-    attach_shared(model)
-    ids = torch.randint(2, 50, (3, 9), generator=torch.Generator().manual_seed(3))
-    loss(model, ids).backward()
-    names = [name for name in adapted_linears(model) if ".shared_expert." in name]
-    factors = {
-        name: [model.get_submodule(name).get_parameter(f).detach().clone() for f in ("lora_A", "lora_B")]
-        for name in names
-    }
-    for A, B in factors.values():
-        A.requires_grad_(), B.requires_grad_()
-    weights = {
-        f"{name}.weight": plain.get_submodule(name).weight.detach() + 5 / 3 * (B @ A)
-        for name, (A, B) in factors.items()
-    }
-    loss(plain, ids, weights).backward()
-    assert len(names) == 3 * len(model.config.moe_layers)
-    for name, (A, B) in factors.items():
-        pair = model.get_submodule(name)
-        for got, want in ((pair.lora_A.grad, A.grad), (pair.lora_B.grad, B.grad)):
-            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lori", "lori-s"])
