@@ -22,21 +22,17 @@ from scoring.statistics import describe, mcnemar, rate
 T, F = True, False
 GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, strict-match, flexible; which are right
     ("So 9 * 2 = 18.\nThe final answer is: 18", "18", ("18", "18", "18", "18"), (T, T, T, T)),
-    ("The final answer is:  18", "18", ("18", "18", "18", "18"), (T, T, T, T)),  # LoRI's two spaces
     ("9 * 2 = 18\n#### 18", "18", ("18", "18", "18", "18"), (T, T, T, T)),  # the data set's own form
     ("The final answer is: 18.0", "18", ("18.0", "18.0", "18.0", "18.0"), (T, T, F, F)),  # lm-eval compares text
     ("The final answer is: 18.", "18", ("18", "18.", "18.", "18."), (T, T, T, T)),
     ("The final answer is: $18", "18", ("18", "18", None, "$18"), (T, T, F, T)),
     ("The final answer is: 2,125", "2,125", ("2,125", "2125", "2,125", "2,125"), (T, T, T, T)),
     ("The final answer is: 2125", "2,125", ("2125", "2125", "2125", "2125"), (T, T, T, T)),
-    ("The final answer is: -10", "-10", ("-10", "-10", "-10", "-10"), (T, T, T, T)),
     ("The final answer is: 7-5 apples", "-5", ("5", "7", "7", "-5"), (F, F, F, T)),
     ("It is 0.5", "0.5", ("0.5", "0.5", None, "0.5"), (T, T, F, T)),
     ("It is .5", "0.5", (".5", "5", None, ".5"), (T, F, F, F)),
     ("I do not know", "18", (None, None, None, None), (F, F, F, F)),
-    ("", "18", (None, None, None, None), (F, F, F, F)),
     ("nan, inf and -inf", "18", (None, None, None, None), (F, F, F, F)),
-    ("The final answer is: unknown, maybe 18", "18", ("18", "18", None, "18"), (T, T, F, T)),
     ("I had 18. The final answer is: unknown", "18", ("18", "18.", None, "18."), (T, T, F, T)),  # no number behind it
     ("The final answer is: 3. Then 18", "18", ("3", "3.", "3.", "18"), (F, F, F, T)),
     ("The final answer is: 18 The final answer is: 3", "18", ("18", "18", "18", "3"), (T, T, T, F)),
@@ -55,10 +51,7 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
         (T, T, T, T),
     ),  # the same one, repeated
     ("It is 18.\nQuestion: Ann has 7?\nAnswer: 7", "18", ("18", "7", None, "7"), (T, F, F, F)),
-    ("#### 18\nLet me check: 9 + 8 is 17", "18", ("18", "17", "18", "17"), (T, F, T, F)),
-    ("The answer is 9 + 9 = 18", "18", ("18", "18", None, "18"), (T, T, F, T)),  # a calculation behind the marker
     ("So the final answer is 9 coins * 2 = 18\n#### 18", "18", ("18", "18", "18", "18"), (T, T, T, T)),
-    ("The answer is 18 because 2 fit", "18", ("18", "2", None, "2"), (T, F, F, F)),
     # spellings of a number
     ("#### -$18", "-18", ("-18", "18", None, "-$18"), (T, F, F, T)),
     ("#### $-18", "-18", ("-18", "-18", None, "-18"), (T, T, F, T)),
@@ -66,7 +59,6 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
     ("#### \uff11\uff18", "18", ("18", "\uff11\uff18", None, None), (T, T, F, F)),
     ("#### 1/2", "0.5", ("1/2", "2", "1", "2"), (T, F, F, F)),
     ("#### 1\u202f250", "1,250", ("1250", "250", "1", "250"), (T, F, F, F)),
-    ("#### **18**", "18", ("18", "18", None, "18"), (T, T, F, T)),
     ("- 18 apples", "18", ("18", "18", None, "18"), (T, T, F, T)),  # an item of a list is not negative
     ("1/0", "0", ("1/0", "0", None, "0"), (F, T, F, T)),
 ]

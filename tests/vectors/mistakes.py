@@ -197,19 +197,22 @@ def unweighted(grad_y, **inputs):
 NO_GRADIENT, FROZEN_ROUTER = "idle experts give no gradient", "the router's pair is not trained"
 
 
-@mistake("moe_layer", NO_GRADIENT)
-def none_for_idle(**inputs):
-    result = ours.moe_layer(**inputs)
-    return result | {
-        "factors": {n: p if p["A"].any() else {"A": None, "B": None} for n, p in result["factors"].items()}
-    }
+def change_gradients(name: str, change: Callable) -> None:
+    """Register a change of the gradients of a pair, which gets the name of the matrix and the gradients."""
+    for function, key in (("moe_layer", "factors"), ("train_step", "gradients")):
+
+        @mistake(function, name)
+        def wrong(function=function, key=key, **inputs):
+            result = getattr(ours, function)(**inputs)
+            return result | {key: {matrix: change(matrix, pair) for matrix, pair in result[key].items()}}
 
 
-@mistake("moe_layer", FROZEN_ROUTER)
-def frozen_router(**inputs):
-    result = ours.moe_layer(**inputs)
-    router = {part: np.zeros_like(gradient) for part, gradient in result["factors"]["router"].items()}
-    return result | {"factors": result["factors"] | {"router": router}}
+change_gradients(NO_GRADIENT, lambda matrix, pair: pair if pair["A"].any() else dict.fromkeys(pair))
+change_gradients(FROZEN_ROUTER, lambda matrix, pair: zeros(pair) if matrix.endswith(("router", "gate")) else pair)
+
+
+def zeros(pair: dict) -> dict:
+    return {part: np.zeros_like(gradient) for part, gradient in pair.items()}
 
 
 def dora(kind, x, W, bias, factors, alpha, grad_y, norm_is_constant: bool = True, bias_is_scaled: bool = False) -> dict:
@@ -385,22 +388,3 @@ misread("train_step", ONLY_ALPHA, alpha=lambda i: i.alpha * len(next(iter(i.fact
 @mistake("train_step", "AdamW's default weight decay of 0.01")
 def decay(**inputs):
     return ours.train_step(**inputs, weight_decay=0.01)
-
-
-@mistake("train_step", NO_GRADIENT)
-def none_for_idle_experts(**inputs):
-    result = ours.train_step(**inputs)
-    gradients = {n: p if p["A"].any() else {"A": None, "B": None} for n, p in result["gradients"].items()}
-    return result | {"gradients": gradients}
-
-
-@mistake("train_step", FROZEN_ROUTER)
-def frozen_routers(**inputs):
-    result = ours.train_step(**inputs)
-    gradients = {
-        name: {
-            part: np.zeros_like(gradient) if name.endswith(".mlp.gate") else gradient for part, gradient in p.items()
-        }
-        for name, p in result["gradients"].items()
-    }
-    return result | {"gradients": gradients}
