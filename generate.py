@@ -3,7 +3,7 @@
     python generate.py runs/tiny-math-hellora "Mia has 3 marbles and finds 4. How many marbles does Mia have?"
     python generate.py allenai/OLMoE-1B-7B-0924-Instruct             # a chat in the terminal, or a prompt on each line
     for token in tokens(model, prompt, Decoding(256), eos_ids=(0,)): ...
-    completions = generate(model, prompts, max_new_tokens=256, eos_ids=(0,), batch_size=32)
+    completions = generate(model, prompts, Decoding(256), eos_ids=(0,), batch_size=32)
 
 `tokens` is the plain loop. `stream` does the same for many prompts. Its KV cache has a fixed number of slots. When a
 sequence ends, a waiting prompt takes its slot, so that no slot idles until the longest answer is finished. Greedy
@@ -90,6 +90,10 @@ class Sequence:
     random: random.Random  # the sequence's own stream
     cached: int = 0  # leading ids whose keys and values are in the cache
 
+    @classmethod
+    def of(cls, prompt: list[int], index: int, sample: int, seed: int) -> "Sequence":
+        return cls(index, sample, list(prompt), len(prompt), random.Random(f"{seed} {index} {sample}"))
+
     @property
     def completion(self) -> list[int]:
         return self.ids[self.prompt_length :]
@@ -102,10 +106,10 @@ class Sequence:
 def tokens(model: MoETransformer, prompt: list[int], decoding: Decoding, eos_ids: tuple[int, ...]) -> Iterator[int]:
     """The tokens that continue a prompt, one by one, up to one of `eos_ids` or decoding.max_new_tokens of them."""
     cache = new_cache(model, 1, len(prompt) + decoding.max_new_tokens)
-    sequence = Sequence(0, 0, list(prompt), len(prompt), random.Random(f"{decoding.seed} 0 0"))
+    sequence = Sequence.of(prompt, 0, 0, decoding.seed)
     while len(sequence.completion) < decoding.max_new_tokens:
         logits = feed(model, cache, [sequence], 0)  # [1, V]
-        [token] = choose(logits, [sequence], decoding.temperature, decoding.top_p)
+        [token] = choose(logits, [sequence], decoding)
         if token in eos_ids:
             return
         sequence.ids.append(token)
@@ -145,13 +149,13 @@ def text_behind(tokenizer: Tokenizer, prompt: list[int]) -> Callable[[list[int]]
 # ------------------------------------------------------------------------------------------------------ many prompts
 
 
-def generate(model: MoETransformer, prompts: list[list[int]], *, samples: int = 1, **settings) -> list[list[int]]:
-    """The completion of every prompt, without the EOS token. settings: as for `stream`.
+def generate(model: MoETransformer, prompts: list[list[int]], decoding: Decoding, **options) -> list[list[int]]:
+    """The completions of all prompts, without the EOS token. options: as for `stream`.
 
-    Returns len(prompts) * samples lists: all samples of the first prompt, then those of the second, ...
+    Returns len(prompts) * decoding.samples lists: all samples of the first prompt, then those of the second, ...
     """
-    todo = [(index, sample) for index in range(len(prompts)) for sample in range(samples)]
-    done = {(index, sample): ids for index, sample, ids in stream(model, prompts, todo, **settings)}
+    todo = [(index, sample) for index in range(len(prompts)) for sample in range(decoding.samples)]
+    done = {(index, sample): ids for index, sample, ids in stream(model, prompts, todo, decoding, **options)}
     return [done[pick] for pick in todo]
 
 
@@ -187,12 +191,9 @@ def complete(
         model,
         prompts,
         todo,
-        max_new_tokens=decoding.max_new_tokens,
+        decoding,
         eos_ids=stop_ids,
         batch_size=batch_size,
-        temperature=decoding.temperature,
-        top_p=decoding.top_p,
-        seed=decoding.seed,
         stop=stop and (lambda index, ids: stop(index, text_of(index)(ids))),
         proceed=proceed,
     )
@@ -205,13 +206,10 @@ def stream(
     model: MoETransformer,
     prompts: list[list[int]],
     todo: Iterable[tuple[int, int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
     eos_ids: tuple[int, ...] = (),
     batch_size: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
     stop: Callable[[int, list[int]], bool] | None = None,
     proceed: Callable[[bool], bool] = bool,
 ) -> Iterator[tuple[int, int, list[int]]]:
@@ -219,7 +217,8 @@ def stream(
 
     A sequence ends at one of `eos_ids` (which is dropped), after max_new_tokens, or when stop(index, completion) is
     true (its last token is kept, since the caller cuts the text). Temperature 0 takes the most likely token. Otherwise
-    tokens are drawn from the nucleus of mass top_p, from a stream that (seed, index, sample) alone determines.
+    tokens are drawn from the nucleus of mass top_p, from a stream that (seed, index, sample) alone determines. How many
+    samples a prompt has is said by `todo`.
     proceed(busy): whether to run the model once more, of which this process has use if `busy`. The processes of a
     sharded model gather every layer together, so one that is done runs it without a token until all are.
     """
@@ -228,7 +227,8 @@ def stream(
     if waiting and not prompts[waiting[0][0]]:
         raise ValueError("an empty prompt has no last token to continue from")
     size = min(batch_size, len(waiting))
-    cache = new_cache(model, size, max((len(prompts[index]) for index, _ in waiting), default=0) + max_new_tokens)
+    longest = max((len(prompts[index]) for index, _ in waiting), default=0)
+    cache = new_cache(model, size, longest + decoding.max_new_tokens)
     active: list[Sequence] = []
     bar = tqdm(total=len(waiting), unit=" sequences", leave=False, disable=None if is_main_process() else True)
     while proceed(bool(waiting or active)):
@@ -239,15 +239,14 @@ def stream(
         if waiting and free * REFILL >= size:
             first = len(active)  # this step reads new prompts and leaves the other sequences alone
             for index, sample in (waiting.pop() for _ in range(min(free, len(waiting)))):
-                own = random.Random(f"{seed} {index} {sample}")
-                active.append(Sequence(index, sample, list(prompts[index]), len(prompts[index]), own))
+                active.append(Sequence.of(prompts[index], index, sample, decoding.seed))
         logits = feed(model, cache, active, first)  # [n, V]
-        tokens = choose(logits, active[first:], temperature, top_p)
+        tokens = choose(logits, active[first:], decoding)
         for slot in reversed(range(first, len(active))):
             sequence, token = active[slot], tokens[slot - first]
             if token not in eos_ids:
                 sequence.ids.append(token)
-                full = len(sequence.completion) >= max_new_tokens
+                full = len(sequence.completion) >= decoding.max_new_tokens
                 if not full and not (stop and stop(sequence.index, sequence.completion)):
                     continue
             free_slot(cache, active, slot)
@@ -290,12 +289,12 @@ def free_slot(cache: KVCache, active: list[Sequence], slot: int) -> None:
             held[:, slot, :, : last.cached] = held[:, len(active), :, : last.cached]
 
 
-def choose(logits: Tensor, sequences: list[Sequence], temperature: float, top_p: float) -> list[int]:
+def choose(logits: Tensor, sequences: list[Sequence], decoding: Decoding) -> list[int]:
     """The next token of each sequence. logits [n, V]"""
-    if temperature == 0:
+    if decoding.temperature == 0:
         return logits.argmax(dim=-1).tolist()
     u = torch.tensor([sequence.random.random() for sequence in sequences], dtype=torch.float64)
-    return nucleus_sample(logits, u.to(logits.device), temperature, top_p).tolist()
+    return nucleus_sample(logits, u.to(logits.device), decoding.temperature, decoding.top_p).tolist()
 
 
 def nucleus_sample(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:

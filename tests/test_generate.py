@@ -58,7 +58,7 @@ def prompts(model):
 def test_greedy_equals_transformers_generate_token_for_token(checkpoint):
     model = load_model(checkpoint.folder)
     prompts = random_prompts(model.config.vocab_size)
-    ours = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
+    ours = generate(model, prompts, Decoding(NEW), batch_size=3)
     for prompt, completion in zip(prompts, ours, strict=True):
         theirs = checkpoint.hf.generate(
             torch.tensor([prompt]), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, eos_token_id=None
@@ -68,11 +68,10 @@ def test_greedy_equals_transformers_generate_token_for_token(checkpoint):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_one_prompt_token_by_token_says_what_a_batch_says(model, prompts, temperature):
-    settings = {"temperature": temperature, "top_p": 0.9, "seed": 5}
-    free = generate(model, prompts[:1], max_new_tokens=NEW, batch_size=1, **settings)[0]
-    assert list(tokens(model, prompts[0], Decoding(NEW, **settings), ())) == free
-    at = free.index(free[6])
-    assert list(tokens(model, prompts[0], Decoding(NEW, **settings), (free[6], 1))) == free[:at]
+    decoding = Decoding(NEW, temperature, top_p=0.9, seed=5)
+    [free] = generate(model, prompts[:1], decoding, batch_size=1)
+    assert list(tokens(model, prompts[0], decoding, ())) == free
+    assert list(tokens(model, prompts[0], decoding, (free[6], 1))) == free[: free.index(free[6])]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -80,18 +79,20 @@ def test_a_sequence_says_the_same_alone_and_in_any_batch(model, prompts, tempera
     def stop(index: int, completion: list[int]) -> bool:
         return len(completion) > 3 * index % 7  # rows end at different times
 
-    settings = dict(max_new_tokens=NEW, eos_ids=(40,), temperature=temperature, top_p=0.9, seed=5, samples=2, stop=stop)
-    alone = generate(model, prompts, batch_size=1, **settings)
-    for batch_size in (2, 3, 5, 8, 100):
-        assert generate(model, prompts, batch_size=batch_size, **settings) == alone
+    decoding = Decoding(NEW, temperature, top_p=0.9, seed=5, samples=2)
+    alone, *batched = (
+        generate(model, prompts, decoding, eos_ids=(40,), batch_size=batch_size, stop=stop)
+        for batch_size in (1, 2, 3, 5, 8, 100)
+    )
+    assert all(completions == alone for completions in batched)
 
 
 def test_parts_of_the_work_on_several_processes_add_up_to_the_whole(model, prompts):
-    settings = dict(max_new_tokens=NEW, eos_ids=(40,), temperature=0.8, seed=5, batch_size=3)
+    decoding, options = Decoding(NEW, 0.8, samples=3, seed=5), {"eos_ids": (40,), "batch_size": 3}
     todo = [(index, sample) for index in range(len(prompts)) for sample in range(3)]
-    parts = [list(stream(model, prompts, todo[process::2], **settings)) for process in range(2)]
-    found = {(index, sample): ids for part in parts for index, sample, ids in part}
-    assert [found[pick] for pick in todo] == generate(model, prompts, samples=3, **settings)
+    parts = [list(stream(model, prompts, todo[process::2], decoding, **options)) for process in range(2)]
+    completions = {(index, sample): ids for part in parts for index, sample, ids in part}
+    assert [completions[pick] for pick in todo] == generate(model, prompts, decoding, **options)
 
 
 @pytest.mark.parametrize("mine", [3, 0])
@@ -99,7 +100,7 @@ def test_a_process_that_is_done_runs_the_model_without_a_token_while_others_deco
     """As a sharded model needs it, whose processes gather each layer together."""
     model, busy, tokens = load_model(olmoe.folder), [], []
     model.embed_tokens.register_forward_hook(lambda module, ids, x: tokens.append(len(x)))
-    want = generate(model, prompts[:mine], max_new_tokens=NEW, batch_size=2)
+    want = generate(model, prompts[:mine], Decoding(NEW), batch_size=2)
     needed = len(tokens)
     tokens.clear()
 
@@ -107,36 +108,26 @@ def test_a_process_that_is_done_runs_the_model_without_a_token_while_others_deco
         busy.append(flag)
         return len(busy) <= needed + 5  # the others need five steps more
 
-    assert generate(model, prompts[:mine], max_new_tokens=NEW, batch_size=2, proceed=proceed) == want
+    assert generate(model, prompts[:mine], Decoding(NEW), batch_size=2, proceed=proceed) == want
     assert busy == [True] * needed + [False] * 6 and len(tokens) == needed + 5
     assert all(tokens[:needed]) and not any(tokens[needed:])
 
 
 def test_sampling_is_fixed_by_the_seed_and_differs_between_samples_and_seeds(model, prompts):
     def draw(seed: int) -> list[list[int]]:
-        return generate(
-            model, prompts, samples=2, max_new_tokens=NEW, eos_ids=(), batch_size=5, temperature=1.0, seed=seed
-        )
+        return generate(model, prompts, Decoding(NEW, 1.0, samples=2, seed=seed), batch_size=5)
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    assert draw(1) == draw(1) != draw(2)
     first, second = draw(1)[:2]
     assert first != second
-    twins = (
-        draw(1)[0],
-        generate(
-            model, [prompts[1], prompts[0]], max_new_tokens=NEW, eos_ids=(), batch_size=2, temperature=1.0, seed=1
-        )[1],
-    )
-    assert twins[0] != twins[1], "the stream belongs to the place in the data set, not to the text"
+    _, elsewhere = generate(model, prompts[1::-1], Decoding(NEW, 1.0, seed=1), batch_size=2)
+    assert first != elsewhere, "the stream belongs to the place in the data set, not to the text"
 
 
 def test_a_very_low_temperature_is_greedy(model, prompts):
-    settings = dict(max_new_tokens=NEW, eos_ids=(), batch_size=3)
-    greedy = generate(model, prompts, **settings)
-    for temperature in (1e-6, 1e-310, 5e-324):
-        assert generate(model, prompts, temperature=temperature, **settings) == greedy
-    assert generate(model, prompts, temperature=1.0, top_p=1e-9, **settings) == greedy
+    greedy = generate(model, prompts, Decoding(NEW), batch_size=3)
+    for temperature, top_p in ((1e-6, 1.0), (1e-310, 1.0), (5e-324, 1.0), (1.0, 1e-9)):
+        assert generate(model, prompts, Decoding(NEW, temperature, top_p), batch_size=3) == greedy
 
 
 def test_sampled_tokens_follow_the_distribution_cut_at_the_nucleus():
@@ -167,9 +158,9 @@ def test_top_p_never_leaves_the_smallest_set_that_reaches_it(top_p):
 
 
 def test_a_sequence_ends_at_the_first_of_several_eos_tokens_as_in_transformers(model, olmoe, prompts):
-    free = generate(model, prompts, max_new_tokens=NEW, batch_size=3)
+    free = generate(model, prompts, Decoding(NEW), batch_size=3)
     eos = (free[2][4], free[5][2], free[0][6])
-    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=eos, batch_size=3)
+    ended = generate(model, prompts, Decoding(NEW), eos_ids=eos, batch_size=3)
     assert (
         len({completion[len(short)] for completion, short in zip(free, ended, strict=True) if short != completion}) > 1
     )
@@ -181,19 +172,19 @@ def test_a_sequence_ends_at_the_first_of_several_eos_tokens_as_in_transformers(m
 
 
 def test_a_sequence_ends_where_the_callback_says_and_keeps_that_token(model, prompts):
-    free = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3)
+    free = generate(model, prompts, Decoding(NEW), batch_size=3)
 
     def stop(index: int, completion: list[int]) -> bool:
         return len(completion) == index + 1
 
-    ended = generate(model, prompts, max_new_tokens=NEW, eos_ids=(), batch_size=3, stop=stop)
+    ended = generate(model, prompts, Decoding(NEW), batch_size=3, stop=stop)
     assert ended == [long[: index + 1] for index, long in enumerate(free)]
 
 
 def test_no_work_gives_no_completions_and_an_empty_prompt_is_refused(model):
-    assert generate(model, [], max_new_tokens=3, eos_ids=(0,), batch_size=4) == []
+    assert generate(model, [], Decoding(3), batch_size=4) == []
     with pytest.raises(ValueError, match="empty prompt"):
-        generate(model, [[3], []], max_new_tokens=3, eos_ids=(0,), batch_size=4)
+        generate(model, [[3], []], Decoding(3), batch_size=4)
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -248,7 +239,7 @@ def test_a_chat_is_put_to_the_model_as_transformers_writes_it_and_is_kept_until_
     messages = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": first}]
     messages += [{"role": "user", "content": "And then?"}]
     prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    [ids] = generate(speaker.model, [prompt], max_new_tokens=24, eos_ids=speaker.reader.stop_ids, batch_size=1)
+    [ids] = generate(speaker.model, [prompt], Decoding(24), eos_ids=speaker.reader.stop_ids, batch_size=1)
     assert second == theirs.decode(ids) and speaker.messages[:3] == messages
     speaker.reset()
     assert said(speaker, "Hello!") == first and len(speaker.messages) == 2

@@ -13,7 +13,7 @@ import hellora
 import lora
 import train
 from examples import minimal
-from generate import generate
+from generate import Decoding, generate
 from model import load_model
 from scoring import gsm8k
 from tiny import tasks
@@ -97,7 +97,7 @@ def test_answers_are_those_of_generate(trained, merged, monkeypatch):
     monkeypatch.setattr(minimal, "max_new_tokens", 20)
     prompts = [prompt for prompt, _ in trained.rows[:5]]
     answers = minimal.complete(prompts, trained.W, trained.pairs)
-    expected = generate(merged, prompts, max_new_tokens=20, eos_ids=(minimal.EOS,), batch_size=2)
+    expected = generate(merged, prompts, Decoding(20), eos_ids=(minimal.EOS,), batch_size=2)
     assert answers == [minimal.TOKENIZER.decode(ids) for ids in expected]
 
 

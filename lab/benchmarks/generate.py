@@ -22,7 +22,7 @@ from tqdm import tqdm
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
-from generate import generate
+from generate import Decoding, generate
 from hub.checkpoint import resolve
 from lab.benchmarks.measure import seconds
 from lab.benchmarks.subjects import our_model, transformers_model
@@ -52,7 +52,7 @@ def decode_ours(model: MoETransformer, prompts: list[list[int]], lengths: list[i
     def stop(index: int, ids: list[int]) -> bool:
         return len(ids) == lengths[index]
 
-    return generate(model, prompts, max_new_tokens=max(lengths), batch_size=batch, stop=stop)
+    return generate(model, prompts, Decoding(max(lengths)), batch_size=batch, stop=stop)
 
 
 def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) -> list[list[int]]:
