@@ -476,10 +476,10 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
         (export.main, [str(folder), "--to", "peft", "--out", str(tmp_path / "out")]),
     ]
     config = json.loads((base / "config.json").read_text())
-    for eps, noted in ((config["rms_norm_eps"], 0), (0.25, 2)):
-        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": eps}))
+    for noted in (0, 2):
         for command, argv in commands:
             command(argv)
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
         shutil.rmtree(tmp_path / "out")
         note = "config.json changed since the adapter was trained on this base"
         assert capsys.readouterr().err.count(note) == noted
