@@ -241,14 +241,13 @@ def count(argv: list[str]) -> RoutingProfile:
         warmup=Warmup(recipe.r, recipe.alpha, recipe.lr, recipe.batch) if settings.count_on == "lora" else None,
         seed=settings.seed,
     )
-    counted = replace(counted, model=settings.model, task=settings.task)
     data_digest, weights = processes.once(lambda: (data.digest(examples), weights_digest(folder)))
-    counted = replace(counted, data=data_digest, weights=weights)
+    counted = replace(counted, model=settings.model, task=settings.task, data=data_digest, weights=weights)
     title = counted.title()
     if dense := config.num_hidden_layers - len(config.moe_layers):
         title += f"; layer 0 is the first with experts, after {dense} without"
     if processes.is_main:
-        save_profile(counted, settings.out, settings.model, settings.task)
+        save_profile(counted, settings.out)
         if settings.plot:
             from routing import pictures  # here, since importing matplotlib takes long
 

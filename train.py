@@ -83,9 +83,10 @@ def train_claimed(settings: Settings) -> dict:
 
 def count_and_choose(run: Run) -> Run:
     """Count the experts and choose those to adapt, unless this is given."""
-    origin = {"data": run.content["data"], "weights": run.content["base"]["weights"]}
+    s, digests = run.settings, run.content
+    origin = {"model": s.model, "task": s.task, "data": digests["data"], "weights": digests["base"]["weights"]}
     if run.counted:
-        note_origin(run.counted, run.settings.model, run.settings.task, **origin)
+        note_origin(run.counted, **origin)
     else:
         run = replace(run, counted=replace(count(run), **origin))
     if run.hot is None:

@@ -78,13 +78,16 @@ def plan(
     named, parts = dict(model.named_parameters()), num_processes if sharded else 1
     trained = [p for p in named.values() if trains and p.requires_grad]
     activations, transient = pass_bytes(model, tokens, trains, checkpointing)
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    # Sharded, gradients wait to be reduced: of all adapters until the last micro-batch, or of one full layer.
+    waiting = 0 if not sharded else held(trained) if model.adapter else largest_layer(model)
     return Plan(
         weights=held([p for name, p in named.items() if "lora_" not in name], parts),
         adapters=held([p for name, p in named.items() if "lora_" in name], parts),
         gathered=gathered(model, num_processes) if sharded else 0,
-        gradients=held(trained, parts) + (unreduced(model, trained) if sharded else 0),
+        gradients=held(trained, parts) + waiting,
         optimizer=2 * held(trained, parts),
-        activations=activations + cached * position_bytes(config, dtype),
+        activations=activations + cached * position,
         transient=transient,
     )
 
@@ -104,11 +107,6 @@ def gathered(model: MoETransformer, num_processes: int) -> int:
     # All processes send parts of the same size, so smaller parts are padded.
     received = max(num_processes * held(layer.parameters(), num_processes) for layer in model.layers)
     return root + largest_layer(model) + 2 * received
-
-
-def unreduced(model: MoETransformer, trained: list[Tensor]) -> int:
-    """Bytes of gradients that wait to be reduced: of all adapters until the last micro-batch, or of one full layer."""
-    return held(trained) if model.adapter else largest_layer(model)
 
 
 def largest_layer(model: MoETransformer) -> int:
@@ -216,11 +214,6 @@ class Meter(TorchDispatchMode):
 
     def release(self, size: int) -> None:
         self.held -= size
-
-
-def position_bytes(config: MoEConfig, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values of one position, in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 # ----------------------------------------------------------------------------------------------------------- choice

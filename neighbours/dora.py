@@ -25,6 +25,13 @@ def row_norm(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     return (W.square().sum(-1) + 2 * scaling * cross + scaling**2 * square).sqrt()
 
 
+def row_scale(pair: LoRALinear | StackedLoRA, W: Tensor) -> Tensor:
+    """m / |W + s B A|, the factor of every row.  [..., out]"""
+    with torch.no_grad():
+        norm = row_norm(W, pair.lora_A, pair.lora_B, pair.scaling)
+    return pair.lora_m / norm
+
+
 class DoRALinear(LoRALinear):
     """LoRALinear with a magnitude for every output.  [T, in] -> [T, out]"""
 
@@ -35,17 +42,12 @@ class DoRALinear(LoRALinear):
     def set_magnitude(self) -> None:
         fill(self.lora_m, full_tensor(self.weight).float().norm(dim=-1))
 
-    def scale(self) -> Tensor:
-        with torch.no_grad():
-            norm = row_norm(self.weight, self.lora_A, self.lora_B, self.scaling)
-        return self.lora_m / norm  # [out]
-
     def forward(self, x: Tensor) -> Tensor:
-        y, scale = super().forward(x), self.scale().to(x.dtype)
+        y, scale = super().forward(x), row_scale(self, self.weight).to(x.dtype)
         return scale * y if self.bias is None else scale * (y - self.bias) + self.bias
 
     def merged(self) -> Tensor:
-        return self.scale()[:, None] * super().merged()
+        return row_scale(self, self.weight)[:, None] * super().merged()
 
 
 class StackedDoRA(StackedLoRA):
@@ -55,13 +57,8 @@ class StackedDoRA(StackedLoRA):
         super().__init__(W, r, alpha)
         self.lora_m = nn.Parameter(W.detach().float().norm(dim=-1))  # [n, out]
 
-    def scale(self, W: Tensor) -> Tensor:
-        with torch.no_grad():
-            norm = row_norm(W, self.lora_A, self.lora_B, self.scaling)
-        return self.lora_m / norm  # [n, out]
-
     def merged(self, W: Tensor) -> Tensor:
-        return self.scale(W)[..., None] * super().merged(W)
+        return row_scale(self, W)[..., None] * super().merged(W)
 
 
 class DoRAExperts(LoRAExperts):
@@ -85,7 +82,7 @@ class DoRAExperts(LoRAExperts):
     def scaled(self, y: Tensor, names: tuple[str, ...], offsets: Tensor, num_rows: int) -> Tensor:
         """y [R, out], the outputs of the projections `names` side by side; only the first num_rows are scaled."""
         weights = self.hot_weights()
-        scale = torch.cat([self.lora[name].scale(weights[name]) for name in names], dim=1).to(y.dtype)  # [n, out]
+        scale = torch.cat([row_scale(self.lora[name], weights[name]) for name in names], dim=1).to(y.dtype)  # [n, out]
         counts = offsets[: self.num_hot].diff(prepend=offsets.new_zeros(1))  # [n] rows of each hot expert
         scale_of_row = scale.repeat_interleave(counts, 0, output_size=num_rows)  # [H, out]
         return torch.cat((y[:num_rows] * scale_of_row, y[num_rows:]))

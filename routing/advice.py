@@ -60,13 +60,13 @@ def choices(counts: Tensor, num_experts_per_tok: int, sizes: Sizes) -> list[Choi
     flops = 2 (others + sum_l K f_l(k) expert). The backward pass to inputs and factors costs twice as much again.
     """
     L, E = counts.shape
-    found = []
+    rows = []
     for k in range(1, E + 1):
         covered = top_share(counts, k)  # [L]
         flops = 2 * (sizes.others + num_experts_per_tok * sizes.expert * float(covered.sum()))
         parameters = sizes.others + L * k * sizes.expert
-        found.append(Choice(k, float(covered.mean()), float(covered.min()), parameters, flops))
-    return found
+        rows.append(Choice(k, float(covered.mean()), float(covered.min()), parameters, flops))
+    return rows
 
 
 def smallest_k(rows: list[Choice], field: str, target: float) -> int:

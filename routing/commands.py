@@ -44,8 +44,8 @@ class AdviseSettings:
 
 def compare(argv: list[str]) -> None:
     """Print, and with --plot draw, how far the hot sets of two profiles agree in each layer."""
-    about = "Overlap of the hot experts of two profiles of one model."
-    settings = cli.parse(CompareSettings, argv, prog="profile.py compare", description=about)
+    description = "Overlap of the hot experts of two profiles of one model."
+    settings = cli.parse(CompareSettings, argv, prog="profile.py compare", description=description)
     names = " and ".join(settings.profiles)
     a, b = map(load_profile, settings.profiles)
     if a.counts.shape != b.counts.shape:
@@ -63,8 +63,8 @@ def compare(argv: list[str]) -> None:
 
 def advise(argv: list[str]) -> None:
     """Print what adapting the k hottest experts covers and costs, and the smallest k that covers enough."""
-    about = "What k hot experts cover and cost, and the smallest k that covers enough."
-    settings = cli.parse(AdviseSettings, argv, prog="profile.py advise", description=about)
+    description = "What k hot experts cover and cost, and the smallest k that covers enough."
+    settings = cli.parse(AdviseSettings, argv, prog="profile.py advise", description=description)
     counted = load_profile(settings.profile)
     model, recipe = settings.model or counted.model, RECIPES.get(counted.task, Recipe)  # else the paper's rank
     config = config_of(model)

@@ -1,6 +1,6 @@
 """Routing counts and profile.json, the file that holds them.
 
-    save_profile(counted, "profile.json", "tiny", "tiny-math")
+    save_profile(counted, "profile.json")
     counted = load_profile("profile.json")                    # every value is checked
 
 Dimensions: L layers with experts, E experts per layer.
@@ -26,7 +26,7 @@ class RoutingProfile:
     gate_mass: Tensor  # float64 [L, E] sum of the routing weights they gave it
     num_tokens: int  # real tokens seen
     num_experts_per_tok: int
-    model: str | None = None  # where and on what they were counted, if read from a file
+    model: str | None = None  # where and on what they were counted: the file has it
     task: str | None = None
     data: str | None = None  # data.digest of the training examples, of which a sample was counted
     weights: str | None = None  # digest of the base model's weights
@@ -37,11 +37,10 @@ class RoutingProfile:
         return f"Routing of {self.model} on {self.task}: {self.num_tokens:,} tokens, {K} of {E} experts per token"
 
 
-def save_profile(profile: RoutingProfile, path: str | Path, model: str, task: str) -> None:
+def save_profile(profile: RoutingProfile, path: str | Path) -> None:
     """Write profile.json atomically. Raises InputError if it cannot be written. Call it on one process."""
-    about = vars(profile) | {"model": profile.model or model, "task": profile.task or task}
-    about = {key: value for key, value in about.items() if value is not None}
-    write_text(writable(path), json.dumps(about, default=Tensor.tolist) + "\n")
+    content = {key: value for key, value in vars(profile).items() if value is not None}
+    write_text(writable(path), json.dumps(content, default=Tensor.tolist) + "\n")
 
 
 def load_profile(path: str | Path) -> RoutingProfile:
@@ -54,19 +53,19 @@ def load_profile(path: str | Path) -> RoutingProfile:
         raise InputError(f"{path}: cannot be read ({error.strerror}); profile.py --out makes such a file") from None
 
 
-def checked(about: object) -> RoutingProfile:
+def checked(content: object) -> RoutingProfile:
     """The contents of profile.json as a RoutingProfile. Raises InputError that says what is wrong with them."""
     kinds = dict(model=str, task=str, num_tokens=int, num_experts_per_tok=int, counts=list, gate_mass=list)
-    if not isinstance(about, dict):
-        raise InputError(f"it holds {about!r:.40}; expected an object with {', '.join(kinds)}")
+    if not isinstance(content, dict):
+        raise InputError(f"it holds {content!r:.40}; expected an object with {', '.join(kinds)}")
     for key, kind in kinds.items():
-        if type(about.get(key)) is not kind:
-            raise InputError(f"{key} is {about.get(key)!r:.40}; expected {kind.__name__}")
-    num_tokens, K = about["num_tokens"], about["num_experts_per_tok"]
+        if type(content.get(key)) is not kind:
+            raise InputError(f"{key} is {content.get(key)!r:.40}; expected {kind.__name__}")
+    num_tokens, K = content["num_tokens"], content["num_experts_per_tok"]
     if not (0 < num_tokens < 2**53 and 0 < K < 2**20):
         raise InputError(f"num_tokens is {num_tokens} and num_experts_per_tok {K}; both must be above 0")
     try:
-        counts, gate_mass = torch.tensor(about["counts"]), torch.tensor(about["gate_mass"], dtype=torch.float64)
+        counts, gate_mass = torch.tensor(content["counts"]), torch.tensor(content["gate_mass"], dtype=torch.float64)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged, not numbers, too large
         raise InputError(f"counts or gate_mass is not a table [layers][experts] of numbers ({error})") from None
     if counts.dtype != torch.int64 or counts.dim() != 2:
@@ -81,11 +80,11 @@ def checked(about: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    digests = about.get("data"), about.get("weights")  # published counts have none
+    digests = content.get("data"), content.get("weights")  # published counts have none
     if not all(isinstance(digest, str | None) for digest in digests):
         raise InputError(f"data and weights are {digests!r:.60}; expected str")
-    half = checked_half(about.get("half_counts"), counts)
-    return RoutingProfile(counts, gate_mass, num_tokens, K, about["model"], about["task"], *digests, half)
+    half = checked_half(content.get("half_counts"), counts)
+    return RoutingProfile(counts, gate_mass, num_tokens, K, content["model"], content["task"], *digests, half)
 
 
 def checked_half(table: object, counts: Tensor) -> Tensor | None:
@@ -103,11 +102,13 @@ def checked_half(table: object, counts: Tensor) -> Tensor | None:
 
 def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> None:
     """Raise InputError if the profile read from `path` was counted on a model of another shape."""
-    found = (*profile.counts.shape, profile.num_experts_per_tok)
-    wanted = (len(config.moe_layers), config.num_experts, config.num_experts_per_tok)
-    if found != wanted:
-        shape = "{} layers of {} experts, {} per token".format
-        raise InputError(f"{path} is of a model with {shape(*found)}; this one has {shape(*wanted)}: profile it again")
+    counted = (*profile.counts.shape, profile.num_experts_per_tok)
+    expected = (len(config.moe_layers), config.num_experts, config.num_experts_per_tok)
+    if counted != expected:
+        sizes = "{} layers of {} experts, {} per token".format
+        raise InputError(
+            f"{path} is of a model with {sizes(*counted)}; this one has {sizes(*expected)}: profile it again"
+        )
 
 
 def note_origin(profile: RoutingProfile, model: str, task: str, data: str, weights: str) -> None:

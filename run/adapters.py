@@ -1,8 +1,7 @@
 """An adapter on disk: adapter.json (what it is) and adapter.safetensors (what trained), read and written.
 
     save_adapter(adapter_state(model), folder, model.adapter)
-    load_adapter(model, folder)                                  # attach it to its base model
-    load_any_adapter(model, folder)                              # also one that PEFT saved
+    load_adapter(model, folder)                          # attach it, or one that PEFT saved, to its base model
 
 Dimensions: L layers with experts, E experts per layer, r rank.
 """
@@ -130,12 +129,8 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
 
 
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter in a folder to its base model. Raises InputError unless every tensor fits."""
-    attach_adapter(model, *read_adapter(folder), folder)
-
-
-def attach_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
-    """Attach what `read_adapter` returned. Raises InputError, naming `folder`, unless every tensor fits."""
+    """Attach the adapter in a folder, ours or PEFT's, to its base model. Raises InputError unless every tensor fits."""
+    adapter, state = read_any_adapter(folder, model.config)
     place_adapter(model, adapter, state)
     fill_adapter(model, adapter, state, folder)
 
@@ -325,11 +320,6 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
         return from_peft(stored, config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
-
-
-def load_any_adapter(model: MoETransformer, folder: str | Path) -> None:
-    """Attach the adapter in a folder, ours or PEFT's, to its base model."""
-    attach_adapter(model, *read_any_adapter(folder, model.config), folder)
 
 
 # ---------------------------------------------------------------------------------------- what a run starts from

@@ -163,15 +163,14 @@ def keep_records(path: Path, steps: int) -> list[dict]:
 
     Raises InputError if it does not hold them.
     """
-    records = read_records(path, steps, log_lines(path)[:steps])
+    records = read_records(path, steps)
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return records
 
 
 def check_records(path: Path, steps: int, patience: int | None) -> None:
     """Raise InputError if the log.jsonl of a stage D is neither of `steps` steps nor of a run out of patience."""
-    lines = log_lines(path)
-    records = read_records(path, len(lines), lines)
+    records = read_records(path)
     validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
     if len(records) != steps and not out_of_patience(validated, patience):
         raise InputError(
@@ -180,24 +179,16 @@ def check_records(path: Path, steps: int, patience: int | None) -> None:
         )
 
 
-def log_lines(path: Path) -> list[str]:
-    """The lines of log.jsonl; none if there is no such file. Raises InputError if it cannot be read."""
+def read_records(path: Path, steps: int | None = None) -> list[dict]:
+    """The records of a log, or those of its first `steps` steps. Raises InputError unless there is one for each."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_records(path: Path, steps: int, lines: list[str]) -> list[dict]:
-    """The records of these lines of a log, one for each of the steps 1..steps. Raises InputError otherwise."""
-    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:steps] if path.exists() else []
         records = [parse_json(line, f"line {i}", dict) for i, line in enumerate(lines, 1)]
-        if [record.get("step") for record in records] != list(range(1, steps + 1)):
+        expected = len(records) if steps is None else steps
+        if [record.get("step") for record in records] != list(range(1, expected + 1)):
             raise InputError("steps are missing")
-    except InputError as error:
-        raise InputError(f"{path}: not the log of the first {steps} steps ({error}); start the run anew") from None
+    except (InputError, OSError) as error:
+        raise InputError(f"{path}: not the log of a run from its first step on ({error}); start anew") from None
     return records
 
 

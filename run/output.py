@@ -28,7 +28,7 @@ def write_inputs(run: Run) -> None:
     if run.processes.is_main:
         write_config(run.out, asdict(run.settings), run.content | {"hub_commit": hub_commit(run.folder)})
         if run.counted:
-            save_profile(run.counted, run.out / "profile.json", run.settings.model, run.settings.task)
+            save_profile(run.counted, run.out / "profile.json")
 
 
 def check_space(run: Run, model: MoETransformer) -> None:

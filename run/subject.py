@@ -72,8 +72,8 @@ class Subject:
         """What decides the completions: `digests`, and those of the adapter's files."""
         if self.adapter is None:
             return self.digests
-        found = {name: sha256(self.adapter / name) for name in OF_ADAPTER if (self.adapter / name).is_file()}
-        return self.digests | found | {"adapter": digests.combined(sorted(self.adapter.glob("*.safetensors")))}
+        files = {name: sha256(self.adapter / name) for name in OF_ADAPTER if (self.adapter / name).is_file()}
+        return self.digests | files | {"adapter": digests.combined(sorted(self.adapter.glob("*.safetensors")))}
 
     def check_base(self) -> None:
         """Raise InputError if the adapter of a run was trained on other weights than those of the checkpoint."""
@@ -149,8 +149,8 @@ def result_of(run: dict, folder: Path, kind: str) -> Path:
 
 def base_content(folder: Path) -> dict[str, str]:
     """What decides the completions of a checkpoint: {"weights" or name of a file: digest}."""
-    found = {name: sha256(folder / name) for name in DECIDING if (folder / name).is_file()}
-    return found | {"weights": digests.weights_digest(folder)}
+    files = {name: sha256(folder / name) for name in DECIDING if (folder / name).is_file()}
+    return files | {"weights": digests.weights_digest(folder)}
 
 
 def check_base(run: dict, folder: Path, content: dict[str, str]) -> None:
@@ -180,11 +180,9 @@ def other_base(adapter: Path, folder: Path) -> tuple[bool, str] | None:
         named = base_of(adapter)
     except InputError as error:
         return False, str(error)
-    if (
-        named is None or f"models--{named.partition('@')[0].replace('/', '--')}" in folder.parts
-    ):  # a folder of the hub's cache
+    if named is None or Path(named).resolve() == folder.resolve():
         return None
-    if Path(named).resolve() == folder.resolve():
+    if f"models--{named.partition('@')[0].replace('/', '--')}" in folder.parts:  # a folder of the hub's cache
         return None
     if not (Path(named) / "config.json").is_file():
         return False, f"{adapter} names the base {named}, which is not here to be compared with {folder}"

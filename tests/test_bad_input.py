@@ -338,6 +338,18 @@ train --method fft --init-adapter run                | --init-adapter
 train --method lora --k 8                            | --k 8 | no meaning
 train --method dr-lora --experts hot                 | all experts
 train --method dr-lora --steps 1                     | at least 2 steps
+train --method dr-lora --steps 2 --rank 1            | --rank 1 | 2..24
+train --method dr-lora --steps 2 --rank 25           | --rank 25 | 2..24
+train --method dr-lora --expert-rank 2               | --method dr-lora sets it; leave it out
+train --method lora-flat --expert-rank 2             | --method lora-flat sets it; leave it out
+train --method lora-flat --experts hot               | --method lora-flat adapts all experts
+train --method lora-flat --k 3                       | --rank 8 on 3 of 64 experts is rank 0.375 on all of them
+train --method fft --expert-rank 2                   | --expert-rank | trains every weight
+train --experts none --k 4                           | --k 4 has no meaning with --method hellora and experts none
+train --expert-rank 49                               | rank 49; expected 1..48
+train --save-dtype bfloat16                          | --save-dtype bfloat16 | writes an adapter, in float32
+train --init-adapter lori --method hellori-s         | starts from zero
+train --init-adapter run --rank 4                    | --rank contradicts --init-adapter
 train --steps 3 --epochs 1                           | contradict
 train --router-aux-form layer                        | both or neither
 train --profile profile.json --warmup lora           | --count-on lora | --profile
@@ -540,6 +552,10 @@ profile --out new/p.json --k 65                      | 65 | 1..64
 profile --out p.json --plot p.txt                    | 'p.txt' | .png
 profile --out p.json --sample 2                      | '2' | at most 1
 profile --out p.json --model weights-cut             | model.safetensors
+profile --prompt ''                                  | an argument is empty
+profile --prompt Hello --k 4                         | --k 4 needs --profile FILE
+profile --prompt Hello --plot p.png                  | --plot draws the share of hot experts; give --profile FILE
+profile --prompt Hello --model nowhere/at-all        | nowhere/at-all
 profile --out p.json --model config-unknown          | mup False
 profile --out p.json --model config-short            | --max-length 512
 profile --out p.json --task gsm8k --train-data columns.jsonl | 'question'

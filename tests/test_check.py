@@ -35,7 +35,7 @@ from export import weights_of
 from hub.config import FAMILIES
 from hub.peft import PeftAdapter, write_peft
 from model import load_model, read_config
-from run.adapters import hub_shapes, load_any_adapter, read_loosely
+from run.adapters import hub_shapes, load_adapter, read_loosely
 
 R, ALPHA, SCALE = 4, 9, 9 / 4
 PREFIX = "base_model.model."
@@ -142,7 +142,7 @@ def test_every_layout_is_measured_as_the_plain_formula_says_and_computes_it(layo
     merged = shutil.copytree(olmoe.folder, tmp_path / "merged")
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
     model = load_model(olmoe.folder)
-    load_any_adapter(model, folder)
+    load_adapter(model, folder)
     assert (logits(model) - logits(load_model(merged))).abs().max() < 1e-4
     assert by_expert(matrices, config).has_pair.sum(-1).tolist() == [len(experts)] * 4
 
@@ -294,10 +294,10 @@ def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_chec
     printed = capsys.readouterr().out
     if is_refused:
         with pytest.raises(InputError) as error:
-            load_any_adapter(load_model(base), folder)
+            load_adapter(load_model(base), folder)
         words = str(error.value).removeprefix(f"{folder}: ")
     else:
-        load_any_adapter(load_model(base), folder)
+        load_adapter(load_model(base), folder)
         words = capsys.readouterr().err.removeprefix(f"{folder}: ").split(". ")[0]
     assert f"FAULT: {words}\n" in printed
 

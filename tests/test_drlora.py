@@ -72,15 +72,11 @@ def test_ranks_grow_from_the_end_of_warm_up_to_one_interval_before_the_end():
 
 
 def test_saliency_is_share_of_use_times_share_of_importance_over_a_power_of_the_rank():
-    usage, importance = torch.tensor([[30, 10], [0, 5]]), torch.tensor([[0.1, 0.4], [7.0, 7.0]])
-    ours = drlora.saliency(usage, importance, torch.tensor([[1, 3], [7, 0]]))
-    by_hand = [[0.75 * 0.2 / 2**1.2, 0.25 * 0.8 / 4**1.2], [1e-6 * 0.5 / 8**1.2, 0.5]]
+    usage = torch.tensor([[30, 10], [0, 5], [3, 1]])
+    importance = torch.tensor([[0.1, 0.4], [7.0, 7.0], [0.0, 0.0]])  # at last one where nothing is learnt yet
+    ours = drlora.saliency(usage, importance, torch.tensor([[1, 3], [7, 0], [0, 0]]))
+    by_hand = [[0.75 * 0.2 / 2**1.2, 0.25 * 0.8 / 4**1.2], [1e-6 * 0.5 / 8**1.2, 0.5], [0.75 * 1e-6, 0.25 * 1e-6]]
     assert ours.tolist() == [pytest.approx(row, rel=1e-4) for row in by_hand]
-
-
-def test_before_anything_was_learned_use_alone_decides():
-    ours = drlora.saliency(torch.tensor([[1, 3, 2]]), torch.zeros(1, 3), torch.full((1, 3), 2))
-    assert ours.argsort(descending=True).tolist() == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -232,28 +228,6 @@ def test_growing_changes_no_output_and_a_grown_dimension_trains_from_then_on():
             assert changed.tolist() == [True] * R + [False] * (R_MAX - R), (i, name, e)
 
 
-def test_a_run_stopped_and_resumed_grows_as_one_left_alone(tmp_path):
-    model = adapted()
-    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
-    for step in range(1, 13):
-        if step == 6:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "growth": growth.state_dict()}
-            torch.save(state, tmp_path / "state.pt")
-        advance(model, growth, optimizer, step)
-    again = adapted()
-    resumed, optimizer = drlora.RankGrowth(again, R_TARGET, steps=12), optimizer_of(again)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    again.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    resumed.load_state_dict(state["growth"])
-    for step in range(6, 13):
-        advance(again, resumed, optimizer, step)
-    assert [step for step, _ in resumed.history] == [step for step, _ in growth.history]
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(resumed.history, growth.history, strict=True))
-    ours, theirs = adapters.adapter_state(again), adapters.adapter_state(model)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
 def test_a_skipped_step_leaves_no_score_and_its_growth_still_happens():
     """As a run in which the step's batch was never seen, but whose ranks grow at the same steps."""
     model, unseen = adapted(), adapted()
@@ -274,7 +248,7 @@ def test_a_skipped_step_leaves_no_score_and_its_growth_still_happens():
     assert growth.ranks().sum(-1).tolist() == [E * R_TARGET] * L and growth.score.isfinite().all()
 
 
-@pytest.mark.parametrize("steps, skipped", [(2, {1}), (23, {22}), (23, {1}), (23, set(range(1, 23)))])
+@pytest.mark.parametrize("steps, skipped", [(2, {1}), (23, set(range(1, 23)))])
 def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_path, monkeypatch, steps, skipped):
     real, calls = training_step.global_step, []
 
@@ -299,60 +273,46 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
     json.loads(state, parse_constant=pytest.fail)  # no NaN is left in the scores
 
 
-@pytest.mark.parametrize("rank", ["1", "25", "48"])
-def test_a_rank_that_leaves_no_room_to_grow_is_refused(tmp_path, rank):
-    with pytest.raises(InputError, match=f"--rank {rank}: .*; expected 2..24"):  # the embedded model's experts: 48 wide
-        train.main(["--method", "dr-lora", "--rank", rank, "--steps", "2", "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_run_of_one_step_is_refused():
-    with pytest.raises(InputError, match="at least 2 steps"):
-        drlora.RankGrowth(adapted(), R_TARGET, steps=1)
-
-
 # ------------------------------------------------------------------------------------------------- two processes
 
 
-def full_run(index: int = 0, count: int = 1) -> dict:
+def grown(index: int = 0, count: int = 1) -> tuple[MoETransformer, drlora.RankGrowth]:
+    """A model whose ranks have grown in 12 steps."""
     model = adapted(targets="all")
     if count > 1:
         training_step.shard_model(model, torch.device("cpu"))  # 7 experts: 4 and 3 of them
     growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
     for step in range(1, 13):
         advance(model, growth, optimizer, step, index, count)
-    return {"growth": growth.state_dict(), "adapter": adapters.adapter_state(model)}
-
-
-def run_in_group(folder: Path) -> None:
-    index, count, _ = start_processes()
-    torch.save(full_run(index, count), folder / f"{index}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(tmp_path):
-    on_processes(2, run_in_group, tmp_path)
-    one = full_run()
-    assert len(torch.tensor(one["growth"]["ranks"][-1]).unique()) > 2
-    for index in range(2):
-        two = torch.load(tmp_path / f"{index}.pt", weights_only=True)
-        assert two["growth"]["ranks"] == one["growth"]["ranks"]
-        assert two["growth"]["usage"] == one["growth"]["usage"]
-        assert torch.allclose(*(torch.tensor(run["growth"]["score"]) for run in (two, one)), rtol=1e-3)
-        assert two["adapter"].keys() == one["adapter"].keys()
-        assert max((two["adapter"][n] - one["adapter"][n]).abs().max().item() for n in one["adapter"]) < 1e-5
-
-
-# ------------------------------------------------------------------------------------------------- file and picture
+    return model, growth
 
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[MoETransformer, drlora.RankGrowth]:
-    model = adapted(targets="all")
-    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
-    for step in range(1, 13):
-        advance(model, growth, optimizer, step)
-    return model, growth
+    return grown()
+
+
+def grow_in_group(folder: Path) -> None:
+    index, count, _ = start_processes()
+    model, growth = grown(index, count)
+    torch.save((growth.state_dict(), adapters.adapter_state(model)), folder / f"{index}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_grow_the_same_ranks_and_train_the_same_adapter_as_one(trained, tmp_path):
+    on_processes(2, grow_in_group, tmp_path)
+    model, growth = trained
+    one, state = growth.state_dict(), adapters.adapter_state(model)
+    assert len(growth.ranks().unique()) > 2
+    for index in range(2):
+        two, other = torch.load(tmp_path / f"{index}.pt", weights_only=True)
+        assert (two["ranks"], two["usage"]) == (one["ranks"], one["usage"])
+        assert torch.allclose(torch.tensor(two["score"]), torch.tensor(one["score"]), rtol=1e-3)
+        assert other.keys() == state.keys()
+        assert all(torch.allclose(other[name], state[name], rtol=0, atol=1e-5) for name in state)
+
+
+# ------------------------------------------------------------------------------------------------- file and picture
 
 
 def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(trained):
@@ -362,25 +322,18 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
     plain = adapters.adapter_state(adapted(targets="all", r_max=None))
     assert {name: tensor.numel() for name, tensor in small.items()} == {n: t.numel() for n, t in plain.items()}
     restored, largest = pad(small, growth.ranks()), int(growth.ranks().max())
-    for stem in (name.removesuffix(".lora_B") for name in state if "experts" not in name and name.endswith("lora_B")):
-        before, after = ([d[f"{stem}.lora_B"], d[f"{stem}.lora_A"]] for d in (state, restored))  # then zeros follow
-        assert torch.equal(small[f"{stem}.lora_B"], before[0])
-        assert torch.allclose(after[0] @ after[1], before[0] @ before[1], atol=1e-6)
     assert R_TARGET < largest <= R_MAX
+    for stem in (name.removesuffix(".lora_B") for name in state if name.endswith("lora_B")):
+        after, before = (of[f"{stem}.lora_B"] @ of[f"{stem}.lora_A"] for of in (restored, state))  # zeros were added
+        assert torch.allclose(after, before, atol=1e-6), stem
     for (i, name), pair in pairs_of(model).items():
-        stem = f"layers.{i}.mlp.experts.lora.{name}"
-        A, B = (small[f"{stem}.{factor}"].split(growth.ranks()[i].tolist(), dim) for factor, dim in AXES.items())
+        stem, ranks = f"layers.{i}.mlp.experts.lora.{name}", growth.ranks()[i].tolist()
+        A, B = small[f"{stem}.lora_A"].split(ranks), small[f"{stem}.lora_B"].split(ranks, dim=1)
         for e in range(E):
-            product = pair.lora_B[e] @ pair.lora_A[e]
-            assert torch.allclose(B[e] @ A[e], product, atol=1e-6), (stem, e)
-            again = restored[f"{stem}.lora_B"][e] @ restored[f"{stem}.lora_A"][e]
-            assert torch.allclose(again, product, atol=1e-6), (stem, e)
+            assert torch.allclose(B[e] @ A[e], pair.lora_B[e] @ pair.lora_A[e], atol=1e-6), (stem, e)
     of_largest = adapters.adapter_state(adapted(largest, "all", r_max=None))
     assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
-    assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors wants them
-
-
-AXES = {"lora_A": 0, "lora_B": 1}  # along which the experts lie, one after the other
+    assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors expects
 
 
 def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
@@ -394,19 +347,11 @@ def test_a_saved_adapter_loads_to_the_same_logits_and_merges(trained, tmp_path):
     assert torch.allclose(other(ids)[0], logits, atol=1e-4)
     hellora.merge(other)
     assert torch.allclose(other(ids)[0], logits, atol=1e-4)
-    for ranks in (adapter.ranks[:1], [row[1:] for row in adapter.ranks], [[1], [2, 3]], 4):
+    more = [[rank + 1 for rank in row] for row in adapter.ranks]
+    for ranks in (adapter.ranks[:1], [row[1:] for row in adapter.ranks], [[1], [2, 3]], 4, more):
         adapters.save_adapter(state, tmp_path, replace(adapter, ranks=ranks))
         with pytest.raises(InputError, match="damaged"):
             adapters.load_adapter(fresh_model(E), tmp_path)
-
-
-def test_ranks_that_do_not_fit_the_tensors_are_refused(trained):
-    model, growth = trained
-    small = truncate(adapters.adapter_state(model), growth.ranks())
-    other = growth.ranks().clone()
-    other[1, 3] += 1
-    with pytest.raises(ValueError, match="layers.1.mlp.experts.*ranks sum to 29"):
-        pad(small, other)
 
 
 def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
@@ -423,8 +368,6 @@ def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path
     train.main([*flags, "--out", str(tmp_path / "run")])
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {record["rank_budget"] for record in records} == {4 * 64 * 4}  # 4 layers of 64 experts, rank 4 on average
-    active = [record["active_ranks"] for record in records]
-    assert (
-        4 * 64 * 2 < active[0] < active[1] < active[2] == active[3] == 4 * 64 * 4
-    )  # three growths, the last at step 3
+    first, second, third, fourth = (record["active_ranks"] for record in records)  # three growths, then none
+    assert 4 * 64 * 2 < first < second < third == fourth == 4 * 64 * 4
     assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"] != [[4] * 64] * 4

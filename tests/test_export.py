@@ -28,7 +28,7 @@ from lori import sparsify
 from model import MoEConfig, MoETransformer, load_model, read_config
 from neighbours.ranks import trains, truncate
 from run import adapters
-from run.adapters import load_any_adapter, read_any_adapter
+from run.adapters import load_adapter, read_any_adapter
 
 R, ALPHA, SEED = 5, 7.0, 3
 
@@ -293,7 +293,7 @@ def test_either_kind_of_folder_attaches(olmoe, tmp_path):
     assert (base_of(tmp_path / "adapter"), base_of(out)) == (None, "somewhere/base")
     for folder in (tmp_path / "adapter", out):
         model = load_model(olmoe.folder)
-        load_any_adapter(model, folder)
+        load_adapter(model, folder)
         assert_close(logits(model), want)
 
 
@@ -339,7 +339,7 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
     base = make_checkpoint(family).folder
     want = logits(native_peft(base, tmp_path, **settings))
     model = load_model(base)
-    load_any_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
     assert_close(logits(model), want)
     assert model.adapter.targets == targets
 

@@ -86,15 +86,6 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
     assert found == [pytest.approx(record, rel=1e-5) for record in logged]
 
 
-def test_loss_on_all_is_transformers_loss_with_the_ids_as_labels(base):
-    hf = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    ids = torch.randint(2, 50, (13,), generator=torch.Generator().manual_seed(0))
-    item = data.Encoded(ids.tolist(), ((0, 13),))
-    done = global_step(load_model(base).requires_grad_(True), [item], 1, ALONE)
-    assert done.loss.item() == pytest.approx(hf(ids[None], labels=ids[None]).loss.item(), rel=1e-5)
-    assert done.target_tokens == 12
-
-
 def test_a_run_goes_on_only_under_the_schedule_and_for_the_steps_it_began_with(base, tmp_path):
     given = flags(base, tmp_path / "run", "--schedule", "linear", "--save-every", "2")
     train.main(given)

@@ -19,7 +19,7 @@ import train
 from command.cli import InputError
 from model import load_model, read_config
 from run import adapters
-from run.adapters import load_any_adapter, read_any_adapter
+from run.adapters import load_adapter, read_any_adapter
 from run.settings import parse_settings
 from run.subject import content_of
 
@@ -121,7 +121,7 @@ def test_adapters_of_peft_compute_the_same_here(transformers, name, family, make
         want = saved_under_4(base, tmp_path, UNDER_4[name])
     model = load_model(base)
     plain = logits(model)
-    load_any_adapter(model, tmp_path)
+    load_adapter(model, tmp_path)
     difference = (logits(model) - want).abs().max()
     print(f"| {transformers} | {name} | {difference:.1e} |")  # pytest -s
     assert difference <= 1e-5

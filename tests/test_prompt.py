@@ -11,7 +11,6 @@ import profile
 import train
 from command.cli import InputError
 from hub.tokenizer import tokenize
-from model import load_model, read_config
 from run.subject import Subject
 
 TEXT = "Tom has 3 apples. Ana has 4 more."
@@ -69,30 +68,7 @@ def test_a_file_is_read_and_a_profile_says_what_is_hot(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "100.0% of the" in out and all(star for layers in experts_printed(out) for row in layers for _, star in row)
     profile.main(["--model", "tiny", "--prompt", TEXT])
-    assert "*" not in capsys.readouterr().out and read_config(Subject("tiny").folder).num_experts == 64
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--prompt", ""], "an argument is empty"),
-        (["--prompt", TEXT, "--k", "4"], "--k 4 needs --profile FILE"),
-        (["--prompt", TEXT, "--plot", "p.png"], "--plot draws the share of hot experts; give --profile FILE, or a run"),
-        (["--prompt", "{folder}/latin1"], "not readable as UTF-8"),
-        (["--prompt", TEXT, "--model", "no/such/run"], "no/such/run"),
-    ],
-)
-def test_what_cannot_be_shown_is_one_line(flags, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "latin1").write_bytes("é".encode("latin1"))
-    with pytest.raises(InputError, match=message) as error:
-        profile.main([flag.replace("{folder}", str(tmp_path)) for flag in flags])
-    assert "\n" not in str(error.value) and not (tmp_path / "p.png").exists()
-
-
-def test_the_model_is_loaded_once_for_a_checkpoint(monkeypatch):
-    loaded = []
-    monkeypatch.setattr("run.prompt.load_model", lambda *args: loaded.append(args) or load_model(*args))
-    profile.main(["--model", "tiny", "--prompt", TEXT])
-    assert not loaded  # a base beside an adapter only
+    assert "*" not in capsys.readouterr().out
+    (tmp_path / "text").write_bytes("é".encode("latin1"))
+    with pytest.raises(InputError, match="not readable as UTF-8"):
+        profile.main(["--model", "tiny", "--prompt", str(tmp_path / "text")])

@@ -18,8 +18,7 @@ from routing import advice, pictures, statistics
 
 
 def test_top_share_and_entropy_have_their_closed_forms():
-    uniform, one_expert, halves = [3] * 8, [0, 0, 0, 9, 0, 0, 0, 0], [4, 0, 16, 32, 0, 8, 2, 2]
-    counts = torch.tensor([uniform, one_expert, halves])
+    counts = torch.tensor([[3] * 8, [0, 0, 0, 9, 0, 0, 0, 0], [4, 0, 16, 32, 0, 8, 2, 2]])
     assert statistics.top_share(counts, 3).tolist() == pytest.approx([3 / 8, 1, 7 / 8])
     bits = 1 / 2 + 2 / 4 + 3 / 8 + 4 / 16 + 2 * 5 / 32  # of p = 1/2, 1/4, 1/8, 1/16, 1/32, 1/32
     assert statistics.entropy(counts).tolist() == pytest.approx([1, 0, bits / 3])
@@ -50,11 +49,14 @@ def test_table_names_share_entropy_hottest_and_coldest_of_every_layer():
 
 
 @pytest.mark.parametrize("layers, experts, num_hot", [(4, 64, 8), (32, 8, 2), (1, 3, 3)])
-def test_plot_draws_a_wide_picture_of_any_model(tmp_path, layers, experts, num_hot):
+def test_counts_and_overlap_of_any_model_are_wide_pictures(tmp_path, layers, experts, num_hot):
     counts = torch.arange(layers * experts).view(layers, experts) ** 2
     pictures.draw_profile(counts, num_hot, "a title", tmp_path / "profile.png")
-    picture = matplotlib.image.imread(tmp_path / "profile.png")
-    assert picture.shape[1] >= 1200 and picture.std() > 0.1
+    hot = hellora.hottest(counts, num_hot)
+    pictures.draw_overlap(hot, hot.roll(1, dims=1), "a and b", tmp_path / "overlap.png")
+    for name in ("profile.png", "overlap.png"):
+        picture = matplotlib.image.imread(tmp_path / name)
+        assert picture.shape[1] >= 1000 and picture.std() > 0.1
 
 
 # ------------------------------------------------------------------------------------------------ two profiles
@@ -78,14 +80,6 @@ def test_overlap_table_names_what_only_one_of_two_sets_has():
     ]
     assert mean == "Jaccard overlap 0.444, mean of the layers (by chance 0.389)"  # 1/6 * 1 + 4/6 * 1/3
     assert same == "the same set in 1 of 3 layers"
-
-
-@pytest.mark.parametrize("layers", [1, 4, 32])
-def test_overlap_is_drawn_with_one_bar_per_layer(tmp_path, layers):
-    hot_a = torch.arange(8).expand(layers, 8) < 3
-    pictures.draw_overlap(hot_a, hot_a.roll(1, dims=1), "a and b", tmp_path / "overlap.png")
-    picture = matplotlib.image.imread(tmp_path / "overlap.png")
-    assert picture.shape[1] >= 1000 and picture.std() > 0.1
 
 
 # ------------------------------------------------------------------------------------------- how many experts
@@ -125,9 +119,8 @@ def test_on_olmoe_the_papers_saving_of_38_7_percent_is_a_coverage_of_51_6_percen
     counts[:, :8], counts[:, 8:] = 0.516 / 8, 0.484 / 56  # of the routed tokens
     choices = advice.choices(counts, 8, advice.adapter_sizes(config, r=32))
     assert choices[7].coverage == pytest.approx(0.516)
-    assert (
-        choices[-1].flops == 2 * 16 * 2_951_168
-    )  # per layer: attention 524,288, router 67,584, 8 experts 294,912 each
+    # Per layer: attention 524,288, router 67,584, 8 experts 294,912 each.
+    assert choices[-1].flops == 2 * 16 * 2_951_168
     assert 1 - choices[7].flops / choices[-1].flops == pytest.approx(0.387, abs=5e-4)
 
 

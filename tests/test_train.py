@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,11 @@ import profile
 import train
 from command.cli import InputError
 from hub.checkpoint import TINY
-from machine.processes import ALONE, Processes
+from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS, num_hot_experts
 from routing import profiles
 from run import adapters
-from run.folder import check_out, write_config
 from training_step import global_step
 
 ROOT = Path(__file__).parent.parent
@@ -68,16 +66,8 @@ def test_a_run_learns_and_its_folder_holds_what_is_documented(tmp_path):
     result = train.main(["--steps", "12", "--batch", "16", "--k", "4", "--out", str(tmp_path / "run")])
     assert result["last_loss"] < 0.8 * result["first_loss"]
     files = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert files == {
-        "config.json",
-        "profile.json",
-        "log.jsonl",
-        "adapter.png",
-        "loss.png",
-        "result.json",
-        "adapter/adapter.json",
-        "adapter/adapter.safetensors",
-    }
+    beside = "config.json profile.json log.jsonl adapter.png loss.png result.json"
+    assert files == {*beside.split(), "adapter/adapter.json", "adapter/adapter.safetensors"}
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert config["model"] == "tiny" and config["settings"]["rank"] == 8
     about = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
@@ -126,27 +116,6 @@ def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
     assert config.num_experts_per_tok == 8  # so that k is 8 where it is not given
 
 
-def test_the_balancing_loss_and_its_gradients_are_those_of_one_process_on_three(monkeypatch):
-    """32 examples at 16 a micro-batch are 2 pieces on one process and 3 on three. Their sums are done here."""
-    model = load_model(TINY)
-    tokenizer = data.load_tokenizer(TINY, model.config)
-    items = data.encode(data.load_examples("tiny-math", "train", limit=32), tokenizer, model.config.eos_token_id)
-    hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda *args: None)
-    results = []
-    for processes in ([ALONE], [Processes(i, 3, torch.device("cpu")) for i in range(3)]):
-        assert len(data.micro_batches(items, 16, 0, len(processes))) == (2 if len(processes) == 1 else 1)
-        steps = [global_step(model, items, 16, each, aux_loss=5.0) for each in processes]  # gradients add up
-        aux = sum(step.aux_loss.item() for step in steps)
-        results.append((aux, {name: p.grad.clone() for name, p in trained.items()}))
-        model.zero_grad()
-    (one, ours), (three, theirs) = results
-    assert three == pytest.approx(one, abs=1e-6) and one > 1
-    for name, grad in ours.items():
-        assert torch.allclose(theirs[name], grad, atol=1e-7 + 1e-4 * grad.abs().max().item()), name
-
-
 def test_the_auxiliary_loss_is_logged_and_balances(tmp_path):
     values = {}
     for weight in ("1.0", "1e-9"):
@@ -169,8 +138,7 @@ def test_full_fine_tuning_trains_every_weight_and_writes_a_checkpoint_with_all_t
         assert (tmp_path / "run/model" / name).read_bytes() == (base / name).read_bytes()
     before, after = load_model(TINY), load_model(tmp_path / "run/model")
     assert result["trainable_percent"] == 100
-    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
-    assert all(changed)
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
 
 
 def test_stage_d_of_hellori_s_is_a_run_of_hellori_d(tmp_path):
@@ -194,22 +162,6 @@ def test_experts_can_be_listed_in_a_file_or_given_as_a_share(tmp_path):
     assert num_hot_experts(None, 64, 8) == 8
 
 
-def test_an_out_folder_of_something_else_is_refused_and_left_alone(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.txt").write_text("precious")
-    (tmp_path / "file").write_text("a file")
-    for out, says in (("mine", "not a run of train.py"), ("file", "file is not a folder")):
-        with pytest.raises(InputError, match=says):
-            train.main(["--steps", "1", "--out", str(tmp_path / out)])
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    asked = asdict(train.parse_settings([]))
-    check_out(tmp_path / "run", asked)
-    write_config(tmp_path / "run", asked, {"base": {}, "data": ""})
-    check_out(tmp_path / "run", asked)  # the same run again
-    with pytest.raises(InputError, match="another run \\(rank 8 then, 4 now\\)"):
-        check_out(tmp_path / "run", asked | {"rank": 4})
-
-
 def test_a_checkpoint_with_a_missing_shard_is_named(tmp_path):
     (tmp_path / "config.json").write_bytes((TINY / "config.json").read_bytes())
     (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
@@ -225,41 +177,23 @@ def test_init_adapter_goes_on_from_a_run_or_from_what_peft_saved(tmp_path):
     train.main([*flags, *first])
     before = load_file(tmp_path / "first/adapter/adapter.safetensors")
     export.main([str(tmp_path / "first"), "--to", "peft", "--out", str(tmp_path / "peft")])
-    results = {}
+    once, losses = [*flags, "--steps", "1", "--lr", "1e-12", "--seed", "9", "--out"], set()
     for source in ("first", "first/adapter", "peft"):
-        out = tmp_path / f"from-{source.replace('/', '-')}"
-        more = ["--init-adapter", str(tmp_path / source), "--steps", "1", "--lr", "1e-12", "--seed", "9"]
-        results[source] = train.main([*flags, *more, "--out", str(out)])
+        out = tmp_path / "from" / source
+        losses.add(train.main([*once, str(out), "--init-adapter", str(tmp_path / source)])["first_loss"])
         after = load_file(out / "adapter/adapter.safetensors")
         assert after.keys() == before.keys()
         assert all(torch.allclose(after[name], before[name], atol=1e-8) for name in before)
-        about = json.loads((out / "adapter/adapter.json").read_text())
-        assert (about["r"], about["alpha"]) == (4, 6.0)
-    assert results["first"]["first_loss"] == results["peft"]["first_loss"] == results["first/adapter"]["first_loss"]
-    fresh = train.main([*flags, "--k", "3", "--steps", "1", "--seed", "9", "--out", str(tmp_path / "fresh")])
-    assert results["first"]["first_loss"] < fresh["first_loss"] - 0.05  # it had learnt something
-
-
-def test_init_adapter_of_another_kind_or_beside_flags_that_it_decides_is_refused(tmp_path):
-    flags = ["--batch", "4", "--sample", "0.01", "--steps", "2"]
-    train.main([*flags, "--method", "hellori-d", "--out", str(tmp_path / "run")])
-    for more, said in (
-        (["--k", "3"], "--k contradicts --init-adapter"),
-        (["--rank", "4"], "--rank contradicts --init-adapter"),
-        (["--method", "hellori-s"], "starts from zero"),
-        (["--method", "fft"], "without adapters"),
-        (["--method", "hellora"], "is of kind lori; this --method trains lora"),
-        (["--method", "hellori-d", "--seed", "3"], "has its A from --seed 0"),
-    ):
-        with pytest.raises(InputError, match=said):
-            train.main([*flags, "--init-adapter", str(tmp_path / "run"), *more, "--out", str(tmp_path / "no")])
-    assert not (tmp_path / "no").exists()
+        content = json.loads((out / "adapter/adapter.json").read_text())
+        assert (content["r"], content["alpha"]) == (4, 6.0)
+    (loss,) = losses
+    fresh = train.main([*once, str(tmp_path / "fresh"), "--k", "3"])
+    assert loss < fresh["first_loss"] - 0.05  # it had learnt something
 
 
 def test_activation_checkpointing_changes_no_loss_and_no_gradient(tmp_path):
-    results = []
-    for more in ([], ["--activation-checkpointing"]):
-        flags = ["--batch", "4", "--sample", "0.01", "--steps", "3", "--out", str(tmp_path / str(len(more)))]
-        train.main([*flags, *more])
-        results.append(load_file(tmp_path / str(len(more)) / "adapter/adapter.safetensors"))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    flags = ["--batch", "4", "--sample", "0.01", "--steps", "3", "--out"]
+    train.main([*flags, str(tmp_path / "kept")])
+    train.main([*flags, str(tmp_path / "again"), "--activation-checkpointing"])
+    kept, again = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
