@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LOADABLE
+from conftest import LOADABLE, on_processes
 from test_model import ask_transformers
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
@@ -14,7 +14,7 @@ import data
 import hellora
 import hub.weights
 from hub import config
-from machine.processes import ALONE, Processes
+from machine.processes import ALONE, Processes, end_processes, start_processes
 from model import load_model, save_model
 from routing.balance import load_balancing_loss
 from training_step import global_step, load_shared
@@ -60,10 +60,8 @@ def assert_near(gradient: torch.Tensor, expected: torch.Tensor, name: str) -> No
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-5 * scale + 1e-7, msg=name)
 
 
-def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{out}/meet", rank=rank, world_size=WORLD)
-    found = {}
+def share_the_work(folders: dict[str, Path], out: Path) -> None:
+    processes, results = start_processes(), {}
     for family, folder in folders.items():
         read, real = [], hub.weights.read_slices
 
@@ -79,15 +77,15 @@ def share_the_work(rank: int, folders: dict[str, Path], out: Path) -> None:
                 folder, torch.float32, torch.device("cpu"), shard="full", attach=partial(attach, kind=kind)
             )
             hub.weights.read_slices = real
-            step = step_of(model, Processes(rank, WORLD, torch.device("cpu")))
+            step = step_of(model, processes)
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
-            found[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
-            found[family, kind] |= {"held": held, "A": model.adapter.sha256_A}
+            results[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
+            results[family, kind] |= {"held": held, "A": model.adapter.sha256_A}
         if family == "olmoe":
             save_model(model, out / "saved", shard_bytes=20_000)
-    torch.save(found, out / f"{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, out / f"{processes.index}.pt")
+    end_processes()
 
 
 @pytest.mark.parametrize("form", ["concat", "layer"])
@@ -138,7 +136,7 @@ def test_micro_batches_do_not_change_the_balancing_loss_or_its_gradients(olmoe, 
 def shared(make_checkpoint, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("shared")
     folders = {family: checkpoint(make_checkpoint, family).folder for family in FAMILIES}
-    torch.multiprocessing.start_processes(share_the_work, (folders, out), nprocs=WORLD, start_method="fork")
+    on_processes(WORLD, share_the_work, folders, out)
     return out
 
 
@@ -149,14 +147,14 @@ def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpo
     attach(model, kind)
     step = step_of(model, ALONE)
     for rank in range(WORLD):
-        found = torch.load(shared / f"{rank}.pt")[family, kind]
-        torch.testing.assert_close(found["loss"], step.loss, rtol=0, atol=1e-5)
-        assert torch.equal(found["routing"][0], step.routing[0])
-        assert found["A"] == model.adapter.sha256_A and bool(found["A"]) == (kind == "lori")
+        result = torch.load(shared / f"{rank}.pt")[family, kind]
+        torch.testing.assert_close(result["loss"], step.loss, rtol=0, atol=1e-5)
+        assert torch.equal(result["routing"][0], step.routing[0])
+        assert result["A"] == model.adapter.sha256_A and bool(result["A"]) == (kind == "lori")
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        assert found["grads"].keys() == grads.keys()
+        assert result["grads"].keys() == grads.keys()
         for name, grad in grads.items():
-            assert_near(found["grads"][name], grad, name)
+            assert_near(result["grads"][name], grad, name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

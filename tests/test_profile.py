@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from conftest import on_processes
 from test_model import ask_transformers
 
 import data
@@ -19,7 +19,7 @@ import hellora
 import profile
 from command import cli
 from hub.config import FAMILIES
-from machine.processes import Processes
+from machine.processes import end_processes, start_processes
 from model import MoEConfig, MoETransformer, load_model, read_config
 from routing import profiles, statistics
 
@@ -167,15 +167,12 @@ def test_a_warmup_with_a_nan_loss_stops_and_counts_nothing(olmoe):
 # ----------------------------------------------------------------------------------------------- two processes
 
 
-def count_in_process(index: int, count: int, folder, out) -> None:
+def count_in_process(folder, out) -> None:
     """Half of the base's batches, all different in number and size, and this process's part of a warm-up."""
-    torch.set_num_threads(1)
-    patience = timedelta(minutes=3)  # a process that waits for what never comes is an error, not a hang
-    dist.init_process_group("gloo", f"file://{out}/meet", timeout=patience, rank=index, world_size=count)
-    processes = Processes(index, count, torch.device("cpu"))
+    processes = start_processes(timeout=timedelta(minutes=3))  # who waits for what never comes fails, and does not hang
     model = load_model(folder)
     items = make_items(model.config.vocab_size)
-    base = profile.profile_routing(model, make_batches(items, 2)[index::count])
+    base = profile.profile_routing(model, make_batches(items, 2)[processes.index :: 2])
     warm = profile.profile_warmup(with_lora(model), items, 3, processes=processes, **STEPS)
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
@@ -185,12 +182,12 @@ def count_in_process(index: int, count: int, folder, out) -> None:
                     folder, items, 3, processes, dtype=torch.float32, shard=shard, warmup=warmup, seed=STEPS["seed"]
                 )
             )
-    torch.save([vars(one) for one in counted], out / f"{index}.pt")
-    dist.destroy_process_group()
+    torch.save([vars(one) for one in counted], out / f"{processes.index}.pt")
+    end_processes()
 
 
 def test_two_processes_get_the_totals_of_one_process_sharded_or_not(olmoe, tmp_path):
-    torch.multiprocessing.start_processes(count_in_process, (2, olmoe.folder, tmp_path), nprocs=2, start_method="fork")
+    on_processes(2, count_in_process, olmoe.folder, tmp_path)
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
     base = profile.profile_routing(model, make_batches(items, 2))

@@ -440,11 +440,13 @@ def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, cap
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("saving", [[], ["--save-every", "1", "--resume"]], ids=["started over", "extended"])
-def test_results_of_an_earlier_run_are_gone_before_the_first_step_of_the_next(tmp_path, monkeypatch, saving):
+@pytest.mark.parametrize(
+    "steps, saving", [("4", []), ("2", ["--save-every", "1", "--resume"])], ids=["started over", "extended"]
+)
+def test_results_of_an_earlier_run_are_gone_before_the_first_step_of_the_next(tmp_path, monkeypatch, steps, saving):
     out = tmp_path / "run"
     flags = [*SMALL, *saving, "--out", str(out), "--steps"]
-    train.main([*flags, "2"])
+    train.main([*flags, steps])
     if not saving:
         (out / "result.json").unlink()  # as if it had been killed before this
 
