@@ -74,6 +74,14 @@ def test_the_committed_outputs_are_of_one_run_from_top_to_bottom_without_a_compl
     assert not [printed(cell, "stderr") for cell in cells if printed(cell, "stderr")]
 
 
+def test_the_committed_numbers_bear_out_what_the_text_says_of_them():
+    text = "".join(printed(COMMITTED.cells[i]) for i in CODE)
+    base, trained = re.findall(r"(\d+) of 100 answers", text)
+    assert int(base) == 0 and int(trained) > 20  # section 8: none, and many
+    losses = [float(loss) for loss in re.findall(r"^(?:all|hot|random|cold) .* ([\d.]+)$", text, re.M)]
+    assert len(losses) == 4 and losses == sorted(losses)  # section 10: the more tokens, the lower the loss
+
+
 def test_it_has_twelve_sections_each_with_a_number_or_a_picture_in_a_small_file():
     titles = [i for i, cell in enumerate(COMMITTED.cells) if cell.source.startswith("## ")]
     assert [COMMITTED.cells[i].source.split(".")[0] for i in titles] == [f"## {n}" for n in range(1, 13)]
