@@ -39,13 +39,13 @@ def score(
     """
     rules = dict.fromkeys((rule, "bigcode"))
     programs = {name: [program(name, *pair) for pair in zip(items, rows, strict=True)] for name in rules}
-    distinct = list(dict.fromkeys(each for found in programs.values() for each in found))  # samples repeat
+    distinct = list(dict.fromkeys(each for of_rule in programs.values() for each in of_rule))  # samples repeat
     verdicts = dict(zip(distinct, sandbox.run_programs(distinct, timeout, workers), strict=True))
-    outcomes = {name: [verdicts[each] for each in found] for name, found in programs.items()}
+    outcomes = {name: [verdicts[each] for each in of_rule] for name, of_rule in programs.items()}
     rates = {}
-    for name, found in outcomes.items():
+    for name, of_rule in outcomes.items():
         passed: dict[str, list[bool]] = {}
-        for item, verdict in zip(items, found, strict=True):
+        for item, verdict in zip(items, of_rule, strict=True):
             passed.setdefault(item["id"], []).append(verdict.passed)
         rates |= {k if name == rule else f"{k}, {name}": estimate for k, estimate in pass_rates(passed).items()}
     judged = [
@@ -73,6 +73,6 @@ def pass_rates(passed: dict[str, list[bool]]) -> dict[str, dict]:
     fewest, rates = min(map(len, passed.values())), {}
     for k in (1, 5, 10):
         if k <= fewest:
-            estimates = [pass_at_k(len(found), sum(found), k) for found in passed.values()]
+            estimates = [pass_at_k(len(samples), sum(samples), k) for samples in passed.values()]
             rates[f"pass@{k}"] = rate(sum(estimates), len(estimates))
     return rates

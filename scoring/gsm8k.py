@@ -168,7 +168,7 @@ def score(items: list[dict], answers: list[str], shots: int = 0) -> tuple[dict, 
     """
     texts = [item["completion"] for item in items]
     verdicts = {rule: [verdict(rule, *pair) for pair in zip(texts, answers, strict=True)] for rule in RULES}
-    rates = {rule: share([correct for _, correct in found]) for rule, found in verdicts.items()}
+    rates = {rule: share([correct for _, correct in of_rule]) for rule, of_rule in verdicts.items()}
     rates["has answer marker"] = share([bool(MARKER.search(without_thoughts(text))) for text in texts])
     if not shots:  # LoRI reads the prompt too
         read = [item["prompt"] + item["completion"] for item in items]

@@ -32,12 +32,12 @@ def lori_as_published(verdicts: list[bool]) -> dict[str, dict]:
     return {"lori as published": share(full)} if full else {}
 
 
-def describe(found: dict) -> str:
+def describe(estimate: dict) -> str:
     """A rate as text: 0.412 (165/400, 95% CI 0.365..0.461)."""
-    if found["rate"] is None:
+    if estimate["rate"] is None:
         return "n/a (nothing to score)"
-    interval = f"95% CI {found['low']:.3f}..{found['high']:.3f}"
-    return f"{found['rate']:.3f} ({found['num_correct']:.5g}/{found['num_total']}, {interval})"
+    interval = f"95% CI {estimate['low']:.3f}..{estimate['high']:.3f}"
+    return f"{estimate['rate']:.3f} ({estimate['num_correct']:.5g}/{estimate['num_total']}, {interval})"
 
 
 def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:

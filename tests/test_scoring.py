@@ -165,13 +165,6 @@ def test_only_the_completion_is_read_and_what_lori_published_would_read_is_repor
     assert "lori as published" not in gsm8k.score(silent, ["#### 3"] * 70, shots=8)[0]["rates"]  # nor did LoRI
 
 
-def test_the_share_of_completions_with_the_answer_marker_is_reported():
-    texts = ["The final answer is: 3", "#### 3", "3", "The final answer is:"]
-    score, _ = gsm8k.score(items_of(texts), ["#### 3"] * 4)
-    assert score["accuracy"] == 0.75
-    assert score["rates"]["has answer marker"]["num_correct"] == 3
-
-
 # ---------------------------------------------------------------------------------------------------- counting
 
 
@@ -475,10 +468,12 @@ def test_an_unknown_label_is_refused(label):
 
 
 def test_rules_that_agree_have_one_line():
-    agreeing, _ = gsm8k.score(items_of(["#### 3", "The final answer is: 4"]), ["#### 3"] * 2)
+    texts = ["The final answer is: 3", "#### 4", "3", "The final answer is:"]
+    agreeing, _ = gsm8k.score(items_of(texts), ["#### 3"] * 4)
     assert report(agreeing, "gsm8k")[:-1] == [
-        "0.500 (1/2, 95% CI 0.095..0.905)  first marked answer, lori, strict-match, flexible-extract",
-        "1.000 (2/2, 95% CI 0.342..1.000)  has answer marker",
+        "0.500 (2/4, 95% CI 0.150..0.850)  first marked answer, lori, flexible-extract",
+        "0.250 (1/4, 95% CI 0.046..0.699)  strict-match",
+        "0.750 (3/4, 95% CI 0.301..0.954)  has answer marker",
     ]
 
 

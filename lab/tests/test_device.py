@@ -18,7 +18,7 @@ import hellora
 import lora
 import ops
 import train
-from generate import generate
+from generate import Decoding, generate
 from hub.weights import full_tensor, init_weights
 from machine.processes import Processes
 from model import KVCache, MoEConfig, MoETransformer, save_model
@@ -158,7 +158,7 @@ def test_a_batch_without_a_token_has_gradients_that_are_zero_and_not_missing(dev
 def test_decoded_answers(device):
     prompts = [ids[:n].tolist() for ids, n in zip(IDS, LENGTHS.tolist(), strict=True)]
     cpu, ours = (make_model(place, torch.float32) for place in (CPU, device))
-    decode = partial(generate, prompts=prompts, max_new_tokens=9, batch_size=3)
+    decode = partial(generate, prompts=prompts, decoding=Decoding(9), batch_size=3)
     assert decode(ours) == decode(cpu)
 
 
