@@ -33,7 +33,7 @@ from command import cli
 from command.cli import InputError, flag, note, say
 from command.files import atomic_folder, writable, write_json
 from diagnosis import report
-from diagnosis.findings import Finding, of_changes, of_layout, of_merged, of_pairs, sorted_findings
+from diagnosis.findings import Finding, of_changes, of_layout, of_merged, of_pairs
 from diagnosis.measure import Matrix, adapter_changes, by_expert
 from diagnosis.merged import AS_READ, REORDERED, compare
 from hellora import SHARED, TARGETS, Adapter, folded
@@ -41,21 +41,19 @@ from hub.checkpoint import (
     EMBEDDED,
     SHARD_BYTES,
     WHOLE,
-    Stored,
     converted,
     copy_beside,
     read_slices,
     resolve,
-    stored,
     write_checkpoint,
 )
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, Reading, Shapes, peft_bytes, unified, write_peft
 from hub.tokenizer import write_stop_ids
-from hub.weights import PROJECTIONS, as_stored, hub_key, hub_views
-from model import MoEConfig, MoETransformer, read_config
+from hub.weights import PROJECTIONS, as_stored, hub_key
+from model import MoEConfig, read_config
 from routing.profiles import check_fits, load_profile
-from run.adapters import adapted_matrices, hub_shapes, read_factors, read_loosely
+from run.adapters import adapted_matrices, hub_shapes, read_factors, read_loosely, weights_of
 from run.subject import Subject, other_base
 from run.validation import BEST
 
@@ -91,19 +89,6 @@ class CheckSettings:
 # -------------------------------------------------------------------------------------------- merged checkpoint
 
 
-def weights_of(folder: Path) -> dict[str, Stored]:
-    """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit config.json."""
-    config = read_config(folder)
-    with torch.device("meta"):
-        views = hub_views(MoETransformer(config))
-    return stored(folder, {key: tuple(view.shape) for key, view in views.items()}, config.family)
-
-
-def all_rows(weights: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """Weights by key, one at a time, in the order of their files."""
-    return read_slices(weights, dict.fromkeys(weights, WHOLE))
-
-
 def write_merged(
     out: Path,
     adapter: Adapter,
@@ -114,7 +99,8 @@ def write_merged(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint `base` with an adapter, given by matrix, folded in. dtype: by default as in `base`."""
-    config, weights = read_config(base), weights_of(base)
+    config = read_config(base)
+    weights = weights_of(base, config)
     adapted = {f"{hub_key(matrix, config.family)}.weight": pair for matrix, pair in factors.items()}
     family, E, scaling = config.family, config.num_experts, adapter.alpha / adapter.r
     empty = ((key, torch.empty(w.shape, dtype=dtype or w.dtype, device="meta")) for key, w in weights.items())
@@ -124,7 +110,7 @@ def write_merged(
     check_space(out, total)
     merged = (
         (key, converted(folded(W, adapted[key], adapter.kind, scaling) if key in adapted else W, dtype or W.dtype, key))
-        for key, W in all_rows(weights)
+        for key, W in read_slices(weights, dict.fromkeys(weights, WHOLE))
     )
     hub = config.hub
     if dtype:  # transformers 5 writes torch_dtype as `dtype`
@@ -276,7 +262,7 @@ def check(argv: list[str]) -> None:
     else:
         model = resolve(subject.base if subject.run else settings.source)  # a run of full fine-tuning has model/
         matrices, findings = check_merged(model, settings.adapter, base, config)
-    findings = sorted_findings(findings)
+    findings.sort(key=lambda finding: not finding.is_fault)  # faults first, the worst of them first
     say(*report.table(matrices, config, counts), "")
     for finding in findings:
         say(*finding.lines(), "")
@@ -317,7 +303,7 @@ def check_adapter(
     """What moved in an adapter, and what is wrong with it."""
     readings = readings_of(subject.adapter, config)
     reading = readings[AS_READ]
-    matrices = adapter_changes(reading, weights_of(subject.folder), config)
+    matrices = adapter_changes(reading, weights_of(subject.folder, config), config)
     findings = [*of_pairs(reading, config), *of_base(subject)]
     findings += [*of_layout(reading, readings.get(REORDERED), config), *of_changes(reading, matrices, config, counts)]
     return matrices, findings
@@ -340,7 +326,7 @@ def check_merged(
     folder: Path, adapter: str | None, base: Path, config: MoEConfig
 ) -> tuple[dict[str, Matrix], list[Finding]]:
     """What differs between a merged checkpoint and its base, and whether that is the adapter."""
-    merged, weights = weights_of(folder), weights_of(base)
+    merged, weights = weights_of(folder, read_config(folder)), weights_of(base, config)
     if {key: weight.shape for key, weight in merged.items()} != {key: weight.shape for key, weight in weights.items()}:
         raise InputError(f"{folder} is of another model than {base}: the weights have other names or shapes")
     readings, findings = {}, []

@@ -5,7 +5,8 @@ Faults come first, the worst of them first; then remarks, which are not faults.
 Dimensions: L layers with experts, E experts per layer.
 """
 
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from diagnosis.measure import (
     spread,
     state_of,
 )
-from diagnosis.merged import AS_READ, REORDERED, TRANSPOSED, Comparison, unchanged_share
+from diagnosis.merged import AS_READ, REORDERED, TRANSPOSED, Comparison, Multiple
 from hub.peft import Reading
 from model import MoEConfig
 
@@ -50,37 +51,35 @@ class Finding:
             yield f"    To do: {self.do}"
 
 
-def sorted_findings(findings: Iterable[Finding]) -> list[Finding]:
-    """Faults before remarks, otherwise in the given order."""
-    return sorted(findings, key=lambda finding: not finding.is_fault)
-
-
 # ------------------------------------------------------------------------------- from the adapter's files alone
 
 
 def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     """What the factors alone show, without the base's weights."""
-    states = {key: (place_of(key, config.family), state_of(pair)) for key, pair in reading.pairs.items()}
-    if problems := list(dict.fromkeys(reading.problems)):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        yield Finding("unread", problems[0] + more, "This is not examined here, and other tools may drop it.")
-    if bad := [key for key, (_, state) in states.items() if state == NOT_FINITE]:
+    states = {key: state_of(pair) for key, pair in reading.pairs.items()}
+    if reading.problems:
+        more = f" (and {len(reading.problems) - 1} more)" if reading.problems[1:] else ""
+        yield Finding("unread", reading.problems[0] + more, "This is not examined here, and other tools may drop it.")
+    if bad := [key for key, state in states.items() if state == NOT_FINITE]:
         yield Finding(
             "not-finite",
             f"{len(bad)} pairs hold NaN or infinity, the first {bad[0]}",
             "The training diverged, or the file is damaged. The model computes NaN.",
             "train again with a smaller learning rate or with gradient clipping, or take an earlier checkpoint",
         )
-    held = {key: one for key, one in states.items() if one[1] != EMPTY}
-    experts = [state for place, state in held.values() if place.part == EXPERTS]
-    if not held:
-        means = "The model is the base. The training did not save what it trained, or trained nothing."
-        yield Finding("empty", "it adapts nothing: no pair differs from zero", means, "train again")
+    parts = {key: place_of(key, config.family).part for key, state in states.items() if state != EMPTY}
+    experts = [states[key] for key, part in parts.items() if part == EXPERTS]
+    if not parts:
+        yield Finding(
+            "empty",
+            "it adapts nothing: no pair differs from zero",
+            "The model is the base. The training did not save what it trained, or trained nothing.",
+            "train again",
+        )
     elif not experts:
-        parts = sorted({place.part for place, _ in held.values()})
         yield Finding(
             "no-expert-pair",
-            f"no expert has a LoRA pair; the adapter has {len(held)} pairs, on {', '.join(parts)}",
+            f"no expert has a LoRA pair; the adapter has {len(parts)} pairs, on {', '.join(sorted({*parts.values()}))}",
             "The experts are those of the base. Where they are stacked parameters (transformers 5), target_modules may "
             "not reach them, and the training goes on without a word.",
             "train again, with target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']",
@@ -88,17 +87,11 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     elif all(state in (UNMOVED, NO_A) for state in experts):
         yield Finding(
             "unmoved",
-            f"none of the {len(experts)} pairs on experts moved: " + zero_factors(experts),
+            f"none of the {len(experts)} pairs on experts moved: {'B' if UNMOVED in experts else 'A'} is zero",
             "The experts compute what the base computes. Their factors got no gradient: the forward pass did not use "
             "them, or they were not given to the optimizer.",
             "check that the experts' factors have a gradient after the first backward pass, then train again",
         )
-
-
-def zero_factors(states: list[str]) -> str:
-    """Which factor is zero in pairs that did not move."""
-    counts = {"B": states.count(UNMOVED), "A": states.count(NO_A)}
-    return " and ".join(f"{factor} is zero in {count}" for factor, count in counts.items() if count)
 
 
 def of_layout(reading: Reading, other: Reading | None, config: MoEConfig) -> Iterator[Finding]:
@@ -106,8 +99,7 @@ def of_layout(reading: Reading, other: Reading | None, config: MoEConfig) -> Ite
     if not reading.packed:
         return
     order = "expert by expert" if reading.layout.by_expert else "with the expert innermost, as PEFT packs them"
-    is_square = 2 * config.intermediate_size == config.hidden_size
-    if reading.layout.swapped and is_square:
+    if reading.layout.swapped and 2 * config.intermediate_size == config.hidden_size:
         yield Finding(
             "square-stack",
             "the stack of gate and up is square, and the file has A and B in each other's place (PEFT before 0.19)",
@@ -157,34 +149,31 @@ def of_changes(
     experts = {key: m for key, m in matrices.items() if m.place.part == EXPERTS and m.state != EMPTY}
     yield from some_unmoved(experts, reading, config, counts)
     moved = [m for m in experts.values() if m.state == MOVED]
-    ratios = sorted(m.ratio for m in moved)
-    if ratios and ratios[-1] < NEGLIGIBLE:
+    largest = max((m.ratio for m in moved), default=0)
+    if moved and largest < NEGLIGIBLE:
         yield Finding(
             "negligible",
-            f"the experts move by at most {ratios[-1]:.1e} of their weights",
+            f"the experts move by at most {largest:.1e} of their weights",
             "The update is lost in the rounding of a 16-bit model. The learning rate, the scale alpha / r or the "
             "number of steps was far too small.",
             "train longer or with a larger learning rate, and look at the scale",
         )
-    if ratios and ratios[-1] > 1:
-        above = sum(ratio > 1 for ratio in ratios)
-        scale = max(float(scale) for scale in reading.scales.values())
+    if largest > 1:
+        above, scale = sum(m.ratio > 1 for m in moved), float(max(reading.scales.values()))
         yield Finding(
             "larger-than-weight",
-            f"{above} of {len(ratios)} experts' matrices move by more than their norm, by up to {ratios[-1]:.1f} times",
+            f"{above} of {len(moved)} experts' matrices move by more than their norm, by up to {largest:.1f} times",
             f"The update drowns the base. The scale that B A is multiplied by goes up to {scale:g}.",
             "check lora_alpha, r and use_rslora against the training, then lower the learning rate",
         )
     if moved and reading.kind == "lora" and all(m.is_A_as_drawn for m in moved):
-        others = [m for m in matrices.values() if m.state == MOVED and m.place.part != EXPERTS]
-        trained_elsewhere = any(not m.is_A_as_drawn for m in others)
         yield Finding(
             "A-untrained",
             f"no entry of A on any of {len(moved)} experts' matrices is outside the range that A is drawn from",
-            "A does not seem to have trained on the experts"
-            + (", though it did elsewhere." if trained_elsewhere else ". That is right for LoRI or a frozen A."),
-            "check which parameters the optimizer had" if trained_elsewhere else "",
-            is_fault=trained_elsewhere,
+            "A does not seem to have trained on the experts. That is right for a frozen A, but not where A trained in "
+            "other modules.",
+            "check which parameters the optimizer had",
+            is_fault=any(m.state == MOVED and not m.is_A_as_drawn for m in matrices.values()),
         )
     yield from remarks(matrices, config)
 
@@ -201,10 +190,9 @@ def some_unmoved(
         means = "LoRI-S keeps the largest tenth of all entries of B; these matrices have none of them."
         yield Finding("some-unmoved", what, means, is_fault=False)
         return
-    stacks = {(m.place.layer, m.place.projection) for m in experts.values()}
     moving = {(m.place.layer, m.place.projection) for m in experts.values() if m.state == MOVED}
-    if still := sorted(stacks - moving):
-        layer, projection = still[0]
+    if still := {(m.place.layer, m.place.projection) for m in idle.values()} - moving:
+        layer, projection = min(still)
         where = f"all experts of {len(still)} stacks did not move, the first {projection} of layer {layer}"
         advice = "check that these factors have a gradient after the first backward pass, then train again"
         yield Finding("stacks-unmoved", where, "The training passed over these matrices.", advice)
@@ -215,7 +203,7 @@ def some_unmoved(
     row = {layer: i for i, layer in enumerate(config.moe_layers)}
     tokens = {key: int(counts[row[m.place.layer], m.place.expert]) for key, m in experts.items()}
     most = max(tokens[key] for key in idle)
-    usual = sorted(tokens[key] for key in experts.keys() - idle.keys())[(len(experts) - len(idle)) // 2]
+    usual = statistics.median_high(tokens[key] for key in experts.keys() - idle.keys())
     means = f"In the profile their experts receive up to {most:,} tokens; those that moved {usual:,} at the median."
     advice = "check that the training computes gradients for every expert"
     yield Finding("some-unmoved", what, means, advice if most >= usual else "", is_fault=most >= usual)
@@ -225,20 +213,16 @@ def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]
     """What is not wrong, but worth knowing: the router, experts without a pair, projections without one."""
     has_pair = by_expert(matrices, config).has_pair
     router = [m for m in matrices.values() if m.place.part == ROUTER and m.state == MOVED]
-    yield Finding(
-        "router-trained" if router else "router-frozen",
-        f"the router {f'moved in {len(router)} layers' if router else 'did not move'}",
-        "Tokens reach other experts than in the base; HELLoRA trains it so."
-        if router
-        else "Tokens choose experts with the base's weights, as far as the hidden states let them.",
-        is_fault=False,
-    )
+    if router:
+        means = "Tokens reach other experts than in the base; HELLoRA trains it so."
+        yield Finding("router-trained", f"the router moved in {len(router)} layers", means, is_fault=False)
+    else:
+        means = "Tokens choose experts with the base's weights, as far as the hidden states let them."
+        yield Finding("router-frozen", "the router did not move", means, is_fault=False)
     if has_pair.any() and not has_pair.all():
-        least, most = int(has_pair.sum(-1).min()), int(has_pair.sum(-1).max())
-        each = f"{least}" if least == most else f"{least} to {most}"
         yield Finding(
             "some-experts",
-            f"{each} of {config.num_experts} experts per layer have a pair",
+            f"{int(has_pair.sum())} of {has_pair.numel()} experts have a pair",
             "A file of PEFT without zeros for the others loads under transformers 4 and in SGLang, but not in vLLM or "
             "under transformers 5.",
             is_fault=False,
@@ -270,11 +254,10 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
         )
     if AS_READ in readings:
         yield from of_multiples(comparison)
-    share = unchanged_share(comparison)
-    if share > 0.5 and AS_READ not in readings:
+    elif comparison.unchanged_share > 0.5:
         yield Finding(
             "mostly-unchanged",
-            f"{100 * share:.0f} % of the entries of the changed weights are those of the base",
+            f"{100 * comparison.unchanged_share:.0f} % of the entries of the changed weights are those of the base",
             "A small update is lost to rounding in 16 bits; a sparse one (LoRI-S) looks the same.",
             "name the adapter with --adapter to tell them apart",
             is_fault=False,
@@ -292,22 +275,21 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
 
 def of_multiples(comparison: Comparison) -> Iterator[Finding]:
     """How many times the experts hold their deltas, and whether another reading of the adapter explains them."""
-    by_reading = comparison.experts
-    experts = by_reading.get(AS_READ)
-    if experts is None or not experts.square:
+    experts = comparison.experts.get(AS_READ, Multiple())
+    if not experts.square:
         return
-    share = f"{100 * unchanged_share(comparison):.0f} % of the entries are those of the base"
+    share = f"{100 * comparison.unchanged_share:.0f} % of the entries are those of the base"
     times = f"the experts hold the adapter's delta {experts.times:.2f} times"
-    explained = {name: m for name, m in by_reading.items() if name != AS_READ and m.most and m.times / m.most > 0.9}
-    if explained and experts.times < 0.9 * experts.most:
-        name = next(iter(explained))
+    better = [name for name, multiple in comparison.experts.items() if multiple.times > 0.9 * multiple.most > 0]
+    if better and AS_READ not in better:
+        name = better[0]
         order = {
             REORDERED: "with the columns of lora_B in the other order",
             TRANSPOSED: "with the square stack of gate and up transposed",
         }
         yield Finding(
             "merged-" + name,
-            f"{times}, and {explained[name].times:.2f} times {order[name]}",
+            f"{times}, and {comparison.experts[name].times:.2f} times {order[name]}",
             "The tool that merged read the packed stacks differently from how they are read here. One of the two is "
             "not what was trained.",
             "merge with the tool and version that trained, or state the order (lora_B_layout) and check again",

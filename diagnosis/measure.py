@@ -75,7 +75,9 @@ def state_of(pair: Factors) -> str:
     if not all(factor.isfinite().all() for factor in pair.values()):
         return NOT_FINITE
     has_A, has_B = bool(pair["lora_A"].any()), bool(pair["lora_B"].any())
-    return {(True, True): MOVED, (True, False): UNMOVED, (False, True): NO_A, (False, False): EMPTY}[has_A, has_B]
+    if has_A:
+        return MOVED if has_B else UNMOVED
+    return NO_A if has_B else EMPTY
 
 
 def is_as_drawn(A: Tensor) -> bool:

@@ -4,20 +4,20 @@
 
 The delta D of an adapter and the difference M - W of the checkpoints are compared by <M - W, D> / <D, D>: 1 if the
 checkpoint holds the delta once, 0 if not at all, 2 if twice. Rounding to the checkpoint's dtype lowers what can be
-reached, so `reachable` is the same number for W + D rounded once. One matrix of each checkpoint is in memory at a time.
+reached, so `most` is the same number for W + D rounded once. One matrix of each checkpoint is in memory at a time.
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from diagnosis.measure import EMPTY, EXPERTS, MOVED, UNMOVED, Matrix, place_of, state_of
+from diagnosis.measure import EMPTY, EXPERTS, MOVED, NOT_FINITE, UNMOVED, Matrix, place_of, state_of
 from hellora import folded
 from hub.checkpoint import WHOLE, Stored, read_slices
 from hub.config import Family
-from hub.peft import Factors, Reading
+from hub.peft import Reading
 from model import MoEConfig
 
 AS_READ, REORDERED, TRANSPOSED = "as read", "reordered", "transposed"
@@ -30,9 +30,6 @@ class Multiple:
     held: float = 0.0  # <M - W, D>
     reachable: float = 0.0  # <round(W + D) - W, D>
     square: float = 0.0  # <D, D>
-
-    def add(self, held: float, reachable: float, square: float) -> None:
-        self.held, self.reachable, self.square = self.held + held, self.reachable + reachable, self.square + square
 
     @property
     def times(self) -> float:
@@ -51,11 +48,14 @@ class Comparison:
     entries: int = 0  # of these matrices
     unchanged: int = 0  # of these entries
     largest: float = 0.0  # |M - W| of any entry
-    dtypes: set[torch.dtype] = field(default_factory=set)  # of the merged checkpoint
     unexplained: list[str] = field(default_factory=list)  # keys that changed although the adapter has no pair for them
     without: list[str] = field(default_factory=list)  # keys that lack the delta, although their dtype could hold it
     experts: dict[str, Multiple] = field(default_factory=dict)  # by hypothesis on how the adapter was read
-    others: Multiple = field(default_factory=Multiple)  # of attention, router, ...
+
+    @property
+    def unchanged_share(self) -> float:
+        """The share of the entries of `matrices` that are those of the base."""
+        return self.unchanged / max(self.entries, 1)
 
 
 @torch.no_grad()
@@ -63,39 +63,49 @@ def compare(
     merged: dict[str, Stored], base: dict[str, Stored], config: MoEConfig, readings: dict[str, Reading]
 ) -> Comparison:
     """Compare all weights. readings: the adapter AS_READ and, for packed stacks, REORDERED; {}: no adapter is given."""
-    result, reading = Comparison(dtypes={weight.dtype for weight in merged.values()}), readings.get(AS_READ)
-    deltas = {name: one.pairs for name, one in readings.items()}
+    result, reading, hypotheses = Comparison(), readings.get(AS_READ), list(readings)
     if reading and 2 * config.intermediate_size == config.hidden_size:  # a transposed stack of gate and up would fit
-        deltas[TRANSPOSED] = reading.pairs
-    for name, W in read_slices(base, dict.fromkeys(base, WHOLE)):
-        _, M = next(read_slices({name: merged[name]}, {name: WHOLE}))
-        key, W32, dtype = name.removesuffix(".weight"), W.float(), M.dtype
+        hypotheses.append(TRANSPOSED)
+    for name, W, M in side_by_side(base, merged):
+        key, W32 = name.removesuffix(".weight"), W.float()
         difference = M.float() - W32
         has_changed = bool(difference.any())
-        pair = reading.pairs.get(key) if reading else None
-        if pair is not None and state_of(pair) == EMPTY:
-            pair = None
-        if has_changed and reading and pair is None:
-            result.unexplained.append(name)
-        if not (has_changed or pair is not None):
+        state = state_of(reading.pairs[key]) if reading and key in reading.pairs else EMPTY
+        if state == EMPTY and not has_changed:
             continue
+        if reading and state == EMPTY:
+            result.unexplained.append(name)
         place = place_of(key, config.family)
-        state = MOVED if has_changed else UNMOVED
-        result.matrices[key] = Matrix(place, state, float(difference.norm()), float(W32.norm()))
+        norms = float(difference.norm()), float(W32.norm())
+        result.matrices[key] = Matrix(place, MOVED if has_changed else UNMOVED, *norms)
         result.entries += difference.numel()
         result.unchanged += int((difference == 0).sum())
         result.largest = max(result.largest, float(difference.abs().max()))
-        for hypothesis in deltas if pair is not None else ():
+        for hypothesis in () if state in (EMPTY, NOT_FINITE) else hypotheses:
             if place.part != EXPERTS and hypothesis != AS_READ:
                 continue
             D = delta(key, W, readings.get(hypothesis, reading), config.family, hypothesis == TRANSPOSED)
-            rounded = (W32 + D).to(dtype).float() - W32
-            products = [float((x * D).double().sum()) for x in (difference, rounded, D)]
-            total = result.experts.setdefault(hypothesis, Multiple()) if place.part == EXPERTS else result.others
-            total.add(*products)
-            if hypothesis == AS_READ and products[0] < 0.1 * products[1] and products[1] > 0.1 * products[2]:
+            rounded = (W32 + D).to(M.dtype).float() - W32
+            held, reachable, square = (float((x * D).double().sum()) for x in (difference, rounded, D))
+            if place.part == EXPERTS:
+                total = result.experts.setdefault(hypothesis, Multiple())
+                total.held += held
+                total.reachable += reachable
+                total.square += square
+            if hypothesis == AS_READ and held < 0.1 * reachable and reachable > 0.1 * square:
                 result.without.append(name)
     return result
+
+
+def side_by_side(base: dict[str, Stored], merged: dict[str, Stored]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every weight's name, the base's tensor and the merged one. A file is opened once for each file of the other."""
+    by_files: dict[tuple, list[str]] = {}
+    for name in base:
+        by_files.setdefault((base[name].file, merged[name].file), []).append(name)
+    for names in by_files.values():
+        whole = dict.fromkeys(names, WHOLE)
+        for (name, W), (_, M) in zip(read_slices(base, whole), read_slices(merged, whole), strict=True):
+            yield name, W, M
 
 
 def delta(key: str, W: Tensor, reading: Reading, family: Family, transposed: bool = False) -> Tensor:
@@ -103,27 +113,15 @@ def delta(key: str, W: Tensor, reading: Reading, family: Family, transposed: boo
 
     transposed: as if the delta of the stack [2F, D] of gate and up, which must be square, had been added transposed.
     """
-    pair = reading.pairs.get(key)
-    place = place_of(key, family)
     gate_proj, up_proj, down_proj = family.projections
-    if transposed and place.projection != down_proj:
-        stem, F = key.rpartition(".")[0], len(W)
-        rows = [product(reading, f"{stem}.{name}", W.shape) for name in (gate_proj, up_proj)]
-        columns = slice(F, None) if place.projection == up_proj else slice(F)
-        return torch.cat(rows)[:, columns].T  # [F, 2F]
-    if pair is not None and reading.kind == "dora":
-        return folded(W, pair, "dora", float(reading.scales[key])) - W.float()
-    return product(reading, key, W.shape)
-
-
-def product(reading: Reading, key: str, shape: torch.Size) -> Tensor:
-    """s B A of one matrix; zeros where there is no pair.  -> float32 [out, in]"""
-    pair: Factors | None = reading.pairs.get(key)
+    stem, _, projection = key.rpartition(".")
+    if transposed and projection != down_proj:
+        stack = torch.cat([delta(f"{stem}.{name}", W, reading, family) for name in (gate_proj, up_proj)])
+        return stack.T.chunk(2)[projection == up_proj]  # [F, D]
+    pair = reading.pairs.get(key)
     if pair is None:
-        return torch.zeros(shape)
-    return float(reading.scales[key]) * pair["lora_B"] @ pair["lora_A"]
-
-
-def unchanged_share(comparison: Comparison) -> float:
-    """The share of the entries of changed matrices that are those of the base; NaN if there are none."""
-    return comparison.unchanged / comparison.entries if comparison.entries else math.nan
+        return torch.zeros(W.shape)
+    scale = float(reading.scales[key])
+    if reading.kind == "dora":
+        return folded(W, pair, "dora", scale) - W.float()
+    return scale * pair["lora_B"] @ pair["lora_A"]

@@ -94,20 +94,14 @@ def hub_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def read_config_json(folder: Path, name: str = "config.json") -> dict:
-    """config.json of a checkpoint folder, or another file that holds a JSON object. Raises InputError otherwise."""
-    return read_json(folder / name, dict)
-
-
 def read_config_numbers(folder: Path) -> dict:
     """The fields of model.MoEConfig from the config.json of a folder. Raises InputError that names the folder.
 
     generation_config.json may name more tokens that end a text, under the same key.
     """
     place = f"{folder}/"  # the messages begin with "config.json:"
-    hub, more = read_config_json(folder), {}
-    if (folder / "generation_config.json").is_file():
-        more = read_config_json(folder, "generation_config.json")
+    hub = read_json(folder / "config.json", dict)
+    more = read_json(folder / "generation_config.json", dict, missing={})
     try:
         numbers = read_numbers(hub)
         place += "generation_"
@@ -260,35 +254,13 @@ def files(folder: Path) -> list[Path]:
             )
     for name in names:
         if not (folder / name).is_file():
-            raise InputError(f"{folder}: {name} is missing; {instead_of_weights(folder)}")
+            advice = f"expected {only.name}, or shards with {INDEX}, as transformers saves them; download it again"
+            for path in folder.glob("*/*.safetensors"):
+                advice = f"there are weights in a subfolder ({path.relative_to(folder)}); name that folder"
+            for path in (*folder.glob("*.bin"), *folder.glob("*.pt*")):
+                advice = f"{path.name} is a pickle, which is never opened; save it as safetensors with transformers"
+            raise InputError(f"{folder}: {name} is missing; {advice}")
     return [folder / name for name in names]
-
-
-def instead_of_weights(folder: Path) -> str:
-    """What a folder that lacks a file of weights holds instead, and what to do."""
-    others = {path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)}
-    shards = sorted(path.name for path in folder.glob("model-*.safetensors"))
-    below = sorted(path.relative_to(folder) for path in folder.glob("*/*.safetensors"))
-    here = sorted(path.name for path in folder.glob("*.safetensors"))
-    unfinished = sorted(path.name for path in folder.glob("*.safetensors.*") if path.suffix != ".json")
-    foreign = sorted(path.name for kind in ("gguf", "h5", "msgpack", "onnx") for path in folder.glob(f"*.{kind}"))
-    if shards and not (folder / INDEX).is_file():
-        return f"there are shards ({shards[0]}, ...) without {INDEX}; download that too"
-    if shards:
-        return "the checkpoint is incomplete, download it again"
-    if below:
-        return f"there are weights in a subfolder ({below[0]}); name that folder, or move them beside config.json"
-    if others:
-        convert = "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT)"
-        return f"{min(others)} is a pickle, which is never opened; convert it with transformers: {convert}"
-    if unfinished:
-        return f"{unfinished[0]} is an unfinished download; download it again"
-    if here:
-        layout = "model.safetensors, or shards with an index, as transformers saves them"
-        return f"{here[0]} has another name, and perhaps another layout; expected {layout}"
-    if foreign:
-        return f"{foreign[0]} is not a safetensors file; expected the original checkpoint in safetensors"
-    return "the checkpoint is incomplete, or the hub has no safetensors of it; download it again, or convert it"
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -351,33 +323,14 @@ def read_parts(file: Path, parts: Iterable[tuple[str, tuple[int | slice, ...]]])
 
 
 def copy_beside(base: Path, out: Path) -> None:
-    """Copy what a checkpoint holds besides config.json and weights: tokenizer, chat template, code, ..."""
-    for path in [*(path for pattern in BESIDE for path in base.glob(pattern)), *code_files(base)]:
+    """Copy what a checkpoint holds besides config.json and weights: tokenizer, chat template, its own code, ..."""
+    configs = (read_json(base / name, dict, missing={}) for name in ("config.json", "tokenizer_config.json"))
+    has_code = any("auto_map" in config for config in configs)  # which names classes in files beside it
+    for path in [path for pattern in (*BESIDE, *(["*.py"] if has_code else [])) for path in base.glob(pattern)]:
         if path.is_file():
             target = out / path.relative_to(base)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def code_files(folder: Path) -> list[Path]:
-    """The Python files that `auto_map` in the configs of a folder names, and those that they import beside them."""
-    modules, paths = [], []
-    for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
-        try:
-            classes = list(read_json(folder / name, dict)["auto_map"].values())
-        except (InputError, KeyError, AttributeError):
-            continue
-        classes = [each for value in classes for each in (value if isinstance(value, list) else [value])]
-        # "module.Class", or "repository--module.Class" for code that may lie elsewhere
-        modules += [each.rpartition("--")[2].rpartition(".")[0] for each in classes if isinstance(each, str)]
-    while modules:
-        path = folder / f"{modules.pop()}.py"
-        if path.parent == folder and path.is_file() and path not in paths:
-            paths.append(path)
-            code = path.read_text(encoding="utf-8", errors="replace")
-            modules += re.findall(r"^\s*from\s+\.(\w+)\s+import", code, re.MULTILINE)
-            modules += re.findall(r"^\s*from\s+\.\s+import\s+(\w+)", code, re.MULTILINE)
-    return paths
 
 
 def write_checkpoint(

@@ -144,8 +144,6 @@ HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, d
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "unsloth_fixed", "unsloth_version",
 }  # fmt: skip
 ignored: set[str] = set()  # the keys of --ignore-config-keys
-
-
 IGNORE_HELP = "unknown keys of config.json to ignore, separated by commas"
 
 
@@ -168,7 +166,7 @@ def read_numbers(hub: dict) -> dict:
     rope = rope_values(hub)
     check_values(hub, family)
     hidden, heads = integer(hub, "hidden_size"), integer(hub, "num_attention_heads")
-    layers, K = integer(hub, "num_hidden_layers", most=1000), integer(hub, "num_experts_per_tok")
+    layers = integer(hub, "num_hidden_layers", most=1000)
     vocab_size, expert_size = integer(hub, "vocab_size"), integer(hub, family.expert_size)
     if not hub.get("head_dim") and hidden % heads:
         raise InputError(f"config.json: hidden_size {hidden} is not a multiple of {heads} heads")
@@ -179,14 +177,13 @@ def read_numbers(hub: dict) -> dict:
             "expected a whole number of heads for each key-value head, and an even size"
         )
     E = integer(hub, next((key for key in family.num_experts if key in hub), family.num_experts[0]))
-    num_dense = integer(hub, family.num_dense_layers, 0) if family.num_dense_layers else 0
-    at_most(hub, "num_experts_per_tok", K, E)
-    at_most(hub, family.num_dense_layers, num_dense, layers - 1)
+    K = integer(hub, "num_experts_per_tok", most=E)
+    num_dense = integer(hub, family.num_dense_layers, 0, layers - 1) if family.num_dense_layers else 0
     if layers * E > MOST_EXPERTS:
         raise InputError(f"config.json: {layers} layers of {E} experts; expected at most {MOST_EXPERTS:,} in all")
     shared_size = integer(hub, family.num_shared, 0) * expert_size if family.num_shared else 0
     shared_size = integer(hub, family.shared_size, 0) if family.shared_size else shared_size
-    windowed = family.sliding_window and hub.get("sliding_window") is not None
+    has_window = family.sliding_window and hub.get("sliding_window") is not None
     return dict(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -208,7 +205,7 @@ def read_numbers(hub: dict) -> dict:
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         clip_qkv=hub.get("clip_qkv") if family.clip_qkv else None,
-        sliding_window=integer(hub, "sliding_window") if windowed else None,
+        sliding_window=integer(hub, "sliding_window") if has_window else None,
         tie_word_embeddings=bool(hub.get("tie_word_embeddings")),
         eos_token_ids=token_ids(hub, "eos_token_id", vocab_size),
         pad_token_id=next(iter(token_ids(hub, "pad_token_id", vocab_size)), None),
@@ -220,21 +217,13 @@ def read_numbers(hub: dict) -> dict:
 
 def integer(hub: dict, key: str, default: int | None = None, most: int = LARGEST) -> int:
     """A size from config.json; missing or null means `default`. Raises InputError for any other value out of range."""
-    value = hub.get(key)
-    if value is None and default is not None:
-        return default
+    value = default if hub.get(key) is None else hub[key]
     if value is None:
         raise InputError(f"config.json: {key} is missing")
-    least = 1 if default is None or default else 0
+    least = 0 if default == 0 else 1
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise InputError(f"config.json: {key} is {value!r:.40}; expected a whole number from {least} to {most:,}")
     return value
-
-
-def at_most(hub: dict, key: str, value: int, most: int) -> None:
-    """Raise InputError for a number of config.json that exceeds what another one allows."""
-    if value > most:
-        raise InputError(f"config.json: {key} {hub[key]} is too large; expected at most {most}")
 
 
 def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special_ids: set[int | None]) 
     # Text that spells a special token, such as <s> in HTML, is text: special ids come from us alone. Some files do not
     # mark the special tokens that the files beside them name.
     added = tokenizer.get_added_tokens_decoder()
-    also = special_tokens(folder / "tokenizer_config.json")
+    also = special_tokens(folder)
     unmarked = [
         token.content for i, token in added.items() if not token.special and (i in special_ids or token.content in also)
     ]
@@ -53,30 +53,32 @@ def read_tokenizer(folder: Path, vocab_size: int, special_ids: set[int | None]) 
     return tokenizer
 
 
-def special_tokens(path: Path) -> set[str]:
-    """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
-    config = read_json(path, dict, missing={})
-    try:
-        several = [
-            token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()
-        ]
-        several += [token for token in config.get("added_tokens_decoder", {}).values() if token["special"]]
-        named = [config.get(f"{name}_token") for name in NAMED]
-        return {token["content"] if isinstance(token, dict) else token for token in (*several, *named) if token}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not a tokenizer_config.json ({error!r})") from None
-
-
 NAMED = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # tokenizer_config.json has a key `bos_token`, and so on
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
     """What tokenizer_config.json calls `bos_token`, `eos_token` and the like: names that a template may use."""
-    names = ("special_tokens_map.json", "tokenizer_config.json")
-    older, newer = (read_json(folder / name, dict, missing={}) for name in names)
-    tokens = {name: (older | newer).get(name) for name in (f"{name}_token" for name in NAMED)}
-    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+    config = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second counts
+        config |= read_json(folder / file, dict, missing={})
+    tokens = {key: config.get(key) for key in (f"{name}_token" for name in NAMED)}
+    tokens = {key: token.get("content") if isinstance(token, dict) else token for key, token in tokens.items()}
+    return {key: token for key, token in tokens.items() if isinstance(token, str)}
+
+
+def special_tokens(folder: Path) -> set[str]:
+    """The special tokens that tokenizer_config.json names, if there is one: `eos_token` and the like, and lists."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path, dict, missing={})
+    try:
+        tokens = [
+            token for key in ("additional_special_tokens", "extra_special_tokens") for token in config.get(key) or ()
+        ]
+        tokens += [token for token in config.get("added_tokens_decoder", {}).values() if token["special"]]
+        listed = {token["content"] if isinstance(token, dict) else token for token in tokens}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not a tokenizer_config.json ({error!r})") from None
+    return listed | {*named_tokens(folder).values()}
 
 
 def write_stop_ids(folder: Path, stop_ids: Iterable[int]) -> None:
@@ -155,12 +157,14 @@ def choose_bos(asked: str, folder: Path, tokenizer: Tokenizer, config_id: int | 
         return Bos(reason="no BOS token")
     name = named_tokens(folder).get("bos_token")
     bos_id = config_id if name is None else tokenizer.token_to_id(name)
-    if asked == "yes" and bos_id is None:
-        raise InputError("--bos yes: neither tokenizer_config.json nor config.json names a BOS token; leave it out")
-    if asked != "auto":
-        return Bos(bos_id, asked == "yes", asked == "yes", f"as asked, {'a' if asked == 'yes' else 'no'} BOS token")
+    if asked == "yes":
+        if bos_id is None:
+            raise InputError("--bos yes: neither tokenizer_config.json nor config.json names a BOS token; leave it out")
+        return Bos(bos_id, True, True, "as asked, a BOS token")
+    if asked == "no":
+        return Bos(bos_id, False, False, "as asked, no BOS token")
     if bos_id is None:
         return Bos(reason="no BOS token, as the tokenizer names none")
-    added = tokenizer.encode("a").ids[:1] == [bos_id]
-    where = "a BOS token, as the tokenizer adds it" if added else "no BOS token, as the tokenizer adds none"
-    return Bos(bos_id, added, None, where)
+    if tokenizer.encode("a").ids[:1] == [bos_id]:
+        return Bos(bos_id, True, None, "a BOS token, as the tokenizer adds it")
+    return Bos(bos_id, reason="no BOS token, as the tokenizer adds none")

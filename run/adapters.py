@@ -22,7 +22,7 @@ from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
 from diagnosis.findings import UNUSABLE, of_pairs
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
-from hub.checkpoint import check_finite
+from hub.checkpoint import Stored, check_finite, stored
 from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
 from lora import init_A
@@ -71,8 +71,8 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **ori
     (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
-    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, or NaN in it.
+def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapter, dict[str, Tensor]]:
+    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, and for NaN in it.
 
     Experts of different ranks are padded with zeros to the largest: the result is a plain adapter of that rank.
     """
@@ -81,8 +81,8 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
         content = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
         if content.pop("sha256") != seal(content, folder / "adapter.safetensors"):
             raise ValueError("sha256 mismatch: the files are not as they were saved")
-        stored = load_file(folder / "adapter.safetensors")
-        state = {name: positions_of(t) if name.endswith("positions") else t for name, t in stored.items()}
+        state = load_file(folder / "adapter.safetensors")
+        state = {name: positions_of(t) if name.endswith("positions") else t for name, t in state.items()}
         adapter = Adapter(*(content[key] for key in Adapter.__dataclass_fields__))
         if adapter.ranks is not None:
             ranks = torch.tensor(adapter.ranks)
@@ -94,7 +94,7 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
         raise
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
-    for name, tensor in state.items():
+    for name, tensor in () if allow_nan else state.items():
         check_finite(tensor, f"{folder / 'adapter.safetensors'}: {name}")
     return adapter, state
 
@@ -180,11 +180,21 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
 # ------------------------------------------------------------------------------- matrix by matrix, and from PEFT
 
 
-def hub_shapes(config: MoEConfig) -> Shapes:
-    """The shape of every weight of a model, by the hub's key without `.weight`."""
+def weight_shapes(config: MoEConfig) -> Shapes:
+    """The shape of every weight of a model, by the hub's key."""
     with torch.device("meta"):
         views = hub_views(MoETransformer(config))
-    return {key.removesuffix(".weight"): tuple(view.shape) for key, view in views.items()}
+    return {key: tuple(view.shape) for key, view in views.items()}
+
+
+def hub_shapes(config: MoEConfig) -> Shapes:
+    """The shape of every weight of a model, by the hub's key without `.weight`."""
+    return {key.removesuffix(".weight"): shape for key, shape in weight_shapes(config).items()}
+
+
+def weights_of(folder: Path, config: MoEConfig) -> dict[str, Stored]:
+    """A checkpoint's weights by key, in the order of its files. Raises InputError if they do not fit the config."""
+    return stored(folder, weight_shapes(config), config.family)
 
 
 def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]]:
@@ -198,12 +208,14 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
 
 
 @torch.no_grad()
-def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
+def read_factors(
+    folder: str | Path, config: MoEConfig, *, allow_nan: bool = False
+) -> tuple[Adapter, dict[str, Factors]]:
     """The adapter of a run, and its factors by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
 
     Raises InputError for an adapter that is damaged or does not fit the model.
     """
-    adapter, state = read_adapter(folder)
+    adapter, state = read_adapter(folder, allow_nan=allow_nan)
     hot_mask(adapter.hot, config)
     shapes, digest = hub_shapes(config), hashlib.sha256()
     by_matrix: dict[str, Factors] = {}
@@ -253,12 +265,12 @@ def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = 
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return read_pairs(folder, config.family, config.num_experts, hub_shapes(config), layout)
-    adapter, factors = read_factors(folder, config)
+    adapter, factors = read_factors(folder, config, allow_nan=True)
     pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
     return Reading(adapter.kind, pairs, dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r))
 
 
-def from_peft(stored: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
+def from_peft(loaded: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
     """PEFT's adapter as `read_adapter` gives ours. An expert is hot if one of its matrices has a pair.
 
     What a hot expert or a module of `targets` lacks gets zeros: they add nothing, and learn nothing. A module whose
@@ -266,12 +278,12 @@ def from_peft(stored: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str
     it adapts nothing, or a matrix that no value of `targets` names.
     """
     experts = [list(range(config.num_experts))] * len(config.moe_layers)
-    every = Adapter("lora", stored.r, stored.alpha, "shared", 0, experts)
+    every = Adapter("lora", loaded.r, loaded.alpha, "shared", 0, experts)
     names = {hub_key(m, config.family): m for matrices in adapted_matrices(every, config).values() for m in matrices}
-    if not stored.pairs or stored.pairs.keys() - names.keys():
-        what = ", ".join(sorted(stored.pairs.keys() - names.keys())[:3]) or "nothing"
+    if not loaded.pairs or loaded.pairs.keys() - names.keys():
+        what = ", ".join(sorted(loaded.pairs.keys() - names.keys())[:3]) or "nothing"
         raise InputError(f"it adapts {what}; expected {', '.join(adapted_paths(config, 'shared'))} or experts")
-    pairs = {names[key]: pair for key, pair in stored.pairs.items()}
+    pairs = {names[key]: pair for key, pair in loaded.pairs.items()}
     hot, others = {layer: set() for layer in config.moe_layers}, set()
     for matrix in pairs:
         _, layer, path = matrix.split(".", 2)
@@ -281,16 +293,16 @@ def from_peft(stored: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str
             others.add(path)
     fitting = [name for name, paths in TARGETS.items() if others <= set(paths)]
     targets = min(fitting, key=lambda name: len(TARGETS[name]))
-    kind = "dora" if stored.dora else "lora"
+    kind = "dora" if loaded.dora else "lora"
     adapter = replace(every, kind=kind, targets=targets, hot=[sorted(ids) for ids in hot.values()])
     shapes, state = hub_shapes(config), {}
     for module, matrices in adapted_matrices(adapter, config).items():
         fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
-        zeros = {"lora_A": torch.zeros(stored.r, fan_in), "lora_B": torch.zeros(fan_out, stored.r)}
+        zeros = {"lora_A": torch.zeros(loaded.r, fan_in), "lora_B": torch.zeros(fan_out, loaded.r)}
         lacking = [matrix for matrix in matrices if matrix not in pairs]
-        if stored.dora and not lacking:
+        if loaded.dora and not lacking:
             zeros["lora_m"] = torch.zeros(fan_out)
-        elif stored.dora and len(lacking) < len(matrices):
+        elif loaded.dora and len(lacking) < len(matrices):
             raise InputError(
                 f"DoRA adapts {module.rpartition('.')[2]} of some experts but not {lacking[0]}; expected all"
             )
@@ -313,11 +325,11 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
         if finding.name in UNUSABLE:
             raise InputError(f"{folder}: {finding.what}")
         note(f"{folder}: {finding.what}. {finding.means}")
-    stored, remark = unified(reading)
+    loaded, remark = unified(reading)
     if remark:
         note(f"{folder}: {remark}")
     try:
-        return from_peft(stored, config)
+        return from_peft(loaded, config)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from None
 

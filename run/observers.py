@@ -22,10 +22,9 @@ from command.cli import is_main_process, note, say
 from diagnosis import report
 from diagnosis.measure import adapter_changes, by_expert
 from hellora import count_parameters
-from hub.checkpoint import stored
 from model import MoETransformer
 from neighbours.drlora import RankGrowth, draw_ranks
-from run.adapters import hub_shapes, read_loosely
+from run.adapters import read_loosely, weights_of
 from run.inputs import Run
 from run.log import FiniteSteps, LossPicture, Recorder, Signals
 from run.observer import Observer
@@ -77,10 +76,8 @@ class AdapterPicture(Observer):
     def draw(self) -> None:
         run, counts = self.run, self.run.counted.counts
         if run.processes.is_main:
-            shapes = {f"{key}.weight": shape for key, shape in hub_shapes(run.config).items()}
-            weights = stored(run.folder, shapes, run.config.family)
             reading = read_loosely(self.folder / "adapter", run.config)
-            experts = by_expert(adapter_changes(reading, weights, run.config), run.config)
+            experts = by_expert(adapter_changes(reading, weights_of(run.folder, run.config), run.config), run.config)
             say(report.headline(experts, counts))
             title = f"{run.settings.method} on {run.settings.task}: where the weights moved"
             report.draw(experts, counts, title, self.folder / "adapter.png")

@@ -443,23 +443,6 @@ def test_at_any_moment_the_processes_work_on_neighbouring_lengths():
         assert at_work == list(range(10 + 15 * i, 25 + 15 * i))
 
 
-def test_little_of_an_epoch_is_padding():
-    """On the embedded model's tokens: 7 % for micro-batches of 8 in batches of 32; over twice that ungrouped."""
-    model_config = read_config(TINY)
-    tokenizer = data.load_tokenizer(TINY, model_config)
-    items = data.encode(load_examples("tiny-math", "train"), tokenizer, model_config.eos_token_id)
-
-    def padding(cut):
-        batches = [data.collate(part, 0) for c in data.global_batches(len(items), 32, 0, 0) for part in cut(c)]
-        real, all_ = sum(int(b.lengths.sum()) for b in batches), sum(b.input_ids.numel() for b in batches)
-        assert real == sum(len(item.ids) for item in items)
-        return 1 - real / all_
-
-    plain = padding(lambda c: [[items[i] for i in c[start : start + 8]] for start in range(0, len(c), 8)])
-    grouped = padding(lambda c: data.micro_batches([items[i] for i in c], 8, 0, 1))
-    assert grouped < 0.08 and grouped < plain / 2
-
-
 def test_no_tiny_row_is_cut(capsys):
     model_config = read_config(TINY)
     tokenizer = data.load_tokenizer(TINY, model_config)

@@ -28,7 +28,7 @@ from lori import sparsify
 from model import MoEConfig, MoETransformer, load_model, read_config
 from neighbours.ranks import trains, truncate
 from run import adapters
-from run.adapters import load_adapter, read_any_adapter
+from run.adapters import read_any_adapter
 
 R, ALPHA, SEED = 5, 7.0, 3
 
@@ -287,61 +287,15 @@ def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpo
     assert all(torch.equal(tensors[name], state[name]) for name in state)
 
 
-def test_either_kind_of_folder_attaches(olmoe, tmp_path):
-    want = logits(make_run(olmoe.folder, tmp_path))
-    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
-    assert (base_of(tmp_path / "adapter"), base_of(out)) == (None, "somewhere/base")
-    for folder in (tmp_path / "adapter", out):
-        model = load_model(olmoe.folder)
-        load_adapter(model, folder)
-        assert_close(logits(model), want)
-
-
 def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
+    assert (base_of(tmp_path / "adapter"), base_of(out)) == (None, "somewhere/base")
     about = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
     read_any_adapter(out, read_config(olmoe.folder))  # here none is
     with pytest.raises(InputError, match="does not name a base model"):
         base_of(out)
-
-
-def native_peft(base: Path, out: Path, **settings) -> peft.PeftModel:
-    """A LoRA adapter that PEFT made by itself, random, saved."""
-    config = peft.LoraConfig(r=R, lora_alpha=9, init_lora_weights=False, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
-    model.save_pretrained(out)
-    return model
-
-
-@pytest.mark.parametrize(
-    "settings, targets",
-    [
-        ({"target_modules": ["q_proj", "v_proj"]}, "attention"),  # no expert; k, o and router stay as they are
-        ({"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}, "pure"),
-        ({"target_modules": ["o_proj"], "layers_to_transform": [2], "target_parameters": ["gate.weight"]}, "all"),
-        ({"target_modules": [], "target_parameters": ["gate.weight", "experts.down_proj"]}, "gate"),
-        ({"target_modules": [], "target_parameters": ["experts.gate_up_proj"]}, "pure"),  # saved under the name of down
-        ({"target_modules": [], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}, "pure"),
-        (
-            {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": R, "up_proj": R}, "alpha_pattern": {"k": 9}},
-            "attention",
-        ),
-    ],
-)
-@pytest.mark.parametrize("family", [family for family in LOADABLE if family in PEFT])
-def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, targets, make_checkpoint, tmp_path):
-    base = make_checkpoint(family).folder
-    want = logits(native_peft(base, tmp_path, **settings))
-    model = load_model(base)
-    load_adapter(model, tmp_path)
-    assert_close(logits(model), want)
-    assert model.adapter.targets == targets
 
 
 @pytest.mark.parametrize(
@@ -351,22 +305,17 @@ def test_adapters_made_by_peft_itself_compute_the_same_here(family, settings, ta
             lambda about, state: about.update(use_dora=True),
             "has lora_A, lora_B alone, expected lora_A and lora_B and lora_m",
         ),
-        (lambda about, state: about.update(modules_to_save=["lm_head"]), "modules_to_save is .'lm_head'."),
-        (lambda about, state: about.update(use_qalora=True), "use_qalora True: unknown"),
         (lambda about, state: about.update(arrow_config={"top_k": 2}, other=0), "arrow_config {'top_k': 2}: unknown"),
         (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "q_proj: lora_A has rank 5, but .* says 3"),
-        (lambda about, state: about.update(rank_pattern=[R]), "rank_pattern is .5."),
         (lambda about, state: about.update(rank_pattern={"q_proj": 0}), "rank_pattern is .'q_proj': 0."),
         (
             lambda about, state: about.update(alpha_pattern={"(q": 3}),
             "alpha_pattern has '.q', not a regular expression",
         ),
-        (lambda about, state: about.update(r=R + 1), "of another model or rank"),
         (lambda about, state: about.pop("lora_alpha"), "not a PEFT adapter"),
         (lambda about, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
         (lambda about, state: [tensor.zero_() for tensor in state.values()], "adapts nothing"),
-        (lambda about, state: state.update({"base_model.model.lm_head.lora_A.weight": torch.ones(R, 48)}), "lm_head"),
         (
             lambda about, state: state.update(
                 {f"base_model.model.model.layers.9.mlp.gate.lora_{x}.weight": torch.ones(R, R) for x in "AB"}
@@ -496,7 +445,6 @@ def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_p
 
 def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
-    out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
     adapter, state = adapters.read_adapter(tmp_path / "adapter")
     for name, value in (("layers.1.mlp.gate.lora_B", math.nan), ("layers.3.mlp.experts.lora.up_proj.lora_A", math.inf)):
         damaged = {key: tensor.clone() for key, tensor in state.items()}
@@ -504,9 +452,3 @@ def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_ten
         adapters.save_adapter(damaged, tmp_path / "adapter", adapter)
         with pytest.raises(InputError, match=f"adapter.safetensors: {name} holds NaN or infinity"):
             adapters.read_adapter(tmp_path / "adapter")
-    state = load_file(out / "adapter_model.safetensors")
-    name = "base_model.model.model.layers.3.mlp.experts.5.down_proj.lora_B.weight"
-    state[name][0, 0] = -math.inf
-    save_file(state, out / "adapter_model.safetensors")
-    with pytest.raises(InputError, match="hold NaN or infinity, the first model.layers.3.mlp.experts.5.down_proj"):
-        read_any_adapter(out, read_config(olmoe.folder))

@@ -128,6 +128,24 @@ def test_adapters_of_peft_compute_the_same_here(transformers, name, family, make
     assert (plain - want).abs().max() > 0.05 * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    "stacks, targets",
+    [
+        (["experts.gate_up_proj"], "pure"),  # saved under the name of down
+        (["gate.weight", "experts.down_proj"], "gate"),
+        (["experts.down_proj", "experts.gate_up_proj"], "pure"),
+    ],
+)
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_which_stack_a_pair_adapts_is_told_by_its_shape(family, stacks, targets, make_checkpoint, tmp_path):
+    base = make_checkpoint(family).folder
+    want = saved_under_5(base, tmp_path, {"target_modules": [], "target_parameters": stacks})
+    model = load_model(base)
+    load_adapter(model, tmp_path)
+    assert (logits(model) - want).abs().max() <= 1e-5
+    assert model.adapter.targets == targets
+
+
 def test_the_table_of_the_docs_has_these_adapters():
     page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
     assert [(int(n), name) for n, name in re.findall(r"^\| ([45]) \| ([^|]*) \|", page, re.M)] == ROWS
