@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError
-from command.files import parse_json, read_json
+from command.files import read_json
 from hub.checkpoint import converted, name_and_revision
 from hub.config import Family
 
@@ -177,17 +177,16 @@ def read_pairs(
 def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """adapter_config.json and the tensors of a PEFT folder. Raises InputError if they are missing or damaged."""
     try:
-        settings = parse_json((folder / "adapter_config.json").read_bytes(), folder / "adapter_config.json", dict)
+        settings = read_json(folder / "adapter_config.json", dict)
         tensors = load_file(folder / "adapter_model.safetensors")
         r, alpha = settings["r"], settings["lora_alpha"]
         if type(r) is not int or type(alpha) not in (int, float) or not (r > 0 and 0 < alpha < float("inf")):
             raise ValueError(f"r {r!r}, lora_alpha {alpha!r}; expected numbers above 0")
-    except FileNotFoundError as error:
-        is_pickle = (folder / "adapter_model.bin").is_file()
-        pickle = "adapter_model.bin is a pickle, which is never opened; load it with PEFT and save it again"
-        advice = pickle if is_pickle else "expected the folder of a PEFT adapter"
-        missing = error.filename or folder / "adapter_model.safetensors"  # safetensors names no file
-        raise InputError(f"{missing} is missing; {advice}") from None
+    except FileNotFoundError:
+        advice = "expected the folder of a PEFT adapter"
+        if (folder / "adapter_model.bin").is_file():
+            advice = "adapter_model.bin is a pickle, which is never opened; load it with PEFT and save it again"
+        raise InputError(f"{folder / 'adapter_model.safetensors'} is missing; {advice}") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, KeyError, OverflowError, SafetensorError) as error:
@@ -207,19 +206,19 @@ def unified(reading: Reading) -> tuple[PeftAdapter, str]:
     if not pairs:
         return PeftAdapter(1, 1.0, {}), ""
     r, scale = max(len(pair["lora_A"]) for pair in pairs.values()), Counter(map(scales.get, pairs)).most_common(1)[0][0]
-    changed, same = {}, 0
+    equal, num_changed = {}, 0
     for matrix, pair in pairs.items():
         more, ratio = r - len(pair["lora_A"]), scales[matrix] / scale
-        changed[matrix] = pair | {
+        equal[matrix] = pair | {
             "lora_A": F.pad(pair["lora_A"], (0, 0, 0, more)),
             "lora_B": F.pad(pair["lora_B"], (0, more)) * float(ratio),
         }
-        same += not more and ratio == 1
+        num_changed += more > 0 or ratio != 1
     remark = (
-        f"{len(pairs) - same} of {len(pairs)} matrices have another rank or scale than rank {r} and alpha / r = "
+        f"{num_changed} of {len(pairs)} matrices have another rank or scale than rank {r} and alpha / r = "
         f"{float(scale):g}; they are padded and rescaled: the function is the same, steps of training are not"
     )
-    return PeftAdapter(r, float(r * scale), changed, dora), "" if same == len(pairs) else remark
+    return PeftAdapter(r, float(r * scale), equal, dora), remark if num_changed else ""
 
 
 def setting_problems(settings: dict) -> list[str]:
@@ -243,16 +242,14 @@ def layout_of(settings: dict) -> Layout:
 
     Unsloth of before September 2026 packed lora_B expert by expert; later versions record which (`lora_B_layout`).
     """
-    return Layout(
-        settings.get("lora_B_layout") == "grouped_by_expert", version(settings) < (0, 19)
-    )  # 0.17 writes no version
+    version = [int(part) for part in re.findall(r"\d+", settings.get("peft_version") or "")[:2]]  # 0.17 writes none
+    return Layout(by_expert=settings.get("lora_B_layout") == "grouped_by_expert", swapped=version < [0, 19])
 
 
 def of_module(settings: dict, pattern: str, default: str, name: str) -> int | float:
     """What adapter_config.json says of a module. The keys of a pattern are regular expressions for ends of names."""
     patterns = settings.get(pattern) or {}
-    is_object = isinstance(patterns, dict)
-    if not is_object or not all(type(n) in (int, float) and n > 0 for n in patterns.values()):
+    if not (isinstance(patterns, dict) and all(type(n) in (int, float) and n > 0 for n in patterns.values())):
         raise InputError(f"{pattern} is {patterns!r:.80}; expected an object of numbers above 0")
     for key, value in patterns.items():
         try:  # PEFT calls a weight that is not a linear layer's by its own name
@@ -268,10 +265,8 @@ def scale_of(name: str, rows: int, settings: dict) -> Fraction:
 
     name: PEFT's name of the module, or of the parameter. rows: of one A. Raises InputError if these are not the rank.
     """
-    rank, alpha = (
-        of_module(settings, "rank_pattern", "r", name),
-        of_module(settings, "alpha_pattern", "lora_alpha", name),
-    )
+    rank = of_module(settings, "rank_pattern", "r", name)
+    alpha = of_module(settings, "alpha_pattern", "lora_alpha", name)
     if rows != rank:
         raise InputError(
             f"{name}: lora_A has rank {rows}, but adapter_config.json says {rank}: of another model or rank"
@@ -352,11 +347,6 @@ def unstack(
         for projection, (A, B) in parts.items()
         for i, e in enumerate(ids)
     }
-
-
-def version(settings: dict) -> tuple[int, ...]:
-    """The version of PEFT that wrote adapter_config.json; (0,) where it says none."""
-    return tuple(int(part) for part in re.findall(r"\d+", str(settings.get("peft_version") or "0"))[:2])
 
 
 def base_of(folder: str | Path) -> str | None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError, note
-from command.files import parse_json, read_json, seal
+from command.files import read_json, seal
 from diagnosis.findings import UNUSABLE, of_pairs
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
 from hub.checkpoint import Stored, check_finite, stored
@@ -78,7 +78,7 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
     """
     folder = Path(folder)
     try:
-        content = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
+        content = read_json(folder / "adapter.json", dict)
         if content.pop("sha256") != seal(content, folder / "adapter.safetensors"):
             raise ValueError("sha256 mismatch: the files are not as they were saved")
         state = load_file(folder / "adapter.safetensors")
@@ -88,8 +88,6 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
             ranks = torch.tensor(adapter.ranks)
             state, r = pad(state, ranks), int(ranks.max())
             adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None, expert_rank=None)
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename} is missing; expected the adapter/ folder of a run") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
@@ -115,17 +113,14 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
 def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     """A file of expert lists, one list per layer, or an adapter.json, which has them as `hot`.  -> bool [L, E]"""
     content = read_json(path)
+    hot = content.get("hot") if isinstance(content, dict) else content
+    lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
+    if not lists or any(type(e) is not int for ids in hot for e in ids):
+        raise InputError(f"{path}: expected a JSON list of expert ids for every layer; it holds {hot!r:.60}")
     try:
-        hot = content["hot"] if isinstance(content, dict) else content
-        lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
-        if not lists or any(type(e) is not int for ids in hot for e in ids):
-            raise ValueError(f"it holds {hot!r:.60}")
-        mask = hot_mask(hot, config)
+        return hot_mask(hot, config)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path}: expected a JSON list of expert ids for every layer ({error})") from None
-    return mask
 
 
 def load_adapter(model: MoETransformer, folder: str | Path) -> None:
@@ -172,8 +167,8 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
             raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
     for name, tensor in state.items():
         if ours[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, expected {tuple(ours[name].shape)}"
-            raise InputError(f"{source}: {name} is {shapes}")
+            expected = tuple(ours[name].shape)
+            raise InputError(f"{source}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
         fill(ours[name], tensor)
 
 
