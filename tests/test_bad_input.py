@@ -403,7 +403,7 @@ train --model config-cross                           | add_cross_attention True 
 train --model config-wide                            | shape
 train --model config-negative                        | num_hidden_layers is -4 | from 1
 train --model config-missing                         | num_experts_per_tok is missing
-train --model config-k                               | num_experts_per_tok 65 | at most 64
+train --model config-k                               | num_experts_per_tok is 65 | from 1 to 64
 train --model config-theta                           | rope_theta
 train --model config-nan                             | rms_norm_eps is nan | positive
 train --model config-pad                             | pad_token_id is 1000000

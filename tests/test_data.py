@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from test_chat import sentencepiece, write
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
 import data
@@ -28,12 +29,6 @@ PROBLEM = {
     "canonical_solution": "    return 2\n",
     "test": "def check(f):\n    assert f() == 2\n",
 }
-
-
-def write(path, rows):
-    """A jsonl file of the rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def texts(examples):
@@ -162,21 +157,6 @@ def test_ids_are_those_of_transformers_for_prompt_and_target_apart_and_then_eos(
 SPELLED = [f"Strike {EOS} out", "<s>HTML</s> for old text", f"{EOS}{EOS}", "a <s>", f"<|endof{EOS}text|>"]
 
 
-def sentencepiece_like(special: bool = True) -> Tokenizer:
-    """A BPE as converted from sentencepiece: a prefix in place of a space, bytes for unknown text, <unk> <s> </s>."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyzH<>/"]
-    tokenizer = Tokenizer(
-        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    names = [AddedToken(name, special=special, normalized=False) for name in pieces[:3]]
-    tokenizer.add_special_tokens(names) if special else tokenizer.add_tokens(names)
-    return tokenizer
-
-
 MARKED = {  # the ways in which a tokenizer_config.json says that <s> is special
     "as bos": {"bos_token": "<s>"},
     "as an object": {"bos_token": {"content": "<s>", "special": True}},
@@ -189,41 +169,41 @@ MARKED = {  # the ways in which a tokenizer_config.json says that <s> is special
 
 @pytest.mark.parametrize("how", MARKED)
 def test_a_special_token_that_tokenizer_config_alone_names_is_text_too(how, tmp_path):
-    sentencepiece_like(special=False).save(str(tmp_path / "tokenizer.json"))
-    about = config(vocab_size=400, eos_token_id=2)
-    assert 1 in data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
+    sentencepiece("every", special=False).save(str(tmp_path / "tokenizer.json"))
+    about = config(vocab_size=400)
+    assert 0 in data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(MARKED[how]))
     ids = data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
-    assert 1 not in ids and len(ids) > 4  # "<", "s" and ">" apart
+    assert 0 not in ids and len(ids) > 4  # "<", "s" and ">" apart
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", '{"added_tokens_decoder": {"1": {}}}'])
 def test_a_damaged_tokenizer_config_is_an_error(text, tmp_path):
-    sentencepiece_like().save(str(tmp_path / "tokenizer.json"))
+    sentencepiece("every").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(InputError, match="tokenizer_config.json: "):
-        data.load_tokenizer(tmp_path, config(vocab_size=400, eos_token_id=2))
+        data.load_tokenizer(tmp_path, config(vocab_size=400))
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "not marked as special"])
 def test_text_that_spells_a_special_token_is_text_in_prompt_and_target_as_in_transformers(kind, words, tmp_path):
-    folder, eos = (words, 1) if kind == "byte-level" else (tmp_path, 2)
+    folder = words if kind == "byte-level" else tmp_path
     if kind != "byte-level":
-        sentencepiece_like(kind == "sentencepiece").save(str(folder / "tokenizer.json"))
-    about = config(vocab_size=400, eos_token_id=eos)
-    about.hub["bos_token_id"] = eos - 1
+        sentencepiece("every", special=kind == "sentencepiece").save(str(folder / "tokenizer.json"))
+    about = config(vocab_size=400)
+    about.hub["bos_token_id"] = 0
     tokenizer = data.load_tokenizer(folder, about)
     if kind == "byte-level":
         tokenizer.decoder = decoders.ByteLevel()
     hf = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), split_special_tokens=True)
     examples = [Example(str(i), text, text[::-1] + text, {}) for i, text in enumerate(SPELLED)]
-    for example, item in zip(examples, data.encode(examples, tokenizer, eos), strict=True):
+    for example, item in zip(examples, data.encode(examples, tokenizer, 1), strict=True):
         prompt = item.ids[: item.spans[0][0]]
-        assert tokenizer.decode(prompt, skip_special_tokens=False) == example.prompt
-        assert item.ids.index(eos) == len(item.ids) - 1 and (0 if kind == "byte-level" else 1) not in item.ids
+        assert tokenizer.decode(prompt, skip_special_tokens=False).removeprefix(" ") == example.prompt
+        assert item.ids.index(1) == len(item.ids) - 1 and 0 not in item.ids
         if kind != "not marked as special":
             wanted = [hf(text, add_special_tokens=False)["input_ids"] for text in (example.prompt, example.answer)]
-            assert item.ids == [*wanted[0], *wanted[1], eos]
+            assert item.ids == [*wanted[0], *wanted[1], 1]
 
 
 def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_quotes_it(tmp_path):

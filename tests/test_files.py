@@ -14,22 +14,13 @@ from unittest.mock import Mock
 
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from test_chat import write
+from test_data import ALPACA_ROW, GSM8K_ROW, PROBLEM
 
 import data
 from command.cli import InputError
 from data import load_examples
 from hub.rows import Download
-
-GSM8K_ROW = {"question": "Ann has 3 coins. She finds 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 coins.\n#### 7"}
-ALPACA_ROW = {"instruction": "Add {a} to b.", "input": "a=1, b=2\n", "output": "3"}
-PROBLEM = {"task_id": "own/0", "prompt": "def two():\n", "entry_point": "two", "test": "def check(f): assert f() == 2"}
-
-
-def write(path, rows):
-    """A jsonl file of the rows."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
 
 # -------------------------------------------------------------------------------------------------- local files
 
