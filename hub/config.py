@@ -240,15 +240,17 @@ def token_ids(hub: dict, key: str, vocab_size: int) -> tuple[int, ...]:
     return tuple(i for i in ids if 0 <= i < vocab_size)
 
 
-def read_by(family: Family) -> set[str]:
-    """The keys of config.json that are read in this family besides READ."""
-    optional = (family.num_dense_layers, family.num_shared, family.shared_size)
-    keys = {*family.num_experts, family.expert_size, *(key for key in optional if key)}
-    keys |= {"intermediate_size"} if family.num_dense_layers else set()
-    keys |= set() if family.always_norm_topk_prob or family.topk_before_softmax else {"norm_topk_prob"}
-    keys |= {"clip_qkv"} if family.clip_qkv else set()
-    keys |= {"sliding_window"} if family.sliding_window else set()
-    return keys | ({*MULTIPLIERS} if family.multipliers else set())
+def read_by(family: Family) -> set[str | None]:
+    """The keys of config.json that are read in this family besides READ. None: it has no such key."""
+    is_read = {
+        "intermediate_size": family.num_dense_layers,
+        "norm_topk_prob": not (family.always_norm_topk_prob or family.topk_before_softmax),
+        "clip_qkv": family.clip_qkv,
+        "sliding_window": family.sliding_window,
+        **dict.fromkeys(MULTIPLIERS, family.multipliers),
+    }
+    sizes = {family.expert_size, family.num_dense_layers, family.num_shared, family.shared_size}
+    return sizes | {*family.num_experts} | {key for key, value in is_read.items() if value}
 
 
 ROPE = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
