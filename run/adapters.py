@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError, note
-from command.files import read_json, seal
+from command.files import parse_json, read_json, seal
 from diagnosis.findings import UNUSABLE, of_pairs
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
 from hub.checkpoint import Stored, check_finite, stored
@@ -78,7 +78,7 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
     """
     folder = Path(folder)
     try:
-        content = read_json(folder / "adapter.json", dict)
+        content = parse_json((folder / "adapter.json").read_bytes(), folder / "adapter.json", dict)
         if content.pop("sha256") != seal(content, folder / "adapter.safetensors"):
             raise ValueError("sha256 mismatch: the files are not as they were saved")
         state = load_file(folder / "adapter.safetensors")
@@ -88,6 +88,8 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
             ranks = torch.tensor(adapter.ranks)
             state, r = pad(state, ranks), int(ranks.max())
             adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None, expert_rank=None)
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} is missing; expected the adapter/ folder of a run") from None
     except InputError:
         raise
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
@@ -168,7 +170,7 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
     for name, tensor in state.items():
         if ours[name].shape != tensor.shape:
             expected = tuple(ours[name].shape)
-            raise InputError(f"{source}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+            raise InputError(f"{source}: {name} is {tuple(tensor.shape)}, expected {expected}")
         fill(ours[name], tensor)
 
 
