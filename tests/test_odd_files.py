@@ -31,7 +31,7 @@ from model import load_model, read_config
 from routing import profiles
 from run import adapters
 from run import state as states
-from run.log import log_lines, read_records
+from run.log import read_records
 from scoring import completions
 
 
@@ -216,7 +216,7 @@ def run(olmoe: Path, folder: Path) -> Reader:
 def log(olmoe: Path, folder: Path) -> Reader:
     def read(folder: Path) -> object:
         path = folder / "log.jsonl"
-        return [record["step"] for record in read_records(path, 2, log_lines(path))]
+        return [record["step"] for record in read_records(path, 2)]
 
     return Reader({"log.jsonl": lines({"step": 1, "loss": 2.5}, {"step": 2, "loss": None})}, read)
 
