@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SHARED, SIZES
+from conftest import SHARED, SIZES, on_processes
 from torch import Tensor
 
 import hellora
@@ -19,7 +19,7 @@ from hub.config import PRESETS
 from hub.weights import init_weights
 from lab.benchmarks.measure import allocated_peak, saved_bytes
 from machine import memory
-from machine.processes import freed_memory_kept
+from machine.processes import end_processes, freed_memory_kept, start_processes
 from model import KVCache, MoEConfig, MoETransformer, save_model
 from training_step import load_shared
 
@@ -251,9 +251,8 @@ def test_the_plan_of_mixtral_fits_two_gpus_sharded_and_not_replicated(capsys):
     assert "sent per step" in capsys.readouterr().out
 
 
-def choose_with_its_own_room(index: int, out) -> None:
-    dist.init_process_group("gloo", f"file://{out}/meet", rank=index, world_size=2)
-    cpu = torch.device("cpu")
+def choose_with_its_own_room(out) -> None:
+    index, _, cpu = start_processes()
     memory.available = lambda device: (200, 90)[index]  # a replicated base would fit on the first alone
     chosen = memory.choose_shard(None, cpu, 2, plan_of)
     os.environ["LOCAL_WORLD_SIZE"] = str(1 + index)
@@ -261,13 +260,13 @@ def choose_with_its_own_room(index: int, out) -> None:
         memory.choose_shard("hybrid", cpu, 2, plan_of)
     except InputError as error:
         torch.save((chosen, str(error)), out / f"{index}.pt")
-    dist.destroy_process_group()
+    end_processes()
 
 
 def test_processes_with_different_free_memory_choose_alike_and_machines_must_be_alike_for_hybrid(tmp_path):
-    torch.multiprocessing.start_processes(choose_with_its_own_room, (tmp_path,), nprocs=2, start_method="fork")
-    found = [torch.load(tmp_path / f"{index}.pt") for index in (0, 1)]
-    assert found == [("full", "--shard hybrid: the machines run 1 to 2 processes; start as many on each")] * 2
+    on_processes(2, choose_with_its_own_room, tmp_path)
+    outcomes = [torch.load(tmp_path / f"{index}.pt") for index in (0, 1)]
+    assert outcomes == [("full", "--shard hybrid: the machines run 1 to 2 processes; start as many on each")] * 2
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8, 16, 64])
@@ -275,9 +274,9 @@ def test_processes_with_different_free_memory_choose_alike_and_machines_must_be_
 def test_every_process_holds_about_the_average(model, processes):
     """Also 8 experts on 16 processes, which FSDP2 alone would give one each to half of them."""
     with torch.device("meta"):
-        found = MoETransformer(MoEConfig.from_dict(PRESETS[model]))
-    attach(found)
-    parameters = list(found.parameters())
+        of_preset = MoETransformer(MoEConfig.from_dict(PRESETS[model]))
+    attach(of_preset)
+    parameters = list(of_preset.parameters())
     assert memory.held(parameters, processes) <= 1.1 * memory.held(parameters) / processes
 
 
