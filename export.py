@@ -18,6 +18,7 @@ layer and what is wrong (diagnosis/). Exit status 0: healthy; 3: a fault was fou
 
 import command.start  # noqa: F401
 
+import os
 import shutil
 import sys
 import tempfile
@@ -280,7 +281,7 @@ def check(argv: list[str]) -> None:
 def read_counts(settings: CheckSettings, config: MoEConfig) -> Tensor | None:
     """The routed tokens [L, E] of --profile, or of the run's own profile."""
     own = Path(settings.source) / "profile.json"
-    path = settings.profile or (str(own) if own.is_file() else None)
+    path = settings.profile or (str(own) if os.path.isfile(own) else None)
     if path is None:
         return None
     routing = load_profile(path)

@@ -38,7 +38,7 @@ from run.folder import earlier_result
 from run.inputs import Run, prepare
 from run.log import check_records, summary
 from run.observers import Observers
-from run.output import check_space, save, write_inputs
+from run.output import check_space, draw_adapter, save, write_inputs
 from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
 from run.sharding import choose_sharding
@@ -73,8 +73,11 @@ def train_claimed(settings: Settings) -> dict:
     result |= {"shard": run.shard} | trained
     if run.processes.is_main:
         write_json(run.out / "result.json", result)
-        say(f"{summary(result)}; run in {run.out}")
     end_processes()
+    if run.processes.is_main:
+        if run.method.experts:
+            draw_adapter(run)
+        say(f"{summary(result)}; run in {run.out}")
     return result
 
 
@@ -191,7 +194,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     warmup = warmup_steps(s.lr_warmup, run.steps)
     observers = Observers(run, model, optimizer, out)
     first = observers.resume()
-    check_space(run, model)
+    run.processes.once(lambda: check_space(run, model))
     write_inputs(run)
     say(f"{run.steps:,} steps of {s.batch} examples, {run.processes.count} process{'es' * (run.processes.count > 1)}")
     model.train()

@@ -206,7 +206,8 @@ def some_unmoved(
     usual = statistics.median_high(tokens[key] for key in experts.keys() - idle.keys())
     means = f"In the profile their experts receive up to {most:,} tokens; those that moved {usual:,} at the median."
     advice = "check that the training computes gradients for every expert"
-    yield Finding("some-unmoved", what, means, advice if most >= usual else "", is_fault=most >= usual)
+    is_fault = most >= usual / 2
+    yield Finding("some-unmoved", what, means, advice if is_fault else "", is_fault=is_fault)
 
 
 def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]:

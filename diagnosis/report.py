@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure  # not pyplot, which brings global state and looks for a display
 from torch import Tensor
 
 from diagnosis.findings import Finding
@@ -84,6 +83,8 @@ def headline(experts: Table, counts: Tensor | None) -> str:
 
 def draw(experts: Table, counts: Tensor | None, title: str, path: Path) -> None:
     """Heat maps, layer by expert: |dW| / |W|, and beside it the routed tokens. Experts without a pair stay white."""
+    from matplotlib.figure import Figure  # not pyplot: it has global state, and looks for a display
+
     panels = [("|dW| / |W|, %", 100 * experts.ratio.where(experts.has_pair, torch.nan))]
     if counts is not None:
         panels.append(("% of the layer's routed tokens", 100 * shares(counts)))

@@ -129,7 +129,7 @@ class Layout(NamedTuple):
 class Reading:
     """What an adapter's folder holds, as far as it can be read."""
 
-    kind: str  # key of lora.KINDS
+    kind: str  # key of hellora.KINDS
     pairs: dict[str, Factors] = field(default_factory=dict)  # by matrix
     scales: dict[str, Fraction] = field(default_factory=dict)  # what B A is multiplied by
     layout: Layout | None = None  # of packed stacks
@@ -352,7 +352,7 @@ def unstack(
 def base_of(folder: str | Path) -> str | None:
     """The base model that a PEFT adapter names; None if `folder` holds no PEFT adapter."""
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which takes a name that is too long for one of nothing
         return None
     settings = read_json(path, dict)
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")

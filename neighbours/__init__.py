@@ -1,1 +1,1 @@
-"""Related methods that HELLoRA is compared with: DR-LoRA."""
+"""What HELLoRA is compared with: DoRA, DR-LoRA with experts of different ranks, other policies."""

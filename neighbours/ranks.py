@@ -4,7 +4,6 @@ Dimensions: L layers with experts, E experts per layer, R rank of an expert, r_m
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,17 +34,15 @@ def truncate(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
 
 
 def pad(state: dict[str, Tensor], ranks: Tensor) -> dict[str, Tensor]:
-    """Undo `truncate`, with zeros: a plain adapter of the largest rank. Raises ValueError if the ranks do not fit."""
-    padded, largest, rows_of = {}, int(ranks.max()), rank_rows(state)
-    for name, tensor in state.items():
-        rows = tensor if name.endswith("lora_A") else tensor.mT  # [r or sum of R, in or out]
-        if name in rows_of:
-            mask = trains(ranks[rows_of[name]], largest)
-            if len(rows) != int(mask.sum()):
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
-            stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
-            stack[mask] = rows
-        else:
-            stack = F.pad(rows, (0, 0, 0, largest - len(rows)))  # [largest, in or out]
-        padded[name] = stack if name.endswith("lora_A") else stack.mT.contiguous()
+    """Undo `truncate`: all experts have the largest rank, with zeros. Raises ValueError if the ranks do not fit."""
+    padded, largest = dict(state), int(ranks.max())
+    for name, row in rank_rows(state).items():
+        tensor, is_A = state[name], name.endswith("lora_A")
+        rows = tensor if is_A else tensor.mT  # [sum of R, in or out]
+        mask = trains(ranks[row], largest)
+        if len(rows) != int(mask.sum()):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, its ranks sum to {mask.sum()}")
+        stack = rows.new_zeros(*mask.shape, rows.shape[-1])  # [E, largest, in or out]
+        stack[mask] = rows
+        padded[name] = stack if is_A else stack.mT.contiguous()
     return padded

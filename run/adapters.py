@@ -74,7 +74,7 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **ori
 def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapter, dict[str, Tensor]]:
     """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, and for NaN in it.
 
-    Experts of different ranks are padded with zeros to the largest: the result is a plain adapter of that rank.
+    Experts of different ranks are padded with zeros to the largest of them, which is then the rank of all experts.
     """
     folder = Path(folder)
     try:
@@ -86,8 +86,7 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
         adapter = Adapter(*(content[key] for key in Adapter.__dataclass_fields__))
         if adapter.ranks is not None:
             ranks = torch.tensor(adapter.ranks)
-            state, r = pad(state, ranks), int(ranks.max())
-            adapter = replace(adapter, r=r, alpha=adapter.alpha * r / adapter.r, ranks=None, expert_rank=None)
+            state, adapter = pad(state, ranks), replace(adapter, ranks=None, expert_rank=int(ranks.max()))
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} is missing; expected the adapter/ folder of a run") from None
     except InputError:

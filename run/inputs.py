@@ -112,7 +112,11 @@ def sized(settings: Settings, config: MoEConfig) -> Settings:
     elif method.experts:
         hellora.check_rank(config, s.rank)
         hellora.check_rank(config, s.expert_rank or s.rank)
-    return replace(s, expert_rank=flat_rank(s.rank, num_hot, config.num_experts)) if method.flat else s
+    return (
+        replace(s, expert_rank=flat_rank(s.rank, num_hot, config.num_experts))
+        if method.flat and not s.init_adapter
+        else s
+    )
 
 
 def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:

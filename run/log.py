@@ -206,7 +206,9 @@ class Signals(Observer):
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self, processes: Processes) -> None:
-        self.processes, self.received, self.number = processes, 0, 0
+        self.processes = processes
+        self.received = 0  # by this process
+        self.agreed, self.number = 0, 0  # which signal ends the run, and after which step
 
     def start(self, first: int) -> None:
         ignored = [number for number in self.numbers if signal.getsignal(number) is signal.SIG_IGN]  # by nohup, say
@@ -217,11 +219,12 @@ class Signals(Observer):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     def after(self, number: int, done: Step) -> None:
-        received = torch.tensor(self.received, device=self.processes.device)
-        if self.processes.count > 1:
-            dist.all_reduce(received, dist.ReduceOp.MAX)  # all processes stop after the same step
-        self.received, self.number = int(received), number
-        self.interrupted = self.received > 0
+        self.agreed, self.number = self.received, number
+        if self.processes.count > 1:  # all processes stop after the same step
+            anywhere = torch.tensor(self.received, device=self.processes.device)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+            self.agreed = int(anywhere)
+        self.interrupted = self.agreed > 0
 
     def close(self) -> None:
         for number, handler in self.before.items():
@@ -230,9 +233,9 @@ class Signals(Observer):
     def exit_if_interrupted(self) -> None:
         """End the program with the exit status of the signal, if there was one."""
         if self.interrupted:
-            name = signal.Signals(self.received).name
+            name = signal.Signals(self.agreed).name
             say(f"stopped by {name} after step {self.number}; --resume continues from there")
-            raise SystemExit(128 + self.received)
+            raise SystemExit(128 + self.agreed)
 
 
 def draw_loss(losses: list[float], validated: Losses, path: Path, title: str) -> None:

@@ -18,13 +18,10 @@ from pathlib import Path
 
 import torch
 
-from command.cli import is_main_process, note, say
-from diagnosis import report
-from diagnosis.measure import adapter_changes, by_expert
+from command.cli import is_main_process, note
 from hellora import count_parameters
 from model import MoETransformer
 from neighbours.drlora import RankGrowth, draw_ranks
-from run.adapters import read_loosely, weights_of
 from run.inputs import Run
 from run.log import FiniteSteps, LossPicture, Recorder, Signals
 from run.observer import Observer
@@ -67,22 +64,6 @@ class Growth(Observer):
         self.ranks.load_state_dict(state)
 
 
-class AdapterPicture(Observer):
-    """adapter.png: how far each expert moved, beside the tokens that it received."""
-
-    def __init__(self, run: Run, folder: Path) -> None:
-        self.run, self.folder = run, folder
-
-    def draw(self) -> None:
-        run, counts = self.run, self.run.counted.counts
-        if run.processes.is_main:
-            reading = read_loosely(self.folder / "adapter", run.config)
-            experts = by_expert(adapter_changes(reading, weights_of(run.folder, run.config), run.config), run.config)
-            say(report.headline(experts, counts))
-            title = f"{run.settings.method} on {run.settings.task}: where the weights moved"
-            report.draw(experts, counts, title, self.folder / "adapter.png")
-
-
 class Observers:
     """All observers of one training, in the order in which they are called."""
 
@@ -106,10 +87,9 @@ class Observers:
         picture = LossPicture(recorder, validation, f"{s.method} on {s.task}")
         reports = s.report_to != "none" and processes.is_main
         service = Report(s.report_to, out, asdict(s)) if reports else None
-        moved = AdapterPicture(run, out) if model.adapter else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
         self.signals = Signals(processes)
-        members = (self.signals, finite, growth, validation, recorder, picture, moved, service)
+        members = (self.signals, finite, growth, validation, recorder, picture, service)
         self.members: list[Observer] = [each for each in members if each is not None]
         planned = growth is not None or s.schedule != "constant" or s.lr_warmup
         self.checkpoints = Checkpoints(

@@ -1,6 +1,5 @@
 """What a run writes: config.json and profile.json at its start, the adapter or the checkpoint at its end."""
 
-import math
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -9,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from command.cli import InputError
+from command.cli import InputError, note, say
 from command.files import atomic_folder, write_json
+from diagnosis import report
+from diagnosis.measure import adapter_changes, by_expert
 from hub.checkpoint import copy_beside, hub_commit
 from hub.tokenizer import write_stop_ids
 from model import MoETransformer, save_model
@@ -32,7 +33,7 @@ def write_inputs(run: Run) -> None:
 
 
 def check_space(run: Run, model: MoETransformer) -> None:
-    """Raise InputError if the disk has no room for all that a training will write, on the main process."""
+    """Raise InputError if the disk has no room for all that a training will write. Call it on one process."""
     s = run.settings
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # float32
     learnt = trained if model.adapter else sum(p.numel() for p in model.parameters()) * saved_dtype(run).itemsize
@@ -41,7 +42,8 @@ def check_space(run: Run, model: MoETransformer) -> None:
     checkpoints = s.keep + 1 if s.save_every else 0
     needed = results * learnt + checkpoints * 3 * trained  # a checkpoint has AdamW's moments
     needed += run.steps * LOG_LINE + OTHER_FILES
-    free = shutil.disk_usage(run.out).free if run.processes.is_main else math.inf
+    there = sum(path.stat().st_size for path in run.out.rglob("*") if path.is_file())  # a resumed run replaces it
+    free = shutil.disk_usage(run.out).free + there
     if free < needed:
         written = f"{checkpoints} checkpoints, {results} results and the log"
         raise InputError(
@@ -77,3 +79,19 @@ def save(run: Run, model: MoETransformer, folder: Path, validated: dict | None =
             if validated:
                 write_json(part / "validation.json", validated)
     return state
+
+
+def draw_adapter(run: Run) -> None:
+    """adapter.png: how far each expert moved, beside the tokens that it received. Prints it in one line.
+
+    For the main process, at the very end: it reads the adapted weights of the base once more. A failure is a note.
+    """
+    try:
+        weights = adapters.weights_of(run.folder, run.config)
+        reading = adapters.read_loosely(run.out / "adapter", run.config)
+        experts = by_expert(adapter_changes(reading, weights, run.config), run.config)
+        say(report.headline(experts, run.counted.counts))
+        title = f"{run.settings.method} on {run.settings.task}: where the weights moved"
+        report.draw(experts, run.counted.counts, title, run.out / "adapter.png")
+    except Exception as error:
+        note(f"adapter.png could not be drawn ({type(error).__name__}: {error}); the run is not affected")

@@ -6,6 +6,7 @@ model = subject.load(torch.float32, device)
 A command makes one Subject and hands it on, so that a file of the run or of the base is read once.
 """
 
+import os
 from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property, partial
@@ -38,7 +39,7 @@ class Subject:
         place = Path(name)
         self.adapter: Path | None = None  # the adapter's folder; None: the checkpoint is all
         if self.run is None:
-            self.adapter = place if (place / "adapter_config.json").is_file() else None  # that PEFT saved
+            self.adapter = place if os.path.isfile(place / "adapter_config.json") else None  # that PEFT saved
             self.base = base or base_of(place) or name
         elif (place / "model").is_dir():  # of full fine-tuning
             self.base = str(result_of(self.run, place, "model"))
@@ -50,7 +51,7 @@ class Subject:
     @property
     def is_here(self) -> bool:
         """Whether the name is that of a folder or of an embedded model, and not perhaps one of the hub."""
-        return self.name in EMBEDDED or Path(self.name).exists()
+        return self.name in EMBEDDED or os.path.exists(self.name)
 
     @cached_property
     def folder(self) -> Path:
@@ -122,13 +123,9 @@ def run_config(name: str) -> dict | None:
 
     Raises InputError for a config.json that is damaged.
     """
-    folder = Path(name)
-    try:
-        folder = folder.parent if (folder / "adapter.json").is_file() else folder
-        is_folder = folder.is_dir()
-    except OSError:  # a name that is too long
-        return None
-    config = read_json(folder / "config.json", dict, missing={}) if is_folder else {}
+    # os.path, which takes a name that is too long for one of nothing
+    folder = Path(name).parent if os.path.isfile(Path(name) / "adapter.json") else Path(name)
+    config = read_json(folder / "config.json", dict, missing={}) if os.path.isdir(folder) else {}
     is_run = isinstance(config.get("model"), str) and isinstance(config.get("settings"), dict)
     return config if is_run else None
 

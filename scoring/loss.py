@@ -15,7 +15,12 @@ def score(items: list[dict], references: list[str], losses: dict[str, RowLoss]) 
     """
     nats, targets = (sum(part) for part in zip(*losses.values(), strict=True)) if losses else (0.0, 0)
     loss = nats / targets if targets else None
-    result = {"loss": loss, "perplexity": loss and math.exp(loss), "num_total": len(items), "num_targets": targets}
+    result = {
+        "loss": loss,
+        "perplexity": None if loss is None else math.exp(loss),
+        "num_total": len(items),
+        "num_targets": targets,
+    }
     judged = []
     for item, reference in zip(items, references, strict=True):
         row_nats, row_targets = losses.get(item["id"], (0.0, 0))

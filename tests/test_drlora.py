@@ -331,7 +331,7 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
         A, B = small[f"{stem}.lora_A"].split(ranks), small[f"{stem}.lora_B"].split(ranks, dim=1)
         for e in range(E):
             assert torch.allclose(B[e] @ A[e], pair.lora_B[e] @ pair.lora_A[e], atol=1e-6), (stem, e)
-    of_largest = adapters.adapter_state(adapted(largest, "all", r_max=None))
+    of_largest = adapters.adapter_state(adapted(R_TARGET, "all", r_max=largest))
     assert {name: tensor.shape for name, tensor in restored.items()} == {n: t.shape for n, t in of_largest.items()}
     assert all(tensor.is_contiguous() for tensor in (*small.values(), *restored.values()))  # as safetensors expects
 
@@ -371,3 +371,16 @@ def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path
     first, second, third, fourth = (record["active_ranks"] for record in records)  # three growths, then none
     assert 4 * 64 * 2 < first < second < third == fourth == 4 * 64 * 4
     assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"] != [[4] * 64] * 4
+
+
+def test_an_adapter_whose_ranks_are_still_below_the_target_keeps_attention_and_router_whole(tmp_path):
+    model = adapted(targets="all")
+    growth = drlora.RankGrowth(model, R_TARGET, steps=12)  # before the first growth: half of the target rank
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name and ".experts." not in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)))
+    adapters.save_adapter(truncate(adapters.adapter_state(model), growth.ranks()), tmp_path, model.adapter)
+    again = fresh_model(E)
+    adapters.load_adapter(again, tmp_path)
+    ids = torch.arange(2, 16).view(2, 7)
+    assert torch.allclose(again(ids)[0], model(ids)[0], atol=1e-5)

@@ -27,6 +27,8 @@ from command import cli
 from command.cli import InputError, RunError
 from command.files import LOCK, claimed
 from hub.checkpoint import TINY
+from machine.processes import Processes
+from run.log import Signals
 from run.settings import parse_settings
 from run.state import states
 from run.subject import Subject
@@ -306,3 +308,18 @@ def test_an_adapter_brings_the_base_that_it_was_trained_on(tmp_path):
         assert parse_settings(["--init-adapter", str(tmp_path / name)]).model == model
     assert parse_settings(["--init-adapter", str(tmp_path / "run"), "--model", "tiny"]).model == "tiny"
     assert parse_settings([]).model == "tiny"
+
+
+def test_a_signal_that_arrives_while_processes_agree_is_not_lost(monkeypatch):
+    """It ends the run one step later."""
+    signals = Signals(Processes(0, 2, torch.device("cpu")))
+    signals.start(1)
+    try:
+        monkeypatch.setattr("run.log.dist.all_reduce", lambda tensor, op: os.kill(os.getpid(), signal.SIGTERM))
+        signals.after(1, None)
+        assert not signals.interrupted
+        monkeypatch.setattr("run.log.dist.all_reduce", lambda tensor, op: None)
+        signals.after(2, None)
+        assert signals.interrupted
+    finally:
+        signals.close()
