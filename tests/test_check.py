@@ -37,7 +37,7 @@ from hub.config import FAMILIES
 from hub.peft import PeftAdapter, write_peft
 from model import load_model, read_config
 from run.adapters import hub_shapes, load_adapter, read_adapter, read_loosely, save_adapter, weights_of
-from run.observers import AdapterPicture
+from run.output import draw_adapter
 
 R, ALPHA, SCALE = 4, 9, 9 / 4
 PREFIX = "base_model.model."
@@ -454,10 +454,10 @@ def test_the_picture_and_the_ranks(base, tmp_path):
 def test_the_picture_at_the_end_of_a_run_is_drawn_for_a_family_with_biases_too(make_checkpoint, tmp_path):
     base = make_checkpoint("qwen2_moe").folder
     make_run(base, tmp_path)
-    here, settings = SimpleNamespace(is_main=True), SimpleNamespace(method="hellora", task="own")
-    counted = SimpleNamespace(counts=None)
-    run = SimpleNamespace(processes=here, settings=settings, counted=counted, folder=base, config=read_config(base))
-    AdapterPicture(run, tmp_path).draw()
+    settings, counted = SimpleNamespace(method="hellora", task="own"), SimpleNamespace(counts=None)
+    draw_adapter(
+        SimpleNamespace(settings=settings, counted=counted, folder=base, config=read_config(base), out=tmp_path)
+    )
     assert (tmp_path / "adapter.png").is_file()
 
 
