@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_export import logits, make_run
+from test_export import change_config, logits, make_run
 from test_peft import UNDER_5, saved_before_19, saved_under_4, saved_under_5
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -90,11 +90,6 @@ def write_packed(base: Path, out: Path, pairs: dict, by_expert: bool = False, ch
     change_config(out, {"peft_version": "0.21.2", "rank_pattern": patterns[0], "alpha_pattern": patterns[1]})
     change_config(out, changes or {})
     return out
-
-
-def change_config(folder: Path, changes: dict) -> None:
-    about = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(about | changes))
 
 
 def moe_sieve(base: Path, out: Path, pairs: dict) -> Path:

@@ -96,6 +96,11 @@ def assert_close(got: Tensor, want: Tensor) -> None:
     assert (got - want).abs().max() <= 2e-5 * want.abs().max()
 
 
+def change_config(folder: Path, changes: dict) -> None:
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+
+
 def merged(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
     adapter, factors = adapters.read_factors(run / "adapter", read_config(base))
@@ -251,8 +256,8 @@ def test_compact_leaves_out_cold_experts_and_stops_under_transformers_5(olmoe, t
     make_run(olmoe.folder, tmp_path)
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out", compact=True)
     keys = load_file(out / "adapter_model.safetensors")
-    found = {tuple(int(part) for part in key.split(".") if part.isdecimal()) for key in keys if ".experts." in key}
-    assert found == {(i, e) for i, ids in enumerate(HOT["olmoe"]) for e in ids}
+    pairs = {tuple(int(part) for part in key.split(".") if part.isdecimal()) for key in keys if ".experts." in key}
+    assert pairs == {(i, e) for i, ids in enumerate(HOT["olmoe"]) for e in ids}
     with pytest.raises(RuntimeError, match="size mismatch"):  # and not a model without its experts
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(olmoe.folder), out)
 
@@ -291,8 +296,7 @@ def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olm
     make_run(olmoe.folder, tmp_path)
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
     assert (base_of(tmp_path / "adapter"), base_of(out)) == (None, "somewhere/base")
-    about = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": None}))
+    change_config(out, {"base_model_name_or_path": None})
     read_any_adapter(out, read_config(olmoe.folder))  # here none is
     with pytest.raises(InputError, match="does not name a base model"):
         base_of(out)
@@ -302,22 +306,28 @@ def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olm
     "change, said",
     [
         (
-            lambda about, state: about.update(use_dora=True),
+            lambda settings, state: settings.update(use_dora=True),
             "has lora_A, lora_B alone, expected lora_A and lora_B and lora_m",
         ),
-        (lambda about, state: about.update(arrow_config={"top_k": 2}, other=0), "arrow_config {'top_k': 2}: unknown"),
-        (lambda about, state: about.update(peft_type="IA3"), "peft_type is 'IA3'"),
-        (lambda about, state: about.update(rank_pattern={"q_proj": 3}), "q_proj: lora_A has rank 5, but .* says 3"),
-        (lambda about, state: about.update(rank_pattern={"q_proj": 0}), "rank_pattern is .'q_proj': 0."),
         (
-            lambda about, state: about.update(alpha_pattern={"(q": 3}),
+            lambda settings, state: settings.update(arrow_config={"top_k": 2}, other=0),
+            "arrow_config {'top_k': 2}: unknown",
+        ),
+        (lambda settings, state: settings.update(peft_type="IA3"), "peft_type is 'IA3'"),
+        (
+            lambda settings, state: settings.update(rank_pattern={"q_proj": 3}),
+            "q_proj: lora_A has rank 5, but .* says 3",
+        ),
+        (lambda settings, state: settings.update(rank_pattern={"q_proj": 0}), "rank_pattern is .'q_proj': 0."),
+        (
+            lambda settings, state: settings.update(alpha_pattern={"(q": 3}),
             "alpha_pattern has '.q', not a regular expression",
         ),
-        (lambda about, state: about.pop("lora_alpha"), "not a PEFT adapter"),
-        (lambda about, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
-        (lambda about, state: [tensor.zero_() for tensor in state.values()], "adapts nothing"),
+        (lambda settings, state: settings.pop("lora_alpha"), "not a PEFT adapter"),
+        (lambda settings, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
+        (lambda settings, state: [tensor.zero_() for tensor in state.values()], "adapts nothing"),
         (
-            lambda about, state: state.update(
+            lambda settings, state: state.update(
                 {f"base_model.model.model.layers.9.mlp.gate.lora_{x}.weight": torch.ones(R, R) for x in "AB"}
             ),
             "layers.9.mlp.gate",
@@ -327,9 +337,10 @@ def test_an_adapter_that_names_no_base_is_an_input_error_where_one_is_needed(olm
 def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
-    about, state = json.loads((out / "adapter_config.json").read_text()), load_file(out / "adapter_model.safetensors")
-    change(about, state)
-    (out / "adapter_config.json").write_text(json.dumps(about))
+    settings = json.loads((out / "adapter_config.json").read_text())
+    state = load_file(out / "adapter_model.safetensors")
+    change(settings, state)
+    (out / "adapter_config.json").write_text(json.dumps(settings))
     save_file(state, out / "adapter_model.safetensors")
     with pytest.raises(InputError, match=said):
         read_any_adapter(out, read_config(olmoe.folder))

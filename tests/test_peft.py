@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import with_tokenizer
 from safetensors.torch import load_file, save_file
-from test_export import linear_for_every_matrix, logits
+from test_export import change_config, linear_for_every_matrix, logits
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -86,8 +86,7 @@ def saved_before_19(base: Path, out: Path) -> torch.Tensor:
         state[key] = B.mT.flatten(0, 1).contiguous()
         state[other] = A.permute(2, 1, 0).flatten(1).contiguous()
     save_file(state, out / "adapter_model.safetensors")
-    about = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(about | {"peft_version": "0.18.1"}))
+    change_config(out, {"peft_version": "0.18.1"})
     return want
 
 
@@ -209,8 +208,7 @@ def test_a_run_starts_from_dora_where_a_magnitude_that_is_not_there_is_the_norm_
 
 def test_evaluate_takes_the_folder_of_an_adapter_of_peft(base, tmp_path):
     saved_under_5(base, tmp_path / "adapter", UNDER_5["rsLoRA"])
-    about = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(about | {"base_model_name_or_path": str(base)}))
+    change_config(tmp_path / "adapter", {"base_model_name_or_path": str(base)})
     out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
     evaluate.main([str(tmp_path / "adapter"), "--task", "tiny-math", *out])
     assert json.loads((tmp_path / "out/score.json").read_text())["num_total"] == 2
@@ -218,8 +216,7 @@ def test_evaluate_takes_the_folder_of_an_adapter_of_peft(base, tmp_path):
 
 def test_a_run_that_starts_from_an_adapter_of_peft_takes_the_base_that_it_names(base, tmp_path, capsys):
     saved_under_5(base, tmp_path / "adapter", UNDER_5["rsLoRA"])
-    change = json.loads((tmp_path / "adapter/adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(change))
+    change_config(tmp_path / "adapter", {"base_model_name_or_path": str(base)})
     settings = parse_settings(["--method", "lora", "--init-adapter", str(tmp_path / "adapter")])
     assert settings.model == str(base)
     assert parse_settings([]).model == "tiny"
