@@ -82,7 +82,12 @@ def test_the_files_are_small_and_no_other_than_are_made():
 # ------------------------------------------------------------------------------------------- wrong ports
 
 
-@pytest.mark.parametrize("function, name, wrong", mistakes.FUNCTIONS, ids=lambda value: str(value)[:60])
+def named(value: object) -> str:
+    """A test's name, the same in every process: of a function its name, not its address."""
+    return value[:60] if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+
+
+@pytest.mark.parametrize("function, name, wrong", mistakes.FUNCTIONS, ids=named)
 def test_a_wrong_function_is_noticed_and_named(function, name, wrong):
     verdict = check.check_function(SimpleNamespace(**{function: wrong}), function)
     assert verdict.failures and not any(": raised " in line for line in verdict.failures)  # wrong, not merely broken
@@ -185,7 +190,7 @@ def test_what_stands_at_padding_does_not_matter(answers, questions):
     assert max(error for _, error in compare(other)) < whole_model.TOLERANCE
 
 
-@pytest.mark.parametrize("function, name, wrong", mistakes.MODELS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("function, name, wrong", mistakes.MODELS, ids=named)
 def test_a_wrong_model_is_noticed_and_named(function, name, wrong, questions, answers):
     arguments, compare, compare_wrong = questions[function]
     result = wrong(**arguments)
