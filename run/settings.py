@@ -28,6 +28,7 @@ MODEL_HELP = (
     "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
     "--init-adapter)"
 )
+EXPERTS_HELP = f"which experts: {', '.join(hellora.POLICIES)}, or a file of expert lists (default: by method)"
 SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: float32, in which it trains)"
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
@@ -51,7 +52,7 @@ class Settings:
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
     k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=count_or_share, **CHOICE)
-    experts: str | None = flag(None, "a selection policy, or a file of expert lists", type=experts_flag, **CHOICE)
+    experts: str | None = flag(None, EXPERTS_HELP, type=experts_flag, **CHOICE)
     coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
     scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
