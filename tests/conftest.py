@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first i
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: small matrices gain nothing from threads
 
 import json  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -37,6 +38,9 @@ from transformers.utils import logging  # noqa: E402
 
 from hub.config import FAMILIES  # noqa: E402
 
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # started in the background, or by nohup
+        signal.signal(_number, _handler)  # what tests send must arrive, here and in what they start
 logging.disable_progress_bar()
 torch.set_num_threads(1)
 

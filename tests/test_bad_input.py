@@ -127,13 +127,13 @@ run-list/config.json | {"model": "tiny", "settings": []}
 run-task/config.json | {"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}
 run-model/config.json | {"model": 7, "settings": {"task": "tiny-math"}}
 evaluation/items.jsonl | {"id": "0", "correct": true}
-evaluation/score.json | {"settings": {"task": "tiny-math"}}
+evaluation/score.json | {"problems": "d", "settings": {"task": "tiny-math"}}
 evaluation-ids/items.jsonl | {"id": "1", "correct": true}
-evaluation-ids/score.json | {"settings": {"task": "tiny-math"}}
+evaluation-ids/score.json | {"problems": "d", "settings": {"task": "tiny-math"}}
 evaluation-task/items.jsonl | {"id": "0", "correct": true}
-evaluation-task/score.json | {"settings": {"task": "gsm8k"}}
+evaluation-task/score.json | {"problems": "d", "settings": {"task": "gsm8k"}}
 evaluation-items/items.jsonl | {"id": "0"}
-evaluation-items/score.json | {"settings": {"task": "tiny-math"}}
+evaluation-items/score.json | {"problems": "d", "settings": {"task": "tiny-math"}}
 """)
 MODELS = table("""
 config-huge          | {"hidden_size": 1000000000000000000}
