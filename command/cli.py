@@ -83,6 +83,7 @@ def print_to(stream: TextIO, *lines: str) -> None:
             raise RunError(f"the output cannot be written ({error.strerror})") from None
 
 
+LOST = ("closed by peer", "reset by peer", "unexpectedly closed", "Broken pipe", "Read error")  # what Gloo says
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # what a disk says that takes no more
 
 
@@ -102,7 +103,7 @@ def run(main: Callable[[], object]) -> None:
             raise
         end(f"{error.filename or 'a file'} cannot be written ({error.strerror})", 1)
     except RuntimeError as error:
-        if place().count == 1 or "closed by peer" not in str(error):
+        if place().count == 1 or not any(text in str(error) for text in LOST):
             raise
         end("another process ended and closed its connection; its own line says why", 1)
     except KeyboardInterrupt:
