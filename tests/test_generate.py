@@ -370,7 +370,10 @@ def test_the_command_talks_in_a_terminal():
     talk.read_until("> ")
     talk.type("Hello!\n")
     assert len(talk.read_until("\r\n> ")) > len("Hello!\r\n\r\n> ")
-    talk.process.send_signal(signal.SIGINT)
+    shown = False
+    while not shown:  # a signal between the prompt and the wait for a key is seen with the next one
+        talk.process.send_signal(signal.SIGINT)
+        shown, *_ = select.select([talk.screen], [], [], 5)
     talk.read_until("> ")
     talk.type("\x04")
     talk.read_until("never", seconds=20)

@@ -188,7 +188,7 @@ def test_the_full_size_is_written_in_shards_loaded_profiled_and_trained(small_fu
     assert len(files) > 1 and all(file.stat().st_size < 3e5 for file in files)
     assert len(row["losses"]) == len(row["seconds"]) == full.STEPS
     assert row["tokens_per_s"] == pytest.approx(sum(row["tokens"]) / sum(row["seconds"]))
-    assert row["planned_bytes"] > row["bytes"] and row["peak_bytes"] > row["resident_before_bytes"]
+    assert row["planned_bytes"] > row["bytes"] and row["peak_bytes"] >= row["resident_before_bytes"]
     assert "the plan of the model is" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists"):
         bench.main(flags)
