@@ -318,6 +318,13 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt until something shows: a signal just before the wait for a key is seen with the next."""
+        shown = False
+        while not shown:
+            self.process.send_signal(signal.SIGINT)
+            shown, *_ = select.select([self.screen], [], [], 5)
+
     def read_until(self, end: str, seconds: float = 120.0) -> str:
         shown, deadline = "", time.monotonic() + seconds
         while not shown.endswith(end):
@@ -356,7 +363,9 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_reset_forgets_and_ctrl_d_ends():
     assert "heard ['one', 'long', 'two']" in talk.read_until("> ")
     talk.type("/reset\n")
     talk.read_until("> ")
-    talk.type("half a li\x03")  # not while an answer is made: the line is dropped
+    talk.type("half a li")
+    talk.read_until("half a li")
+    talk.interrupt()  # not while an answer is made: the line is dropped
     talk.read_until("> ")
     talk.type("three\n")
     assert "heard ['three']" in talk.read_until("> ")
@@ -370,10 +379,7 @@ def test_the_command_talks_in_a_terminal():
     talk.read_until("> ")
     talk.type("Hello!\n")
     assert len(talk.read_until("\r\n> ")) > len("Hello!\r\n\r\n> ")
-    shown = False
-    while not shown:  # a signal between the prompt and the wait for a key is seen with the next one
-        talk.process.send_signal(signal.SIGINT)
-        shown, *_ = select.select([talk.screen], [], [], 5)
+    talk.interrupt()
     talk.read_until("> ")
     talk.type("\x04")
     talk.read_until("never", seconds=20)
