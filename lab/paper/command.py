@@ -10,8 +10,9 @@ from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
 from lab.paper import params, published, routing, speed
 from lab.paper.page import Section, write_page
-from lab.paper.runner import Workplace, add, alone, dry_run, make, pending, plan_line
-from lab.paper.runs import Records, spent
+from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
+from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
+from lab.paper.runs import Records, Run, spent
 from lab.paper.table import SCALES, Scale, Table
 from lab.paper.tables import TABLES
 
@@ -25,13 +26,14 @@ FIGURES = {
     "fig5": lambda out, may_run: speed.figure5(out),
     "fig6": routing.figure6,
 }
-ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve")
+ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "table9", "rates", "hellori", "router", "topup", "sieve")
 ORDER += tuple(f"fig{n}" for n in (1, 3, 4, 5, 6))
 QUICK = {"steps": 10}
 QUICK_LIMIT, QUICK_SEEDS = 20, 2
 PAPER_SEEDS = 10  # Table 1
 CODE_SAMPLES = 10  # of a problem of tiny-code: pass@10 needs as many; the paper has 20
 POSITIVE = number(int, 1)
+SCRATCH = Path("runs/reproduce")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Settings:
         return QUICK if self.quick else {}
 
     def table(self, name: str) -> Table:
-        return replace(TABLES[name], columns=TABLES[name].columns[:1]) if self.quick else TABLES[name]
+        """A table, without the columns that need a sweep where there are no validation problems or no time for it."""
+        table, plain = TABLES[name], self.quick or self.scale != "tiny" or self.data
+        columns = [column for column in table.columns if not (plain and column.tuned)]
+        return replace(table, columns=tuple(columns[:1] if self.quick else columns))
 
     def number_of_seeds(self, table: Table) -> int:
         return self.seeds or (QUICK_SEEDS if self.quick else PAPER_SEEDS if self.scale == "paper" else table.seeds)
@@ -81,7 +86,19 @@ class Settings:
         records = Records(self.folder / "runs", self.data, limit, samples)
         train_flags = ("--activation-checkpointing",) if self.activation_checkpointing else ()
         evaluate_flags = ("--allow-code-execution",) if self.allow_code_execution else ()
-        return Workplace(records, Path("runs/reproduce"), self.jobs, processes, train_flags, evaluate_flags)
+        return Workplace(records, SCRATCH, self.jobs, processes, train_flags, evaluate_flags)
+
+    def sweep_place(self) -> Workplace:
+        """Where the runs of sweeps are made: scored on validation problems, with records of their own."""
+        records = Records(self.folder / "sweeps", str(SCRATCH / "validation"), LIMIT, SAMPLES)
+        return replace(self.workplace(), records=records)
+
+
+def make_pending(needed: Needed, place: Workplace) -> dict[Run, Exception]:
+    """Make the runs that are missing.  -> what went wrong in those that failed"""
+    left = pending(needed, place.records)
+    cli.say(plan_line(left, place.records, place.jobs))
+    return make(left, place)
 
 
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
@@ -90,20 +107,30 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     description = "The paper's numbers beside ours. The missing runs of a table are made first."
     settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=description)
     out = settings.json and writable(settings.json)
-    place, scale, needed = settings.workplace(), settings.models_and_tasks, {}
-    for table in (settings.table(name) for name in names if name in TABLES):
-        add(needed, table.needed(scale, settings.number_of_seeds(table), **settings.changes))
+    place, sweep_place = settings.workplace(), settings.sweep_place()
+    scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
+    swept = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
+    swept += rate_runs(settings).values() if "rates" in names else []
+    sweeps, failed = Sweeps(sweep_place.records), {}
+    if swept:
+        write_validation(Path(sweep_place.records.data))
+    if settings.dry_run:
+        cli.say(*dry_run(sweeps.missing(swept), sweep_place) if swept else ())
+    elif swept and not settings.no_run:
+        with alone(place.scratch):
+            while not failed and (missing := sweeps.missing(swept)):
+                failed = make_pending(missing, sweep_place)
+    needed: Needed = {}
+    for table in tables:
+        add(needed, table.needed(scale, settings.number_of_seeds(table), sweeps.at_best, **settings.changes))
     needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
     if settings.dry_run:
         cli.say(*dry_run(needed, place))
         return []
-    failed = {}
     if needed and not settings.no_run:
         with alone(place.scratch):
-            left = pending(needed, place.records)
-            cli.say(plan_line(left, place.records, settings.jobs))
-            failed = make(left, place)
-    sections = [section(name, settings, place) for name in names]
+            failed |= make_pending(needed, place)
+    sections = [section(name, settings, place, sweeps) for name in names]
     for each in sections:
         cli.say(*each.text())
     if out:
@@ -113,18 +140,26 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         typical = f"; the median run took {median(timed):.0f} s" if timed else ""
         write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{typical}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(needed)} runs failed; the first: {next(iter(failed.values()))}")
+        raise RunError(f"{len(failed)} runs failed; the first: {next(iter(failed.values()))}")
     return sections
 
 
-def section(name: str, settings: Settings, place: Workplace) -> Section:
+def rate_runs(settings: Settings) -> dict[str, Run]:
+    """The sweeps of the figure: those of Table 9, by the names of its rows."""
+    table = settings.table("table9")
+    return dict(zip([row.name for row in table.rows], table.to_sweep(settings.models_and_tasks), strict=False))
+
+
+def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> Section:
     """A table or a figure from what has been run."""
+    if name == "rates":
+        return sweeps.section(rate_runs(settings), settings.folder)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
     table = settings.table(name)
     seeds, scores = settings.number_of_seeds(table), place.records.scores
-    return table.section(settings.models_and_tasks, seeds, scores, **settings.changes)
+    return table.section(settings.models_and_tasks, seeds, scores, sweeps.at_best, **settings.changes)
 
 
 COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}

@@ -41,15 +41,22 @@ class Run:
     k: int | None = None
     experts: str | None = None
     targets: str | None = None
+    rank: int | None = None
+    expert_rank: int | None = None
+    alpha: float | None = None
     steps: int | None = None
+    lr: float | None = None
+    schedule: str | None = None
+    lr_warmup: float | None = None
 
     @property
     def title(self) -> str:
         """The run in words that can be a file's name."""
         model = "" if self.model == "tiny" else Path(self.model).name
-        numbers = {"k": self.k, "steps": self.steps}
-        named = [f"{name}{value}" for name, value in numbers.items() if value is not None]
-        parts = [model, self.task, self.method, self.experts, self.targets, *named, f"seed{self.seed}"]
+        numbers = {"k": self.k, "rank": self.rank, "expert-rank": self.expert_rank, "steps": self.steps, "lr": self.lr}
+        named = [f"{name}{value:g}" for name, value in numbers.items() if value is not None]
+        words = [model, self.task, self.method, self.experts, self.targets, self.schedule]
+        parts = [*words, *named, f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
     @property
@@ -59,8 +66,7 @@ class Run:
 
     def train_flags(self, out: str, data_folder: str | None = None) -> list[str]:
         """The arguments of train.py."""
-        names = ("model", "task", "method", "k", "experts", "targets", "steps", "seed", "dtype")
-        given = {name: getattr(self, name) for name in names} | {"out": out}
+        given = asdict(self) | {"dtype": self.dtype, "out": out}
         given["train_data"] = data_file(data_folder, self.task, "train")
         return flags(given)
 

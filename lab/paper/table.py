@@ -14,6 +14,9 @@ from lab.paper.runner import Needed
 from lab.paper.runs import Run
 from lab.paper.verdicts import Estimate, estimate, verdict
 
+Scores = Callable[[Run, str], dict | None]  # of a run on a task; None: not run
+Tune = Callable[[Run], Run | None]  # a run at the best rate of its sweep; None: the sweep is not complete
+
 
 class Scale(NamedTuple):
     """Which models and tasks stand for those of the paper."""
@@ -37,6 +40,7 @@ class Column(NamedTuple):
     title: str
     task: str  # field of Scale
     metric: str
+    tuned: bool = False  # at the best rate of the row's sweep (rates.py), not at the common rate of the task
 
 
 class Row(NamedTuple):
@@ -61,40 +65,50 @@ class Table:
     model: str = "olmoe"  # field of Scale
     seeds: int = 3
     notes: tuple[str, ...] = field(default=())
+    change: dict = field(default_factory=dict)  # other fields of every Run
 
     def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
-        """The run whose result stands in a cell, for one seed. The base model has no seed."""
-        fields = row.change | changes
+        """The run whose result stands in a cell, for one seed, at the common rate. The base model has no seed."""
+        fields = self.change | row.change | changes
         task = getattr(scale, fields.pop("task", column.task))
         return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
 
-    def needed(self, scale: Scale, seeds: int, **changes) -> Needed:
+    def to_sweep(self, scale: Scale, **changes) -> list[Run]:
+        """The runs, of one seed, that stand at the best rates of their sweeps."""
+        columns = [column for column in self.columns if column.tuned]
+        return [self.run(row, column, scale, 0, **changes) for column in columns for row in self.rows]
+
+    def needed(self, scale: Scale, seeds: int, tune: Tune, **changes) -> Needed:
         """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
         needed: Needed = {}
         for seed in range(seeds):
             for column in self.columns:
                 for row in self.rows:
                     run = self.run(row, column, scale, seed, **changes)
-                    needed.setdefault(run, set()).add(getattr(scale, column.task))
+                    if run := tune(run) if column.tuned else run:
+                        needed.setdefault(run, set()).add(getattr(scale, column.task))
         return needed
 
     # --------------------------------------------------------------------------------------------- what is printed
 
-    def section(self, scale: Scale, seeds: int, scores: Callable[[Run, str], dict | None], **changes) -> Section:
-        """The table with the paper's values, MoE-Sieve's and ours. scores: of a run on a task, None if not run."""
+    def section(self, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes) -> Section:
+        """The table with the paper's values, MoE-Sieve's and ours."""
         lines, rows = list(self.notes), []
         for place, column in enumerate(self.columns):
-            ours = {row.name: self.values(row, column, scale, seeds, scores, **changes) for row in self.rows}
+            ours = {row.name: self.values(row, column, scale, seeds, scores, tune, **changes) for row in self.rows}
             cells = [self.cell(row, place, ours) for row in self.rows]
-            lines += ["", f"{column.title}, ours: {getattr(scale, column.task)}, in %", "", *show(cells)]
-            rows += [cell.record(self.title, column.title) for cell in cells]
+            rate = ", each row at its best learning rate" if column.tuned else ""
+            lines += ["", f"{column.title}, ours: {getattr(scale, column.task)}, in %{rate}", "", *show(cells)]
+            rows += [cell.record(self.title, column) for cell in cells]
         return Section(self.title, lines[0 if self.notes else 1 :], rows)
 
-    def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Callable, **changes) -> dict:
+    def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes) -> dict:
         """Our score in % for each seed that was run."""
         by_seed = {}
         for seed in range(seeds):
-            score = scores(self.run(row, column, scale, seed, **changes), getattr(scale, column.task))
+            run = self.run(row, column, scale, seed, **changes)
+            run = tune(run) if column.tuned else run
+            score = run and scores(run, getattr(scale, column.task))
             if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
                 by_seed[seed] = 100 * value
         return by_seed
@@ -130,7 +144,7 @@ class Cell(NamedTuple):
     ours: list[float]
     differences: list[float]
 
-    def record(self, table: str, column: str) -> dict:
+    def record(self, table: str, column: Column) -> dict:
         """The cell for JSON."""
 
         def side(values: list[float], differences: list[float]) -> dict:
@@ -139,7 +153,8 @@ class Cell(NamedTuple):
 
         return {
             "table": table,
-            "column": column,
+            "column": column.title,
+            "tuned": column.tuned,
             "row": self.row.name,
             "compared_with": self.row.against,
             "paper": self.paper,

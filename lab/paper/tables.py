@@ -138,6 +138,38 @@ TOP_UP = Table(
         Row("half of it", "hellora", against="hottest quarter", sieve="hotk8"),
     ),
 )
+DECAYED = {"schedule": "linear", "lr_warmup": 0.1, "lr": 6e-3}  # the mean rate is that of the constant 3e-3
+K8, K2 = "8 hottest, rank 8", "2 hottest, rank 8"
+ONE_BUDGET = Table(
+    "Table 9 (ours): one budget, several ways to spend it",
+    columns=(
+        Column("GSM8K", "math", "accuracy", tuned=True),
+        Column("GSM8K at the common rate", "math", "accuracy"),
+    ),
+    seeds=10,
+    change=DECAYED,
+    notes=(
+        "The k hottest experts of each layer at rank r have as many parameters as all 64 at rank r k / 64, or as the "
+        "2 k hottest at rank r / 2. Attention and router have rank 8 in each row but one: DR-LoRA starts experts at "
+        "half of their rank, so 2 is the least it can have. Its experts have twice the parameters of the 8 hottest at "
+        "rank 8, its attention and router a quarter. Two experts at rank 8 would be rank 1/4 on all: the flattest "
+        "whole rank is 1, on 16. Each run has linear decay after a tenth of warm-up; the common rate is 6e-3.",
+    ),
+    rows=(
+        Row(K8, "hellora"),
+        Row("all 64, rank 1", "lora-flat", against=K8),
+        Row("16 hottest, rank 4", "hellora", against=K8, change={"k": 16, "expert_rank": 4}),
+        Row("8 at random, rank 8", "hellora", against=K8, change={"experts": "random"}),
+        Row("8 coldest, rank 8", "hellora", against=K8, change={"experts": "cold"}),
+        Row("DR-LoRA, rank 2", "dr-lora", against=K8, change={"rank": 2, "alpha": 4.0}),
+        Row("all 64, rank 8 (over the budget)", "lora", against=K8),
+        Row(K2, "hellora", change={"k": 2}),
+        Row("4 hottest, rank 4", "hellora", against=K2, change={"k": 4, "expert_rank": 4}),
+        Row("16 hottest, rank 1", "hellora", against=K2, change={"k": 16, "expert_rank": 1}),
+        Row("2 at random, rank 8", "hellora", against=K2, change={"k": 2, "experts": "random"}),
+        Row("2 coldest, rank 8", "hellora", against=K2, change={"k": 2, "experts": "cold"}),
+    ),
+)
 TABLES = {
     "table2": METHODS,
     "hellori": HELLORI,
@@ -147,5 +179,6 @@ TABLES = {
     "router": ROUTER,
     "table7": NUMBER,
     "table8": CROSS_TASK,
+    "table9": ONE_BUDGET,
     "topup": TOP_UP,
 }
