@@ -1,0 +1,127 @@
+"""Sweeps over learning rates: validation problems that nothing else uses, the rate that scores best, Table 9."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import hellora
+import reproduce
+from command.cli import InputError
+from hub.checkpoint import resolve
+from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, validation_score, write_validation
+from lab.paper.runs import Run
+from lab.paper.table import SCALES, Row
+from lab.paper.tables import K2, K8, TABLES
+from model import MoETransformer, read_config
+from recipes.methods import METHODS, flat_rank
+from tiny import tasks
+
+RUN = Run("tiny-math", "hellora", k=4, schedule="linear")
+
+
+class MadeUp:
+    """Records whose accuracy halves with each doubling away from the best rate. known: the rates that have been run."""
+
+    def __init__(self, best: float = 6e-3, known: set[float] | None = None) -> None:
+        self.best, self.known = best, known
+
+    def scores(self, run: Run, task: str) -> dict | None:
+        if self.known is not None and run.lr not in self.known:
+            return None
+        far = max(run.lr / self.best, self.best / run.lr)
+        return {"accuracy": 0.5 / far + 0.01 * (run.seed == SEEDS[task][0]), "rates": {}}
+
+
+@pytest.mark.parametrize("task", QUESTION)
+def test_validation_problems_are_no_problems_of_a_table_and_were_not_trained_on(task, tmp_path):
+    write_validation(tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / f"{task}-test.jsonl").read_text().splitlines()]
+    key = QUESTION[task]
+    asked = [row[key] for row in rows]
+    assert len(set(asked)) == len(asked) >= (LIMIT if task != "tiny-code" else 200)
+    assert not set(asked) & {example.row[key] for example in data.load_examples(task, "test")}
+    if task == "tiny-math":
+        assert all(tasks.is_test(question) for question in asked)  # training rows are not
+    assert data.load_examples(task, "test", tmp_path / f"{task}-test.jsonl", limit=3)  # evaluate.py reads them
+
+
+def test_the_best_rate_is_that_of_the_largest_mean_score_over_the_seeds_of_the_sweep():
+    sweeps = Sweeps(MadeUp())
+    assert sweeps.at_best(replace(RUN, seed=7)) == replace(RUN, seed=7, lr=6e-3)
+    curve = sweeps.curve(RUN)
+    assert curve[6e-3] == pytest.approx(50.5) and curve[1.2e-2] == pytest.approx(25.5)
+    assert sweeps.missing([RUN]) == {}
+
+
+@pytest.mark.parametrize("best", [7.5e-4, 0.096])
+def test_a_sweep_whose_best_rate_is_at_an_end_goes_on(best):
+    grid, beyond = {3e-3 * 2**i for i in range(5)}, 1.5e-3 if best < 3e-3 else 0.096
+    unfinished = Sweeps(MadeUp(best, grid))
+    assert unfinished.at_best(RUN) is None
+    assert {(run.lr, run.seed) for run in unfinished.missing([RUN])} == {(beyond, s) for s in SEEDS["tiny-math"]}
+    sweeps = Sweeps(MadeUp(best))
+    assert sweeps.at_best(RUN).lr == pytest.approx(best)
+    rates = list(sweeps.curve(RUN))
+    assert rates == sorted(rates) and best not in (rates[0], rates[-1])
+
+
+def test_placements_of_one_method_share_a_sweep_and_budgets_do_not():
+    sweeps = Sweeps(MadeUp(known=set()))
+    placed = [replace(RUN, experts=experts, seed=3) for experts in (None, "random", "cold")]
+    assert len(sweeps.missing(placed)) == 5 * len(SEEDS["tiny-math"])
+    assert len(sweeps.missing([RUN, replace(RUN, k=8), replace(RUN, expert_rank=2)])) == 15 * len(SEEDS["tiny-math"])
+    assert sweeps.missing([Run("tiny-math", "base")]) == {}
+
+
+def test_a_model_that_refuses_everything_is_half_right():
+    answered = {"refusal_rate": 0.75, "rates": {"over-refusal, lori": 0.25}}
+    assert validation_score("tiny-safety", answered) == 75
+    assert validation_score("tiny-safety", {"refusal_rate": 1.0, "rates": {"over-refusal, lori": 1.0}}) == 50
+    assert validation_score("tiny-code", {"pass@1": 0.25}) == 25
+
+
+def test_a_cell_has_the_score_at_the_best_rate_beside_that_at_the_common_rate():
+    table, scale = TABLES["table9"], SCALES["tiny"]
+    tune = lambda run: replace(run, lr=0.012)  # noqa: E731
+    scores = lambda run, task: {"accuracy": run.lr, "rates": {}}  # noqa: E731
+    rows = table.section(scale, 2, scores, tune).rows
+    assert {(row["tuned"], round(row["ours"]["mean"], 9)) for row in rows} == {(True, 1.2), (False, 0.6)}
+    rows = table.section(scale, 2, scores, lambda run: None).rows  # no sweep is complete
+    assert {row["ours"]["n"] for row in rows} == {0, 2}
+    assert len(table.needed(scale, 2, lambda run: None)) == 2 * len(table.rows)
+
+
+def trained(row: Row) -> int:
+    """The parameters that a row of Table 9 trains on the embedded model."""
+    with torch.device("meta"):
+        model = MoETransformer(read_config(resolve("tiny")))
+    K = model.config.num_experts
+    k, method, change = row.change.get("k", 8), METHODS[row.method], row.change
+    hot = torch.arange(K).expand(len(model.config.moe_layers), -1) < (K if method.experts == "all" else k)
+    flat = flat_rank(8, k, K) if method.flat else None
+    rank = change.get("rank", 8)
+    hellora.attach(model, hot, rank, alpha=16.0, targets="all", expert_rank=change.get("expert_rank") or flat or rank)
+    return hellora.count_parameters(model)[0]
+
+
+def test_the_rows_of_table_9_have_the_parameters_that_it_says():
+    sizes = {row.name: trained(row) for row in TABLES["table9"].rows}
+    per_expert, beside = 3 * (128 + 48), 4 * (128 + 128) + (128 + 64)  # of rank 1: an expert; attention and router
+    eight, two = (4 * (8 * k * per_expert + 8 * beside) for k in (8, 2))  # four layers, rank 8
+    named = {K8: eight, K2: two, "all 64, rank 8 (over the budget)": 4 * (8 * 64 * per_expert + 8 * beside)}
+    others = {row.name: named[row.against] for row in TABLES["table9"].rows if row.against}
+    del others["DR-LoRA, rank 2"], sizes["DR-LoRA, rank 2"]  # grows: 4 * (2 * 64 * per_expert + 2 * beside) at its end
+    assert sizes == others | named
+
+
+def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys):
+    reproduce.main(["table9", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    [end_of_sweeps, end] = [i for i, line in enumerate(lines) if line.startswith("# ")]
+    assert "validation/tiny-math-test.jsonl" in lines[end_of_sweeps - 1] and "--seed 101" in lines[end_of_sweeps - 1]
+    assert "--seed 0" in lines[end - 1] and "--lr 0.006" in lines[end - 2]
+    with pytest.raises(InputError):
+        reproduce.main(["table10", "--dry-run"])
