@@ -115,7 +115,7 @@ def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
         prog="evaluate.py",
         description="Generate completions of a task and score them, or score completions that exist.",
         epilog="evaluate.py compare A B compares two evaluation folders of one task. How an answer is found in a text "
-        "is said in docs/tasks.md.",
+        "is said in docs/reproduce.md.",
     )
     subject = None
     if settings.completions is None:

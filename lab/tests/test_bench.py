@@ -214,7 +214,7 @@ def test_the_plan_of_a_machine_without_a_gpu_says_memory_and_hours(capsys):
     assert row["fits"] and row["weights"] == 2 * 6_919_161_856 and row["sent_per_step"] == 0
     (half,) = bench.main([*flags, "--memory", "12", "--tokens-per-s", "20"])
     assert not half["fits"]
-    assert not bench.main([*flags, "--memory", "18"])[0]["fits"]  # it peaks at 20 GB (docs/full-size.md)
+    assert not bench.main([*flags, "--memory", "18"])[0]["fits"]  # it peaks at 20 GB (docs/speed.md)
     assert half["hours"] == pytest.approx(7473 * 151.6 / 20 / 3600, rel=0.01)  # GSM8K
     assert f"takes {half['hours']:.1f} hours" in capsys.readouterr().out
     for wrong in ([*flags, "--gpus", "2"], ["plan", "--tokens-per-s", "20"]):
