@@ -17,10 +17,10 @@ FIRST_MARKED = "first marked answer"
 
 # ----------------------------------------------------------------------------------------------- the headline rule
 
-# A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5.
+# A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5. "3 1/2" and "1e3" are one number.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?"
-    r"(?P<number>\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(?P<over>\d+)(?![\d.]))?",
+    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? (?=\d+/\d))?"
+    r"(?P<number>(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?)(?:/(?P<over>\d+)(?!\d|\.\d))?",
     re.ASCII,
 )
 MARKERS = [  # the forms of GSM8K's file, of our training targets and of LaTeX come before a sentence of the reasoning
@@ -42,6 +42,11 @@ NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")
 SPELLING = str.maketrans(  # dashes, fraction slash, full-width signs
     "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d\u2044\uff0c\uff0e\uff04\uff0f", "-------/,.$/"
 )
+SPELLING |= {  # 3\u00bd as 3\\frac{1}{2}
+    i: rf"\frac{{{unicodedata.normalize('NFKC', chr(i))}}}".replace("\u2044", "}{")
+    for i in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
+}
+FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
 GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
 
 
@@ -65,6 +70,7 @@ def first_marked(completion: str) -> str | None:
     """
     text = NEXT_QUESTION.split(without_thoughts(completion))[0].translate(SPELLING)
     text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
+    text = FRACTION.sub(r"\1\2/\3\4", re.sub(r"(?<=\d)\s*(?=\\[cdt]?frac)", " ", text))
     text = THOUSANDS.sub(lambda groups: re.sub(r"\D", "", groups[0]), text)
     marked = (marked_by(found) for marker in MARKERS for found in marker.finditer(text))
     number = next(filter(None, [*marked, *reversed(list(NUMBER.finditer(text)))]), None)
@@ -87,16 +93,19 @@ def marked_by(marker: re.Match) -> re.Match | None:
 
 
 def plain_number(found: re.Match) -> str:
-    """A match of NUMBER as text: "-1,250.5" or "1/2"."""
+    """A match of NUMBER as text: "-1,250.5", "1e3", "1/2" or "3 1/2"."""
     sign = "-" if found["sign"] or found["minus"] else ""
-    return sign + found["number"].rstrip(",") + (f"/{found['over']}" if found["over"] else "")
+    whole = f"{found['whole']} " if found["whole"] else ""
+    return sign + whole + found["number"].rstrip(",") + (f"/{found['over']}" if found["over"] else "")
 
 
 def equal(found: str, wanted: Decimal) -> bool:
     """True if a number, as `plain_number` writes it, has that value exactly."""
-    top, _, over = found.replace(",", "").partition("/")
-    top, over = Fraction(Decimal(top)), Fraction(Decimal(over or 1))
-    return over != 0 and top == over * Fraction(wanted)
+    sign = -1 if found.startswith("-") else 1
+    whole, _, part = found.replace(",", "").removeprefix("-").rpartition(" ")
+    top, _, over = part.partition("/")
+    whole, top, over = (Fraction(Decimal(digits)) for digits in (whole or 0, top, over or 1))
+    return over != 0 and sign * (whole * over + top) == over * Fraction(wanted)
 
 
 # ----------------------------------------------------------------------------------------------- the published rules

@@ -40,7 +40,7 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
     ("The final answer is:18", "18", ("18", "18", None, "18"), (T, T, F, T)),  # not LoRI's marker, but the last number
     ("18 and then...", "18", ("18", "18", None, "..."), (T, T, F, F)),
     ("9" * 5000, "18", ("9" * 5000, "9" * 5000, None, "9" * 5000), (F, F, F, F)),  # float() makes it infinite
-    ("1e3", "1000", ("3", "3", None, "3"), (F, F, F, F)),
+    ("1e3", "1000", ("1e3", "3", None, "3"), (T, F, F, F)),
     # the text goes on after the answer
     ("2 * 9 = 18\n#### 18\n\nQuestion: Ann has 7?\nAnswer: 7", "18", ("18", "7", "18", "7"), (T, F, T, F)),
     ("2 * 9 = 18\n\nQuestion: Ann has 7?\nAnswer: 7\n#### 7", "18", ("18", "7", "7", "7"), (T, F, F, F)),
@@ -61,6 +61,8 @@ GSM8K_CASES = [  # completion, gold, what each rule finds: first marked, LoRI, s
     ("#### 1\u202f250", "1,250", ("1250", "250", "1", "250"), (T, F, F, F)),
     ("- 18 apples", "18", ("18", "18", None, "18"), (T, T, F, T)),  # an item of a list is not negative
     ("1/0", "0", ("1/0", "0", None, "0"), (F, T, F, T)),
+    ("#### 3 1/2", "3.5", ("3 1/2", "2", "3", "2"), (T, F, F, F)),
+    ("#### -3\u00bd", "-3.5", ("-3 1/2", "-3", "-3", "-3"), (T, F, F, F)),
 ]
 HEADLINE_CASES = {  # completion -> what the headline rule finds
     # a thought is no answer
@@ -90,6 +92,17 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "The answer is **$18**, not 6": "18",
     "The answer is `18`, \\(6\\)": "18",
     "The answer is:\n\n\\[ -18 \\]\n6": "-18",
+    # a fraction, a mixed number, an exponent
+    "The final answer is: 1/2. Not 3": "1/2",
+    "#### -1/2\n3": "-1/2",
+    "#### 2\u2154 of 9": "2 2/3",
+    "So \\boxed{3 \\tfrac{1}{2}}, not 6": "3 1/2",
+    "\\boxed{-\\dfrac{10}{4}} or 6": "-10/4",
+    "\\boxed{\\frac12} or 6": "1/2",
+    "The answer is 3 and 1/2 hours, as 2 is not": "3 1/2",
+    "The answer is 3 1/2 hours = 210 minutes. 2": "210",
+    "#### 1.5e3 or 6": "1.5e3",
+    "He eats 1/2 of 5": "5",
     # thousands
     "So the total is $9{,}500.": "9500",
     "#### 9 500": "9500",
