@@ -344,19 +344,20 @@ def tokenized(
     return items
 
 
-def cut_prompt(item: Encoded, max_length: int, keep_end: bool = False, first: int = 0) -> Encoded:
-    """A pair of prompt and answer without the part of its prompt that has to go if it is longer than `max_length`.
+def cut_prompt(item: Encoded, max_length: int, keep_end: bool = False, bos_id: int | None = None) -> Encoded:
+    """An item longer than `max_length` without the part of its prompt, all before its last answer, that has to go.
 
-    As in LoRI, the prompt ends after max_length // 2 tokens. keep_end: it loses its beginning instead, but for the
-    `first` tokens (BOS), and only as much as the answer needs and no more than half of the length.
+    As in LoRI, the prompt ends after max_length // 2 tokens. keep_end: it loses its beginning instead, but for BOS, and
+    only as much as the answer needs and no more than half of the length. Of the earlier answers of a chat, those that
+    stay whole are learnt.
     """
-    [(start, end)] = item.spans
-    room = max(max_length - (end - start), max_length // 2) if keep_end else max_length // 2
-    if end <= max_length or start <= room:
+    start, length = item.spans[-1][0], len(item.ids)
+    room = max(max_length - (length - start), max_length // 2) if keep_end else max_length // 2
+    if length <= max_length or start <= room:
         return item
-    place = first if keep_end else room
-    ids = item.ids[:place] + item.ids[place + start - room :]
-    return replace(item, ids=ids, spans=((room, len(ids)),))
+    lost, place = start - room, int(item.ids[:1] == [bos_id]) if keep_end else room
+    spans = tuple((first - lost, end - lost) for first, end in item.spans if first >= place + lost)
+    return replace(item, ids=item.ids[:place] + item.ids[place + lost :], spans=spans)
 
 
 def cut_end(item: Encoded, max_length: int) -> Encoded:
@@ -390,29 +391,34 @@ def encode(
             raise InputError(f"example {example.id} has an empty answer: there is nothing to learn")
     bos = bos or Bos()
     items, prompts, ends = [], [], []  # prompts, ends: the tokens that each item has lost there
-    for example, whole in zip(examples, tokenized(examples, tokenizer, eos_id, bos, template), strict=True):
-        pair = whole if example.chat else cut_prompt(whole, max_length, keep_end, int(bos.in_text))
-        item = cut_end(pair, max_length)
+    for whole in tokenized(examples, tokenizer, eos_id, bos, template):
+        fitting = cut_prompt(whole, max_length, keep_end, bos.id)
+        item = cut_end(fitting, max_length)
         if item.num_targets:
             items.append(item)
-            prompts.append(len(whole.ids) - len(pair.ids))
-            ends.append(len(pair.ids) - len(item.ids))
+            prompts.append(len(whole.ids) - len(fitting.ids))
+            ends.append(len(fitting.ids) - len(item.ids))
     if dropped := len(examples) - len(items):
-        none_left = f"{dropped} of {len(examples)} examples have no target token within {max_length} tokens"
+        alone = f"{dropped} of {len(examples)} examples are a single token, which nothing predicts"
         if not items:
-            raise InputError(f"{none_left}; give a larger --max-length, or shorter rows")
-        note(f"{none_left} and are left out")
+            raise InputError(f"{alone}; expected longer rows")
+        note(f"{alone}, and are left out")
     if positions and max_length > positions:
         longest = max(len(item.ids) for item in items)
         limit = f"--max-length {max_length}: the model was made for {positions} positions (max_position_embeddings)"
         if longest > positions:
             raise InputError(f"{limit}, and an example has {longest} tokens; give at most {positions}")
         note(f"{limit}; the longest example has {longest} tokens")
-    for name, lost, place in (("prompts", prompts, "beginning" if keep_end else "end"), ("examples", ends, "end")):
-        if number := sum(map(bool, lost)):
-            tokens = f"{sum(lost):,} tokens at their {place}"
-            note(f"{number} of {len(items)} {name} are too long for {max_length} tokens and lose {tokens}")
+    note_cuts("prompts", prompts, "beginning" if keep_end else "end", max_length)
+    note_cuts("examples", ends, "end", max_length)
     return items
+
+
+def note_cuts(name: str, lost: list[int], place: str, max_length: int) -> None:
+    """Say how many of the things called `name` are cut, and by how many tokens. lost: the tokens of each."""
+    if number := sum(map(bool, lost)):
+        tokens = f"{sum(lost):,} tokens at their {place}"
+        note(f"{number} of {len(lost)} {name} are too long for {max_length} tokens and lose {tokens}")
 
 
 class Reader:
@@ -457,9 +463,11 @@ class Reader:
         Only prompts of task own are cut, as in training.
         """
         items = tokenized(examples, self.tokenizer, self.config.eos_token_id, self.bos, self.template)
-        for i, example in enumerate(examples):
-            if self.keep_end and not example.chat:
-                items[i] = cut_prompt(items[i], self.max_length, True, int(self.bos.in_text))
+        if self.keep_end:
+            whole, items = items, [cut_prompt(item, self.max_length, True, self.bos.id) for item in items]
+            lost = [len(before.ids) - len(item.ids) for before, item in zip(whole, items, strict=True)]
+            asked = [not example.answer.strip() for example in examples]  # `encode` counts the others
+            note_cuts("prompts without an answer", [*itertools.compress(lost, asked)], "beginning", self.max_length)
         return [item.ids[: item.spans[-1][0]] for item in items]
 
     def chat_prompt(self, messages: list[Message]) -> list[int]:

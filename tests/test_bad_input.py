@@ -62,7 +62,6 @@ WORDS = {  # what stands for what in the tables below
     "ANSWERED": '{"role": "assistant", "content": "4"}',
     "GSM8K": GSM8K,
     "LONG": "long" * 80,  # no file system takes such a name
-    "HUGE": "2 + 2? " * 5_000,
     "MANY": "1" + "0" * 400,
     "MARK": "\ufdd00\ufdd1",
     " ¶ ": "\n",
@@ -105,7 +104,6 @@ own-mixed.jsonl      | GOOD ¶ {"prompt": "2 + 2?", "completion": "4"}
 own-parts.jsonl      | GOOD ¶ {"messages": [ASKED, {"role": "assistant", "content": [{"type": "text", "text": "4"}]}]}
 own-columns.jsonl    | {"question": "2 + 2?", "answer": "4"}
 own-blank.jsonl      | {"text": "  "}
-own-huge.jsonl       | {"messages": [{"role": "user", "content": "HUGE"}, ANSWERED]}
 own-character.jsonl  | GOOD ¶ {"messages": [{"role": "user", "content": "MARK"}, ANSWERED]}
 own-long.jsonl       | {"messages": [ASKED, {"role": "assistant", "content": "It is 4."}]}
 own-twice.csv        | prompt,completion,prompt ¶ 2 + 2?,4,1 + 1?
@@ -442,7 +440,6 @@ train --task own --train-data own-mixed.jsonl        | line 2: a row of prompt a
 train --task own --train-data own-parts.jsonl        | line 2: turn 2 has 'content' | expected text
 train --task own --train-data own-columns.jsonl      | line 1: its columns are 'question', 'answer'; expected
 train --task own --train-data own-blank.jsonl        | line 1: no text as 'text'
-train --task own --train-data own-huge.jsonl         | no target token within 512 tokens  | --max-length
 train --task own --train-data own-character.jsonl    | line 2 | U+FDD0
 train --task own --train-data own-good.jsonl --model no-template       | no-template has no chat template | completion
 train --task own --train-data own-good.jsonl --model template-damaged  | template-damaged: its chat template is damaged
@@ -540,7 +537,6 @@ export run --to merged --out new --model weights-cut    | model.safetensors
 export run --to merged --out new --compact           | --compact
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
-evaluate tiny --task own --eval-data own-huge.jsonl  | no target token within 512 tokens  | --max-length
 evaluate --task own --completions answers.jsonl      | measured by the loss
 evaluate tiny --task tiny-math --max-length 64       | --max-length 64 | no meaning
 profile --out p.json --task own                      | your own data | --train-data FILE

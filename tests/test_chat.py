@@ -227,10 +227,10 @@ def test_no_token_reaches_from_the_generation_prompt_into_an_answer(tokenizer, b
 
 def test_decoding_continues_the_ids_of_the_generation_prompt(tmp_path):
     config = save(tmp_path, byte_level(), TEMPLATES["qwen2"])
-    hf, reader = AutoTokenizer.from_pretrained(tmp_path), Reader("own", tmp_path, config, max_length=8)
+    hf, reader = AutoTokenizer.from_pretrained(tmp_path), Reader("own", tmp_path, config)
     chats = list(CHATS.values())
     examples = reader.load("test", write(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats]))
-    for chat, prompt in zip(chats, reader.prompts(examples), strict=True):  # uncut, whatever --max-length
+    for chat, prompt in zip(chats, reader.prompts(examples), strict=True):
         assert prompt == hf.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
 
 
@@ -409,14 +409,26 @@ def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(system, 
 @pytest.mark.parametrize("bos", ["no", "yes"])
 def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(bos, tmp_path):
     config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
-    rows = [{"prompt": "x" * n + "\n2?", "completion": "4" * m} for n, m in ((3, 2), (50, 2), (50, 50), (3, 50))]
+    sizes = ((3, 2), (50, 2), (50, 50), (3, 50))
+    pairs = [{"prompt": "x" * n + "\n2?", "completion": "4" * m} for n, m in sizes]
+    chats = [{"messages": turns("a", "b", "x" * n + "\n2?", "4" * m)} for n, m in sizes]
     reader = Reader("own", tmp_path, config, max_length=20, bos=bos)
-    examples = reader.load("test", write(tmp_path / "rows.jsonl", rows))
-    prompts = [item.ids[: item.spans[0][0]] for item in reader.encode(examples)]
-    assert reader.prompts(examples) == prompts
-    assert [len(prompt) for prompt in prompts[1:3]] == [20 - 2 - 1, 10]
-    assert {prompt[0] == 0 for prompt in prompts} == {bos == "yes"}
-    assert {reader.tokenizer.decode(prompt)[-4:] for prompt in prompts} == {"x\n2?"}
+    for rows in (pairs, chats):
+        examples = reader.load("test", write(tmp_path / "rows.jsonl", rows))
+        prompts = [item.ids[: item.spans[-1][0]] for item in reader.encode(examples)]
+        assert reader.prompts(examples) == prompts
+        assert [len(prompt) for prompt in prompts[1:3]] == [20 - 2 - 1, 10]
+        assert {prompt[0] == 0 for prompt in prompts} == {bos == "yes"}
+        uncut = Reader("own", tmp_path, config, bos=bos).prompts(examples)
+        assert [prompt[1:][-9:] for prompt in prompts] == [whole[1:][-9:] for whole in uncut]
+
+
+def test_long_prompts_without_an_answer_are_counted(tmp_path, capsys):
+    reader = Reader("own", tmp_path, save(tmp_path, byte_level(), TEMPLATES["olmoe"]), max_length=20)
+    examples = reader.load("test", write(tmp_path / "rows.jsonl", [{"prompt": "x" * n} for n in (9, 23, 30)]))
+    assert list(map(len, reader.prompts(examples))) == [9, 19, 19]  # and room for a token
+    said = "2 of 3 prompts without an answer are too long for 20 tokens and lose 15 tokens at their beginning\n"
+    assert capsys.readouterr().err == said
 
 
 FORMATS = {
@@ -519,22 +531,27 @@ def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, adde
         assert all(same == same[:1] * len(same) for same in prompts.values())
 
 
-def test_a_chat_is_cut_at_its_end_and_left_out_if_nothing_would_be_learnt(tmp_path, capsys):
+def test_a_long_chat_loses_its_beginning_but_bos_and_what_is_left_of_its_last_answer(tmp_path, capsys):
+    """The parts of each chat: BOS, question, answer, question, answer of 30, 70, 1 or 9 letters and its end of turn."""
     config = save(tmp_path, byte_level(), TEMPLATES["deepseek"])
-    rows = [{"messages": turns(question, "b" * 30, "c", "d")} for question in ("a", "a" * 70, "a" * 9)]
-    whole = read(tmp_path, config, rows)[1]
-    [(start, end), last] = whole[2].spans
+    rows = [{"messages": turns("a" * n, "b" * 30, "c", "d" * m)} for n, m in ((1, 1), (70, 9), (1, 70))]
+    _, whole = read(tmp_path, config, rows)
+    first, last = zip(*(item.spans for item in whole), strict=True)
     capsys.readouterr()
-    examples, items = read(tmp_path, config, rows, max_length=end - 3)
-    assert [item.example for item in items] == ["0", "2"]
-    assert items[1].ids == whole[2].ids[: end - 3] and items[1].spans == ((start, end - 3),)
-    lost = sum(len(item.ids) - (end - 3) for item in (whole[0], whole[2]))
+    limit = len(whole[1].ids) - first[1][0] + 1  # of the second chat all that follows its first question, and BOS
+    _, items = read(tmp_path, config, rows, max_length=limit)
+    assert items[0] == whole[0]
+    lost = len(whole[1].ids) - limit
+    assert items[1].ids == [0, *whole[1].ids[1 + lost :]]
+    assert items[1].spans == tuple((start - lost, end - lost) for start, end in (first[1], last[1]))
+    room, start = limit // 2, last[2][0]  # a long answer gets the half that its prompt leaves
+    assert items[2].ids == [0, *whole[2].ids[start - room + 1 :]][:limit]
+    assert items[2].spans == ((room, limit),)  # the earlier answer is not whole
     assert capsys.readouterr().err.splitlines() == [
-        f"1 of 3 examples have no target token within {end - 3} tokens and are left out",
-        f"2 of 2 examples are too long for {end - 3} tokens and lose {lost} tokens at their end",
+        f"2 of 3 prompts are too long for {limit} tokens and lose {lost + start - room} tokens at their beginning",
+        f"1 of 3 examples are too long for {limit} tokens and lose {len(whole[2].ids) - start - limit + room} tokens "
+        "at their end",
     ]
-    with pytest.raises(InputError, match="1 of 1 examples have no target token within 20 tokens; give a larger"):
-        read(tmp_path, config, rows[1:2], max_length=20)
 
 
 @pytest.fixture
