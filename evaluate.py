@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from command import cli
 from command.cli import InputError, flag, note, number, say
-from command.files import claimed, write_json, write_jsonl
+from command.files import claimed, read_json, write_json, write_jsonl
 from data import Example
 from generate import Decoding, DecodingFlags, complete, new_cache
 from hub.config import ignore_keys
@@ -208,12 +208,18 @@ def prepare(settings: Settings, subject: Subject | None, processes: Processes) -
         subject.config,
         max_length=settings.max_length or 512,
         bos=settings.bos,
-        date=began(subject.run),
+        date=processes.once(lambda: began(subject.run, earlier(out, subject))),
     )
     examples = load_problems(settings, reader)
     answered = [example for example in examples[: settings.limit] if example.answer.strip()]
     items = reader.encode(answered) if settings.task == "own" and answered else []
     return Job(examples, out, protection, subject, reader, reader.prompts(examples), items)
+
+
+def earlier(out: Path, subject: Subject) -> dict | None:
+    """evaluation.json of `out` if the completions there are those of the same model, which may be continued."""
+    about = read_json(out / "evaluation.json", dict, missing={})
+    return about if about.items() >= subject.content.items() else None
 
 
 def load_problems(settings: Settings, reader: data.Reader | None) -> list[Example]:
@@ -271,7 +277,7 @@ def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None
     model = load(settings, job, dtype, processes)
     size = min(settings.batch or BATCH, len(asked) * decoding.samples)
     new_cache(model, size, max(map(len, prompts)) + decoding.max_new_tokens)  # before earlier completions are removed
-    kept = processes.once(lambda: claim(job.out, identity(settings, job, dtype)))
+    kept = processes.once(lambda: claim(job.out, identity(settings, job, dtype), job.reader.template.date))
     losses = row_losses(model, job.items, processes) if job.items else {}
 
     todo = [(i, s) for i, each in enumerate(asked) for s in range(decoding.samples) if (each.id, s) not in kept]

@@ -242,7 +242,14 @@ def count(argv: list[str]) -> RoutingProfile:
         seed=settings.seed,
     )
     data_digest, weights = processes.once(lambda: (data.digest(examples), weights_digest(folder)))
-    counted = replace(counted, model=settings.model, task=settings.task, data=data_digest, weights=weights)
+    counted = replace(
+        counted,
+        model=settings.model,
+        task=settings.task,
+        data=data_digest,
+        weights=weights,
+        began=reader.template.date.isoformat(),
+    )
     title = counted.title()
     if dense := config.num_hidden_layers - len(config.moe_layers):
         title += f"; layer 0 is the first with experts, after {dense} without"

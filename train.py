@@ -91,7 +91,7 @@ def count_and_choose(run: Run) -> Run:
     if run.counted:
         note_origin(run.counted, **origin)
     else:
-        run = replace(run, counted=replace(count(run), **origin))
+        run = replace(run, counted=replace(count(run), began=digests["began"], **origin))
     if run.hot is None:
         run = replace(run, hot=choose_experts(run))
     say(f"adapted experts receive {adapted_share(run):.1%} of the routed tokens")

@@ -30,6 +30,7 @@ class RoutingProfile:
     task: str | None = None
     data: str | None = None  # data.digest of the training examples, of which a sample was counted
     weights: str | None = None  # digest of the base model's weights
+    began: str | None = None  # the date that a chat template wrote into the examples
     half_counts: Tensor | None = None  # int64 [L, E] those of every second batch: do two halves have the same hot set?
 
     def title(self) -> str:
@@ -80,11 +81,11 @@ def checked(content: object) -> RoutingProfile:
     for layer, total in enumerate(counts.double().sum(-1).tolist()):
         if total != num_tokens * K:
             raise InputError(f"counts of layer {layer} sum to {total:.0f}, not to {num_tokens} tokens x {K} experts")
-    digests = content.get("data"), content.get("weights")  # published counts have none
-    if not all(isinstance(digest, str | None) for digest in digests):
-        raise InputError(f"data and weights are {digests!r:.60}; expected str")
+    origin = content.get("data"), content.get("weights"), content.get("began")  # published counts have none
+    if not all(isinstance(part, str | None) for part in origin):
+        raise InputError(f"data, weights and began are {origin!r:.60}; expected str")
     half = checked_half(content.get("half_counts"), counts)
-    return RoutingProfile(counts, gate_mass, num_tokens, K, content["model"], content["task"], *digests, half)
+    return RoutingProfile(counts, gate_mass, num_tokens, K, content["model"], content["task"], *origin, half)
 
 
 def checked_half(table: object, counts: Tensor) -> Tensor | None:

@@ -75,7 +75,7 @@ def prepare(settings: Settings) -> Run:
         check_out(Path(settings.out), asdict(settings))
     counted = read_counts(settings, config) if METHODS[settings.method].experts else None
     processes = start_processes()
-    date = processes.once(lambda: began(run_config(settings.out)))
+    date = processes.once(lambda: began(run_config(settings.out), counted and vars(counted)))
     described, items, held_out = read_data(settings, folder, config, date)
     steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
     if METHODS[settings.method].grows:

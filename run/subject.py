@@ -130,11 +130,15 @@ def run_config(name: str) -> dict | None:
     return config if is_run else None
 
 
-def began(run: dict | None) -> datetime:
-    """When a run began, by its config.json, or now: what a chat template takes for the present."""
+def began(*records: dict | None) -> datetime:
+    """What a chat template takes for the present: "began" of the first record that has it, or now.
+
+    records: a run's config.json, an evaluation's evaluation.json, the contents of profile.json.
+    """
+    dates = (record["began"] for record in records if record and record.get("began"))
     try:
-        return datetime.fromisoformat(run["began"])
-    except (KeyError, TypeError, ValueError):  # no run, or one of an earlier version
+        return datetime.fromisoformat(next(dates))
+    except (StopIteration, TypeError, ValueError):
         return datetime.now()
 
 

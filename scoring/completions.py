@@ -1,13 +1,14 @@
 """Completions in files: those of `evaluate.py --completions FILE`, and those that an evaluation keeps.
 
     texts = read_completions(Path("FILE.jsonl"), ["0", "1", ...])    # lines {"id": ..., "completion": "..."}
-    done = claim(folder, about)                                      # what an interrupted evaluation has finished
+    done = claim(folder, about, date)                                # what an interrupted evaluation has finished
 
 An evaluation's generations.jsonl is also a file that `read_completions` reads.
 """
 
 import json
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 from command.cli import InputError, note
@@ -78,21 +79,22 @@ def check_folder(out: Path) -> None:
         raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
 
 
-def claim(folder: Path, about: dict) -> dict[tuple[str, int], dict]:
+def claim(folder: Path, about: dict, began: datetime) -> dict[tuple[str, int], dict]:
     """Make `folder` that of the evaluation which `about` identifies.  -> what is finished, as of `read_generations`
 
-    Completions of another evaluation are removed, and so is an earlier score.
+    Completions of another evaluation are removed, and so is an earlier score. began: the date in the prompts.
     """
     file = folder / "evaluation.json"
-    before = read_json(file, dict) if file.is_file() else None
+    before = read_json(file, dict, missing={})
+    before.pop("began", None)
     folder.mkdir(parents=True, exist_ok=True)
     if before != about:
-        if before is not None:
+        if before:
             changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))
             note(f"{folder} holds completions made with other {', '.join(changed)}: starting over")
         for old in folder.glob("generations*.jsonl"):
             old.unlink()
-        write_json(file, about)
+        write_json(file, about | {"began": began.isoformat()})
     remove_score(folder)
     return read_generations(folder)
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig
 import data
 import evaluate
 import export
+import profile
 import train
 from command.cli import InputError
 from data import Reader
@@ -584,6 +585,32 @@ def test_a_run_keeps_its_date_and_what_it_serves_stops_where_its_answers_ended(m
         assert "serve it with the stop tokens [0, 1]" in capsys.readouterr().err
     served = GenerationConfig.from_pretrained("merged" if method == "hellora" else "run/model")
     assert (served.eos_token_id, served.pad_token_id) == ([0, 1], 1)
+
+
+def test_an_evaluation_of_a_model_keeps_its_date_until_another_model_is_evaluated(dated, capsys):
+    def prompts(model: str) -> list[str]:
+        evaluate.main(f"{model} --task own --eval-data rows.jsonl --max-new-tokens 2 --out scores".split())
+        return [json.loads(line)["prompt"] for line in Path("scores/items.jsonl").read_text().splitlines()]
+
+    first = prompts("model")
+    kept = Path("scores/generations.jsonl").read_text().splitlines()
+    Path("scores/generations.jsonl").write_text("".join(line + "\n" for line in kept[:2]))  # as if interrupted
+    assert prompts("model") == first and "starting over" not in capsys.readouterr().err
+    shutil.copytree("model", "other")
+    edit = json.loads(Path("other/config.json").read_text()) | {"rms_norm_eps": 1e-3}
+    Path("other/config.json").write_text(json.dumps(edit))
+    assert prompts("other") != first and "other config.json, prompts: starting over" in capsys.readouterr().err
+
+
+def test_a_profile_brings_its_date_to_the_run_that_is_given_it(dated, capsys):
+    flags = "--model model --task own --train-data rows.jsonl".split()
+    profile.main([*flags, "--sample", "1", "--out", "counts.json"])
+    counted = json.loads(Path("counts.json").read_text())
+    train.main([*flags, "--profile", "counts.json", "--batch", "2", "--steps", "1", "--out", "run"])
+    about = json.loads(Path("run/config.json").read_text())
+    assert (about["began"], about["data"]) == (counted["began"], counted["data"])
+    assert json.loads(Path("run/profile.json").read_text()) == counted
+    assert "note: the profile" not in capsys.readouterr().out
 
 
 def test_decoding_ends_at_the_token_that_ends_a_turn(dated, monkeypatch):
