@@ -30,13 +30,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import data
 from command import cli
 from command.cli import InputError, flag, note, say
 from command.files import atomic_folder, writable, write_json
 from diagnosis import report
-from diagnosis.findings import Finding, of_changes, of_layout, of_merged, of_pairs
-from diagnosis.measure import Matrix, adapter_changes, by_expert
-from diagnosis.merged import AS_READ, REORDERED, compare
+from diagnosis.findings import BASE, Finding, of_changes, of_layout, of_merged, of_order, of_pairs
+from diagnosis.measure import adapter_changes, by_expert
+from diagnosis.merged import AS_READ, REORDERED, Comparison, compare
 from hellora import SHARED, TARGETS, Adapter, folded
 from hub.checkpoint import (
     EMBEDDED,
@@ -52,11 +53,24 @@ from hub.config import IGNORE_HELP, ignore_keys
 from hub.peft import Factors, Reading, Shapes, peft_bytes, unified, write_peft
 from hub.tokenizer import write_stop_ids
 from hub.weights import PROJECTIONS, as_stored, hub_key
-from model import MoEConfig, read_config
+from machine.processes import ALONE, default_dtype
+from model import MoEConfig, load_model, read_config
 from routing.profiles import check_fits, load_profile
-from run.adapters import adapted_matrices, hub_shapes, read_factors, read_loosely, weights_of
+from run.adapters import (
+    adapted_matrices,
+    fill_adapter,
+    from_peft,
+    hub_shapes,
+    place_adapter,
+    read_factors,
+    readings_of,
+    weights_of,
+)
 from run.subject import Subject, other_base
 from run.validation import BEST
+from training_step import held_out_loss
+
+ROWS = 64  # of --data, whose loss is measured
 
 
 @dataclass(frozen=True)
@@ -82,7 +96,8 @@ class CheckSettings:
     base: str = flag(help="the base model: a folder, a hub id, or the name of an embedded model")
     adapter: str | None = flag(None, "the adapter that a merged checkpoint should hold", metavar="DIR")
     profile: str | None = flag(None, "routed tokens of every expert (default: the run's)", metavar="FILE")
-    plot: str | None = flag(None, "draw |dW| / |W| by layer and expert, beside the routed tokens", metavar="PNG")
+    data: str | None = flag(None, f"rows trained on: {ROWS} of them tell the order of packed stacks", metavar="FILE")
+    plot: str | None = flag(None, "draw |dW| / |W| beside the routed tokens", metavar="PNG", type=cli.picture)
     json: str | None = flag(None, "write the table and the findings", metavar="FILE")
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
@@ -256,22 +271,29 @@ def check(argv: list[str]) -> None:
     base, subject = resolve(settings.base), Subject(settings.source, base=settings.base)
     config = read_config(base)
     counts = read_counts(settings, config)
+    plot, record = (path and writable(path) for path in (settings.plot, settings.json))
+    readings = read_readings(settings, subject, config)
+    losses = row_losses(settings.data, readings, base, config) if settings.data else None
+    findings = [*of_pairs(readings[AS_READ], config), *of_order(readings, config, losses)] if readings else []
     if subject.adapter:
-        if settings.adapter:
-            raise InputError(f"--adapter has no meaning with the adapter {settings.source}; leave it out")
-        matrices, findings = check_adapter(subject, config, counts)
+        matrices = adapter_changes(readings[AS_READ], weights_of(base, config), config)
+        findings += [*of_base(subject), *of_layout(readings[AS_READ], config)]
+        findings += of_changes(readings[AS_READ], matrices, config, counts)
     else:
-        model = resolve(subject.base if subject.run else settings.source)  # a run of full fine-tuning has model/
-        matrices, findings = check_merged(model, settings.adapter, base, config)
+        merged = resolve(subject.base if subject.run else settings.source)  # a run of full fine-tuning has model/
+        comparison = compare_checkpoints(merged, base, config, readings)
+        matrices = comparison.matrices
+        findings += of_merged(comparison, readings, config)
+        say(f"largest difference of an entry from the base: {comparison.largest:.3g}")
     findings.sort(key=lambda finding: not finding.is_fault)  # faults first, the worst of them first
     say(*report.table(matrices, config, counts), "")
     for finding in findings:
         say(*finding.lines(), "")
     experts = by_expert(matrices, config)
-    if settings.plot:
-        report.draw(experts, counts, f"{settings.source} on {settings.base}", writable(settings.plot))
-    if settings.json:
-        write_json(writable(settings.json), report.record(matrices, findings, config))
+    if plot:
+        report.draw(experts, counts, f"{settings.source} on {settings.base}", plot)
+    if record:
+        write_json(record, report.record(matrices, findings, config))
     num_faults = sum(finding.is_fault for finding in findings)
     say(f"{report.headline(experts, counts)}; {num_faults or 'no'} {'fault' if num_faults == 1 else 'faults'}")
     if num_faults:
@@ -289,25 +311,38 @@ def read_counts(settings: CheckSettings, config: MoEConfig) -> Tensor | None:
     return routing.counts
 
 
-def readings_of(folder: Path, config: MoEConfig) -> dict[str, Reading]:
-    """The adapter as it says it is packed and, if it has packed stacks, with lora_B in the other order."""
-    reading = read_loosely(folder, config)
-    if not reading.packed or max(reading.packed.values()) == 1:
-        return {AS_READ: reading}
-    other = reading.layout._replace(by_expert=not reading.layout.by_expert)
-    return {AS_READ: reading, REORDERED: read_loosely(folder, config, other)}
+def read_readings(settings: CheckSettings, subject: Subject, config: MoEConfig) -> dict[str, Reading]:
+    """The adapter to check, or the one of --adapter, as `readings_of` gives it; {}: a checkpoint is checked alone."""
+    folder = subject.adapter
+    if folder and settings.adapter:
+        raise InputError(f"--adapter has no meaning with the adapter {settings.source}; leave it out")
+    if settings.adapter:
+        folder = Subject(settings.adapter).adapter
+        if folder is None:
+            raise InputError(f"--adapter {settings.adapter} holds no adapter; expected a run folder, or PEFT's format")
+    return readings_of(folder, config) if folder else {}
 
 
-def check_adapter(
-    subject: Subject, config: MoEConfig, counts: Tensor | None
-) -> tuple[dict[str, Matrix], list[Finding]]:
-    """What moved in an adapter, and what is wrong with it."""
-    readings = readings_of(subject.adapter, config)
-    reading = readings[AS_READ]
-    matrices = adapter_changes(reading, weights_of(subject.folder, config), config)
-    findings = [*of_pairs(reading, config), *of_base(subject)]
-    findings += [*of_layout(reading, readings.get(REORDERED), config), *of_changes(reading, matrices, config, counts)]
-    return matrices, findings
+def row_losses(file: str, readings: dict[str, Reading], base: Path, config: MoEConfig) -> dict[str, Tensor] | None:
+    """The loss of each row [N], in nats per target token, of the base and with the adapter in each order.
+
+    None: there is one order only.
+    """
+    if REORDERED not in readings:
+        note(f"--data {file} is not read: there is no adapter with packed stacks that moved")
+        return None
+    reader = data.Reader("own", base, config)
+    items = reader.encode(reader.load("train", file, ROWS))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    losses = {}
+    for order, reading in {BASE: None, **readings}.items():
+        model = load_model(base, getattr(torch, default_dtype()), device)
+        if reading:
+            adapter, state = from_peft(unified(reading)[0], config)
+            place_adapter(model, adapter, state)
+            fill_adapter(model, adapter, state, file)
+        losses[order] = torch.tensor([held_out_loss(model, [item], 1, ALONE)[0] for item in items])
+    return losses
 
 
 def of_base(subject: Subject) -> Iterator[Finding]:
@@ -323,23 +358,12 @@ def of_base(subject: Subject) -> Iterator[Finding]:
         yield Finding("another-base", sentence, means, "check with the base that it was trained on", is_known)
 
 
-def check_merged(
-    folder: Path, adapter: str | None, base: Path, config: MoEConfig
-) -> tuple[dict[str, Matrix], list[Finding]]:
-    """What differs between a merged checkpoint and its base, and whether that is the adapter."""
+def compare_checkpoints(folder: Path, base: Path, config: MoEConfig, readings: dict[str, Reading]) -> Comparison:
+    """A merged checkpoint beside its base. Raises InputError for one of another model."""
     merged, weights = weights_of(folder, read_config(folder)), weights_of(base, config)
     if {key: weight.shape for key, weight in merged.items()} != {key: weight.shape for key, weight in weights.items()}:
         raise InputError(f"{folder} is of another model than {base}: the weights have other names or shapes")
-    readings, findings = {}, []
-    if adapter:
-        place = Subject(adapter).adapter
-        if place is None:
-            raise InputError(f"--adapter {adapter} holds no adapter; expected a run folder, or PEFT's format")
-        readings = readings_of(place, config)
-        findings = [*of_pairs(readings[AS_READ], config)]
-    comparison = compare(merged, weights, config, readings)
-    say(f"largest difference of an entry from the base: {comparison.largest:.3g}")
-    return comparison.matrices, [*findings, *of_merged(comparison, readings, config)]
+    return compare(merged, weights, config, readings)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def train_lori_s(run: Run) -> dict:
     if run.settings.resume and (stage_d / "adapter").is_dir():
         check_records(stage_d / "log.jsonl", run.steps, run.settings.patience)
         say(f"stage D is done: {stage_d}")
-        _, state = adapters.read_adapter(stage_d / "adapter")
+        _, state = adapters.read_any_adapter(stage_d / "adapter", run.config)
     else:
         say("stage D: all of B trains, to find the tenth of its entries that matters")
         _, state = train(run, stage_d)

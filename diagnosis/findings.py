@@ -5,6 +5,7 @@ Faults come first, the worst of them first; then remarks, which are not faults.
 Dimensions: L layers with experts, E experts per layer.
 """
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ from model import MoEConfig
 
 NEGLIGIBLE = 1e-5  # |dW| / |W|; a step of bfloat16 is 4e-3 of an entry
 UNUSABLE = ("unread", "not-finite", "empty")  # names of the faults for which an adapter is refused
-CLEARER = 2.0  # by how much the spread of one order must exceed that of the other
+CLEARER = 2.0  # how many times the spread of one order must exceed that of the other
+SURE = 3.0  # how many standard errors the losses of the two orders must differ by
+BASE = "base"  # the model without the adapter, beside AS_READ and REORDERED
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     if bad := [key for key, state in states.items() if state == NOT_FINITE]:
         yield Finding(
             "not-finite",
-            f"{len(bad)} pairs hold NaN or infinity, the first {bad[0]}",
+            f"pairs that hold NaN or infinity: {len(bad)}, the first {bad[0]}",
             "The training diverged, or the file is damaged. The model computes NaN.",
             "train again with a smaller learning rate or with gradient clipping, or take an earlier checkpoint",
         )
@@ -94,49 +97,81 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
         )
 
 
-def of_layout(reading: Reading, other: Reading | None, config: MoEConfig) -> Iterator[Finding]:
-    """Whether packed stacks are read in the right order. other: the same file with lora_B in the other order."""
-    if not reading.packed:
-        return
-    order = "expert by expert" if reading.layout.by_expert else "with the expert innermost, as PEFT packs them"
-    if reading.layout.swapped and 2 * config.intermediate_size == config.hidden_size:
+def of_layout(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
+    """Whether newer versions of PEFT would read the packed stacks otherwise than they were written."""
+    if reading.packed and reading.layout.swapped and 2 * config.intermediate_size == config.hidden_size:
         yield Finding(
             "square-stack",
             "the stack of gate and up is square, and the file has A and B in each other's place (PEFT before 0.19)",
             "PEFT 0.19 and later load it without an error, and add the transposed delta.",
             "merge it with the PEFT that wrote it, or export it from here",
         )
-    if other is None:
+
+
+def of_order(
+    readings: dict[str, Reading], config: MoEConfig, losses: dict[str, Tensor] | None = None
+) -> Iterator[Finding]:
+    """Whether the columns of packed lora_B are read in the right order.
+
+    readings: AS_READ and, of packed stacks that moved, REORDERED. losses: of rows of text [N], with each of them and
+    for the BASE alone; without these the norms of the columns tell.
+    """
+    if REORDERED not in readings:
         return
-    F_read, F_other = spread(reading.pairs, config.family), spread(other.pairs, config.family)
-    evidence = (
-        f"the variance of the column norms between experts is {F_read:.2f} times that within an expert; in the other "
-        f"order {F_other:.2f} times"
-    )
-    if F_other > CLEARER * max(F_read, 1.0):
+    reading = readings[AS_READ]
+    is_right, evidence = order_by_loss(losses) if losses else order_by_norms(readings, config)
+    order = "expert by expert" if reading.layout.by_expert else "with the expert innermost, as PEFT packs them"
+    if is_right is None:
+        more = "" if losses else "give rows that it was trained on (--data FILE), or "
+        yield Finding(
+            "packed-order-unknown",
+            f"{len(reading.packed)} packed stacks are read {order}; whether that is right cannot be told",
+            f"Evidence: {evidence}.",
+            f"{more}compare with a checkpoint that the tool merged: export.py check MERGED --base MODEL --adapter DIR",
+            is_fault=False,
+        )
+    elif is_right:
+        what = f"{len(reading.packed)} packed stacks are read {order}, which is right"
+        yield Finding("packed-order-seen", what, f"Evidence: {evidence}.", is_fault=False)
+    else:
         yield Finding(
             "packed-order",
-            f"the columns of lora_B in packed stacks look as if they were in the other order than read ({order})",
+            f"the columns of lora_B in packed stacks are in the other order than read ({order})",
             f"Evidence: {evidence}. Each expert would get columns of many others, with the right norm: quality drops "
             "without an error. Unsloth packed them expert by expert until September 2026.",
             "state the order that the training used in adapter_config.json: lora_B_layout 'grouped_by_expert' or "
             "'rank_major'; then read it again with this check",
         )
-    elif F_read > CLEARER * max(F_other, 1.0):
-        yield Finding(
-            "packed-order-seen",
-            f"{len(reading.packed)} packed stacks are read {order}",
-            f"The factors agree: {evidence}.",
-            is_fault=False,
-        )
-    else:
-        yield Finding(
-            "packed-order-unknown",
-            f"{len(reading.packed)} packed stacks are read {order}; whether that is right cannot be told",
-            f"The factors do not show it: {evidence}.",
-            "compare with a checkpoint that the tool merged: export.py check MERGED --base MODEL --adapter DIR",
-            is_fault=False,
-        )
+
+
+def order_by_norms(readings: dict[str, Reading], config: MoEConfig) -> tuple[bool | None, str]:
+    """Whether the columns' norms speak for the order as read (None: for neither), and the evidence in words."""
+    F_read, F_other = (spread(readings[name].pairs, config.family) for name in (AS_READ, REORDERED))
+    evidence = (
+        f"the variance of the column norms between experts is {F_read:.2f} times that within an expert, and in the "
+        f"other order {F_other:.2f} times"
+    )
+    if max(F_read, F_other) <= CLEARER * max(min(F_read, F_other), 1.0):
+        return None, evidence
+    return F_read > F_other, evidence
+
+
+def order_by_loss(losses: dict[str, Tensor]) -> tuple[bool | None, str]:
+    """Whether the loss speaks for the order as read (None: for neither), and the evidence in words.
+
+    The right order must have the lower loss by several standard errors, and lower the base's: the loss of any change
+    differs from that of another, and only what was trained on such rows lowers it.
+    """
+    read, other, base = (losses[name].mean() for name in (AS_READ, REORDERED, BASE))
+    difference = losses[REORDERED] - losses[AS_READ]  # [N]
+    error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else math.inf
+    evidence = (
+        f"the loss of {len(difference)} rows is {read:.4f} as read and {other:.4f} in the other order (difference "
+        f"{difference.mean():.4f}, standard error {error:.4f}); that of the base is {base:.4f}"
+    )
+    if difference.mean().abs() > SURE * error and min(read, other) < base:
+        return bool(read < other), evidence
+    return None, evidence
 
 
 # --------------------------------------------------------------------------------------------- with the base's weights
@@ -160,11 +195,14 @@ def of_changes(
         )
     if largest > 1:
         above, scale = sum(m.ratio > 1 for m in moved), float(max(reading.scales.values()))
+        are_most = 2 * above > len(moved)  # in a small model a few hot ones go that far
+        advice = "check lora_alpha, r and use_rslora against the training, then lower the learning rate"
         yield Finding(
             "larger-than-weight",
             f"{above} of {len(moved)} experts' matrices move by more than their norm, by up to {largest:.1f} times",
-            f"The update drowns the base. The scale that B A is multiplied by goes up to {scale:g}.",
-            "check lora_alpha, r and use_rslora against the training, then lower the learning rate",
+            f"There the update drowns the base. The scale that B A is multiplied by goes up to {scale:g}.",
+            advice if are_most else "",
+            is_fault=are_most,
         )
     if moved and reading.kind == "lora" and all(m.is_A_as_drawn for m in moved):
         yield Finding(
@@ -235,7 +273,15 @@ def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]
 
 def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEConfig) -> Iterator[Finding]:
     """What a merged checkpoint holds of its adapter. readings: {} if no adapter is given."""
-    changed = [m for m in comparison.matrices.values() if m.state == MOVED]
+    if keys := [key for key, m in comparison.matrices.items() if m.state == NOT_FINITE]:
+        yield Finding(
+            "not-finite",
+            f"weights that hold NaN or infinity: {len(keys)}, the first {keys[0]}",
+            "The merge went beyond the range of its dtype (float16 ends at 65,504), the training diverged, or the file "
+            "is damaged. The model computes NaN.",
+            "merge again in bfloat16 or float32; if the adapter itself holds NaN, train again",
+        )
+    changed = [m for m in comparison.matrices.values() if m.state in (MOVED, NOT_FINITE)]
     experts = [m for m in changed if m.place.part == EXPERTS]
     if not changed:
         yield Finding(

@@ -69,14 +69,17 @@ def compare(
     for name, W, M in side_by_side(base, merged):
         key, W32 = name.removesuffix(".weight"), W.float()
         difference = M.float() - W32
+        place = place_of(key, config.family)
+        norms = float(difference.norm()), float(W32.norm())
+        if not difference.isfinite().all():
+            result.matrices[key] = Matrix(place, NOT_FINITE, *norms)
+            continue
         has_changed = bool(difference.any())
         state = state_of(reading.pairs[key]) if reading and key in reading.pairs else EMPTY
         if state == EMPTY and not has_changed:
             continue
         if reading and state == EMPTY:
             result.unexplained.append(name)
-        place = place_of(key, config.family)
-        norms = float(difference.norm()), float(W32.norm())
         result.matrices[key] = Matrix(place, MOVED if has_changed else UNMOVED, *norms)
         result.entries += difference.numel()
         result.unchanged += int((difference == 0).sum())
@@ -104,7 +107,8 @@ def side_by_side(base: dict[str, Stored], merged: dict[str, Stored]) -> Iterator
         by_files.setdefault((base[name].file, merged[name].file), []).append(name)
     for names in by_files.values():
         whole = dict.fromkeys(names, WHOLE)
-        for (name, W), (_, M) in zip(read_slices(base, whole), read_slices(merged, whole), strict=True):
+        both = read_slices(base, whole), read_slices(merged, whole, allow_nan=True)
+        for (name, W), (_, M) in zip(*both, strict=True):
             yield name, W, M
 
 

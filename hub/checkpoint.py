@@ -291,16 +291,19 @@ class Part(NamedTuple):
 WHOLE = Part()
 
 
-def read_slices(weights: dict[str, Stored], wanted: dict[str, Part]) -> Iterator[tuple[str, Tensor]]:
+def read_slices(
+    weights: dict[str, Stored], wanted: dict[str, Part], allow_nan: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The wanted parts of the wanted weights, one at a time: no process reads what it does not hold.
 
-    Raises InputError for weights that hold NaN or infinity.
+    Raises InputError for weights that hold NaN or infinity, unless these are allowed.
     """
     for path in dict.fromkeys(weight.file for weight in weights.values()):
         here = [key for key in wanted if weights[key].file == path]
         parts = ((weights[key].tensor, weights[key].index(*wanted[key])) for key in here)
         for key, tensor in zip(here, read_parts(path, parts), strict=True):
-            check_finite(tensor, f"{path}: {key}")
+            if not allow_nan:
+                check_finite(tensor, f"{path}: {key}")
             yield key, tensor
 
 

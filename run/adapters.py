@@ -20,9 +20,10 @@ from torch import Tensor
 
 from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
-from diagnosis.findings import UNUSABLE, of_pairs
+from diagnosis.findings import UNUSABLE, of_order, of_pairs
+from diagnosis.merged import AS_READ, REORDERED
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
-from hub.checkpoint import Stored, check_finite, stored
+from hub.checkpoint import Stored, stored
 from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
 from lora import init_A
@@ -71,8 +72,8 @@ def save_adapter(state: dict[str, Tensor], folder: Path, adapter: Adapter, **ori
     (folder / "adapter.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapter, dict[str, Tensor]]:
-    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file, and for NaN in it.
+def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
+    """What `save_adapter` wrote: the Adapter and its tensors. Raises InputError for a damaged file.
 
     Experts of different ranks are padded with zeros to the largest of them, which is then the rank of all experts.
     """
@@ -93,8 +94,6 @@ def read_adapter(folder: str | Path, *, allow_nan: bool = False) -> tuple[Adapte
         raise
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise InputError(f"{folder}: not an adapter, or a damaged one ({type(error).__name__}: {error})") from None
-    for name, tensor in () if allow_nan else state.items():
-        check_finite(tensor, f"{folder / 'adapter.safetensors'}: {name}")
     return adapter, state
 
 
@@ -204,16 +203,15 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
 
 
 @torch.no_grad()
-def read_factors(
-    folder: str | Path, config: MoEConfig, *, allow_nan: bool = False
-) -> tuple[Adapter, dict[str, Factors]]:
-    """The adapter of a run, and its factors by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
+def dense_factors(
+    adapter: Adapter, state: dict[str, Tensor], config: MoEConfig, folder: str | Path
+) -> dict[str, Factors]:
+    """The factors of `read_adapter` by matrix, dense: LoRI's A is drawn again, its sparse B spread out.
 
-    Raises InputError for an adapter that is damaged or does not fit the model.
+    Raises InputError, naming `folder`, for an adapter that is damaged or does not fit the model.
     """
-    adapter, state = read_adapter(folder, allow_nan=allow_nan)
     hot_mask(adapter.hot, config)
-    shapes, digest = hub_shapes(config), hashlib.sha256()
+    state, shapes, digest = dict(state), hub_shapes(config), hashlib.sha256()
     by_matrix: dict[str, Factors] = {}
     is_sparse = any(name.endswith("positions") for name in state)
 
@@ -253,7 +251,13 @@ def read_factors(
         raise InputError(
             f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; is the adapter damaged?"
         )
-    return adapter, by_matrix
+    return by_matrix
+
+
+def reading_of(adapter: Adapter, factors: dict[str, Factors], config: MoEConfig) -> Reading:
+    """The adapter of a run as if it had been read from a file of PEFT."""
+    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
+    return Reading(adapter.kind, pairs, dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r))
 
 
 def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = None) -> Reading:
@@ -261,9 +265,35 @@ def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = 
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return read_pairs(folder, config.family, config.num_experts, hub_shapes(config), layout)
-    adapter, factors = read_factors(folder, config, allow_nan=True)
-    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
-    return Reading(adapter.kind, pairs, dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r))
+    adapter, state = read_adapter(folder)
+    return reading_of(adapter, dense_factors(adapter, state, config, folder), config)
+
+
+def readings_of(folder: str | Path, config: MoEConfig) -> dict[str, Reading]:
+    """The adapter as it says it is packed and, if that makes a difference, with lora_B of stacks in the other order."""
+    reading = read_loosely(folder, config)
+    moved = any(pair["lora_B"].any() for key, pair in reading.pairs.items() if ".experts." in key)
+    if max(reading.packed.values(), default=1) == 1 or not moved:
+        return {AS_READ: reading}
+    other = reading.layout._replace(by_expert=not reading.layout.by_expert)
+    return {AS_READ: reading, REORDERED: read_loosely(folder, config, other)}
+
+
+def check_usable(readings: dict[str, Reading], config: MoEConfig, folder: str | Path) -> None:
+    """Raise InputError for what `export.py check` finds unusable, and note its other faults, in the same words."""
+    for finding in (*of_pairs(readings[AS_READ], config), *of_order(readings, config)):
+        if finding.name in UNUSABLE:
+            raise InputError(f"{folder}: {finding.what}")
+        if finding.is_fault:
+            note(f"{folder}: {finding.what}. {finding.means}")
+
+
+def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
+    """The adapter of a run, and its factors by matrix, dense. Raises InputError for one that cannot be used."""
+    adapter, state = read_adapter(folder)
+    factors = dense_factors(adapter, state, config, folder)
+    check_usable({AS_READ: reading_of(adapter, factors, config)}, config, folder)
+    return adapter, factors
 
 
 def from_peft(loaded: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
@@ -315,13 +345,14 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        return read_adapter(folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder)
-    reading = read_loosely(folder, config)
-    for finding in of_pairs(reading, config):
-        if finding.name in UNUSABLE:
-            raise InputError(f"{folder}: {finding.what}")
-        note(f"{folder}: {finding.what}. {finding.means}")
-    loaded, remark = unified(reading)
+        place = folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
+        adapter, state = read_adapter(place)
+        factors = dense_factors(adapter, state, config, place)
+        check_usable({AS_READ: reading_of(adapter, factors, config)}, config, folder)
+        return adapter, state
+    readings = readings_of(folder, config)
+    check_usable(readings, config, folder)
+    loaded, remark = unified(readings[AS_READ])
     if remark:
         note(f"{folder}: {remark}")
     try:

@@ -14,6 +14,7 @@ Dimensions: E experts per layer, r rank.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import with_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import change_config, logits, make_run
@@ -29,9 +32,12 @@ from test_peft import UNDER_5, saved_before_19, saved_under_4, saved_under_5
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import data
 import export
 from command.cli import InputError
+from diagnosis.findings import BASE, order_by_loss
 from diagnosis.measure import adapter_changes, by_expert, spread
+from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
 from hub.peft import PeftAdapter, write_peft
@@ -474,25 +480,78 @@ def test_wrong_input_of_the_check_is_an_input_error(flags, message, base, tmp_pa
         export.main(["check", *(str(base) if flag == "BASE" else flag for flag in flags)])
 
 
-def test_the_order_of_packed_columns_shows_in_what_peft_trained(olmoe, tmp_path):
-    """PEFT's own training, and the same factors as a tool leaves them that packs expert by expert."""
-    model = AutoModelForCausalLM.from_pretrained(olmoe.folder)
+def trained_by_peft(base: Path, out: Path, rows: Path) -> peft.PeftModel:
+    """PEFT's own training of all experts on the rows of a file, saved."""
+    reader = data.Reader("own", base, read_config(base))
+    items = reader.encode(reader.load("train", rows))
+    model = AutoModelForCausalLM.from_pretrained(base)
     stacks = ["experts.gate_up_proj", "experts.down_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(r=R, target_parameters=stacks, task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(15):
-        ids = torch.randint(2, 12, (4, 24), generator=generator)
-        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for batch in data.global_batches(len(items), 8, seed=0, epoch=0) * 3:
+        batch = data.collate([items[i] for i in batch], 1)
+        shifted = F.pad(batch.labels, (1, 0), value=-100)[:, :-1]  # ours are those of the next position
+        model(input_ids=batch.input_ids, labels=shifted).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "adapter")
-    status, findings = check(olmoe.folder, tmp_path / "adapter")
-    assert (status, findings["packed-order-seen"]) == (0, False)
-    state = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    model.save_pretrained(out)
+    return model
+
+
+def repack(adapter: Path, num_experts: int) -> None:
+    """The columns of lora_B, which PEFT packs with the expert innermost, one expert after the other."""
+    state = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in state if "lora_B" in name]:
-        state[name] = state[name].unflatten(1, (-1, 7)).transpose(1, 2).flatten(1).contiguous()
-    save_file(state, tmp_path / "adapter/adapter_model.safetensors")
-    assert check(olmoe.folder, tmp_path / "adapter") == (3, {"packed-order": True, "router-frozen": False})
-    change_config(tmp_path / "adapter", {"lora_B_layout": "grouped_by_expert"})
-    assert check(olmoe.folder, tmp_path / "adapter")[0] == 0
+        state[name] = state[name].unflatten(1, (-1, num_experts)).transpose(1, 2).flatten(1).contiguous()
+    save_file(state, adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    sums = [{"prompt": f"{a} + {b} =", "completion": str((a + b) % 10)} for a in range(8) for b in range(10)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, sums)))
+    return tmp_path / "rows.jsonl"
+
+
+@pytest.mark.parametrize("evidence", ["norms", "loss"])
+def test_the_order_of_packed_columns_shows_in_what_peft_trained_and_merged(evidence, olmoe, rows, tmp_path, capsys):
+    base, adapter = with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base")), tmp_path / "adapter"
+    merged = trained_by_peft(base, adapter, rows).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    flags, words = (
+        ([], "variance of the column norms") if evidence == "norms" else (["--data", rows], "loss of 64 rows")
+    )
+    of_merged = [tmp_path / "merged", "--adapter", adapter, *flags]
+
+    status, findings = check(base, adapter, *flags)
+    assert (status, findings["packed-order-seen"]) == (0, False)
+    assert f"Evidence: the {words}" in capsys.readouterr().out
+    assert check(base, *of_merged) == (0, dict.fromkeys(("packed-order-seen", "merged-once", "router-frozen"), False))
+    repack(adapter, 7)
+    assert check(base, adapter, *flags) == (3, {"packed-order": True, "router-frozen": False})
+    findings = {"packed-order": True, "merged-reordered": True, "router-frozen": False}
+    assert check(base, *of_merged) == (3, findings)
+    change_config(adapter, {"lora_B_layout": "grouped_by_expert"})
+    assert check(base, adapter, *flags)[0] == check(base, *of_merged)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "read, other, base, expected",
+    [
+        ([1.0, 1.2, 1.1], [2.0, 2.3, 2.1], 3.0, True),
+        ([2.0, 2.3, 2.1], [1.0, 1.2, 1.1], 3.0, False),
+        ([2.0, 2.3, 2.1], [1.0, 1.2, 1.1], 0.5, None),  # neither lowers the loss: these are not the rows
+        ([1.0, 1.2, 1.1], [1.4, 0.8, 1.2], 3.0, None),  # within the error
+        ([1.0], [2.0], 3.0, None),
+        ([1.0, math.nan, 1.1], [2.0, 2.3, 2.1], 3.0, None),
+    ],
+)
+def test_the_loss_tells_an_order_only_if_it_is_clearly_lower_and_below_that_of_the_base(read, other, base, expected):
+    losses = {AS_READ: torch.tensor(read), REORDERED: torch.tensor(other), BASE: torch.full((len(read),), base)}
+    assert order_by_loss(losses)[0] is expected
+
+
+def test_rows_that_are_not_needed_are_said_not_to_be_read(base, tmp_path, capsys):
+    folder = write_one_by_one(base, tmp_path / "adapter", factors_of(base, [1]))
+    assert check(base, folder, "--data", "nowhere.jsonl")[0] == 0
+    assert "--data nowhere.jsonl is not read" in capsys.readouterr().err

@@ -454,12 +454,17 @@ def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_p
         adapters.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
 
 
-def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_tensor(olmoe, tmp_path):
+@pytest.mark.parametrize("read", [adapters.read_factors, adapters.read_any_adapter])
+def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_matrix(read, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     adapter, state = adapters.read_adapter(tmp_path / "adapter")
-    for name, value in (("layers.1.mlp.gate.lora_B", math.nan), ("layers.3.mlp.experts.lora.up_proj.lora_A", math.inf)):
+    last = max(adapter.hot[3])
+    for name, value, matrix in (
+        ("layers.1.mlp.gate.lora_B", math.nan, "layers.1.mlp.gate"),
+        ("layers.3.mlp.experts.lora.up_proj.lora_A", math.inf, f"layers.3.mlp.experts.{last}.up_proj"),
+    ):
         damaged = {key: tensor.clone() for key, tensor in state.items()}
         damaged[name].view(-1)[-1] = value
         adapters.save_adapter(damaged, tmp_path / "adapter", adapter)
-        with pytest.raises(InputError, match=f"adapter.safetensors: {name} holds NaN or infinity"):
-            adapters.read_adapter(tmp_path / "adapter")
+        with pytest.raises(InputError, match=f"pairs that hold NaN or infinity: 1, the first model.{matrix}"):
+            read(tmp_path / "adapter", read_config(olmoe.folder))
