@@ -15,8 +15,10 @@ Dimensions: E experts per layer, r rank.
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,15 +37,16 @@ from transformers import AutoModelForCausalLM
 import data
 import export
 from command.cli import InputError
-from diagnosis.findings import BASE, order_by_loss
+from diagnosis.findings import BASE, UNUSABLE, order_by_loss
 from diagnosis.measure import adapter_changes, by_expert, spread
 from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
 from hub.peft import PeftAdapter, write_peft
 from model import load_model, read_config
-from run.adapters import hub_shapes, load_adapter, read_adapter, read_loosely, save_adapter, weights_of
+from run.adapters import hub_shapes, load_adapter, read_adapter, read_loosely, read_start, save_adapter, weights_of
 from run.output import draw_adapter
+from run.subject import Subject, base_content, content_of
 
 R, ALPHA, SCALE = 4, 9, 9 / 4
 PREFIX = "base_model.model."
@@ -261,33 +264,72 @@ def test_pairs_that_did_not_move_are_a_fault_if_their_experts_receive_many_token
     assert check(base, folder) == (0, {"some-unmoved": False, "router-trained": False})
 
 
+def broken_run(change: Callable[[dict], object], base: Path, folder: Path) -> Path:
+    """A run with the tensors of its adapter changed."""
+    make_run(base, folder)
+    adapter, state = read_adapter(folder / "adapter")
+    change(state)
+    save_adapter(state, folder / "adapter", adapter)
+    return folder
+
+
+def run_on_another_base(base: Path, folder: Path) -> Path:
+    make_run(base, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"base": base_content(base.parent / "other")}))
+    return folder
+
+
+def with_nan(state: dict) -> None:
+    state["layers.1.mlp.gate.lora_B"][0, 0] = torch.nan
+
+
+def unmoved_experts(state: dict) -> None:
+    for name, tensor in state.items():
+        tensor.mul_("experts" not in name or "lora_B" not in name)
+
+
+OF_RUNS = {  # the name of a fault -> how a run of this project that has it is written
+    "not-finite": partial(broken_run, with_nan),
+    "unmoved": partial(broken_run, unmoved_experts),
+    "another-base": run_on_another_base,
+}
+USES = {
+    "evaluation": lambda folder, base: Subject(str(folder)).load(torch.float32, torch.device("cpu")),
+    "training": lambda folder, base: (
+        content_of(base, str(folder)),
+        read_start(str(folder), read_config(base), "lora", 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize(
-    "fault, is_refused", [("not-finite", True), ("unread", True), ("empty", True), ("no-expert-pair", False)]
+    "fault",
+    ["not-finite", "unread", "empty", "no-expert-pair", "unmoved", "packed-order", *(f"run {n}" for n in OF_RUNS)],
 )
-def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_check(
-    fault, is_refused, base, tmp_path, capsys
-):
-    folder = FAULTY[fault](base, tmp_path / "adapter", factors_of(base, list(range(7))))
-    check(base, folder)
-    printed = capsys.readouterr().out
-    if is_refused:
-        with pytest.raises(InputError) as error:
-            load_adapter(load_model(base), folder)
-        words = str(error.value).removeprefix(f"{folder}: ")
+def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_check(fault, use, base, tmp_path, capsys):
+    name = fault.removeprefix("run ")
+    if name == fault:
+        folder = FAULTY[fault](base, tmp_path / "adapter", factors_of(base, list(range(7))))
     else:
-        load_adapter(load_model(base), folder)
-        words = capsys.readouterr().err.removeprefix(f"{folder}: ").split(". ")[0]
-    assert f"FAULT: {words}\n" in printed
+        folder = OF_RUNS[name](shutil.copytree(base, tmp_path / "base"), tmp_path / "run")
+    assert check(base, folder)[1][name] is True
+    printed = re.findall("FAULT: (.+)", capsys.readouterr().out)
+    (words,) = [what for what in printed if "by more than their norm" not in what]  # of random factors
+    if name in (*UNUSABLE, "another-base"):
+        with pytest.raises(InputError) as error:
+            USES[use](folder, base)
+        assert words in str(error.value) and "\n" not in str(error.value)
+    else:
+        USES[use](folder, base)
+        assert words in capsys.readouterr().err
 
 
-def test_nan_in_the_adapter_of_a_run_is_a_fault_and_the_rest_is_compared(olmoe, tmp_path):
+def test_a_merged_checkpoint_is_compared_with_an_adapter_that_holds_nan(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path / "run")
     export.main([str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out")])
-    adapter, state = read_adapter(tmp_path / "run/adapter")
-    state["layers.1.mlp.gate.lora_B"][0, 0] = torch.nan
-    save_adapter(state, tmp_path / "run/adapter", adapter)
-    status, findings = check(olmoe.folder, tmp_path / "run")
-    assert (status, findings["not-finite"]) == (3, True)
+    broken_run(with_nan, olmoe.folder, tmp_path / "run")
     status, findings = check(olmoe.folder, tmp_path / "out", "--adapter", tmp_path / "run")
     assert (status, [name for name, is_fault in findings.items() if is_fault]) == (3, ["not-finite"])
 
@@ -347,6 +389,7 @@ MERGED: dict[str, Callable] = {
     "merged-twice": lambda key, W, delta: W + 2 * delta,
     "other-multiple": lambda key, W, delta: W + 0.25 * delta,
     "some-not-merged": without("layers.1.mlp.experts.0.up_proj"),
+    "not-finite": lambda key, W, delta: W + delta * (torch.inf if "layers.1.mlp.experts.0.up_proj" in key else 1),
 }
 
 
@@ -360,7 +403,7 @@ def test_a_merged_checkpoint_is_compared_with_base_and_adapter(finding, base, tm
     if finding != "experts-not-merged":
         assert findings[finding] == (finding != "merged-once")
     alone, findings = check(base, folder)
-    assert (alone == 3) == (finding in ("is-the-base", "experts-unchanged", "experts-not-merged"))
+    assert (alone == 3) == (finding in ("is-the-base", "experts-unchanged", "experts-not-merged", "not-finite"))
 
 
 def test_a_merged_checkpoint_and_its_base_are_opened_once_to_be_listed_and_once_to_be_compared(
