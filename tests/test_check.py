@@ -313,7 +313,8 @@ def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_chec
     if name == fault:
         folder = FAULTY[fault](base, tmp_path / "adapter", factors_of(base, list(range(7))))
     else:
-        folder = OF_RUNS[name](shutil.copytree(base, tmp_path / "base"), tmp_path / "run")
+        base = shutil.copytree(base, tmp_path / "base")
+        folder = OF_RUNS[name](base, tmp_path / "run")
     assert check(base, folder)[1][name] is True
     printed = re.findall("FAULT: (.+)", capsys.readouterr().out)
     (words,) = [what for what in printed if "by more than their norm" not in what]  # of random factors
