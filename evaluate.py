@@ -56,6 +56,7 @@ DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of Hum
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
 BATCH = 32  # sequences decoded at once, by default
+OUT_HELP = "folder for score.json and items.jsonl (default: evaluation-TASK in the run or in runs/)"
 GENERATING = "batch max_new_tokens temperature top_p samples shots prompt seed dtype bos shard".split()
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -68,22 +69,28 @@ class Settings(DecodingFlags):
     source: str | None = flag(
         None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True, nargs="?"
     )
-    task: str | None = flag(None, "default: the task of the run", choices=list(data.TASKS))
-    eval_data: str | None = flag(None, "a local copy of the task's test file")
-    limit: int | None = flag(None, "only the first examples", type=number(int, 1))
-    out: str | None = flag(None, "folder for score.json and items.jsonl; default: none with --completions")
-    completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines')
+    task: str | None = flag(None, "task to score (default: that of the run)", choices=list(data.TASKS))
+    eval_data: str | None = flag(None, "a local copy of the task's test file", metavar="FILE")
+    limit: int | None = flag(None, "only the first N examples (default: all)", metavar="N", type=number(int, 1))
+    out: str | None = flag(None, OUT_HELP, metavar="DIR")
+    completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines', metavar="FILE")
     partial: bool = flag(False, "let --completions leave examples out")
     batch: int | None = flag(None, f"sequences decoded at once (default: {BATCH})", type=number(int, 1))
-    samples: int | None = flag(None, "completions per problem (default: by task)", type=number(int, 1))
-    shots: int | None = flag(None, "show the first problems of the training data, solved; 0: none", type=number(int, 0))
-    train_data: str | None = flag(None, "a local copy of the training file, for --shots")
-    prompt: str | None = flag(None, "form of GSM8K (default: the run's, or lori)", choices=list(data.PROMPTS))
-    max_length: int | None = flag(None, "own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8))
+    samples: int | None = flag(None, "completions per problem (default: code tasks 20, else 1)", type=number(int, 1))
+    shots: int | None = flag(
+        None, "solved training problems in front of each (default: by recipe, or 0)", type=number(int, 0)
+    )
+    train_data: str | None = flag(None, "a local copy of the training file, for --shots", metavar="FILE")
+    prompt: str | None = flag(None, "prompt for GSM8K's rows (default: the run's, or lori)", choices=list(data.PROMPTS))
+    max_length: int | None = flag(
+        None, "of task own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8)
+    )
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
-    refusal_rule: str | None = flag(None, "which phrases count (default: lori)", choices=list(refusals.RULES))
+    refusal_rule: str | None = flag(
+        None, "phrases that count as a refusal (default: lori)", choices=list(refusals.RULES)
+    )
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
-    allow_code_execution: bool = flag(False, "run model-written code with limits only")
+    allow_code_execution: bool = flag(False, "run model-written code where there are resource limits only")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, 3600, above=True))
     workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
 
@@ -114,8 +121,9 @@ def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
         argv,
         prog="evaluate.py",
         description="Generate completions of a task and score them, or score completions that exist.",
-        epilog="evaluate.py compare A B compares two evaluation folders of one task. How an answer is found in a text "
-        "is said in docs/reproduce.md.",
+        epilog="evaluate.py compare A B compares two evaluations of one task.\n"
+        "docs/reproduce.md says how an answer is found in a text.",
+        example="python evaluate.py runs/demo/hellora --task tiny-math --limit 100 --out runs/scores",
     )
     subject = None
     if settings.completions is None:

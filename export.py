@@ -79,12 +79,15 @@ class Settings:
 
     run: str = flag(help="run folder of train.py, or an adapter in it", positional=True)
     to: str = flag(help="what to write", choices=("merged", "peft"))
-    out: str = flag(help="folder to write; new or empty")
+    out: str = flag(help="folder to write, new or empty", metavar="DIR")
     model: str | None = flag(None, "where the base model is (default: where the run had it)")
     dtype: str | None = flag(
         None, "of the weights written (default: the base's; peft: float32)", choices=("float32", "bfloat16", "float16")
     )
-    compact: bool = flag(False, "peft: without the cold experts; not for transformers 5 or vLLM")
+    compact: bool = flag(
+        False,
+        "with --to peft: leave out experts without an adapter; such a file does not load in transformers 5 or vLLM",
+    )
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 
 
@@ -215,8 +218,14 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def parse_flags(argv: list[str] | None = None) -> Settings:
-    description = "Export a run of train.py as a merged checkpoint, or as an adapter for PEFT. (Also: export.py check.)"
-    settings = cli.parse(Settings, argv, prog="export.py", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="export.py",
+        description="Export a run of train.py as a merged checkpoint, or as an adapter for PEFT.\n"
+        "Also: export.py check.",
+        example="python export.py runs/demo/hellora --to merged --out runs/merged",
+    )
     if settings.compact and settings.to == "merged":
         raise InputError("--compact has no meaning with --to merged; leave it out")
     return settings
@@ -263,8 +272,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def check(argv: list[str]) -> None:
     """`export.py check`: print what moved and what is wrong. Ends with status 3 if there is a fault."""
-    description = "Did the experts train, merge and load? Checks an adapter or a merged checkpoint of any tool."
-    settings = cli.parse(CheckSettings, argv, prog="export.py check", description=description)
+    settings = cli.parse(
+        CheckSettings,
+        argv,
+        prog="export.py check",
+        description="Did the experts train, merge and load? Check an adapter or a merged checkpoint of any tool.",
+        example="python export.py check runs/demo/hellora --base tiny --plot runs/check.png",
+    )
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)

@@ -59,11 +59,15 @@ class DecodingFlags:
     """The flags of evaluate.py and of generate.py that say how text is generated."""
 
     max_new_tokens: int | None = flag(
-        None, "where to cut an answer (default: 512; tiny tasks 160)", type=number(int, 1)
+        None, "longest answer, in tokens (default: 512; tiny tasks 160)", type=number(int, 1)
     )
-    temperature: float | None = flag(None, "0: greedy (default: 0; code 0.2)", type=number(float, 0))
-    top_p: float | None = flag(None, "nucleus (default: 1; code 0.95)", type=number(float, 0, 1, above=True))
-    seed: int | None = flag(None, "of the samples (default: 0)", type=number(int, 0))
+    temperature: float | None = flag(
+        None, "temperature of sampling; 0 is greedy (default: 0; code tasks 0.2)", type=number(float, 0)
+    )
+    top_p: float | None = flag(
+        None, "nucleus of sampling (default: 1; code tasks 0.95)", type=number(float, 0, 1, above=True)
+    )
+    seed: int | None = flag(None, "seed of sampling (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     bos: str | None = flag(None, f"{BOS_HELP} (default: as the run, or auto)", choices=("auto", "yes", "no"))
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
@@ -327,10 +331,10 @@ class Settings(DecodingFlags):
         None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True
     )
     prompt: str | None = flag(
-        None, "what to answer; without it: what is typed, or each line of a pipe", positional=True, nargs="?"
+        None, "text to answer (default: what is typed, or each line of a pipe)", positional=True, nargs="?"
     )
-    adapter: str | None = flag(None, "none: the base model, without the adapter of the run", choices=("none",))
-    plain: bool = flag(False, "put the text to the model as it is, without a chat template or a task's prompt")
+    adapter: str | None = flag(None, "none: answer with the base model alone", choices=("none",))
+    plain: bool = flag(False, "no chat template, and no prompt of a task")
 
 
 class Speaker:
@@ -395,8 +399,8 @@ def main(argv: list[str] | None = None) -> None:
         Settings,
         argv,
         prog="generate.py",
-        description="Talk to a model.",
-        epilog='Example: python generate.py tiny "Hello"',
+        description="Talk to a model, or answer one prompt or each line of a pipe.",
+        example='python generate.py runs/mine "How many marbles does Mia have?"',
     )
     ignore_keys(settings.ignore_config_keys)
     speaker = Speaker(settings)

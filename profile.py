@@ -218,8 +218,14 @@ def main(argv: list[str] | None = None) -> object:
 
 def count(argv: list[str]) -> RoutingProfile:
     """The command without a name: count, write profile.json, print the table."""
-    description = "Count which experts of each layer a task uses. (Also: compare A B; advise FILE; --prompt TEXT.)"
-    settings = cli.parse(Settings, argv, prog="profile.py", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="profile.py",
+        description="Count how often a task uses each expert of each layer.\n"
+        "Also: profile.py compare A B, profile.py advise FILE, profile.py --prompt TEXT.",
+        example="python profile.py --model tiny --task tiny-math --out runs/math.json --plot runs/math.png",
+    )
     settings = replace(settings, model=with_revision(settings.model, settings.revision))
     ignore_keys(settings.ignore_config_keys)
     folder = resolve(settings.model)

@@ -134,17 +134,21 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     """A dataclass field that is a flag of the command line. options: as for argparse's add_argument.
 
     False as default makes a switch. positional=True makes an argument without dashes. group="..." names the section of
-    `--help` in which the flag is shown. alias="..." is an older name of the flag. Without a default it is required.
+    `--help` in which the flag is shown. alias="..." is an older name of the flag, which the help does not show. Without
+    a default it is required.
     """
     return field(default=default, metadata={"help": help} | options)
 
 
-def parse(settings: type[T], argv: list[str] | None, **options: Any) -> T:
+def parse(settings: type[T], argv: list[str] | None, *, example: str = "", **options: Any) -> T:
     """The command line as an instance of a dataclass whose fields were made by `flag`. Raises InputError.
 
-    options: for argparse's ArgumentParser.
+    example: a command with which `--help` ends. options: for argparse's ArgumentParser.
     """
     parser, groups, flags = Parser(**options), {}, []
+    if example:
+        parser.epilog = f"{parser.epilog}\n\n" if parser.epilog else ""
+        parser.epilog += f"example:\n  {example}"
     for f in fields(settings):
         argument = dict(f.metadata)
         group, positional, alias = (argument.pop(key, None) for key in ("group", "positional", "alias"))
@@ -155,9 +159,14 @@ def parse(settings: type[T], argv: list[str] | None, **options: Any) -> T:
             argument["default"] = f.default
         elif not positional:
             argument["required"] = True
-        names = [f.name] if positional else [f"--{f.name.replace('_', '-')}", *([alias] if alias else ())]
-        place.add_argument(*names, **argument)
-        flags += names
+        name = f.name if positional else f"--{f.name.replace('_', '-')}"
+        place.add_argument(name, **argument)
+        flags.append(name)
+        if alias:
+            parser.add_argument(
+                alias, dest=f.name, **argument | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            )
+            flags.append(alias)
     argv = sys.argv[1:] if argv is None else argv
     parser.check_flags(argv, flags)
     return settings(**vars(parser.parse_args(argv)))
@@ -176,11 +185,15 @@ def subcommand(program: str, names: Iterable[str], argv: list[str] | None, help:
     return name, rest
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default only where there is one."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default only where there is one, and description and examples as they are written."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -64,6 +64,14 @@ RECIPES = {
 }
 
 
+def defaults_by_task() -> str:
+    """RECIPES as a table for `train.py --help`."""
+    heads = ("--task", "--lr", "(fft)", "--epochs", "--batch", "(fft)", "--rank", "--alpha")
+    rows = [(task, r.lr, r.fft_lr, r.epochs, r.batch, r.fft_batch, r.r, f"{r.alpha:g}") for task, r in RECIPES.items()]
+    lines = ["".join(f"{cell:<12}" if n == 0 else f"{cell:<9}" for n, cell in enumerate(row)) for row in (heads, *rows)]
+    return "\n  ".join(["defaults by task, for --method fft in brackets:", *(line.rstrip() for line in lines)])
+
+
 def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok: int) -> int:
     """k hot experts per layer: a number, a share of the layer's experts, or the experts per token (HELLoRA, §4.5.3).
 

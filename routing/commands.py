@@ -37,15 +37,20 @@ class AdviseSettings:
     profile: str = flag(help="profile.json of the task", positional=True, metavar="FILE")
     model: str | None = flag(None, f"model to size: as in train.py, or {', '.join(PRESETS)} (default: profiled)")
     rank: int | None = flag(None, "LoRA rank r (default: that of the profiled task)", type=POSITIVE)
-    targets: str = flag("all", "modules besides the experts", choices=list(hellora.TARGETS))
+    targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
     coverage: tuple[float, ...] = flag((0.5, 0.6, 0.7, 0.8, 0.9), "shares to reach", type=SHARE, nargs="+")
     plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
 
 
 def compare(argv: list[str]) -> None:
     """Print, and with --plot draw, how far the hot sets of two profiles agree in each layer."""
-    description = "Overlap of the hot experts of two profiles of one model."
-    settings = cli.parse(CompareSettings, argv, prog="profile.py compare", description=description)
+    settings = cli.parse(
+        CompareSettings,
+        argv,
+        prog="profile.py compare",
+        description="Overlap of the hot experts of two profiles of one model.",
+        example="python profile.py compare runs/math.json runs/code.json --plot runs/overlap.png",
+    )
     names = " and ".join(settings.profiles)
     a, b = map(load_profile, settings.profiles)
     if a.counts.shape != b.counts.shape:
@@ -63,8 +68,13 @@ def compare(argv: list[str]) -> None:
 
 def advise(argv: list[str]) -> None:
     """Print what adapting the k hottest experts covers and costs, and the smallest k that covers enough."""
-    description = "What k hot experts cover and cost, and the smallest k that covers enough."
-    settings = cli.parse(AdviseSettings, argv, prog="profile.py advise", description=description)
+    settings = cli.parse(
+        AdviseSettings,
+        argv,
+        prog="profile.py advise",
+        description="What k hot experts cover and cost, and the smallest k that covers enough.",
+        example="python profile.py advise runs/math.json --model olmoe-1b-7b",
+    )
     counted = load_profile(settings.profile)
     model, recipe = settings.model or counted.model, RECIPES.get(counted.task, Recipe)  # else the paper's rank
     config = config_of(model)

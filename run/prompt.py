@@ -46,7 +46,11 @@ class Settings:
 def prompt(argv: list[str]) -> Tensor:
     """Print every token with its experts, and with --plot draw the share of hot ones.  -> experts [L, T, K]"""
     settings = cli.parse(
-        Settings, argv, prog="profile.py --prompt", description="Which experts each token of a text reaches."
+        Settings,
+        argv,
+        prog="profile.py",
+        description="Print the experts of each token of a text.",
+        example='python profile.py --model tiny --prompt "Mia has 3 marbles." --profile runs/math.json',
     )
     subject = Subject(settings.model)
     tokenizer = data.load_tokenizer(subject.folder, subject.config)

@@ -17,7 +17,7 @@ from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from machine.memory import CHOSEN, SHARD_HELP
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
-from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, experts_flag
+from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, defaults_by_task, experts_flag
 from recipes.papers import PAPERS, recipe_flags
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
@@ -28,11 +28,16 @@ MODEL_HELP = (
     "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
     "--init-adapter)"
 )
-EXPERTS_HELP = f"which experts: {', '.join(hellora.POLICIES)}, or a file of expert lists (default: by method)"
+EXPERTS_HELP = f"policy: {', '.join(hellora.POLICIES)}; or a JSON file of expert lists (default: by method)"
+TARGETS_HELP = (
+    "modules beside the experts: all: attention and router; shared: these and shared experts; attention; gate: the "
+    "router; pure: none (default: all; moe-sieve shared)"
+)
 SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: float32, in which it trains)"
+K_HELP = "hot experts per layer: a number or a share (default: experts per token; moe-sieve 0.25)"
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
-STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
+STEP, FOLDER, MACHINE = {"group": "optimization"}, {"group": "run folder"}, {"group": "machine"}
 
 
 @dataclass(frozen=True)
@@ -41,51 +46,50 @@ class Settings:
 
     model: str | None = flag(None, MODEL_HELP, **TASK)
     revision: str | None = flag(None, REVISION_HELP, **TASK)
-    task: str = flag("tiny-math", "what to learn", choices=list(RECIPES), **TASK)
+    task: str = flag("tiny-math", "task, or own: your rows in --train-data", choices=list(RECIPES), **TASK)
     train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
     valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)
-    valid_share: float | None = flag(None, "share of the training rows to validate on instead", type=HALF, **TASK)
+    valid_share: float | None = flag(None, "share of the training rows to hold out for validation", type=HALF, **TASK)
     recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=PAPERS, **TASK)
     prompt: str = flag("lori", "prompt for GSM8K's rows", choices=list(data.PROMPTS), **TASK)
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
     max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
-    k: int | float | None = flag(None, "hot experts per layer: a number or a share", type=count_or_share, **CHOICE)
+    k: int | float | None = flag(None, K_HELP, type=count_or_share, **CHOICE)
     experts: str | None = flag(None, EXPERTS_HELP, type=experts_flag, **CHOICE)
     coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
-    scores: str | None = flag(None, "what makes an expert hot", choices=("counts", "gate-mass"), **CHOICE)
+    scores: str | None = flag(None, "what ranks experts (default: counts)", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
     sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
     count_on: str = flag(
         "base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup", **CHOICE
     )
-    targets: str | None = flag(
-        None,
-        "modules that get a pair beside the experts (default: by method)",
-        choices=list(hellora.TARGETS),
-        **ADAPTER,
-    )
-    rank: int | None = flag(None, "LoRA rank r (default: by task)", type=POSITIVE, **ADAPTER)
+    targets: str | None = flag(None, TARGETS_HELP, choices=list(hellora.TARGETS), **ADAPTER)
+    rank: int | None = flag(None, "rank r of a LoRA pair (default: by task, below)", type=POSITIVE, **ADAPTER)
     expert_rank: int | None = flag(None, "rank of the experts' pairs (default: --rank)", type=POSITIVE, **ADAPTER)
-    alpha: float | None = flag(None, "the scale is alpha / r (default: by task)", type=AMOUNT, **ADAPTER)
-    lora_dropout: float = flag(0.0, "dropout on the inputs of the factors A", type=number(float, 0, 0.99), **ADAPTER)
+    alpha: float | None = flag(None, "the scale is alpha / r (default: by task, below)", type=AMOUNT, **ADAPTER)
+    lora_dropout: float = flag(0.0, "dropout on the input of each A", type=number(float, 0, 0.99), **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
-    lr: float | None = flag(None, "learning rate (default: by task and method)", type=AMOUNT, **STEP)
+    lr: float | None = flag(None, "learning rate (default: by task, below)", type=AMOUNT, **STEP)
     schedule: str = flag("constant", "learning rate after the warm-up", choices=list(SCHEDULES), **STEP)
     lr_warmup: int | float | None = flag(
         None, "steps in which the rate rises from 0, or their share (default: none)", type=count_or_share, **STEP
     )
     weight_decay: float = flag(0.0, "AdamW's weight decay, on everything that trains", type=number(float, 0), **STEP)
-    epochs: int | None = flag(None, "passes over the data (default: by task)", type=POSITIVE, **STEP)
-    steps: int | None = flag(None, "optimizer steps, instead of --epochs", type=POSITIVE, **STEP)
-    batch: int | None = flag(None, "examples per step, over all processes (default: by task)", type=POSITIVE, **STEP)
+    epochs: int | None = flag(None, "passes over the data (default: by task, below)", type=POSITIVE, **STEP)
+    steps: int | None = flag(None, "optimizer steps, in place of --epochs", type=POSITIVE, **STEP)
+    batch: int | None = flag(
+        None, "examples per step, over all processes (default: by task, below)", type=POSITIVE, **STEP
+    )
     loss_on: str = flag("answer", "which tokens are targets", choices=("answer", "all"), **STEP)
     clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
     router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
     router_aux_form: str | None = flag(None, "form of that loss (default: layer)", choices=("concat", "layer"), **STEP)
     valid_every: int | None = flag(None, "steps between validations (default: an epoch)", type=POSITIVE, **STEP)
-    patience: int | None = flag(None, "stop after so many validations without a better one", type=POSITIVE, **STEP)
+    patience: int | None = flag(
+        None, "validations without an improvement after which the run ends (default: never)", type=POSITIVE, **STEP
+    )
     on_nonfinite: str = flag("stop", "on a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP)
     seed: int = flag(0, "seed of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
     out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
@@ -97,7 +101,7 @@ class Settings:
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
     save_dtype: str | None = flag(None, SAVE_DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
-    activation_checkpointing: bool = flag(False, "compute layers twice to save memory", **MACHINE)
+    activation_checkpointing: bool = flag(False, "keep only each layer's input, and compute the layer twice", **MACHINE)
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
@@ -114,8 +118,16 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 def parse_flags(argv: list[str]) -> Settings:
     """The settings of a command line as they are given. @FILE stands for the flags in a file."""
-    description = "Fine-tune a mixture of experts on the experts that the task uses. @FILE reads flags from a file."
-    return cli.parse(Settings, argv, prog="train.py", description=description, fromfile_prefix_chars="@")
+    return cli.parse(
+        Settings,
+        argv,
+        prog="train.py",
+        description="Fine-tune a mixture-of-experts model, by default on the experts that a task uses most.\n"
+        "@FILE reads flags from a file.",
+        epilog=defaults_by_task(),
+        example="torchrun --nproc_per_node 2 train.py --task own --train-data chats.jsonl --method hellora --k 8",
+        fromfile_prefix_chars="@",
+    )
 
 
 CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "expert_rank", "alpha", "profile")

@@ -25,8 +25,10 @@ def compare(argv: list[str]) -> dict:
     A problem with several samples goes to the folder where more of them are right, since samples are not independent.
     A row of task own goes to the folder where its loss is lower.
     """
-    text = "Exact McNemar test on two evaluations of one task; of task own, the sign test on the loss of each row."
-    a, b = map(Path, cli.parse(Pair, argv, prog="evaluate.py compare", description=text).folders)
+    text = "Exact McNemar test on two evaluations of one task; for task own, a sign test on the loss of each row."
+    example = "python evaluate.py compare runs/demo/before runs/demo/after"
+    pair = cli.parse(Pair, argv, prog="evaluate.py compare", description=text, example=example)
+    a, b = map(Path, pair.folders)
     (task_a, problems_a), (task_b, problems_b) = read_about(a), read_about(b)
     if task_a != task_b:
         raise InputError(f"{a} is of {task_a} and {b} of {task_b}; expected two of one task")

@@ -183,8 +183,17 @@ def test_an_unknown_flag_is_named_before_what_is_missing_without_it():
 def test_help_names_defaults_where_there_are_any(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         train.main(["--help"])
-    said = capsys.readouterr().out
-    assert "(default: tiny-math)" in said and "default: None" not in said and "default: False" not in said
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: tiny-math)" in shown and "seed of every random choice (default: 0)" in shown
+    assert "default: None" not in shown and "default: False" not in shown
+
+
+def test_an_older_name_of_a_flag_is_accepted_and_not_shown(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main(["--help"])
+    assert "--warmup" not in capsys.readouterr().out
+    assert train.parse_settings(["--warmup", "lora"]).count_on == "lora"
+    assert train.parse_settings(["--warmup", "none"]) == train.parse_settings(["--count-on", "base"])
 
 
 @pytest.mark.parametrize(

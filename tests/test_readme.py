@@ -58,6 +58,24 @@ def test_every_flag_of_a_command_exists(script, capsys):
     assert not [flag for flag in flags if flag.startswith("--") and not re.search(rf"{flag}\b", said)]
 
 
+COMMANDS_WITH_HELP = {
+    "train": "", "evaluate": " compare", "generate": "", "export": " check", "profile": " compare advise --prompt",
+    "reproduce": "params table4 all", "bench": "step generate plan full gpu",
+}  # fmt: skip
+HELPS = [(script, *name.split()) for script, names in COMMANDS_WITH_HELP.items() for name in names.split(" ")]
+
+
+@pytest.mark.parametrize("command", HELPS, ids=" ".join)
+def test_every_help_ends_with_an_example_whose_flags_exist(command, capsys):
+    script, *name = command
+    with pytest.raises(SystemExit, match="^0$"):
+        importlib.import_module(script).main([*name, *(["text"] if name == ["--prompt"] else []), "--help"])
+    explained, _, example = capsys.readouterr().out.partition("example:\n")
+    flags = re.findall(r"--[\w-]+", example)
+    assert re.search(" ".join([rf"\b{script}\.py", *(part for part in name if part[0] != "-")]), example)
+    assert not [flag for flag in flags if flag != "--nproc_per_node" and not re.search(rf"{flag}\b", explained)]
+
+
 def test_training_commands_are_accepted():
     training = [rest for script, rest in COMMANDS if script == "train.py"]
     assert len(training) > 5

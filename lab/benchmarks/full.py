@@ -144,14 +144,21 @@ def check_room(shape: dict, folder: Path) -> None:
 class Settings:
     """The flags of `bench.py full`."""
 
-    layers: int = flag(SHAPE["num_hidden_layers"], "of the model", type=cli.number(int, 1, SHAPE["num_hidden_layers"]))
+    layers: int = flag(
+        SHAPE["num_hidden_layers"], "number of layers", type=cli.number(int, 1, SHAPE["num_hidden_layers"])
+    )
     keep_at: str | None = flag(None, "new folder for the checkpoint (default: a temporary one)", metavar="DIR")
     json: str | None = flag(None, "write the numbers here", metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> dict:
-    description = "Write, load, profile and train OLMoE-1B-7B's shape with random bfloat16 weights."
-    settings = cli.parse(Settings, argv, prog="bench.py full", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="bench.py full",
+        description="Write, load, profile and train OLMoE-1B-7B's shape with random bfloat16 weights.",
+        example="python bench.py full --layers 2",
+    )
     out, shape = settings.json and writable(settings.json), SHAPE | {"num_hidden_layers": settings.layers}
     if settings.keep_at and Path(settings.keep_at).exists():
         raise InputError(f"--keep-at {settings.keep_at} exists; name a new folder")

@@ -100,14 +100,19 @@ class Settings:
     batch: int = flag(32, "sequences decoded at once", type=cli.number(int, 1))
     repeats: int = flag(3, "turns of each side", type=cli.number(int, 1))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    seed: int = flag(0, "of lengths and tokens", type=cli.number(int, 0))
+    seed: int = flag(0, "seed of lengths and tokens", type=cli.number(int, 0))
     json: str | None = flag(None, "write the rows to this file", metavar="FILE")
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; -> the rows."""
-    description = "Decode sequences as long as GSM8K's, by this code and by transformers."
-    settings = cli.parse(Settings, argv, prog="bench.py generate", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="bench.py generate",
+        description="Decode sequences as long as GSM8K's, by this code and by transformers.",
+        example="OMP_NUM_THREADS=1 python bench.py generate --prompts 32",
+    )
     out = settings.json and writable(settings.json)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = replace(settings, dtype=settings.dtype or default_dtype())

@@ -35,8 +35,13 @@ class Settings:
 
 def main(argv: list[str] | None = None) -> dict:
     """Test, measure and print; -> what is written to --json. Raises RunError at the end if a test failed."""
-    description = "Check a GPU, then measure training and decoding on it."
-    settings = cli.parse(Settings, argv, prog="bench.py gpu", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="bench.py gpu",
+        description="Check a GPU, then measure training and decoding on it.",
+        example="python bench.py gpu --device cpu --shape small",
+    )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU; add --device cpu --shape small to rehearse without one")
     if settings.device == "cpu" and torch.cuda.is_available():

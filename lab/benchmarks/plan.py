@@ -40,7 +40,7 @@ class Settings:
     method: str = flag("hellora", "what trains", choices=list(METHODS))
     k: int | float | None = flag(None, "hot experts per layer (default: experts per token)", type=count_or_share)
     rank: int = flag(Recipe.r, "LoRA rank r", type=POSITIVE)
-    targets: str | None = flag(None, "modules besides the experts (default: by method)", choices=list(hellora.TARGETS))
+    targets: str | None = flag(None, "modules beside the experts (default: by method)", choices=list(hellora.TARGETS))
     cpu: bool = flag(False, "a machine without a GPU: one process, in bfloat16")
     tokens_per_s: float | None = flag(
         None,
@@ -57,7 +57,7 @@ class Settings:
         f"GB of each GPU (default: {GPU_GB}), or of the machine (default: {MACHINE_GB})",
         type=cli.number(float, 1),
     )
-    activation_checkpointing: bool = flag(False, "compute layers twice, to keep less")
+    activation_checkpointing: bool = flag(False, "keep only each layer's input, and compute the layer twice")
     json: str | None = flag(None, "write the rows here", metavar="FILE")
 
 
@@ -120,8 +120,13 @@ def hours(tokens_per_s: float) -> float:
 
 def parse_settings(argv: list[str] | None) -> Settings:
     """The flags, defaults filled in. Raises InputError for flags that contradict each other."""
-    description = "Memory that each GPU needs, term by term, and bytes sent per step."
-    settings = cli.parse(Settings, argv, prog="bench.py plan", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="bench.py plan",
+        description="Memory that each GPU, or a CPU, needs, term by term, and bytes sent per step.",
+        example="python bench.py plan --model mixtral-8x7b --method hellora --gpus 2 --micro-batch 8",
+    )
     if settings.cpu and (settings.gpus or settings.machines > 1):
         raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
     if settings.tokens_per_s and not settings.cpu:

@@ -43,6 +43,7 @@ from profile import profile_routing
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}
+NAMES_HELP = "rows to measure; also moe-sieve, and METHOD-pure or METHOD-gate"
 POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
@@ -56,7 +57,7 @@ class Settings:
     k: int = flag(8, "hot experts per layer", type=POSITIVE)
     rank: int | None = flag(None, "LoRA rank r (default: 8, full size 32); alpha is 2 r", type=POSITIVE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    names: tuple[str, ...] = flag(NAMES, "rows to measure", nargs="+", choices=(*NAMES, "moe-sieve", *PLACED))
+    names: tuple[str, ...] = flag(NAMES, NAMES_HELP, nargs="+", choices=(*NAMES, "moe-sieve", *PLACED), metavar="ROW")
     repeats: int = flag(5, "times each row is timed", type=POSITIVE)
     json: str | None = flag(None, "write the rows", metavar="FILE")
 
@@ -210,7 +211,13 @@ def show(rows: list[dict]) -> None:
 
 
 def main(argv: list[str]) -> list[dict]:
-    settings = cli.parse(Settings, argv, prog="bench.py step", description="Time and memory of a training step.")
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog="bench.py step",
+        description="Time and memory of a training step.",
+        example="OMP_NUM_THREADS=2 python bench.py step --batch 8 --names floor hellora lora",
+    )
     num_experts = SHAPES[settings.shape]["num_experts"]
     if settings.k > num_experts:
         raise InputError(f"--k {settings.k}: expected 1..{num_experts}, the experts of a layer")

@@ -40,7 +40,7 @@ SCRATCH = Path("runs/reproduce")
 class Settings:
     """The flags of every table and figure."""
 
-    seeds: int | None = flag(None, "runs of each cell (default: 5 or 3, at --scale paper 10)", type=POSITIVE)
+    seeds: int | None = flag(None, "runs of each cell (default: by table; 10 at --scale paper)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
     quick: bool = flag(False, "a trial in runs/quick: first column, 10 steps, 2 seeds, 20 problems")
     dry_run: bool = flag(False, "print the commands that would run")
@@ -51,8 +51,8 @@ class Settings:
     processes: int | None = flag(None, "processes of each run (default: 1; --scale paper: 2)", type=POSITIVE)
     out: str | None = flag(None, "folder of runs and figures (default: results, or runs/SCALE)", metavar="DIR")
     json: str | None = flag(None, "where to write the rows", metavar="FILE")
-    activation_checkpointing: bool = flag(False, "train with less memory: layers are computed twice")
-    allow_code_execution: bool = flag(False, "run model-written code with limits only")
+    activation_checkpointing: bool = flag(False, "train with less memory: compute layers twice")
+    allow_code_execution: bool = flag(False, "run model-written code where there are resource limits only")
 
     @property
     def models_and_tasks(self) -> Scale:
@@ -104,8 +104,13 @@ def make_pending(needed: Needed, place: Workplace) -> dict[Run, Exception]:
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     """Make the runs that some tables lack, print tables and figures, and for all of them write the page."""
     name = names[0] if len(names) == 1 else "all"
-    description = "The paper's numbers beside ours. The missing runs of a table are made first."
-    settings = cli.parse(Settings, argv, prog=f"reproduce.py {name}", description=description)
+    settings = cli.parse(
+        Settings,
+        argv,
+        prog=f"reproduce.py {name}",
+        description="The paper's numbers beside ours. The missing runs of a table are made first.",
+        example=f"python reproduce.py {name} --jobs 2",
+    )
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]

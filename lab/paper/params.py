@@ -150,7 +150,13 @@ def section() -> Section:
 
 def params(argv: list[str]) -> list[dict]:
     """The command: print the section.  -> its rows"""
-    settings = cli.parse(ParamsSettings, argv, prog="reproduce.py params", description="What trains, beside the paper.")
+    settings = cli.parse(
+        ParamsSettings,
+        argv,
+        prog="reproduce.py params",
+        description="How many parameters each method trains, beside the paper's numbers.",
+        example="python reproduce.py params",
+    )
     out = settings.json and writable(settings.json)
     sizes = section()
     cli.say(*sizes.lines)
