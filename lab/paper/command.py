@@ -8,7 +8,7 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
-from lab.paper import params, published, routing, speed
+from lab.paper import budget, params, published, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
 from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
@@ -26,8 +26,8 @@ FIGURES = {
     "fig5": lambda out, may_run: speed.figure5(out),
     "fig6": routing.figure6,
 }
-ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "table9", "rates", "hellori", "router", "topup", "sieve")
-ORDER += tuple(f"fig{n}" for n in (1, 3, 4, 5, 6))
+ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
+ORDER += ("budgets", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
 QUICK = {"steps": 10}
 QUICK_LIMIT, QUICK_SEEDS = 20, 2
 PAPER_SEEDS = 10  # Table 1
@@ -159,6 +159,9 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     """A table or a figure from what has been run."""
     if name == "rates":
         return sweeps.section(rate_runs(settings), settings.folder)
+    if name == "budgets":
+        tables = [settings.table(each) for each in ("table2", "table4", "table7")]
+        return budget.section(tables, settings.models_and_tasks, place.records, settings.folder)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)

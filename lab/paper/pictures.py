@@ -139,3 +139,20 @@ def draw_rates(curves: dict[str, dict[float, float]], title: str, path: Path) ->
     axes.set(xlabel="learning rate (large mark: the best)", ylabel="score in %", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(1, 0))
     figure.savefig(path)
+
+
+def draw_budgets(rows: list[dict], title: str, path: Path) -> None:
+    """Trained parameters, and accuracy with its interval.  rows: name, hot, trainable, accuracy (an Estimate)"""
+    figure, (left, right) = new_figure(title, 1.4 + 0.26 * len(rows), panels=2)
+    places = range(len(rows))
+    colors = [OURS if row["hot"] else "#e69f00" for row in rows]
+    left.barh(places, [row["trainable"] for row in rows], 0.6, color=colors)
+    left.set_xscale("log")
+    left.set(yticks=places, yticklabels=[row["name"] for row in rows], xlabel="trained parameters (blue: hot experts)")
+    for row, place, color in zip(rows, places, colors, strict=True):
+        accuracy = row["accuracy"]
+        right.errorbar(accuracy.mean, place, xerr=accuracy.half or 0.0, fmt="o", color=color, markersize=4, capsize=2)
+    right.grid(axis="x", color="0.9")
+    right.set(xlabel="accuracy in %", xlim=(0, None))
+    left.invert_yaxis()
+    figure.savefig(path)

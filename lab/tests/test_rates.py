@@ -11,6 +11,7 @@ import hellora
 import reproduce
 from command.cli import InputError
 from hub.checkpoint import resolve
+from lab.paper import budget
 from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, validation_score, write_validation
 from lab.paper.runs import Run
 from lab.paper.table import SCALES, Row
@@ -125,3 +126,26 @@ def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys):
     assert "--seed 0" in lines[end - 1] and "--lr 0.006" in lines[end - 2]
     with pytest.raises(InputError):
         reproduce.main(["table10", "--dry-run"])
+
+
+class Finished:
+    """Records in which a run trained as many parameters as its method has letters, and scored by its seed."""
+
+    def find(self, run: Run) -> tuple:
+        return "file", {"trainable": len(run.method)}
+
+    def scores(self, run: Run, task: str) -> dict:
+        return {"accuracy": 0.1 * run.seed, "rates": {}}
+
+
+def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_point(tmp_path):
+    tables, scale = [TABLES[name] for name in ("table2", "table4", "table7")], SCALES["tiny"]
+    rows = budget.points(tables, scale, Finished())
+    sizes = [row["trainable"] for row in rows]
+    assert sizes == sorted(sizes)
+    names = [row["name"] for row in rows]
+    assert names.count("HELLoRA") == 1 and "HELLoRA, k = 2" in names and "HELLoRA_C" not in names
+    assert {row["name"]: row["hot"] for row in rows}["MoE-Sieve"]
+    assert {round(row["accuracy"].mean, 9) for row in rows} == {20.0}  # of seeds 0 to 4
+    budget.section(tables, scale, Finished(), tmp_path)
+    assert (tmp_path / "budgets.png").stat().st_size > 10_000
