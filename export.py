@@ -21,8 +21,8 @@ import command.start  # noqa: F401
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor
 import data
 from command import cli
 from command.cli import InputError, flag, note, say
-from command.files import atomic_folder, writable, write_json
+from command.files import atomic_folder, claimed, writable, write_json
 from diagnosis import report
 from diagnosis.findings import BASE, Finding, of_changes, of_layout, of_merged, of_order, of_pairs
 from diagnosis.measure import adapter_changes, by_expert
@@ -199,15 +199,14 @@ def write_adapter(
 # -------------------------------------------------------------------------------------------------- the command
 
 
-def check_out(out: Path) -> None:
-    """Raise InputError unless `out` is an empty folder, or one that can be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} exists and is not empty; name another folder")
-    place = next(path for path in (out, *out.parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror}); name another folder") from None
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out`, which must be empty or not there. Raises InputError."""
+    with claimed(out, beside=True):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"--out {out} exists and is not empty; name another folder")
+        with atomic_folder(out) as part:
+            yield part
 
 
 def check_space(folder: Path, size: int) -> None:
@@ -247,10 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     folder, base, config = subject.adapter, subject.folder, subject.config
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
-    check_out(out)
-    subject.check_base()
     stop_ids = subject.run.get("stop_ids", ())
-    with atomic_folder(out) as part:
+    with new_folder(out) as part:
+        subject.check_base()
         if settings.to == "peft":
             is_local = subject.base in EMBEDDED or Path(subject.base).exists()
             name = str(base.resolve()) if is_local else subject.base

@@ -122,15 +122,16 @@ LOCK = ".lock"  # the file in a folder by which a process claims it
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, *, beside: bool = False) -> Iterator[None]:
     """Keep other processes that claim the folder out of it. It is made if need be, and removed if it stays empty.
 
-    The operating system holds the lock, and drops it with the process, however that ends. Raises InputError if another
-    process, which is named, has claimed the folder, or if the folder cannot be written.
+    The operating system holds the lock, and drops it with the process, however that ends. beside: the lock lies beside
+    the folder, which is not made, since an `atomic_folder` is to take its place. Raises InputError if another process,
+    which is named, has claimed the folder, or if the folder cannot be written.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
     try:
-        with claim(folder):
+        with claim(folder, folder.parent / f".{folder.name}{LOCK}" if beside else folder / LOCK):
             yield
     finally:
         for path in made:
@@ -139,21 +140,22 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claim(folder: Path) -> Iterator[None]:
+def claim(folder: Path, path: Path) -> Iterator[None]:
+    """Claim the folder by a lock at `path`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = locked(folder / LOCK)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = locked(path, folder)
     except OSError as error:
         kind = "it is not a folder" if os.path.isfile(folder) else error.strerror
         raise InputError(f"{folder} cannot be written ({kind}); name another folder") from None
     try:
         yield
     finally:
-        (folder / LOCK).unlink()
+        path.unlink()
         lock.close()
 
 
-def locked(path: Path) -> TextIO:
+def locked(path: Path, folder: Path) -> TextIO:
     """A file that this process alone has locked, until it is closed. Raises InputError if another process has it."""
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -162,9 +164,9 @@ def locked(path: Path) -> TextIO:
         except BlockingIOError:
             file.seek(0)
             owner = file.read() or "another process"
-            raise InputError(f"{path.parent} is in use by {owner}; wait for its end, or name another folder") from None
+            raise InputError(f"{folder} is in use by {owner}; wait for its end, or name another folder") from None
         except OSError as error:  # as some file systems of networks answer
-            note(f"{path.parent} cannot be locked ({error.strerror}): start no second command with this folder")
+            note(f"{folder} cannot be locked ({error.strerror}): start no second command with this folder")
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its owner has just removed it

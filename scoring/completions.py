@@ -72,7 +72,7 @@ def check_folder(out: Path) -> None:
     """Raise InputError if `out` holds anything but an evaluation, or cannot be written to."""
     try:
         ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
-        if not ours and not (out.is_dir() and not any(out.iterdir())):
+        if not ours and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):  # of a crash
             raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
         tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
     except OSError as error:

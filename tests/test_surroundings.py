@@ -153,11 +153,31 @@ def test_a_folder_that_stays_empty_goes_with_those_that_were_made_for_it_and_no_
         assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not list((tmp_path / "mine").iterdir())
 
 
-def test_a_second_evaluation_into_a_folder_ends_at_once(tmp_path):
-    flags = ["tiny", "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
-    assert evaluate.main(flags)["num_total"] == 2 and not (tmp_path / "out" / LOCK).exists()
-    with claimed(tmp_path / "out"), pytest.raises(InputError, match=f"out is in use by process {os.getpid()} on "):
+def test_a_second_evaluation_into_a_folder_ends_at_once_and_a_killed_one_does_not_matter(tmp_path):
+    out = tmp_path / "out"
+    flags = ["tiny", "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "2", "--out", str(out)]
+    with claimed(out), pytest.raises(InputError, match=f"out is in use by process {os.getpid()} on "):
         evaluate.main(flags)
+    out.mkdir()
+    (out / LOCK).write_text("process 7 on elsewhere")
+    assert evaluate.main(flags)["num_total"] == 2 and not (out / LOCK).exists()
+
+
+@pytest.mark.parametrize("kind", ["merged", "peft"])
+def test_a_second_export_into_a_folder_ends_at_once_and_a_killed_one_does_not_matter(kind, tmp_path, monkeypatch):
+    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
+    out, lock = tmp_path / "new/out", tmp_path / f"new/.out{LOCK}"
+    flags = [str(tmp_path / "run"), "--to", kind, "--out", str(out)]
+    in_between = Mock(side_effect=lambda *_: pytest.raises(InputError, export.main, flags).match("out is in use by"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Subject, "check_base", in_between)  # which the first does after it has claimed the folder
+        export.main(flags)
+    assert in_between.call_count == 1 and [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+    shutil.rmtree(out)
+    lock.write_text("process 7 on elsewhere")
+    (tmp_path / "new/.out.part/half").mkdir(parents=True)
+    export.main(flags)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"] and not (out / "half").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- disks
