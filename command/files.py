@@ -80,6 +80,7 @@ def write_text(path: Path, text: str) -> None:
         sync(part)
         part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written ({error.strerror})") from None
 
 
@@ -170,9 +171,12 @@ def locked(path: Path, folder: Path) -> TextIO:
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its owner has just removed it
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    try:
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:  # a full disk
+        path.unlink()
+        raise
     return file
 
 

@@ -1,15 +1,18 @@
 """What surrounds a run: other processes of its group, other runs in its folder, disks, signals, terminals."""
 
+import importlib
 import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
 import time
 from collections import namedtuple
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -35,6 +38,88 @@ from run.subject import Subject
 
 FORK = multiprocessing.get_context("fork")
 SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4", "--steps", "3"]
+
+# ------------------------------------------------------------------------- every command that writes, in each of many
+
+COMMANDS = {
+    "train": f"train {' '.join(SMALL)} --save-every 1 --out OUT",
+    "count": "profile --task tiny-code --sample 0.005 --out OUT/profile.json --plot OUT/profile.png",
+    "evaluate": "evaluate tiny --task tiny-math --limit 2 --max-new-tokens 2 --out OUT",
+    "merge": "export run --to merged --out OUT",
+    "to PEFT": "export run --to peft --out OUT",
+}
+
+
+@contextmanager
+def variables(**values: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """No file grows beyond `size` bytes: writing answers as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+SURROUNDINGS = {  # the surrounding, and the exit status of each of COMMANDS in it
+    "a rank without a group": (lambda: variables(RANK="1"), (2, 2, 2, 0, 0)),
+    "a world without a group": (lambda: variables(WORLD_SIZE="4", LOCAL_RANK="0"), (2, 2, 2, 0, 0)),
+    "variables that are no numbers": (lambda: variables(RANK="", WORLD_SIZE="x"), (2, 2, 2, 0, 0)),
+    "a disk that is full at once": (lambda: disk_of(0), (2, 1, 2, 2, 2)),
+    "a disk that is full at the weights": (lambda: disk_of(30_000), (1, 1, 0, 1, 1)),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train.main([*SMALL, "--out", str(out)])
+    return out
+
+
+def outcome(command: str, out: Path, finished: Path, monkeypatch, capsys) -> tuple[int, str]:
+    """Exit status and stderr of one of COMMANDS, called as it calls itself."""
+    monkeypatch.chdir(finished.parent)
+    name, *flags = COMMANDS[command].replace("OUT", str(out)).split()
+    capsys.readouterr()
+    try:
+        cli.run(lambda: importlib.import_module(name).main(flags))
+        return 0, capsys.readouterr().err
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("surrounding", SURROUNDINGS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_does_its_work_or_ends_with_one_line(command, surrounding, finished, tmp_path, monkeypatch, capsys):
+    enter, statuses = SURROUNDINGS[surrounding]
+    with enter():
+        status, err = outcome(command, tmp_path / "out", finished, monkeypatch, capsys)
+    assert status == statuses[list(COMMANDS).index(command)], err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors == (err.splitlines()[-1:] if status else [])
+    assert any((tmp_path / "out").iterdir()) if status == 0 else not list(tmp_path.rglob("*.part"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}  # nothing half-written beside it
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_where_nothing_can_be_written_the_place_is_named(command, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/out", Path("/proc/nothing/out")):
+        status, err = outcome(command, place, finished, monkeypatch, capsys)
+        assert status == 2 and str(place) in err and err.count("\n") == 1, err
+
+
+# --------------------------------------------------------------------------------------------- processes of a group
 
 
 def group(count: int, main, folder: Path) -> list[tuple[int, str]]:
@@ -164,10 +249,11 @@ def test_a_second_evaluation_into_a_folder_ends_at_once_and_a_killed_one_does_no
 
 
 @pytest.mark.parametrize("kind", ["merged", "peft"])
-def test_a_second_export_into_a_folder_ends_at_once_and_a_killed_one_does_not_matter(kind, tmp_path, monkeypatch):
-    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
+def test_a_second_export_into_a_folder_ends_at_once_and_a_killed_one_does_not_matter(
+    kind, finished, tmp_path, monkeypatch
+):
     out, lock = tmp_path / "new/out", tmp_path / f"new/.out{LOCK}"
-    flags = [str(tmp_path / "run"), "--to", kind, "--out", str(out)]
+    flags = [str(finished), "--to", kind, "--out", str(out)]
     in_between = Mock(side_effect=lambda *_: pytest.raises(InputError, export.main, flags).match("out is in use by"))
     with monkeypatch.context() as patch:
         patch.setattr(Subject, "check_base", in_between)  # which the first does after it has claimed the folder
