@@ -8,7 +8,7 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
-from lab.paper import budget, params, published, routing, speed
+from lab.paper import budget, effects, params, published, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
 from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
@@ -27,7 +27,7 @@ FIGURES = {
     "fig6": routing.figure6,
 }
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
-ORDER += ("budgets", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
+ORDER += ("budgets", "catcher", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
 QUICK = {"steps": 10}
 QUICK_LIMIT, QUICK_SEEDS = 20, 2
 PAPER_SEEDS = 10  # Table 1
@@ -73,6 +73,8 @@ class Settings:
         """A table, without the columns that need a sweep where there are no validation problems or no time for it."""
         table, plain = TABLES[name], self.quick or self.scale != "tiny" or self.data
         columns = [column for column in table.columns if not (plain and column.tuned)]
+        if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model
+            table = replace(table, rows=tuple(row for row in table.rows if "profile" not in row.change))
         return replace(table, columns=tuple(columns[:1] if self.quick else columns))
 
     def number_of_seeds(self, table: Table) -> int:
@@ -171,4 +173,4 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
 
 
 COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}
-COMMANDS |= {"params": params.params, "all": partial(reproduce, ORDER)}
+COMMANDS |= {"params": params.params, "effects": effects.command, "all": partial(reproduce, ORDER)}

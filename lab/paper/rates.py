@@ -56,7 +56,7 @@ def validation_score(task: str, score: dict) -> float:
 
 def swept(run: Run) -> Run:
     """The run whose sweep a run uses: of its method and budget, whichever experts and other modules it adapts."""
-    return replace(run, seed=0, lr=None, experts=None, targets=None)
+    return replace(run, seed=0, lr=None, experts=None, targets=None, count_on=None, sample=None, profile=None)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Dimensions: L layers with experts, E experts per layer, K experts per token.
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from torch import Tensor
@@ -35,6 +36,11 @@ OTHERS = {"Qwen1.5-MoE": "qwen1.5-moe-gsm8k", "DeepSeekMoE": "deepseek-moe-gsm8k
 PRESET_OF = {"olmoe": "olmoe-1b-7b", "qwen1.5": "qwen1.5-moe-a2.7b", "deepseek": "deepseek-moe-16b"}
 LAYERS = (0, 4, 8, 12, 15)  # of OLMoE-1B-7B, in the text of Figure 4
 PAPER_SAVED, PAPER_SAME = 38.7, (11, 16)  # % of adapter FLOPs (abstract); layers with an equal hot set (Figure 3)
+WAYS = {  # of counting: share of the training data, --warmup of profile.py
+    "base model, a tenth": (0.1, "none"),
+    "LoRA warm-up, a tenth": (0.1, "lora"),
+    "base model, all data": (1.0, "none"),
+}
 PAPER_LAYER, PAPER_SHARE = 7, 50.0  # "more than 50 %" of layer 7's tokens reach the top 8 on GSM8K (Figure 1)
 
 
@@ -50,25 +56,37 @@ def every_real() -> dict[str, RoutingProfile]:
 
 
 def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may_run: bool) -> RoutingProfile | None:
-    """The routing of an embedded model, by profile.py; from OUT/profiles if it has been counted. None: not run."""
+    """The routing of an embedded model, by profile.py; from OUT/profiles if it has been counted. None: not run.
+
+    warmup: "none", "lora", or "tuned": the model after LoRA fine-tuning on the task
+    """
     file = out / "profiles" / f"{model}-{task}-{sample:g}-{warmup}.json"
     try:
         profile = load_profile(file)
         origin = data.digest(data.load_examples(task, "train")), model_content(model)["weights"]
-        if (profile.data, profile.weights) == origin:
+        if (profile.data, profile.weights) == origin or (warmup == "tuned" and profile.data == origin[0]):
             return profile
     except InputError:
         pass  # not there
     if not may_run:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
-    flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
-    command = [sys.executable, str(ROOT / "profile.py")]
-    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"profile.py ended with status {done.returncode}: {done.stderr.strip()}")
+    with tempfile.TemporaryDirectory() as scratch:
+        if warmup == "tuned":
+            run, merged = f"{scratch}/run", f"{scratch}/merged"
+            call("train.py", "--model", model, "--task", task, "--method", "lora", "--out", run)
+            call("export.py", run, "--to", "merged", "--out", merged)
+            model, warmup = merged, "none"
+        flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
+        call("profile.py", *(part for name, value in flags.items() for part in (f"--{name}", str(value))))
     return load_profile(file)
+
+
+def call(script: str, *arguments: str) -> None:
+    """Run a script of ours. Raises RunError if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"{script} ended with status {done.returncode}: {done.stderr.strip()}")
 
 
 # ------------------------------------------------------------------------------------------------------- Figure 1
@@ -148,14 +166,14 @@ def figure1(out: Path, *, may_run: bool) -> Section:
 
 
 def figure3(out: Path, *, may_run: bool) -> Section:
-    """How far the hot sets agree: of a sample and of all data, of counts and of gate mass, of two tasks."""
+    """How far hot sets agree: with those after fine-tuning, of counts and of gate mass, of two tasks."""
     gsm8k = real(OLMOE["GSM8K"])
     pairs = {f"OLMoE, GSM8K and {name}": (gsm8k, real(file).counts) for name, file in OLMOE.items() if name != "GSM8K"}
-    whole = counted(out, "tiny", "tiny-math", 1.0, "none", may_run=may_run)
-    for warmup in ("none", "lora"):
-        tenth = counted(out, "tiny", "tiny-math", 0.1, warmup, may_run=may_run)
-        way = {"none": "base model", "lora": "LoRA warm-up"}[warmup]
-        pairs[f"embedded, tiny-math: a tenth of the data ({way})"] = (whole, tenth and tenth.counts)
+    for task in ("tiny-math", "tiny-code", "tiny-safety"):
+        tuned = counted(out, "tiny", task, 1.0, "tuned", may_run=may_run)
+        for way, (sample, warmup) in WAYS.items():
+            each = counted(out, "tiny", task, sample, warmup, may_run=may_run)
+            pairs[f"embedded, {task}: {way}"] = (tuned, each and each.counts)
     rows = []
     for name, (a, counts) in pairs.items():
         if a is None or counts is None:
@@ -180,8 +198,8 @@ def figure3(out: Path, *, may_run: bool) -> Section:
     paper = ["paper: LoRA warm-up on a tenth of GSM8K and all of it", "-", f"{PAPER_SAME[0]} of {PAPER_SAME[1]}", "-"]
     lines = [
         "![Overlap of hot sets](fig3.png)", "",
-        "The published counts of OLMoE are of whole training sets. The counts of the embedded model are of all its "
-        "training data, and of a tenth.", "",
+        "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
+        "with its real ones: those of the model after LoRA fine-tuning, on all training data.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [paper, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),

@@ -23,8 +23,9 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError
 from command.files import read_json, writable
+from hub.checkpoint import EMBEDDED
 from lab import ROOT
-from lab.paper.runs import Records, Run, outdated, spent, summarize
+from lab.paper.runs import EFFECTS, Records, Run, outdated, spent, summarize
 from run.folder import commit
 
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
@@ -145,6 +146,8 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict:
         source, scored[task] = run.model if run.method == "base" else str(folder), folder / f"evaluation-{task}"
         arguments = [*records.evaluate_flags(run, source, task, str(scored[task])), *place.evaluate_flags]
         seconds[f"evaluate {task}"] = place.call("evaluate.py", arguments, log)
+    if run.model in EMBEDDED and run.method != "base" and not records.data:  # what a sweep's runs did, no one asks
+        seconds["effects"] = place.call("reproduce.py", ["effects", str(folder), "--json", f"{folder}/{EFFECTS}"], log)
     return summarize(run, records, folder, seconds, scored)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import data
 import evaluate
 from command.cli import InputError, RunError
-from command.files import read_json, write_text
+from command.files import read_json, sha256, write_text
 from hub.checkpoint import EMBEDDED, resolve
 from machine.processes import default_dtype
 from run.folder import MAY_CHANGE
@@ -27,6 +27,7 @@ from run.settings import parse_settings
 from run.subject import base_content
 
 LOSSES = 20  # points of the loss curve that a record keeps
+EFFECTS = "effects.json"  # in the folder of a run: what it did besides its score (lab/paper/effects.py)
 BATCH = 128  # sequences that an embedded model decodes at once: four times the default, which takes less time
 
 
@@ -48,6 +49,9 @@ class Run:
     lr: float | None = None
     schedule: str | None = None
     lr_warmup: float | None = None
+    count_on: str | None = None
+    sample: float | None = None
+    profile: str | None = None  # a file of counts
 
     @property
     def title(self) -> str:
@@ -56,6 +60,9 @@ class Run:
         numbers = {"k": self.k, "rank": self.rank, "expert-rank": self.expert_rank, "steps": self.steps, "lr": self.lr}
         named = [f"{name}{value:g}" for name, value in numbers.items() if value is not None]
         words = [model, self.task, self.method, self.experts, self.targets, self.schedule]
+        if self.count_on or self.sample or self.profile:
+            counted = Path(self.profile).stem if self.profile else f"{self.count_on or 'base'}-{self.sample or 0.1:g}"
+            named.append(f"counted-{counted}")
         parts = [*words, *named, f"seed{self.seed}"]
         return "-".join(part for part in parts if part)
 
@@ -148,7 +155,10 @@ class Records:
     def content(self, run: Run) -> dict:
         """Digests of the base model and of the training data."""
         train = None if run.method == "base" else data_content(run.task, "train", self.data_file(run.task, "train"))
-        return {"base": model_content(run.model), "data": train}
+        if run.profile and not Path(run.profile).is_file():
+            raise InputError(f"{run.profile} is not there; `python reproduce.py fig3` counts it")
+        counted = {"counts": sha256(Path(run.profile))} if run.profile else {}
+        return {"base": model_content(run.model), "data": train} | counted
 
     def data_file(self, task: str, split: str) -> str | None:
         return data_file(self.data, task, split)
@@ -221,14 +231,16 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
     earlier = None if outdated(run, records, folder) else earlier
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
+    kept += ("optimizer_bytes", "seconds_profile")
     record = {
         "run": asdict(run),
         "settings": {name: v for name, v in config.get("settings", {}).items() if name in decisive_settings(run)},
         **records.content(run),
-        **{name: result[name] for name in (*kept, "optimizer_bytes") if name in result},
+        **{name: result[name] for name in kept if name in result},
         "losses": loss_curve(folder / "log.jsonl"),
         "scores": earlier["scores"] if earlier else {},
         "seconds": (earlier["seconds"] if earlier else {}) | seconds,
+        **({"effects": read_json(folder / EFFECTS)} if (folder / EFFECTS).is_file() else {}),
         "versions": config.get("versions"),
         "commit": config.get("commit"),
         "cores": os.cpu_count(),

@@ -170,6 +170,18 @@ ONE_BUDGET = Table(
         Row("2 coldest, rank 8", "hellora", against=K2, change={"k": 2, "experts": "cold"}),
     ),
 )
+TUNED = "results/profiles/tiny-tiny-math-1-tuned.json"  # counted after LoRA fine-tuning (routing.counted)
+CATCHER = Table(
+    "The hot-expert catcher: on which model experts are counted (sections 3, 4.3 and 4.4), OLMoE-1B-7B",
+    columns=(MATH,),
+    seeds=5,
+    rows=(
+        Row("base model, a tenth of the data", "hellora"),
+        Row("LoRA warm-up, a tenth", "hellora", against="base model, a tenth of the data", change={"count_on": "lora"}),
+        Row("base model, all data", "hellora", against="base model, a tenth of the data", change={"sample": 1.0}),
+        Row("after LoRA fine-tuning", "hellora", against="base model, a tenth of the data", change={"profile": TUNED}),
+    ),
+)
 TABLES = {
     "table2": METHODS,
     "hellori": HELLORI,
@@ -180,5 +192,6 @@ TABLES = {
     "table7": NUMBER,
     "table8": CROSS_TASK,
     "table9": ONE_BUDGET,
+    "catcher": CATCHER,
     "topup": TOP_UP,
 }

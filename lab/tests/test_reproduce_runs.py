@@ -70,10 +70,13 @@ def test_other_test_problems_or_another_number_of_them_ask_for_a_new_score_of_th
     assert records.scores(RUN, "tiny-safety") is None
 
 
-@pytest.mark.parametrize("field", ["task", "method", "seed", "k", "experts", "targets", "steps", "model"])
+@pytest.mark.parametrize("field", Run.__dataclass_fields__)
 def test_every_field_of_a_run_decides_it(field, contents, tmp_path):
     other = {"task": "tiny-code", "method": "hellori-d", "seed": 4, "k": 5, "experts": "cold", "targets": "gate"}
-    other |= {"steps": 7, "model": "another"}
+    other |= {"steps": 7, "model": "another", "rank": 7, "expert_rank": 7, "alpha": 7.0, "lr": 7.0}
+    other |= {"schedule": "linear", "lr_warmup": 0.5, "count_on": "lora", "sample": 0.5}
+    other |= {"profile": str(tmp_path / "counts.json")}
+    (tmp_path / "counts.json").touch()
     assert Records(tmp_path).name(RUN) != Records(tmp_path).name(replace(RUN, **{field: other[field]}))
 
 
