@@ -43,9 +43,9 @@ WITH_SUBCOMMAND = [(script, *SUBCOMMANDS & set(rest.split()[:1]), rest) for scri
 
 
 def test_the_pages_have_commands_of_every_script():
-    scripts = {"train.py", "evaluate.py", "profile.py", "export.py", "bench.py"}
-    assert {script for script, _ in commands(README)} >= scripts - {"bench.py"}
-    assert {script for script, _ in COMMANDS} >= scripts
+    scripts = {"train.py", "evaluate.py", "generate.py", "export.py"}
+    assert {script for script, _ in commands(README)} >= scripts
+    assert {script for script, _ in COMMANDS} >= scripts | {"profile.py", "bench.py", "reproduce.py"}
 
 
 @pytest.mark.parametrize("script", sorted({c[:-1] for c in WITH_SUBCOMMAND if "/" not in c[0]}), ids=" ".join)
@@ -118,7 +118,8 @@ def test_every_top_level_module_and_every_folder_is_in_the_reading_path():
     assert not [name for name in {path.name for path in ROOT.glob("*.py")} | folders if name not in README]
 
 
-def test_docs_are_twelve_short_pages_and_the_readme_leads_to_each():
+def test_docs_are_twelve_short_pages_and_the_readme_is_short_and_leads_to_each():
+    assert len(README.split()) <= 1200
     docs = {page: text for page, text in PAGES.items() if page.startswith("docs/")}
     assert len(docs) <= 12
     assert not {page: len(text.split()) for page, text in docs.items() if len(text.split()) > 900}
@@ -127,7 +128,6 @@ def test_docs_are_twelve_short_pages_and_the_readme_leads_to_each():
 
 def test_every_method_policy_task_and_family_is_described():
     described = {
-        "README.md": METHODS,
         "docs/methods.md": (*METHODS, *hellora.POLICIES, *hellora.TARGETS),
         "docs/reproduce.md": (*RECIPES, *reproduce.COMMANDS),
         "docs/when-to-use.md": FAMILIES,
@@ -175,8 +175,8 @@ def finished(task: str, method: str, seed: int = 0) -> tuple[dict, dict]:
 
 
 def test_the_table_of_methods_is_that_of_the_finished_runs():
-    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|[^|]*\| ([\d,]+) \| ([\d.]+ ± [\d.]+) % \|$", README, re.M)
-    assert [method for method, *_ in rows] == list(METHODS)
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\| ([\d,]+) \| ([\d.]+ ± [\d.]+) % \|$", README, re.M)
+    assert {"fft", "lora", "lora-flat", "hellora", "moe-sieve"} <= {method for method, *_ in rows}
     for method, *stated in rows:
         records, scores = zip(*(finished("tiny-math", method, seed) for seed in range(5)), strict=True)
         accuracy = estimate([100 * score["accuracy"] for score in scores])
