@@ -8,7 +8,7 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
-from lab.paper import budget, effects, params, published, routing, speed
+from lab.paper import budget, effects, params, published, reasons, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
 from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
@@ -27,7 +27,7 @@ FIGURES = {
     "fig6": routing.figure6,
 }
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
-ORDER += ("budgets", "catcher", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
+ORDER += ("budgets", "catcher", "reasons", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
 QUICK = {"steps": 10}
 QUICK_LIMIT, QUICK_SEEDS = 20, 2
 PAPER_SEEDS = 10  # Table 1
@@ -167,9 +167,15 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = settings.table(name)
-    seeds, scores = settings.number_of_seeds(table), place.records.scores
-    return table.section(settings.models_and_tasks, seeds, scores, sweeps.at_best, **settings.changes)
+    table = settings.table("table2" if name == "reasons" else name)
+    scale, seeds, records = settings.models_and_tasks, settings.number_of_seeds(table), place.records
+    if name == "reasons":
+        return reasons.section(table, scale, seeds, records, sweeps.at_best)
+    made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
+    if name == "catcher":
+        lines, rows = reasons.cost(table, scale, seeds, records)
+        return made._replace(lines=made.lines + lines, rows=made.rows + rows)
+    return made
 
 
 COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}

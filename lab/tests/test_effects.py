@@ -11,9 +11,11 @@ import data
 import train
 from command.cli import InputError
 from hub.checkpoint import TINY
-from lab.paper import effects, runner
+from lab.paper import effects, reasons, runner
 from lab.paper.effects import material, moved, read_through
 from lab.paper.runs import Records, Run
+from lab.paper.table import SCALES
+from lab.paper.tables import TABLES
 from model import load_model, read_config
 from tiny.tasks import is_test
 
@@ -93,3 +95,56 @@ def test_the_record_of_a_run_says_what_it_did_and_one_that_learnt_nothing_did_no
     assert same["routing"]["text"]["choices"] < 1e-3
     with pytest.raises(InputError, match="tiny: expected a run of train.py on an embedded model"):
         effects.effects("tiny")
+
+
+# ------------------------------------------------------------------------------------------------- as tables
+
+
+def finish(records: Records, run: Run, gap: float, after: float, moved: float, counting: float = 4.0) -> None:
+    """The record of a run as if it had been made and measured."""
+    change = {"hot_overlap": 0.5, "tokens": 0.9, "choices": moved}
+    text = {"before": {"math": 1.0, "code": 2.0}, "after": {"math": 1.0, "code": 2.0 + 2 * after}}
+    done = {"seen_loss": 0.25, "unseen_loss": 0.25 + gap, "text_loss": text}
+    done["routing"] = {"task": change, "text": change | {"choices": moved / 2}}
+    record = {"run": vars(run), "settings": {}, **records.content(run), "scores": {}, "effects": done}
+    record |= {"seconds": {"train": 84.0}, "seconds_profile": counting}
+    records.folder.mkdir(parents=True, exist_ok=True)
+    (records.folder / f"{records.name(run)}.json").write_text(json.dumps(record))
+
+
+def test_reasons_are_means_of_the_records_and_differences_from_lora_are_paired_by_seed(tmp_path):
+    records, scale, table = Records(tmp_path), SCALES["tiny"], TABLES["table2"]
+    column = table.columns[0]
+    rows = {row.name: row for row in table.rows}
+    for seed in range(3):
+        finish(records, table.run(rows["LoRA"], column, scale, seed), 0.01 * (seed + 1), 0.8, 0.2)
+        finish(records, table.run(rows["HELLoRA"], column, scale, seed), 0.01 * (seed + 1), 0.5 + 0.01 * seed, 0.3)
+    made = reasons.section(table, scale, 3, records, lambda run: None)
+    text = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in made.lines[: made.lines.index("tiny-code: not run")] if line.startswith("| HELL")}  # fmt: skip
+    by_name = {row["row"]: row["by_seed"] for row in made.rows if row.get("task") == "tiny-math"}
+    assert by_name.keys() == {"LoRA", "HELLoRA"}
+    assert by_name["HELLoRA"]["text, after - before"] == pytest.approx({0: 0.5, 1: 0.51, 2: 0.52})
+    assert by_name["LoRA"]["choices moved, text"] == pytest.approx({0: 10, 1: 10, 2: 10})
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert text["HELLoRA"] == [
+        "+0.000 ± 0.000 (3)", "undecided", f"-0.290 ± {half:.3f} (3)", "same direction",
+        "+10.0 ± 0.0 (3)", "opposite direction", "+5.0 ± 0.0 (3)", "opposite direction",
+    ]  # fmt: skip
+
+
+def test_double_sparsity_is_what_params_and_the_formula_of_flops_say():
+    saved = {row["row"]: row for row in reasons.sparsity()}
+    assert (saved["hellori-s"]["trainable"], saved["lora"]["trainable"]) == (2_100_428, 311_459_840)
+    assert 100 * (1 - saved["hellora"]["flops"] / saved["lora"]["flops"]) == pytest.approx(48.6, abs=0.05)  # Figure 1
+    assert saved["lori-s"]["flops"] == saved["lora"]["flops"]
+
+
+def test_what_counting_adds_is_relative_to_the_training_without_it(tmp_path):
+    records, scale, table = Records(tmp_path), SCALES["tiny"], TABLES["catcher"]
+    base, warm, *_ = (table.run(row, table.columns[0], scale, 0) for row in table.rows)
+    finish(records, base, 0, 0, 0, counting=4.0)
+    finish(records, warm, 0, 0, 0, counting=14.0)
+    lines, rows = reasons.cost(table, scale, 5, records)
+    assert [row["cost"] for row in rows] == [[pytest.approx(5)], [pytest.approx(20)], [], []]
+    assert "16 %" in " ".join(lines) and "1.62 times" in " ".join(lines)
