@@ -7,6 +7,7 @@ checkpoint holds the delta once, 0 if not at all, 2 if twice. Rounding to the ch
 reached, so `most` is the same number for W + D rounded once. One matrix of each checkpoint is in memory at a time.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -52,6 +53,13 @@ class Comparison:
     without: list[str] = field(default_factory=list)  # keys that lack the delta, although their dtype could hold it
     experts: dict[str, Multiple] = field(default_factory=dict)  # by hypothesis on how the adapter was read
 
+    def add(self, hypothesis: str, more: Multiple) -> None:
+        """Add a matrix to the sums of a hypothesis."""
+        total = self.experts.setdefault(hypothesis, Multiple())
+        total.held += more.held
+        total.reachable += more.reachable
+        total.square += more.square
+
     @property
     def unchanged_share(self) -> float:
         """The share of the entries of `matrices` that are those of the base."""
@@ -62,42 +70,47 @@ class Comparison:
 def compare(
     merged: dict[str, Stored], base: dict[str, Stored], config: MoEConfig, readings: dict[str, Reading]
 ) -> Comparison:
-    """Compare all weights. readings: the adapter AS_READ and, for packed stacks, REORDERED; {}: no adapter is given."""
-    result, reading, hypotheses = Comparison(), readings.get(AS_READ), list(readings)
+    """Compare all weights. readings: the adapter AS_READ and, for packed stacks, REORDERED; {}: no adapter is given.
+
+    The experts' matrices that do not hold the delta as read are compared with the other hypotheses.
+    """
+    result, reading, others = Comparison(), readings.get(AS_READ), [name for name in readings if name != AS_READ]
     if reading and 2 * config.intermediate_size == config.hidden_size:  # a transposed stack of gate and up would fit
-        hypotheses.append(TRANSPOSED)
+        others.append(TRANSPOSED)
     for name, W, M in side_by_side(base, merged):
         key, W32 = name.removesuffix(".weight"), W.float()
         difference = M.float() - W32
-        place = place_of(key, config.family)
+        place, largest = place_of(key, config.family), float(difference.abs().max())
         norms = float(difference.norm()), float(W32.norm())
-        if not difference.isfinite().all():
+        if not math.isfinite(largest):
             result.matrices[key] = Matrix(place, NOT_FINITE, *norms)
             continue
-        has_changed = bool(difference.any())
         state = state_of(reading.pairs[key]) if reading and key in reading.pairs else EMPTY
-        if state == EMPTY and not has_changed:
+        if state == EMPTY and not largest:
             continue
         if reading and state == EMPTY:
             result.unexplained.append(name)
-        result.matrices[key] = Matrix(place, MOVED if has_changed else UNMOVED, *norms)
+        result.matrices[key] = Matrix(place, MOVED if largest else UNMOVED, *norms)
         result.entries += difference.numel()
-        result.unchanged += int((difference == 0).sum())
-        result.largest = max(result.largest, float(difference.abs().max()))
-        for hypothesis in () if state in (EMPTY, NOT_FINITE) else hypotheses:
-            if place.part != EXPERTS and hypothesis != AS_READ:
-                continue
-            D = delta(key, W, readings.get(hypothesis, reading), config.family, hypothesis == TRANSPOSED)
-            rounded = (W32 + D).to(M.dtype).float() - W32
-            held, reachable, square = (float((x * D).double().sum()) for x in (difference, rounded, D))
-            if place.part == EXPERTS:
-                total = result.experts.setdefault(hypothesis, Multiple())
-                total.held += held
-                total.reachable += reachable
-                total.square += square
-            if hypothesis == AS_READ and held < 0.1 * reachable and reachable > 0.1 * square:
-                result.without.append(name)
+        result.unchanged += difference.numel() - int(difference.count_nonzero())
+        result.largest = max(result.largest, largest)
+        if state in (EMPTY, NOT_FINITE):
+            continue
+        own = multiple(difference, W32, delta(key, W, reading, config.family), M.dtype)
+        if own.held < 0.1 * own.reachable and own.reachable > 0.1 * own.square:
+            result.without.append(name)
+        if place.part == EXPERTS:
+            result.add(AS_READ, own)
+            for hypothesis in () if abs(own.held - own.reachable) <= 0.1 * own.square else others:
+                D = delta(key, W, readings.get(hypothesis, reading), config.family, hypothesis == TRANSPOSED)
+                result.add(hypothesis, multiple(difference, W32, D, M.dtype))
     return result
+
+
+def multiple(difference: Tensor, W: Tensor, D: Tensor, dtype: torch.dtype) -> Multiple:
+    """How many times a difference holds D, and would if W + D had been rounded to `dtype`.  all [out, in]"""
+    rounded = (W + D).to(dtype).float().sub_(W)
+    return Multiple(*(float(torch.dot(x.flatten(), D.flatten())) for x in (difference, rounded, D)))
 
 
 def side_by_side(base: dict[str, Stored], merged: dict[str, Stored]) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -128,4 +141,4 @@ def delta(key: str, W: Tensor, reading: Reading, family: Family, transposed: boo
     scale = float(reading.scales[key])
     if reading.kind == "dora":
         return folded(W, pair, "dora", scale) - W.float()
-    return scale * pair["lora_B"] @ pair["lora_A"]
+    return (scale * pair["lora_B"]) @ pair["lora_A"]
