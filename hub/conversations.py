@@ -31,7 +31,7 @@ def read_messages(row: Row) -> list[Message]:
     column = next(column for column in NAMES if column in row)
     turns = row[column]
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{column!r} is {turns!r:.60}; expected a list of turns")
+        raise InputError(f"{column!r} is {turns!r:.60}; expected a list of one turn or more")
     messages = [read_turn(turn, i, column) for i, turn in enumerate(turns, 1)]
     if row.get("system"):  # some ShareGPT files have it beside the turns
         messages.insert(0, {"role": "system", "content": text(row, "system")})
@@ -96,7 +96,7 @@ class OwnRows:
         columns = next((columns for columns in self.formats if row.keys() >= set(columns)), None)
         if columns is None:
             names = ", ".join(" and ".join(map(repr, columns)) for columns in self.formats)
-            raise InputError(f"its columns are {', '.join(map(repr, row))[:100]}; expected one of {names}")
+            raise InputError(f"its columns are {', '.join(map(repr, row))[:100] or 'none'}; expected one of {names}")
         if self.columns not in (None, columns):
             raise InputError(f"a row of {' and '.join(columns)} after rows of {' and '.join(self.columns)} in one file")
         self.columns = columns

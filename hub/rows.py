@@ -209,7 +209,7 @@ def json_rows(path: Path) -> list[tuple[str, Row]]:
         opens = content.lstrip().startswith(("[", "{"))
         advice = "" if opens else f"; it begins with {content.lstrip()[:30]!r}; {FILES}"
         raise InputError(f"{error}{advice}") from None
-    if isinstance(whole, dict) and whole and all(isinstance(column, list) for column in whole.values()):
+    if isinstance(whole, dict) and any(whole.values()) and all(isinstance(column, list) for column in whole.values()):
         if any(isinstance(turn, dict) for name in CHATS for turn in whole.get(name, ())):  # one row, and its turns
             return [(lines[0][0], whole)]
         if len(whole) == 1 and all(isinstance(row, dict) for column in whole.values() for row in column):

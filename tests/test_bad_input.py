@@ -95,6 +95,7 @@ own-order.jsonl      | GOOD ¶ {"messages": [ASKED, ASKED, ANSWERED]}
 own-system.jsonl     | GOOD ¶ {"messages": [ASKED, ANSWERED, {"role": "system", "content": "Stop."}, ASKED, ANSWERED]}
 own-empty.jsonl      | GOOD ¶ {"messages": [ASKED, {"role": "assistant", "content": " "}]}
 own-no-turn.jsonl    | GOOD ¶ {"messages": []}
+own-no-turns.json    | {"messages": []}
 own-first.jsonl      | GOOD ¶ {"messages": [ANSWERED, ASKED, ANSWERED]}
 own-alone.jsonl      | GOOD ¶ {"messages": [ASKED]}
 own-tool.jsonl       | GOOD ¶ {"messages": [ASKED, {"role": "tool", "content": "4"}, ANSWERED]}
@@ -430,7 +431,8 @@ train --task own                                     | task own: this task is yo
 train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
 train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
 train --task own --train-data own-empty.jsonl        | own-empty.jsonl, line 2: turn 2 (assistant) is empty
-train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is []; expected a list
+train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is []; expected a list of one turn or more
+train --task own --train-data own-no-turns.json      | own-no-turns.json, line 1: 'messages' is []
 train --task own --train-data own-first.jsonl        | line 2: turn 1 is of the assistant after the beginning
 train --task own --train-data own-alone.jsonl        | line 2: no turn is of the assistant
 train --task own --train-data own-tool.jsonl         | line 2: turn 2 has 'role' 'tool' | system, user, assistant

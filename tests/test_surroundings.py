@@ -1,6 +1,7 @@
 """What surrounds a run: other processes of its group, other runs in its folder, disks, signals, terminals."""
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -352,11 +353,36 @@ def test_config_json_names_the_versions_of_what_a_run_rests_on(tmp_path):
     assert all(re.match(r"\d+\.\d+", number) for number in versions.values())
 
 
-def test_a_sparse_run_is_not_extended_beyond_its_first_stage(tmp_path):
-    flags = [*SMALL, "--method", "hellori-s", "--save-every", "1", "--out", str(tmp_path / "run")]
-    train.main(flags)
-    with pytest.raises(InputError, match="stage D of this run did 3 steps, .*; expected --steps 3, or another --out"):
-        train.main([*flags, "--steps", "5", "--resume"])
+def test_a_sparse_run_is_extended_in_its_first_stage_and_not_in_the_second(tmp_path, monkeypatch):
+    flags = [*SMALL[:-2], "--method", "hellori-s", "--save-every", "1", "--out"]  # without --steps 3
+    step, numbers = train.train_step, itertools.count(1)
+
+    def interrupt_in_step(last: int) -> None:
+        def broken(*args, **options):
+            if next(numbers) == last:
+                raise KeyboardInterrupt
+            return step(*args, **options)
+
+        monkeypatch.setattr(train, "train_step", broken)
+
+    cut, straight = tmp_path / "cut", tmp_path / "straight"
+    interrupt_in_step(3)  # the last of stage D
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, str(cut), "--steps", "3"])
+    interrupt_in_step(7)  # two more steps of stage D, and the first of stage S
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, str(cut), "--resume", "--steps", "4"])
+    monkeypatch.setattr(train, "train_step", step)
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    for more in (["--steps", "5"], ["--steps", "3"], ["--epochs", "1"]):
+        with pytest.raises(InputError, match="stage D of this run did 4 steps, .*; expected --steps 4, or another --out"):
+            train.main([*flags, str(cut), "--resume", *more])
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+    train.main([*flags, str(cut), "--resume", "--steps", "4"])
+    train.main([*flags, str(straight), "--steps", "4"])
+    for stage in ("stage-d", "."):
+        ours, theirs = (load_file(out / stage / "adapter/adapter.safetensors") for out in (cut, straight))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ------------------------------------------------------------------------------------------------- names of models
