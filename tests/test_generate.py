@@ -370,8 +370,8 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_reset_forgets_and_ctrl_d_ends():
     talk.type("three\n")
     assert "heard ['three']" in talk.read_until("> ")
     talk.type("\x04")
-    talk.read_until("never", seconds=20)
-    assert talk.process.wait(20) == 0
+    talk.read_until("never")
+    assert talk.process.wait(60) == 0
 
 
 def test_the_command_talks_in_a_terminal():
@@ -382,5 +382,5 @@ def test_the_command_talks_in_a_terminal():
     talk.interrupt()
     talk.read_until("> ")
     talk.type("\x04")
-    talk.read_until("never", seconds=20)
-    assert talk.process.wait(20) == 0
+    talk.read_until("never")
+    assert talk.process.wait(60) == 0
