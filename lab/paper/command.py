@@ -28,8 +28,11 @@ FIGURES = {
 }
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
 ORDER += ("budgets", "catcher", "reasons", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
-QUICK = {"steps": 10}
-QUICK_LIMIT, QUICK_SEEDS = 20, 2
+QUICK = {  # by scale: enough to learn something, or to see that every part works
+    "tiny": {"steps": 40, "schedule": "linear", "lr_warmup": 0.1, "lr": 1e-2},
+    "paper": {"steps": 10},
+}
+QUICK_LIMIT, QUICK_SEEDS = 100, 2
 PAPER_SEEDS = 10  # Table 1
 CODE_SAMPLES = 10  # of a problem of tiny-code: pass@10 needs as many; the paper has 20
 POSITIVE = number(int, 1)
@@ -42,7 +45,7 @@ class Settings:
 
     seeds: int | None = flag(None, "runs of each cell (default: by table; 10 at --scale paper)", type=POSITIVE)
     jobs: int = flag(1, "runs made at once", type=POSITIVE)
-    quick: bool = flag(False, "a trial in runs/quick: first column, 10 steps, 2 seeds, 20 problems")
+    quick: bool = flag(False, "a trial in runs/quick: first column, 40 steps, 2 seeds, 100 problems")
     dry_run: bool = flag(False, "print the commands that would run")
     no_run: bool = flag(False, "print the results of the finished runs")
     scale: str = flag("tiny", "the embedded models and tasks, or the paper's", choices=list(SCALES))
@@ -67,7 +70,7 @@ class Settings:
     @property
     def changes(self) -> dict:
         """Fields of every run that --quick sets."""
-        return QUICK if self.quick else {}
+        return QUICK[self.scale] if self.quick else {}
 
     def table(self, name: str) -> Table:
         """A table, without the columns that need a sweep where there are no validation problems or no time for it."""

@@ -156,7 +156,7 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
 
     An interruption stops them after their current step.
     """
-    failed, pool = {}, ThreadPoolExecutor(place.jobs)
+    failed, pool, began = {}, ThreadPoolExecutor(place.jobs), time.perf_counter()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         futures = {pool.submit(make_run, run, tasks, place): run for run, tasks in needed.items()}
@@ -169,7 +169,8 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
                 cli.note(f"{run.title}: failed: {error}")
             else:
                 texts = [f"{task} {100 * next(iter(score.values())):.1f} %" for task, score in scores]
-                cli.say(f"[{done}/{len(needed)}] {run.title}: {', '.join(texts)}")
+                left = (time.perf_counter() - began) / done * (len(needed) - done)
+                cli.say(f"[{done}/{len(needed)}] {run.title}: {', '.join(texts)}  {left / 60:.0f} min left")
     except KeyboardInterrupt:
         place.stop()
         pool.shutdown(cancel_futures=True)

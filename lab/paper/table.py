@@ -70,6 +70,8 @@ class Table:
     def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
         """The run whose result stands in a cell, for one seed, at the common rate. The base model has no seed."""
         fields = self.change | row.change | changes
+        if row.method == "fft":
+            fields.pop("lr", None)  # of adapters; full fine-tuning has a rate of its own
         task = getattr(scale, fields.pop("task", column.task))
         return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
 

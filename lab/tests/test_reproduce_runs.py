@@ -223,7 +223,7 @@ def inline(monkeypatch, tmp_path, make_checkpoint) -> list[str]:
 
     monkeypatch.setattr(Workplace, "call", call)
     monkeypatch.setattr(runner, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(command, "QUICK", {"steps": 2})
+    monkeypatch.setattr(command, "QUICK", {"tiny": {"steps": 2}, "paper": {"steps": 2}})
     monkeypatch.setattr(command, "QUICK_LIMIT", 3)
     monkeypatch.chdir(tmp_path)
     for family, sizes in (("olmoe", {}), ("mixtral", {"intermediate_size": 40})):  # rank 32 must fit
