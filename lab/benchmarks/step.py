@@ -34,7 +34,7 @@ from command.files import writable, write_json
 from data import Batch
 from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
 from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
-from lab.benchmarks.subjects import OURS, PEERS, PLACED, Subject, make_ours, make_peer, our_model
+from lab.benchmarks.subjects import BY_NUMBER, OURS, PEERS, PLACED, Subject, make_ours, make_peer, our_model, sharing
 from lab.benchmarks.workload import SHAPES, make_batches
 from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
@@ -43,7 +43,8 @@ from profile import profile_routing
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}
-NAMES_HELP = "rows to measure; also moe-sieve, and METHOD-pure or METHOD-gate"
+EVERY = (*NAMES, "moe-sieve", *PLACED, *BY_NUMBER)
+NAMES_HELP = "rows to measure; also moe-sieve, METHOD-pure, METHOD-gate, hellora-kN; or all: each of them"
 POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
@@ -57,7 +58,7 @@ class Settings:
     k: int = flag(8, "hot experts per layer", type=POSITIVE)
     rank: int | None = flag(None, "LoRA rank r (default: 8, full size 32); alpha is 2 r", type=POSITIVE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    names: tuple[str, ...] = flag(NAMES, NAMES_HELP, nargs="+", choices=(*NAMES, "moe-sieve", *PLACED), metavar="ROW")
+    names: tuple[str, ...] = flag(NAMES, NAMES_HELP, nargs="+", choices=(*EVERY, "all"), metavar="ROW")
     repeats: int = flag(5, "times each row is timed", type=POSITIVE)
     json: str | None = flag(None, "write the rows", metavar="FILE")
 
@@ -72,14 +73,15 @@ def measure(settings: Settings, batch: int) -> list[dict]:
     batches = make_batches(batch, max(1, EXAMPLES // batch), shape["vocab_size"], device)
     base = our_model(shape, device, dtype)
     counts = profile_routing(base, batches).counts  # [L, E]
+    numbers = BY_NUMBER | {"moe-sieve": counts.shape[1] // 4}
     hot = hellora.select_experts("hot", counts, settings.k)
-    quarter = hellora.select_experts("hot", counts, counts.shape[1] // 4)  # MoE-Sieve's
     profiling = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(settings.repeats))
     routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
     with freed_memory_kept(device):
         fastest = grouped_matmul_speed(base.layers[0].mlp.experts.gate_up_proj, routed)
         say(f"grouped matmul of {routed:,} rows: {fastest / 1e9:.0f} GFLOP/s")
-        config, base = base.config, None
+        config = base.config
+        base = base if settings.shape == "small" else None  # at full size one model at a time fits
         absent = {name: why for name in settings.names if (why := missing(name, dtype))}
         present = [name for name in settings.names if name not in absent]
         rows, times = [], {}
@@ -87,7 +89,9 @@ def measure(settings: Settings, batch: int) -> list[dict]:
             try:
                 subjects = []
                 for name in group:
-                    chosen, model = quarter if name == "moe-sieve" else hot, our_model(shape, device, dtype)
+                    chosen = hellora.select_experts("hot", counts, numbers[name]) if name in numbers else hot
+                    own = base is None or name == "fft"  # trains the weights
+                    model = our_model(shape, device, dtype) if own else sharing(base)
                     subjects.append(make_subject(name, model, chosen, settings.rank))
                 times |= take_turns(subjects, batches, settings.repeats)
                 rows += [subject_row(subject, config, batches, times[subject.name]) for subject in subjects]
@@ -223,7 +227,7 @@ def main(argv: list[str]) -> list[dict]:
         raise InputError(f"--k {settings.k}: expected 1..{num_experts}, the experts of a layer")
     out = settings.json and writable(settings.json)
     dtype, rank = settings.dtype or default_dtype(), settings.rank or RANKS[settings.shape]
-    settings = replace(settings, dtype=dtype, rank=rank)
+    settings = replace(settings, dtype=dtype, rank=rank, names=EVERY if "all" in settings.names else settings.names)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     size = f"hidden {SHAPES[settings.shape]['hidden_size']}, rank {rank}, k {settings.k}"
     say(f"{where}, torch {torch.__version__}; {size}, {dtype}", "floor: the frozen base alone")

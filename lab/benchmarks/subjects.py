@@ -3,6 +3,7 @@
 Dimensions: L layers, E experts per layer.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from recipes.methods import METHODS
 
 OURS = ("hellora", "hellori-d", "hellori-s", "lora", "lori-d", "lori-s", "dora")  # rows of METHODS
 PLACED = tuple(f"{name}-{targets}" for targets in ("pure", "gate") for name in OURS[:6])  # as the paper's _pure, _gate
+BY_NUMBER = {f"hellora-k{k}": k for k in (2, 4, 16)}  # hot experts per layer, as in the paper's Table 7
 PEERS = {  # name -> modules and parameters that peft adapts
     "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
     "peft-attention": ("q_proj k_proj v_proj o_proj", ""),
@@ -59,6 +61,11 @@ def our_model(shape: dict, device: torch.device, dtype: torch.dtype) -> MoETrans
     return model
 
 
+def sharing(base: MoETransformer) -> MoETransformer:
+    """A model of its own on the weights of `base`: many that only train adapters then fit into memory."""
+    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+
+
 def attach(name: str, model: MoETransformer, hot: Tensor, rank: int) -> None:
     """Put the adapters of a method on a model.  hot [L, E] bool: the experts that hot methods adapt"""
     method = METHODS[method_of(name)]
@@ -68,7 +75,7 @@ def attach(name: str, model: MoETransformer, hot: Tensor, rank: int) -> None:
 
 
 def method_of(name: str) -> str:
-    return name.rpartition("-")[0] if name in PLACED else name
+    return name.rpartition("-")[0] if name in PLACED or name in BY_NUMBER else name
 
 
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:

@@ -139,14 +139,28 @@ def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tiny_step, monkeypat
 
 
 def test_the_placements_of_the_paper_and_moe_sieve_are_rows_of_their_own(tiny_step):
-    names = ["hellora", "hellora-gate", "hellora-pure", "lora-pure", "lori-s-gate", "moe-sieve"]
+    names = "hellora hellora-gate hellora-pure lora-pure lori-s-gate moe-sieve hellora-k2 hellora-k4".split()
     rows = {
         row["name"]: row
         for row in bench.main(["step", "--batch", "3", "--k", "1", "--repeats", "1", "--names", *names])
     }
     flops = {name: rows[name]["adapter_flops"] for name in names}
-    assert flops["hellora-pure"] < flops["hellora-gate"] < flops["hellora"] < flops["moe-sieve"]  # two of eight experts
+    assert flops["hellora-pure"] < flops["hellora-gate"] < flops["hellora"] < flops["moe-sieve"] < flops["hellora-k4"]
+    assert flops["moe-sieve"] == flops["hellora-k2"]  # two of eight experts
     assert flops["hellora-pure"] < flops["lora-pure"]
+
+
+def test_models_that_train_adapters_share_the_frozen_weights_and_nothing_else(tiny_step):
+    base = subjects.our_model(tiny_step.SHAPES["small"], torch.device("cpu"), torch.float32)
+    before = {name: weight.clone() for name, weight in base.named_parameters()}
+    one, other = (subjects.make_ours("hellora", subjects.sharing(base), torch.ones(2, 8) > 0, 2) for _ in range(2))
+    batch = make_batches(3, 1, base.config.vocab_size, torch.device("cpu"))[0]
+    one.step(batch)
+    shared = {id(weight) for weight in base.parameters()}
+    trained = [[p for p in each.model.parameters() if p.requires_grad] for each in (one, other)]
+    assert shared <= {id(p) for p in one.model.parameters()} and not shared & {id(p) for p in trained[0]}
+    assert all(torch.equal(weight, before[name]) for name, weight in base.named_parameters())
+    assert not all(map(torch.equal, *trained))
 
 
 def test_at_full_size_every_row_has_the_device_to_itself_and_one_that_does_not_fit_says_so(tiny_step, monkeypatch):

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from lab.benchmarks import step
 from lab.paper import command as reproduce
 from lab.paper import routing, speed
 
@@ -25,6 +26,7 @@ def sections(tmp_path_factory):
             ("peft-all", 5.0),
             ("lora-pure", 3.0),
             ("hellora-pure", 1.5),
+            ("hellora-k16", 2.5),
         ):
             turns = [pace * (1 + 0.01 * turn) for turn in range(repeats * max(1, 32 // batch))]
             about = {"samples_per_s": batch / pace, "over_floor": 1 / pace, "peak_bytes": int(pace * 1e9)}
@@ -81,3 +83,15 @@ def test_a_speed_is_compared_with_lora_in_the_same_turns(sections):
     assert pure["over_lora"].mean == pytest.approx(100) and pure["paper_over_lora"] == pytest.approx(95.80, abs=0.01)
     assert rows[8, "lora-pure"]["verdict"] == "-"
     assert speed.speeds(sections["folder"] / "none.json", 8) == {}
+
+
+def test_table_7_has_the_speed_of_every_k_beside_that_of_8(sections):
+    rows = {(row["batch"], row["row"]): row for row in sections["table6"].rows if "over_k8" in row}
+    assert [row["paper"] for row in rows.values()] == [20.99, 20.98, 20.08, 16.49] * 2
+    assert rows[8, "k = 16"]["over_k8"].mean == pytest.approx(100 * (1.6 / 2.5 - 1))
+    lines = [line for line in sections["table6"].lines if line.startswith("| k = ")]
+    assert "not run" in lines[0] and "same direction" in lines[3] and "| -18 " in lines[3]
+
+
+def test_one_command_measures_every_row_that_the_page_prints():
+    assert {*speed.OURS, *map(speed.named_k, speed.BY_NUMBER)} == {*step.EVERY}
