@@ -8,7 +8,7 @@ from statistics import median
 from command import cli
 from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
-from lab.paper import budget, effects, params, published, reasons, routing, speed
+from lab.paper import budget, effects, moved, params, published, reasons, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
 from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
@@ -182,4 +182,9 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
 
 
 COMMANDS = {name: partial(reproduce, (name,)) for name in ORDER}
-COMMANDS |= {"params": params.params, "effects": effects.command, "all": partial(reproduce, ORDER)}
+COMMANDS |= {
+    "params": params.params,
+    "effects": effects.command,
+    "moved": moved.command,
+    "all": partial(reproduce, ORDER),
+}

@@ -6,10 +6,12 @@ Dimensions: L layers with experts, E experts per layer.
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which brings global state and looks for a display
 from torch import Tensor
 
+from diagnosis.measure import Table
 from routing.statistics import shares
 
 OURS, OTHER = "#00204c", "#b0ada0"
@@ -155,4 +157,26 @@ def draw_budgets(rows: list[dict], title: str, path: Path) -> None:
     right.grid(axis="x", color="0.9")
     right.set(xlabel="accuracy in %", xlim=(0, None))
     left.invert_yaxis()
+    figure.savefig(path)
+
+
+def draw_moved(counts: Tensor, runs: dict[str, Table], path: Path) -> None:
+    """Heat maps, layer by expert: the routed tokens, and |dW| / |W| of each run. White: no pair.  counts [L, E]
+
+    The experts of every layer are in the order of their tokens. All runs have one scale, which the largest may exceed.
+    """
+    order = counts.argsort(dim=-1, descending=True, stable=True)  # [L, E]
+    ratios = {name: 100 * each.ratio.where(each.has_pair, torch.nan).gather(1, order) for name, each in runs.items()}
+    top = float(torch.stack(list(ratios.values())).nan_to_num().flatten().quantile(0.99))
+    figure = Figure(figsize=(7.5, 0.5 + 1.3 * (1 + len(ratios))), dpi=120, layout="constrained")
+    axes = figure.subplots(1 + len(ratios), 1, sharex=True)
+    panels = {"routed tokens, % of the layer's": 100 * shares(counts).gather(1, order)} | ratios
+    for each, (title, values) in zip(axes, panels.items(), strict=True):
+        most = top if title in ratios else float(values.max())
+        image = each.imshow(values.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=most, interpolation="nearest")
+        each.set_title(title, fontsize=9, loc="left")
+        each.set(ylabel="layer", yticks=range(0, len(values), -(-len(values) // 4)))
+        label = "|dW| / |W|, %" if title in ratios else "%"
+        figure.colorbar(image, ax=each, label=label, pad=0.01, extend="max" if title in ratios else "neither")
+    axes[-1].set_xlabel("experts of the layer, most routed first")
     figure.savefig(path)
