@@ -9,7 +9,7 @@
 
 `TASKS` is the table of tasks. `FORMATS` says how a row becomes a prompt and an answer. The embedded tiny tasks generate
 rows in the formats of the public tasks. Prompts follow LoRI, on whose code the paper's numbers rest. Each difference
-is marked by a line that starts with "DEVIATION from LoRI".
+is marked by a line that starts with "DEVIATION from LoRI", and is in docs/choices.md.
 
 Dimensions: B sequences, S positions.
 """
@@ -85,7 +85,7 @@ def alpaca(row: Row) -> tuple[str, str]:
     instruction, extra, output = text(row, "instruction"), row.get("input") or "", row.get("output")
     if not isinstance(extra, str) or not isinstance(output, str):
         raise InputError(f"'input' is {extra!r:.60} and 'output' {output!r:.60}; expected text")
-    # DEVIATION from LoRI: its template without the 20 stray spaces before every line and the one after "request.".
+    # DEVIATION from LoRI: its template without stray spaces; LoRI has 20 before every line, and one after "request.".
     paired = ", paired with an input that provides further context" if extra.strip() else ""
     prompt = f"Below is an instruction that describes a task{paired}. "
     prompt += f"Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -238,7 +238,7 @@ def load_examples(
                 unread(row, used=("label",))  # scoring reads it
         except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}{'' if own else f'; {expected}'}") from None
-        # DEVIATION from LoRI: rows without an output are left out; they would teach to answer with nothing.
+        # DEVIATION from LoRI: rows without an output are left out; LoRI learns to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
         if answer.strip() or split == "test":
             examples.append(Example(row["task_id"] if read is humaneval else str(i), given, answer, row, *chat))

@@ -48,7 +48,8 @@ from scoring.comparison import compare, problems_digest
 from scoring.completions import check_folder, claim, read_completions, remove_score, write_generations
 from scoring.statistics import describe
 
-DECODING = {  # by benchmark, as in LoRI's scripts; but LoRI's 512 tokens of HumanEval include the prompt
+# DEVIATION from LoRI: HumanEval has 512 new tokens; LoRI's 512 include the prompt.
+DECODING = {  # by benchmark, else as in LoRI's scripts
     "gsm8k": Decoding(512),
     "humaneval": Decoding(512, temperature=0.2, top_p=0.95, samples=20),
     "hexphi": Decoding(512),

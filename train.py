@@ -231,6 +231,7 @@ def train_lori_s(run: Run) -> dict:
     else:
         say("stage D: all of B trains, to find the tenth of its entries that matters")
         _, state = train(run, stage_d)
+    # DEVIATION from LoRI: both stages have the same A; LoRI's code redraws it.
     say("stage S: these entries alone, from zero, under the same A")
     return train(run, run.out, top_entries(state))[0]
 

@@ -133,6 +133,7 @@ def train_step(
     if on_gradients is not None:
         on_gradients(done)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # DEVIATION from LoRI: the norm of the whole gradient is clipped (`--clip`); LoRI clips each tensor by itself.
     done.grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
     if done.is_finite:
         optimizer.step()
@@ -168,6 +169,7 @@ def global_step(
             batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )
         chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
+        # DEVIATION from LoRI: the loss is the mean over the target tokens of the global batch; LoRI averages sums.
         loss = nll / max(1, targets)
         losses[0] += loss.detach()
         routed += tally(chosen, routing.weights, config.num_experts)

@@ -12,7 +12,11 @@ from recipes.methods import METHODS
 
 FILES = {tuple(path.stem.rsplit("-", 1)): path for path in sorted(Path(__file__).parent.glob("*.txt"))}
 PAPERS = tuple(dict.fromkeys(paper for paper, benchmark in FILES))
-EVALUATION = {("dr-lora", "gsm8k"): {"shots": 8, "temperature": 0.2}}  # by the names of evaluate.py's settings
+EVALUATION = {  # recipe, task: by the names of evaluate.py's settings
+    ("dr-lora", "gsm8k"): {"shots": 8, "temperature": 0.2},
+    ("dr-lora", "tiny-math"): {"shots": 8, "temperature": 0.2},
+    ("moe-sieve", "gsm8k"): {"max_new_tokens": 1024},  # as in its code
+}
 INSTEAD = {  # given flags that exclude flags of a recipe
     "init_adapter": ("--targets", "--rank", "--alpha"),
     "steps": ("--epochs",),
@@ -42,4 +46,4 @@ def recipe_flags(given: dict, argv: list[str]) -> tuple[list[str], list[str]]:
 
 def evaluation_of(name: str | None, task: str) -> dict:
     """How the paper of a recipe evaluates a task, by the names of evaluate.py's settings."""
-    return EVALUATION.get((name, data.TASKS[task].benchmark), {})
+    return EVALUATION.get((name, task), {})
