@@ -6,6 +6,7 @@ Dimensions: L layers with experts, E experts per layer, K experts per token.
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,7 +24,7 @@ from lab.paper.runs import model_content
 from model import MoEConfig
 from recipes.methods import Recipe
 from routing import advice, pictures
-from routing.profiles import RoutingProfile, load_profile
+from routing.profiles import RoutingProfile, load_profile, save_profile
 from routing.statistics import chance_overlap, jaccard, shares, top_share
 
 OLMOE = {
@@ -72,14 +73,16 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
     if not may_run:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
+    name = model
     with tempfile.TemporaryDirectory() as scratch:
         if warmup == "tuned":
-            run, merged = f"{scratch}/run", f"{scratch}/merged"
+            name, run, merged = f"{model} after LoRA on {task}", f"{scratch}/run", f"{scratch}/merged"
             call("train.py", "--model", model, "--task", task, "--method", "lora", "--out", run)
             call("export.py", run, "--to", "merged", "--out", merged)
             model, warmup = merged, "none"
         flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
-        call("profile.py", *(part for name, value in flags.items() for part in (f"--{name}", str(value))))
+        call("profile.py", *(part for flag, value in flags.items() for part in (f"--{flag}", str(value))))
+    save_profile(replace(load_profile(file), model=name), file)
     return load_profile(file)
 
 
