@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops
+from ops.lora import Pair
 
 
 def uniform(seed: int, name: str, size: int) -> np.ndarray:
@@ -66,9 +67,6 @@ class LoRALinear(nn.Linear):
     def merged(self) -> Tensor:
         """The weight that computes the same without an adapter.  float32 [out, in]"""
         return self.weight.float() + self.scaling * self.lora_B @ self.lora_A
-
-
-Pair = tuple[Tensor, Tensor]  # A [n, r, in] and alpha / r times B [n, out, r], for the first n experts
 
 
 def lora_grouped_linear(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ops.experts import fits, group_product, grouped_linear, grouped_outer, slices, weighted_swiglu, whole_tiles
 from ops.kernels import one_kernel
 
-Pair = tuple[Tensor, Tensor]  # A [n, r, in] and alpha / r times B [n, out, r]
+Pair = tuple[Tensor, Tensor]  # A [n, r, in] and alpha / r times B [n, out, r], for the first n experts
 
 
 def lora_gate_up(
