@@ -88,9 +88,10 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
             "train again, with target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']",
         )
     elif all(state in (UNMOVED, NO_A) for state in experts):
+        second = "B" if (UNMOVED in experts) != reading.is_swapped else "A"  # as the file names it
         yield Finding(
             "unmoved",
-            f"none of the {len(experts)} pairs on experts moved: {'B' if UNMOVED in experts else 'A'} is zero",
+            f"none of the {len(experts)} pairs on experts moved: {second} is zero",
             "The experts compute what the base computes. Their factors got no gradient: the forward pass did not use "
             "them, or they were not given to the optimizer.",
             "check that the experts' factors have a gradient after the first backward pass, then train again",
@@ -99,7 +100,7 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
 
 def of_layout(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     """Whether newer versions of PEFT would read the packed stacks otherwise than they were written."""
-    if reading.packed and reading.layout.swapped and 2 * config.intermediate_size == config.hidden_size:
+    if reading.is_swapped and 2 * config.intermediate_size == config.hidden_size:
         yield Finding(
             "square-stack",
             "the stack of gate and up is square, and the file has A and B in each other's place (PEFT before 0.19)",
@@ -146,7 +147,7 @@ def of_order(
 
 def order_by_norms(readings: dict[str, Reading], config: MoEConfig) -> tuple[bool | None, str]:
     """Whether the columns' norms speak for the order as read (None: for neither), and the evidence in words."""
-    F_read, F_other = (spread(readings[name].pairs, config.family) for name in (AS_READ, REORDERED))
+    F_read, F_other = (spread(readings[name], config.family) for name in (AS_READ, REORDERED))
     evidence = (
         f"the variance of the column norms between experts is {F_read:.2f} times that within an expert, and in the "
         f"other order {F_other:.2f} times"
@@ -213,7 +214,16 @@ def of_changes(
             "check which parameters the optimizer had",
             is_fault=any(m.state == MOVED and not m.is_A_as_drawn for m in matrices.values()),
         )
-    yield from remarks(matrices, config)
+    has_pair = by_expert(matrices, config).has_pair
+    if reading.layout and not reading.packed and has_pair.any() and not has_pair.all():
+        yield Finding(
+            "some-experts",
+            f"{int(has_pair.sum())} of {has_pair.numel()} experts have a pair",
+            "A file of PEFT without zeros for the others loads under transformers 4 and in SGLang, but not in vLLM or "
+            "under transformers 5.",
+            is_fault=False,
+        )
+    yield from of_router(matrices)
 
 
 def some_unmoved(
@@ -248,9 +258,8 @@ def some_unmoved(
     yield Finding("some-unmoved", what, means, advice if is_fault else "", is_fault=is_fault)
 
 
-def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]:
-    """What is not wrong, but worth knowing: the router, experts without a pair, projections without one."""
-    has_pair = by_expert(matrices, config).has_pair
+def of_router(matrices: dict[str, Matrix]) -> Iterator[Finding]:
+    """Whether the router moved, which is not wrong either way."""
     router = [m for m in matrices.values() if m.place.part == ROUTER and m.state == MOVED]
     if router:
         means = "Tokens reach other experts than in the base; HELLoRA trains it so."
@@ -258,14 +267,6 @@ def remarks(matrices: dict[str, Matrix], config: MoEConfig) -> Iterator[Finding]
     else:
         means = "Tokens choose experts with the base's weights, as far as the hidden states let them."
         yield Finding("router-frozen", "the router did not move", means, is_fault=False)
-    if has_pair.any() and not has_pair.all():
-        yield Finding(
-            "some-experts",
-            f"{int(has_pair.sum())} of {has_pair.numel()} experts have a pair",
-            "A file of PEFT without zeros for the others loads under transformers 4 and in SGLang, but not in vLLM or "
-            "under transformers 5.",
-            is_fault=False,
-        )
 
 
 # ------------------------------------------------------------------------------------------- merged checkpoints
@@ -317,7 +318,7 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
             "The checkpoint is of another training, another base, or more than this adapter was merged.",
             "name the base that the adapter was trained on",
         )
-    yield from remarks(comparison.matrices, config)
+    yield from of_router(comparison.matrices)
 
 
 def of_multiples(comparison: Comparison) -> Iterator[Finding]:

@@ -107,7 +107,8 @@ def adapter_changes(reading: Reading, weights: dict[str, Stored], config: MoECon
         else:
             change = scale * norm_of_product(pair["lora_B"], pair["lora_A"])
         place = place_of(key, config.family)
-        matrices[key] = Matrix(place, states[key], change, float(W.float().norm()), is_as_drawn(pair["lora_A"]))
+        drawn = pair["lora_B"].T if reading.is_swapped and place.part == EXPERTS else pair["lora_A"]
+        matrices[key] = Matrix(place, states[key], change, float(W.float().norm()), is_as_drawn(drawn))
     return matrices
 
 
@@ -135,17 +136,17 @@ def by_expert(matrices: dict[str, Matrix], config: MoEConfig) -> Table:
     return Table(has_pair, moved, (change / weight.clamp(min=1e-300)).sqrt())
 
 
-def spread(pairs: dict[str, Factors], family: Family) -> float:
-    """How much more the norms of B's columns differ between the experts of a stack than within one: an F statistic.
+def spread(reading: Reading, family: Family) -> float:
+    """How much more the norms of lora_B's columns differ between the experts of a stack than within one: F statistic.
 
     Experts see different numbers of tokens, so the columns of one expert have like norms. If the columns were assigned
     to the wrong experts, the norms differ within an expert as much as between two, and F is about 1 or less. 0: cannot
     be computed.
     """
     stacks: dict[tuple, list[Tensor]] = {}
-    for key, pair in pairs.items():
+    for key, pair in reading.pairs.items():
         place = place_of(key, family)
-        norms = pair["lora_B"].double().norm(dim=0)
+        norms = (pair["lora_A"].T if reading.is_swapped else pair["lora_B"]).double().norm(dim=0)
         if place.part == EXPERTS and (norms > 0).sum() > 1:
             stacks.setdefault((place.layer, place.projection), []).append(norms[norms > 0].log())
     between = within = 0.0

@@ -136,6 +136,11 @@ class Reading:
     packed: dict[str, int] = field(default_factory=dict)  # PEFT's name of each packed stack -> its rank
     problems: list[str] = field(default_factory=list)  # what cannot be read, or changes what the factors mean
 
+    @property
+    def is_swapped(self) -> bool:
+        """Whether the stacks' A is called lora_B in the file, and their B lora_A."""
+        return bool(self.packed) and self.layout.swapped
+
 
 def read_pairs(
     folder: str | Path, family: Family, num_experts: int, shapes: Shapes, layout: Layout | None = None

@@ -272,7 +272,8 @@ def read_loosely(folder: str | Path, config: MoEConfig, layout: Layout | None = 
 def readings_of(folder: str | Path, config: MoEConfig) -> dict[str, Reading]:
     """The adapter as it says it is packed and, if that makes a difference, with lora_B of stacks in the other order."""
     reading = read_loosely(folder, config)
-    moved = any(pair["lora_B"].any() for key, pair in reading.pairs.items() if ".experts." in key)
+    experts = (pair for key, pair in reading.pairs.items() if ".experts." in key)
+    moved = any(pair["lora_A"].any() and pair["lora_B"].any() for pair in experts)
     if max(reading.packed.values(), default=1) == 1 or not moved:
         return {AS_READ: reading}
     other = reading.layout._replace(by_expert=not reading.layout.by_expert)

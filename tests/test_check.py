@@ -30,7 +30,7 @@ from conftest import with_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import change_config, logits, make_run
-from test_peft import UNDER_5, saved_before_19, saved_under_4, saved_under_5
+from test_peft import UNDER_5, as_before_19, saved_before_19, saved_under_4, saved_under_5
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -42,14 +42,14 @@ from diagnosis.measure import adapter_changes, by_expert, spread
 from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
-from hub.peft import PeftAdapter, write_peft
+from hub.peft import PeftAdapter, Reading, write_peft
 from model import load_model, read_config
 from run.adapters import hub_shapes, load_adapter, read_adapter, read_loosely, read_start, save_adapter, weights_of
 from run.output import draw_adapter
 from run.subject import Subject, base_content, content_of
 
 R, ALPHA, SCALE = 4, 9, 9 / 4
-PREFIX = "base_model.model."
+PREFIX, FILE = "base_model.model.", "adapter_model.safetensors"
 
 
 def factors_of(base: Path, experts: list[int], seed: int = 0) -> dict[str, dict[str, Tensor]]:
@@ -78,7 +78,7 @@ def write_packed(base: Path, out: Path, pairs: dict, by_expert: bool = False, ch
     gate and up share a stack: their rank is 2 R, and B is block-diagonal.
     """
     write_one_by_one(base, out, {key: pair for key, pair in pairs.items() if ".experts." not in key})
-    state = load_file(out / "adapter_model.safetensors")
+    state = load_file(out / FILE)
     layers = sorted({key.split(".experts.")[0] for key in pairs if ".experts." in key})
     ids = sorted({int(key.split(".")[-2]) for key in pairs if ".experts." in key})
     for layer in layers:
@@ -94,7 +94,7 @@ def write_packed(base: Path, out: Path, pairs: dict, by_expert: bool = False, ch
             module = f"{PREFIX}{layer.replace('block_sparse_moe', 'mlp')}.{name}"
             state[f"{module}.lora_A.weight"] = torch.cat([A for A, _ in stack])
             state[f"{module}.lora_B.weight"] = B.flatten(1).contiguous()
-    save_file(state, out / "adapter_model.safetensors")
+    save_file(state, out / FILE)
     patterns = {r".*\.gate_up_proj": 2 * R}, {r".*\.gate_up_proj": 2 * ALPHA}
     change_config(out, {"peft_version": "0.21.2", "rank_pattern": patterns[0], "alpha_pattern": patterns[1]})
     change_config(out, changes or {})
@@ -187,9 +187,9 @@ def in_file(change: Callable[[dict], object]) -> Callable:
 
     def write(base: Path, out: Path, pairs: dict) -> Path:
         write_one_by_one(base, out, pairs)
-        state = load_file(out / "adapter_model.safetensors")
+        state = load_file(out / FILE)
         change(state)
-        save_file(state, out / "adapter_model.safetensors")
+        save_file(state, out / FILE)
         return out
 
     return write
@@ -356,7 +356,7 @@ def test_the_spread_of_column_norms_is_the_f_statistic_of_scipys_definition():
     logs = norms.double().log()
     between = 2 * (logs.mean(1) - logs.mean()).square().sum() / 2
     within = (logs - logs.mean(1, keepdim=True)).square().sum() / 3
-    assert spread(pairs, FAMILIES["olmoe"]) == pytest.approx(float(between / within))
+    assert spread(Reading("lora", pairs), FAMILIES["olmoe"]) == pytest.approx(float(between / within))
 
 
 # --------------------------------------------------------------------------------------- merged checkpoints
@@ -544,10 +544,10 @@ def trained_by_peft(base: Path, out: Path, rows: Path) -> peft.PeftModel:
 
 def repack(adapter: Path, num_experts: int) -> None:
     """The columns of lora_B, which PEFT packs with the expert innermost, one expert after the other."""
-    state = load_file(adapter / "adapter_model.safetensors")
-    for name in [name for name in state if "lora_B" in name]:
+    state = load_file(adapter / FILE)
+    for name in [name for name in state if "experts" in name and "lora_B" in name]:
         state[name] = state[name].unflatten(1, (-1, num_experts)).transpose(1, 2).flatten(1).contiguous()
-    save_file(state, adapter / "adapter_model.safetensors")
+    save_file(state, adapter / FILE)
 
 
 @pytest.fixture
@@ -577,6 +577,31 @@ def test_the_order_of_packed_columns_shows_in_what_peft_trained_and_merged(evide
     assert check(base, *of_merged) == (3, findings)
     change_config(adapter, {"lora_B_layout": "grouped_by_expert"})
     assert check(base, adapter, *flags)[0] == check(base, *of_merged)[0] == 0
+
+
+def test_the_factors_of_peft_before_19_are_judged_by_their_names_in_the_file(base, tmp_path, capsys):
+    """What is lora_B there, trained from zero, is read as A."""
+    pairs, adapter = factors_of(base, list(range(7))), tmp_path / "adapter"
+    for key, pair in pairs.items():
+        if ".experts." in key:
+            size = pair["lora_B"].std()
+            pair |= {"lora_A": size * pair["lora_A"], "lora_B": pair["lora_B"] / size}
+    as_before_19(write_packed(base, adapter, pairs), 7)
+    healthy = {"packed-order-seen": False, "router-trained": False}
+    assert check(base, adapter) == (0, healthy)
+    state = load_file(adapter / FILE)
+    repack(adapter, 7)
+    assert check(base, adapter)[1] == {"packed-order": True, "router-trained": False}
+
+    def changed(change: Callable[[Tensor], Tensor], part: str) -> dict[str, bool]:
+        tensors = {name: change(t) if "experts" in name and part in name else t for name, t in state.items()}
+        save_file(tensors, adapter / FILE)
+        return check(base, adapter)[1]
+
+    capsys.readouterr()
+    assert changed(torch.zeros_like, "lora_B") == {"unmoved": True, "router-trained": False}
+    assert "none of the 84 pairs on experts moved: B is zero" in capsys.readouterr().out
+    assert changed(lambda A: A / A.abs().max() * A.shape[1] ** -0.5, "lora_A") == {"A-untrained": True} | healthy
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,15 @@ def saved_under_5(base: Path, out: Path, settings: dict) -> torch.Tensor:
 
 
 def saved_before_19(base: Path, out: Path) -> torch.Tensor:
-    """PEFT 0.18 took (E, out, in) for (E, in, out): what is A here was B there, transposed."""
     want = saved_under_5(base, out, UNDER_5["gate and up as one pair"])
-    state, E = load_file(out / "adapter_model.safetensors"), read_config(base).num_experts
-    for key in [key for key in state if "lora_A" in key]:
+    as_before_19(out, read_config(base).num_experts)
+    return want
+
+
+def as_before_19(out: Path, E: int) -> None:
+    """PEFT 0.18 took (E, out, in) for (E, in, out): what is A here was B there, transposed."""
+    state = load_file(out / "adapter_model.safetensors")
+    for key in [key for key in state if "experts" in key and "lora_A" in key]:
         other = key.replace("lora_A", "lora_B")
         A = state[key].unflatten(0, (E, -1))  # [E, r, in]
         B = state[other].unflatten(1, (-1, E)).permute(2, 0, 1)  # [E, out, r]
@@ -87,7 +92,6 @@ def saved_before_19(base: Path, out: Path) -> torch.Tensor:
         state[other] = A.permute(2, 1, 0).flatten(1).contiguous()
     save_file(state, out / "adapter_model.safetensors")
     change_config(out, {"peft_version": "0.18.1"})
-    return want
 
 
 def saved_under_4(base: Path, out: Path, settings: dict) -> torch.Tensor:
