@@ -185,26 +185,7 @@ def of_changes(
     experts = {key: m for key, m in matrices.items() if m.place.part == EXPERTS and m.state != EMPTY}
     yield from some_unmoved(experts, reading, config, counts)
     moved = [m for m in experts.values() if m.state == MOVED]
-    largest = max((m.ratio for m in moved), default=0)
-    if moved and largest < NEGLIGIBLE:
-        yield Finding(
-            "negligible",
-            f"the experts move by at most {largest:.1e} of their weights",
-            "The update is lost in the rounding of a 16-bit model. The learning rate, the scale alpha / r or the "
-            "number of steps was far too small.",
-            "train longer or with a larger learning rate, and look at the scale",
-        )
-    if largest > 1:
-        above, scale = sum(m.ratio > 1 for m in moved), float(max(reading.scales.values()))
-        are_most = 2 * above > len(moved)  # in a small model a few hot ones go that far
-        advice = "check lora_alpha, r and use_rslora against the training, then lower the learning rate"
-        yield Finding(
-            "larger-than-weight",
-            f"{above} of {len(moved)} experts' matrices move by more than their norm, by up to {largest:.1f} times",
-            f"There the update drowns the base. The scale that B A is multiplied by goes up to {scale:g}.",
-            advice if are_most else "",
-            is_fault=are_most,
-        )
+    yield from of_sizes(moved, float(max(reading.scales.values(), default=0)))
     if moved and reading.kind == "lora" and all(m.is_A_as_drawn for m in moved):
         yield Finding(
             "A-untrained",
@@ -226,6 +207,31 @@ def of_changes(
     yield from of_router(matrices)
 
 
+def of_sizes(moved: list[Matrix], scale: float | None = None) -> Iterator[Finding]:
+    """Whether the experts' update is far too small or too large. scale: the largest by which B A is multiplied."""
+    largest = max((m.ratio for m in moved), default=0)
+    if moved and largest < NEGLIGIBLE:
+        yield Finding(
+            "negligible",
+            f"the experts move by at most {largest:.1e} of their weights",
+            "The update is lost in the rounding of a 16-bit model. The learning rate, the scale alpha / r or the "
+            "number of steps was far too small.",
+            "train longer or with a larger learning rate, and look at the scale",
+        )
+    if largest > 1:
+        above = sum(m.ratio > 1 for m in moved)
+        are_most = 2 * above > len(moved)  # in a small model a few hot ones go that far
+        advice = "check lora_alpha, r and use_rslora against the training, then lower the learning rate"
+        yield Finding(
+            "larger-than-weight",
+            f"{above} of {len(moved)} experts' matrices move by more than their norm, by up to {largest:.1f} times",
+            "There the update drowns the base."
+            + (f" The scale that B A is multiplied by goes up to {scale:g}." if scale else ""),
+            advice if are_most else "",
+            is_fault=are_most,
+        )
+
+
 def some_unmoved(
     experts: dict[str, Matrix], reading: Reading, config: MoEConfig, counts: Tensor | None
 ) -> Iterator[Finding]:
@@ -241,7 +247,7 @@ def some_unmoved(
     moving = {(m.place.layer, m.place.projection) for m in experts.values() if m.state == MOVED}
     if still := {(m.place.layer, m.place.projection) for m in idle.values()} - moving:
         layer, projection = min(still)
-        where = f"all experts of {len(still)} stacks did not move, the first {projection} of layer {layer}"
+        where = f"stacks of which no expert moved: {len(still)}, the first {projection} of layer {layer}"
         advice = "check that these factors have a gradient after the first backward pass, then train again"
         yield Finding("stacks-unmoved", where, "The training passed over these matrices.", advice)
     if counts is None:
@@ -283,8 +289,9 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
             "merge again in bfloat16 or float32; if the adapter itself holds NaN, train again",
         )
     changed = [m for m in comparison.matrices.values() if m.state in (MOVED, NOT_FINITE)]
-    experts = [m for m in changed if m.place.part == EXPERTS]
-    if not changed:
+    moved = [m for m in changed if m.place.part == EXPERTS]
+    of_adapter = comparison.experts.get(AS_READ, Multiple())
+    if not changed and not of_adapter.is_lost:
         yield Finding(
             "is-the-base",
             "every weight is that of the base",
@@ -292,16 +299,15 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
             "merge the adapter again: export.py RUN --to merged, or merge_and_unload() in PEFT",
         )
         return
-    if not experts:
-        parts = ", ".join(sorted({m.place.part for m in changed}))
+    if of_adapter.square:
+        yield from of_multiples(comparison, of_adapter)
+    elif not moved:
         yield Finding(
             "experts-unchanged",
-            f"no expert differs from the base; what changed is {parts}",
+            f"no expert differs from the base; what changed is {', '.join(sorted({m.place.part for m in changed}))}",
             "The experts' deltas were dropped on merging, or the adapter has none.",
             "check the adapter itself, then merge it with a tool that knows stacked experts",
         )
-    if AS_READ in readings:
-        yield from of_multiples(comparison)
     elif comparison.unchanged_share > 0.5:
         yield Finding(
             "mostly-unchanged",
@@ -310,22 +316,24 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
             "name the adapter with --adapter to tell them apart",
             is_fault=False,
         )
+    if not readings:
+        yield from of_sizes([m for m in moved if m.state == MOVED])
     if comparison.unexplained:
         keys = comparison.unexplained
         yield Finding(
             "unexplained",
-            f"{len(keys)} weights changed for which the adapter has no pair, the first {keys[0]}",
+            f"weights that changed although the adapter has no pair for them: {len(keys)}, the first {keys[0]}",
             "The checkpoint is of another training, another base, or more than this adapter was merged.",
             "name the base that the adapter was trained on",
         )
     yield from of_router(comparison.matrices)
 
 
-def of_multiples(comparison: Comparison) -> Iterator[Finding]:
-    """How many times the experts hold their deltas, and whether another reading of the adapter explains them."""
-    experts = comparison.experts.get(AS_READ, Multiple())
-    if not experts.square:
-        return
+def of_multiples(comparison: Comparison, experts: Multiple) -> Iterator[Finding]:
+    """How many times the experts hold their deltas, and whether another reading of the adapter explains them.
+
+    experts: of the adapter as it was read.
+    """
     share = f"{100 * comparison.unchanged_share:.0f} % of the entries are those of the base"
     times = f"the experts hold the adapter's delta {experts.times:.2f} times"
     better = [name for name, multiple in comparison.experts.items() if multiple.times > 0.9 * multiple.most > 0]
@@ -342,7 +350,7 @@ def of_multiples(comparison: Comparison) -> Iterator[Finding]:
             "not what was trained.",
             "merge with the tool and version that trained, or state the order (lora_B_layout) and check again",
         )
-    elif experts.most < 0.5:
+    elif experts.is_lost:
         yield Finding(
             "lost-to-rounding",
             f"{times}, of {experts.most:.2f} that its dtype can hold; {share}",
@@ -373,7 +381,7 @@ def of_multiples(comparison: Comparison) -> Iterator[Finding]:
     elif comparison.without:
         yield Finding(
             "some-not-merged",
-            f"{len(comparison.without)} weights lack their delta, the first {comparison.without[0]}",
+            f"weights that lack their delta: {len(comparison.without)}, the first {comparison.without[0]}",
             "The merge passed over them.",
             "merge again with a tool that knows these modules",
         )

@@ -40,6 +40,11 @@ class Multiple:
     def most(self) -> float:
         return self.reachable / self.square if self.square else 0.0
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether most of the delta is rounded away in the checkpoint's dtype."""
+        return self.square > 0 and self.most < 0.5
+
 
 @dataclass
 class Comparison:

@@ -20,7 +20,7 @@ from routing.statistics import shares
 def table(matrices: dict[str, Matrix], config: MoEConfig, counts: Tensor | None) -> Iterator[str]:
     """A line per layer. counts: int [L, E], tokens that chose an expert, if a profile is given."""
     experts, E = by_expert(matrices, config), config.num_experts
-    yield f"|dW| / |W| of the experts that have a pair: least, median, largest ({E} experts per layer)"
+    yield f"|dW| / |W| of the adapted experts: least, median, largest ({E} experts per layer)"
     tokens_title = "" if counts is None else "   tokens"
     yield f"layer  pairs  moved     least    median   largest{tokens_title}    router  attention"
     for i, layer in enumerate(config.moe_layers):
@@ -71,7 +71,7 @@ def headline(experts: Table, counts: Tensor | None) -> str:
     """One line: how many experts moved and by how much, and whether those with more tokens moved more."""
     values = experts.ratio[experts.has_pair]
     if not len(values):
-        return "no expert has a pair"
+        return "no expert is adapted"
     line = (
         f"{int(experts.moved.sum())} of {int(experts.has_pair.sum())} adapted experts moved, "
         f"|dW| / |W| {values.median():.1e} at the median, {values.max():.1e} at most"
