@@ -12,10 +12,11 @@ import train
 from command.cli import InputError
 from hub.checkpoint import TINY
 from lab.paper import effects, reasons, runner
+from lab.paper.command import Settings
 from lab.paper.effects import material, moved, read_through
 from lab.paper.runs import Records, Run
 from lab.paper.table import SCALES
-from lab.paper.tables import TABLES
+from lab.paper.tables import TABLES, TUNED
 from model import load_model, read_config
 from tiny.tasks import is_test
 
@@ -148,3 +149,12 @@ def test_what_counting_adds_is_relative_to_the_training_without_it(tmp_path):
     lines, rows = reasons.cost(table, scale, 5, records)
     assert [row["cost"] for row in rows] == [[pytest.approx(5)], [pytest.approx(20)], [], []]
     assert "16 %" in " ".join(lines) and "1.62 times" in " ".join(lines)
+
+
+def test_counts_of_the_embedded_model_serve_it_alone_and_are_named_where_they_are_missing(tmp_path, monkeypatch):
+    for settings, number in ((Settings(), 4), (Settings(model="x"), 3), (Settings(scale="paper"), 3)):
+        assert len(settings.table("catcher").rows) == number
+    monkeypatch.chdir(tmp_path)
+    run = Run("tiny-math", "hellora", profile=TUNED)
+    with pytest.raises(InputError, match="tuned.json is not there; `python reproduce.py fig3` counts it"):
+        Records(tmp_path).name(run)
