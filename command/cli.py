@@ -169,7 +169,9 @@ def parse(settings: type[T], argv: list[str] | None, *, example: str = "", **opt
             flags.append(alias)
     argv = sys.argv[1:] if argv is None else argv
     parser.check_flags(argv, flags)
-    return settings(**vars(parser.parse_args(argv)))
+    may_follow = any(f.metadata.get("nargs") == "?" for f in fields(settings))  # a prompt, after the flags
+    read = parser.parse_intermixed_args if may_follow else parser.parse_args
+    return settings(**vars(read(argv)))
 
 
 def subcommand(program: str, names: Iterable[str], argv: list[str] | None, help: str) -> tuple[str, list[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import export
+import generate
 import train
 from command import cli
 from command.cli import InputError, RunError, number
@@ -186,6 +187,12 @@ def test_help_names_defaults_where_there_are_any(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "(default: tiny-math)" in shown and "seed of every random choice (default: 0)" in shown
     assert "default: None" not in shown and "default: False" not in shown
+
+
+def test_an_argument_that_may_be_left_out_may_stand_before_the_flags_and_after_them():
+    expected = cli.parse(generate.Settings, ["RUN", "a prompt", "--adapter", "none"])
+    assert cli.parse(generate.Settings, ["RUN", "--adapter", "none", "a prompt"]) == expected
+    assert cli.parse(generate.Settings, ["--adapter", "none", "RUN"]).prompt is None
 
 
 def test_an_older_name_of_a_flag_is_accepted_and_not_shown(capsys):

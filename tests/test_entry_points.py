@@ -55,6 +55,17 @@ def test_help_by_path_and_with_m(name, tmp_path):
         assert printed(started).startswith(f"usage: {name}")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what GNU's OpenMP displays")
+@pytest.mark.parametrize("given, policy", [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_the_threads_of_a_command_wait_without_spinning_unless_the_user_says_so(given, policy, monkeypatch):
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    shown = start("train.py", "--help").communicate(timeout=300)[1]
+    assert f"OMP_WAIT_POLICY = '{policy}'" in shown
+
+
 # What breaks under a profile.py without the standard library's names, in one script.
 NEEDS_PROFILE = """
 import cProfile
