@@ -170,10 +170,12 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = settings.table("table2" if name == "reasons" else name)
+    table = settings.table(name)
     scale, seeds, records = settings.models_and_tasks, settings.number_of_seeds(table), place.records
     if name == "reasons":
-        return reasons.section(table, scale, seeds, records, sweeps.at_best)
+        methods = settings.table("table2")
+        tables = [(methods, settings.number_of_seeds(methods)), (table, seeds)]
+        return reasons.section(tables, scale, records, sweeps.at_best, **settings.changes)
     made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
     if name == "catcher":
         lines, rows = reasons.cost(table, scale, seeds, records)

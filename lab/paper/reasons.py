@@ -47,15 +47,34 @@ def forgotten(text_loss: dict[str, dict[str, float]]) -> float:
     return mean(text_loss["after"][kind] - before for kind, before in text_loss["before"].items())
 
 
-def section(table: Table, scale: Scale, seeds: int, records: Records, tune: Tune) -> Section:
-    """The measures of every method, task by task, and what double sparsity saves."""
-    lines, rows = [NOTE], []
+def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, tune: Tune, **changes) -> Section:
+    """The measures of the methods in the first table that has some, task by task, and what double sparsity saves.
+
+    tables: each with its number of seeds
+    """
+    parts = (measured(table, scale, seeds, records, tune, **changes) for table, seeds in tables)
+    lines, rows = next((part for part in parts if part[1]), (["", "not run"], []))
+    saved = sparsity()
+    heads = ["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"]
+    cells = [
+        [row["row"], f"{row['trainable']:,}", f"{row['adapter_bytes'] / 1e6:.1f}",
+         f"{row['optimizer_bytes'] / 1e6:.1f}", f"{row['flops'] / 1e6:.1f}"]
+        for row in saved
+    ]  # fmt: skip
+    return Section(TITLE, [NOTE, *lines, "", SPARSITY, "", *grid(heads, cells)], [*rows, *saved])
+
+
+def measured(
+    table: Table, scale: Scale, seeds: int, records: Records, tune: Tune, **changes
+) -> tuple[list[str], list[dict]]:
+    """The measures of every method of a table, task by task.  -> lines, rows"""
+    lines, rows = ["", f"Runs: {table.title}."], []
     for column in {(column.task, column.tuned): column for column in table.columns}.values():
         values = {}
         for row in (row for row in table.rows if row.method != "base"):
             done: dict[int, dict] = {}
             for seed in range(seeds):
-                run = table.run(row, column, scale, seed)
+                run = table.run(row, column, scale, seed, **changes)
                 run = tune(run) if column.tuned else run
                 _, record = (run and records.find(run)) or (None, {})
                 if "effects" in record:
@@ -72,13 +91,7 @@ def section(table: Table, scale: Scale, seeds: int, records: Records, tune: Tune
             {"task": getattr(scale, column.task), "tuned": column.tuned, "row": name, "by_seed": by_measure}
             for name, by_measure in values.items()
         ]
-    saved = sparsity()
-    lines += ["", SPARSITY, "", *grid(["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"], [
-        [row["row"], f"{row['trainable']:,}", f"{row['adapter_bytes'] / 1e6:.1f}",
-         f"{row['optimizer_bytes'] / 1e6:.1f}", f"{row['flops'] / 1e6:.1f}"]
-        for row in saved
-    ])]  # fmt: skip
-    return Section(TITLE, lines, [*rows, *saved])
+    return lines, rows
 
 
 def shown(values: dict[str, dict[str, dict[int, float]]]) -> list[list[str]]:

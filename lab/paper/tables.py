@@ -182,6 +182,12 @@ CATCHER = Table(
         Row("after LoRA fine-tuning", "hellora", against="base model, a tenth of the data", change={"profile": TUNED}),
     ),
 )
+REASONS = Table(  # for lab/paper/reasons.py
+    "LoRA, HELLoRA and HELLoRI-D, linear decay after a tenth of warm-up, rate 6e-3",
+    columns=(MATH,),
+    change=DECAYED,
+    rows=tuple(NAMED[name]._replace(paper=()) for name in ("LoRA", "HELLoRA", "HELLoRI-D")),
+)
 TABLES = {
     "table2": METHODS,
     "hellori": HELLORI,
@@ -193,5 +199,6 @@ TABLES = {
     "table8": CROSS_TASK,
     "table9": ONE_BUDGET,
     "catcher": CATCHER,
+    "reasons": REASONS,
     "topup": TOP_UP,
 }
