@@ -39,18 +39,18 @@ def text(row: Row, *columns: str) -> str:
     return value
 
 
-CHANGING = """
-system system_prompt history context documents chosen rejected label labels kto_tag loss_mask label_mask mask train
-weight weights loss_weight sample_weight tools functions tool_calls function_call image images video videos audio audios
-chat_template_kwargs enable_thinking
-""".replace("_", "").split()  # columns that say in other tools what is learnt of a row, or what else the model reads
+CHANGING = set(  # words, without a plural s, in columns that say what is learnt of a row, or what else a model reads
+    "system history context document chosen rejected label kto mask train weight tool function image video audio kwarg "
+    "thinking".split()
+)
 
 
 def unread(row: Row, used: Iterable[str]) -> list[str]:
     """The columns that hold something and are not used. Raises InputError for one that changes what the row means."""
     names = [name for name, value in row.items() if name not in used and value not in (None, "", [], {})]
     for name in names:
-        if re.sub("[^a-z]", "", name.lower()) in CHANGING:
+        words = {word.lower().removesuffix("s") for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
+        if words & CHANGING and "id" not in words:
             given = f"the column {name!r} ({row[name]!r:.40}) changes what a row means, and is not supported"
             raise InputError(f"{given}; remove the column, or put what it says into the text")
     return names

@@ -367,6 +367,7 @@ MEANING = {
     "system": "Answer in one word.", "history": [["Yes in Spanish?", "Si"]], "loss_mask": [0, 0, 0, 1], "train": False,
     "weight": 0, "mask": "1", "tools": [{"name": "add"}], "images": ["a.png"], "rejected": "c", "label": False,
     "Loss Weight": 0.5, "chatTemplateKwargs": {"enable_thinking": True}, "system-prompt": "Be brief.", "context": "d",
+    "assistant_masks": [1], "train_on_turn": [False], "LABEL": "1", "function_call": "add", "kto_tag": True,
 }  # fmt: skip
 
 
@@ -394,8 +395,8 @@ def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_pat
 
 def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
     config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
-    read(tmp_path, config, [ALL["prompt"] | {"id": 1, "source": ""}, ALL["prompt"] | {"id": 2, "notes": {"a": 1}}])
-    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'id', 'notes'\n"
+    read(tmp_path, config, [ALL["prompt"] | {"image_id": 1, "source": ""}, ALL["prompt"] | {"image_id": 2, "notes": {"a": 1}}])
+    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'image_id', 'notes'\n"
     read(tmp_path, config, [ALL["instruction"]])
     assert capsys.readouterr().err == ""
 
