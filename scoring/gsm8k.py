@@ -36,7 +36,7 @@ OPERATION = re.compile(  # behind a number, and behind its unit: "4 apples + 5"
 TITLE = re.compile(r"[.):]\**[ \t]+[^\W\d]", re.ASCII)  # behind the number of a heading: "#### 1. Add"
 END = re.compile(r"[.,;:!?](?=\s|$)|\n|\s(?:\(|because\b|since\b)")  # of what is said to be the answer
 THOUSANDS = re.compile(  # 1 250, and LaTeX's 1{,}250 and 1\,250
-    r"(?<![\d.,])\d{1,3}(?:(?:[ \u00a0\u2009\u202f'\u2019_~]|\\[,;: ]|\{\\?,\})\d{3})+(?!\d|-\w)", re.ASCII
+    r"(?<![\d.,])\d{1,3}(?:(?:[ \u00a0\u2009\u202f'\u2019_~]|,?\\[!,;: ]|\{\\?,\})\d{3})+(?!\d|-\w)", re.ASCII
 )
 MARKER = re.compile(r"####|The final answer is:")  # of GSM8K's file; of our training targets, which are LoRI's
 NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")

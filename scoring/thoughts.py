@@ -2,7 +2,10 @@
 
 import re
 
-THOUGHTS = re.compile(r"\A.*</think>|<think>.*", re.DOTALL)  # all before the last end; a thought that was cut off
+TAG = r"(?:think|thinking|thought|reasoning)[>\]]"  # <think>, [THINK] and the like
+THOUGHTS = re.compile(  # all before the last end; a thought that was cut off
+    rf"\A.*[<\[]/{TAG}|[<\[]{TAG}.*", re.DOTALL | re.IGNORECASE
+)
 
 
 def without_thoughts(completion: str) -> str:

@@ -71,6 +71,8 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "<think>It is 7.</think>9<think>5": "9",
     "<think>The answer is 7. But": None,
     "<think>Hm.</think>The answer is 7.<think>No.</think>9": "9",
+    "[THINK]#### 7[/THINK]#### 9": "9",
+    "<reasoning>The answer is 7, or</reasoning>\n9": "9",
     # a calculation behind a marker
     "The answer is 3 x 3 = 9. It took 2 steps": "9",
     "The answer is 4 apples + 5 apples = 9 apples. 2": "9",
@@ -107,6 +109,7 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "So the total is $9{,}500.": "9500",
     "#### 9 500": "9500",
     "It is 12\\,345\\,678": "12345678",
+    "It is 9,\\!500": "9500",
     "It is 9'500": "9500",
     "It takes 12 200-kilobyte videos": "200",
     "In 2019 500 came": "500",
