@@ -235,7 +235,7 @@ def load_examples(
             given, answer, *chat = read(row)
             (given + answer).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
             if path and not own:
-                unread(row, used=("label",))  # scoring reads it
+                unread(row, used=("label",) if read is hexphi else ())  # which scoring reads
         except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}{'' if own else f'; {expected}'}") from None
         # DEVIATION from LoRI: rows without an output are left out; LoRI learns to answer with nothing.

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from hub.config import Family, read_numbers, token_ids
 TINY = Path(__file__).parent.parent / "tiny"
 REVISION_HELP = "branch, tag or commit of a hub id (or --model ID@REVISION)"
 EMBEDDED = {"tiny": TINY, "tiny-mixtral": TINY / "mixtral"}  # models that come with the repository: `--model NAME`
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BESIDE = (  # what a checkpoint holds besides config.json, weights and code
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*", "*processor_config.json", "LICENSE*"),
@@ -138,10 +139,7 @@ def stored(folder: Path, wanted: dict[str, tuple[int, ...]], family: Family | No
     wanted: the shapes that config.json implies. family: of a model, whose experts may be stacked in the files.
     Raises InputError if a weight is missing, unexpected or of another shape, or if it is quantised.
     """
-    paths = files(folder)
-    if (folder / INDEX).is_file() and paths == [folder / "model.safetensors"]:
-        note(f"{folder}: read are the weights of model.safetensors, as by transformers, and not those of {INDEX}")
-    held = [pair for file in paths for pair in headers(file)]
+    held = [pair for file in files(folder) for pair in headers(file)]
     in_memory = any(key.endswith(IN_MEMORY[0]) for key, _ in held)
     weights, unexpected = {}, []
     for key, weight in held:
@@ -232,14 +230,21 @@ def is_harmless(key: str, weight: Stored, weights: dict[str, Stored]) -> bool:
     return True
 
 
+@cache  # once for a command
+def note_stale_index(folder: Path) -> None:
+    note(f"{folder}: read are the weights of {SINGLE}, as by transformers, and not those of {INDEX}")
+
+
 def files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or those that its index names.
 
     Where there are both, the index is left out, as transformers does.
     """
-    index, only = folder / INDEX, folder / "model.safetensors"
+    index, only = folder / INDEX, folder / SINGLE
     names = [only.name]
-    if index.is_file() and not only.is_file():
+    if index.is_file() and only.is_file():
+        note_stale_index(folder)
+    elif index.is_file():
         try:
             names = sorted(set(read_json(index, dict)["weight_map"].values()))
             elsewhere = [name for name in names if Path(name).name != name]
@@ -362,7 +367,7 @@ def write_shards(folder: Path, sizes: dict[str, int], weights: Iterable[tuple[st
         filled += size
     weight_map, stream = {}, iter(weights)
     for i, keys in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = dict(next(stream) for _ in keys)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
