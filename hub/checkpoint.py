@@ -71,6 +71,8 @@ def check_kind(folder: Path) -> None:
         merged = f"merge its adapter first (python export.py {folder} --to merged --out DIR)"
         other = f"name {folder / 'model'}" if (folder / "model").is_dir() else merged
         advice = f"it is a run of train.py; {other}"
+    elif (folder / "adapter.json").is_file():
+        advice = "it is the adapter of a run of train.py; name the model that it was trained on"
     else:
         advice = "expected the folder of a Hugging Face checkpoint"
     if not config or "model" in config:

@@ -420,6 +420,7 @@ def test_the_revision_of_a_hub_id_is_asked_for_and_recorded(tmp_path, monkeypatc
         (["--model", "a/b@v1", "--revision", "v2"], "and the model is a/b@v1"),
         (["--model", "run"], "'run' has no config.json of a model; it is a run of train.py; merge its adapter first"),
         (["--model", "fft"], "it is a run of train.py; name fft/model"),
+        (["--model", "run/adapter"], "it is the adapter of a run of train.py; name the model that it was trained on"),
         (["--model", "runn"], "no such run or model: .* not a folder, and the hub has no such .*; did you mean run?"),
         (["--model", "tinny"], "did you mean tiny?"),
     ],
@@ -429,6 +430,8 @@ def test_a_model_that_is_something_else_is_named_with_what_to_do(flags, says, tm
     for name in ("run", "fft", "fft/model"):
         Path(name).mkdir()
         Path(name, "config.json").write_text('{"model": "tiny", "settings": {}}')
+    Path("run/adapter").mkdir()
+    Path("run/adapter/adapter.json").write_text("{}")
     with pytest.raises(InputError, match=says):
         train.main([*SMALL, *flags])
 

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     cli.say(f"{settings.model}, {settings.method}, {where}")
     cli.say(f"{'':21}" + "".join(f" --shard {row['shard']:>6}" for row in rows))
     for term in [key for key in rows[0] if key not in ("shard", "fits")]:
-        cli.say(f"{term.replace('_', ' '):21}" + "".join(f" {row[term] / 1e9:14.2f}" for row in rows))
+        cli.say(f"{term.replace('_', ' '):21}" + "".join(f" {row[term] / 1e9:14.3g}" for row in rows))
     cli.say(f"{'fits':21}" + "".join(f" {'yes' if row['fits'] else 'no':>14}" for row in rows))
     if settings.tokens_per_s:
         rows[0]["hours"] = hours(settings.tokens_per_s)
