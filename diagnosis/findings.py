@@ -72,6 +72,8 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
         )
     parts = {key: place_of(key, config.family).part for key, state in states.items() if state != EMPTY}
     experts = [states[key] for key, part in parts.items() if part == EXPERTS]
+    if reading.problems and not reading.pairs:
+        return  # nothing could be read
     if not parts:
         yield Finding(
             "empty",
@@ -167,8 +169,8 @@ def order_by_loss(losses: dict[str, Tensor]) -> tuple[bool | None, str]:
     difference = losses[REORDERED] - losses[AS_READ]  # [N]
     error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else math.inf
     evidence = (
-        f"the loss of {len(difference)} rows is {read:.4f} as read and {other:.4f} in the other order (difference "
-        f"{difference.mean():.4f}, standard error {error:.4f}); that of the base is {base:.4f}"
+        f"the loss is {read:.4f} as read, {other:.4f} in the other order and {base:.4f} of the base (rows: "
+        f"{len(difference)}; difference of the orders {difference.mean():.4f}, standard error {error:.4f})"
     )
     if difference.mean().abs() > SURE * error and min(read, other) < base:
         return bool(read < other), evidence
