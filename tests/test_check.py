@@ -409,6 +409,16 @@ def test_a_merged_checkpoint_is_compared_with_base_and_adapter(finding, base, tm
     assert [name for name, is_fault in alone.items() if is_fault] == WITHOUT_ADAPTER.get(finding, [])
 
 
+@pytest.mark.parametrize("size, finding", [(1e3, "larger-than-weight"), (1e-6, "negligible")])
+def test_the_size_of_what_was_merged_is_judged_without_an_adapter_too(size, finding, base, tmp_path):
+    def scaled(key: str, W: Tensor, delta: Tensor) -> Tensor:
+        return W + size * W.norm() / delta.norm() * delta
+
+    folder = merged(base, tmp_path / "merged", scaled, factors_of(base, list(range(7))))
+    _, findings = check(base, folder)
+    assert [name for name, is_fault in findings.items() if is_fault] == [finding]
+
+
 def test_a_merged_checkpoint_and_its_base_are_opened_once_to_be_listed_and_once_to_be_compared(
     base, tmp_path, monkeypatch
 ):
