@@ -435,7 +435,6 @@ def evaluate(settings: Settings, job: Job, processes: Processes) -> dict | None:
     problems = problems_digest({example.id: example.row for example in examples})
     result |= {"seconds": time.perf_counter() - started} | seconds | {"settings": used, "problems": problems}
     if out:
-        out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "items.jsonl", items)
         write_json(out / "score.json", result)
     if job.protection:
@@ -463,9 +462,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     settings, subject = read_settings(argv)
     ignore_keys(settings.ignore_config_keys)
     if settings.completions:  # nothing to share out
-        return evaluate(settings, prepare(settings, None, ALONE), ALONE) if cli.is_main_process() else None
-    # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
-    processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
+        processes = ALONE
+        if not cli.is_main_process():
+            return None
+    else:  # They exchange text, and end far apart. A sharded model also exchanges weights, on GPUs.
+        processes = start_processes("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timedelta(days=1))
     job = prepare(settings, subject, processes)
     with claimed(job.out) if job.out and processes.is_main else nullcontext():
         result = evaluate(settings, job, processes)

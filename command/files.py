@@ -42,7 +42,7 @@ def read_json(path: str | Path, kind: type = object, *, missing: Any = None) -> 
     """
     try:
         text = Path(path).read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if missing is not None:
             return missing
         raise InputError(f"{path} is missing") from error

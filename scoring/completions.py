@@ -7,7 +7,7 @@ An evaluation's generations.jsonl is also a file that `read_completions` reads.
 """
 
 import json
-import tempfile
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -69,14 +69,11 @@ def parse_completion(line: str, place: str) -> tuple[str, str]:
 
 
 def check_folder(out: Path) -> None:
-    """Raise InputError if `out` holds anything but an evaluation, or cannot be written to."""
-    try:
-        ours = not out.exists() or (out / "evaluation.json").is_file() or (out / "score.json").is_file()
-        if not ours and not (out.is_dir() and all(path.name.startswith(".") for path in out.iterdir())):  # of a crash
-            raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
-        tempfile.TemporaryFile(dir=next(path for path in (out, *out.parents) if path.exists())).close()
-    except OSError as error:
-        raise InputError(f"--out {out} cannot be written to ({error.strerror}); name another folder") from None
+    """Raise InputError if `out` holds anything but an evaluation."""
+    is_ours = any(os.path.isfile(out / name) for name in ("evaluation.json", "score.json"))
+    is_empty = os.path.isdir(out) and all(name.startswith(".") for name in os.listdir(out))  # a crash leaves these
+    if os.path.exists(out) and not is_ours and not is_empty:
+        raise InputError(f"--out {out} exists and is not an evaluation of evaluate.py; name another folder")
 
 
 def claim(folder: Path, about: dict, began: datetime) -> dict[tuple[str, int], dict]:
@@ -87,7 +84,6 @@ def claim(folder: Path, about: dict, began: datetime) -> dict[tuple[str, int], d
     file = folder / "evaluation.json"
     before = read_json(file, dict, missing={})
     before.pop("began", None)
-    folder.mkdir(parents=True, exist_ok=True)
     if before != about:
         if before:
             changed = sorted(name for name in before.keys() | about.keys() if before.get(name) != about.get(name))

@@ -494,7 +494,7 @@ evaluate tiny --task tiny-math --refusal-rule lori   | --refusal-rule lori
 evaluate tiny --task tiny-math --partial             | --completions
 evaluate tiny --task tiny-math --out notes           | --out notes
 evaluate tiny --task tiny-math --out file            | --out file
-evaluate tiny --task tiny-math --out file/x          | --out file/x
+evaluate tiny --task tiny-math --out file/x          | file/x cannot be written
 evaluate tiny --task gsm8k --eval-data absent.jsonl  | absent.jsonl | GSM8K rows
 evaluate tiny --task saferpaca --eval-data short.csv | short.csv, line 3
 evaluate tiny --task tiny-math --completions answers.jsonl | one or the other
