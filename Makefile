@@ -17,10 +17,9 @@ $(VENV)/dev: $(VENV)/run requirements-dev.txt
 	touch $@
 
 .PHONY: demo test lint gpu clean
-demo: export OMP_NUM_THREADS = 1
 demo: $(VENV)/run
 	$(VENV)/bin/python evaluate.py tiny --task tiny-math --out $(RUN)/before
-	$(VENV)/bin/torchrun --nproc_per_node 2 train.py --method hellora --k 8 --out $(RUN)/hellora
+	OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc_per_node 2 train.py --method hellora --k 8 --out $(RUN)/hellora
 	$(VENV)/bin/python evaluate.py $(RUN)/hellora --task tiny-math --out $(RUN)/after
 
 test: $(VENV)/dev

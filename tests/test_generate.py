@@ -368,7 +368,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_reset_forgets_and_ctrl_d_ends():
     talk.interrupt()  # not while an answer is made: the line is dropped
     talk.read_until("> ")
     talk.type("three\n")
-    assert "heard ['three']" in talk.read_until("> ")
+    talk.read_until("heard ['three']")
     talk.type("\x04")
     talk.read_until("never")
     assert talk.process.wait(60) == 0

@@ -13,15 +13,15 @@ from recipes.methods import METHODS
 TITLE = "Accuracy against trained parameters"
 
 
-def points(tables: list[Table], scale: Scale, records: Records) -> list[dict]:
+def points(tables: list[tuple[Table, int]], scale: Scale, records: Records, **changes) -> list[dict]:
     """name, hot, trainable and accuracy (mean with interval, in %) of the rows with finished runs, each run once."""
     by_run: dict = {}
-    for table in tables:
+    for table, seeds in tables:
         column = table.columns[0]
         for row in (row for row in table.rows if "experts" not in row.change):
-            first = table.run(row, column, scale, 0)
+            first = table.run(row, column, scale, 0, **changes)
             _, record = records.find(first) or (None, {})
-            values = table.values(row, column, scale, table.seeds, records.scores, lambda run: run)
+            values = table.values(row, column, scale, seeds, records.scores, lambda run: run, **changes)
             if record.get("trainable") and values:
                 family = "HELLoRA" if row.method == "hellora" else "LoRA"
                 name = row.name if row.name[0].isupper() else f"{family}, {row.name}"
@@ -37,9 +37,9 @@ def points(tables: list[Table], scale: Scale, records: Records) -> list[dict]:
     return sorted(by_run.values(), key=lambda point: point["trainable"])
 
 
-def section(tables: list[Table], scale: Scale, records: Records, out: Path) -> Section:
-    """The points as a picture and as a table."""
-    rows = points(tables, scale, records)
+def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, out: Path, **changes) -> Section:
+    """The points as a picture and as a table.  tables: each with its number of seeds"""
+    rows = points(tables, scale, records, **changes)
     if not rows:
         return Section(TITLE, ["No run is finished yet."], [])
     draw_budgets(rows, f"{TITLE}, {scale.math}, 95 % intervals", out / "budgets.png")

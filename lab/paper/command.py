@@ -121,7 +121,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
     swept = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
     swept += rate_runs(settings).values() if "rates" in names else []
-    sweeps, failed = Sweeps(sweep_place.records), {}
+    sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
     if swept:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
@@ -129,6 +129,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     elif swept and not settings.no_run:
         with alone(place.scratch):
             while not failed and (missing := sweeps.missing(swept)):
+                asked += len(missing)
                 failed = make_pending(missing, sweep_place)
     needed: Needed = {}
     for table in tables:
@@ -139,6 +140,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         return []
     if needed and not settings.no_run:
         with alone(place.scratch):
+            asked += len(needed)
             failed |= make_pending(needed, place)
     sections = [section(name, settings, place, sweeps) for name in names]
     for each in sections:
@@ -150,7 +152,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         typical = f"; the median run took {median(timed):.0f} s" if timed else ""
         write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{typical}")
     if failed:
-        raise RunError(f"{len(failed)} runs failed; the first: {next(iter(failed.values()))}")
+        raise RunError(f"{len(failed)} of {asked} runs failed; the first: {next(iter(failed.values()))}")
     return sections
 
 
@@ -166,7 +168,8 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
         return sweeps.section(rate_runs(settings), settings.folder)
     if name == "budgets":
         tables = [settings.table(each) for each in ("table2", "table4", "table7")]
-        return budget.section(tables, settings.models_and_tasks, place.records, settings.folder)
+        chosen = [(table, settings.number_of_seeds(table)) for table in tables]
+        return budget.section(chosen, settings.models_and_tasks, place.records, settings.folder, **settings.changes)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)

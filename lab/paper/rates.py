@@ -79,11 +79,12 @@ class Sweeps:
         smallest = SMALLEST.get(run.method, SMALLEST_OF_ADAPTERS)
         rates = [smallest * 2**i for i in range(GRID)]
         scores = [self.score(run, lr) for lr in rates]
-        while None not in scores and (best := scores.index(max(scores))) in (0, len(scores) - 1):
-            lr = rates[0] / 2 if best == 0 else rates[-1] * 2
-            place = 0 if best == 0 else len(rates)
-            rates.insert(place, lr)
-            scores.insert(place, self.score(run, lr))
+        while None not in scores and scores[0] > max(scores[1:]):
+            rates.insert(0, rates[0] / 2)
+            scores.insert(0, self.score(run, rates[0]))
+        while None not in scores and scores[-1] > max(scores[:-1]):
+            rates.append(rates[-1] * 2)
+            scores.append(self.score(run, rates[-1]))
         return dict(zip(rates, scores, strict=True))
 
     def missing(self, runs: Iterable[Run]) -> Needed:

@@ -69,6 +69,15 @@ def test_a_sweep_whose_best_rate_is_at_an_end_goes_on(best):
     assert rates == sorted(rates) and best not in (rates[0], rates[-1])
 
 
+def test_a_sweep_in_which_no_rate_is_better_than_the_others_ends():
+    class Zeros(MadeUp):
+        def scores(self, run: Run, task: str) -> dict:
+            return {"accuracy": 0.0, "rates": {}}
+
+    assert len(Sweeps(Zeros()).curve(RUN)) == 5
+    assert Sweeps(Zeros()).at_best(RUN).lr == 3e-3
+
+
 def test_placements_of_one_method_share_a_sweep_and_budgets_do_not():
     sweeps = Sweeps(MadeUp(known=set()))
     placed = [replace(RUN, experts=experts, seed=3) for experts in (None, "random", "cold")]
@@ -118,7 +127,8 @@ def test_the_rows_of_table_9_have_the_parameters_that_it_says():
     assert sizes == others | named
 
 
-def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys):
+def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     reproduce.main(["table9", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
     lines = capsys.readouterr().out.splitlines()
     [end_of_sweeps, end] = [i for i, line in enumerate(lines) if line.startswith("# ")]
@@ -139,7 +149,7 @@ class Finished:
 
 
 def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_point(tmp_path):
-    tables, scale = [TABLES[name] for name in ("table2", "table4", "table7")], SCALES["tiny"]
+    tables, scale = [(TABLES[name], 5) for name in ("table2", "table4", "table7")], SCALES["tiny"]
     rows = budget.points(tables, scale, Finished())
     sizes = [row["trainable"] for row in rows]
     assert sizes == sorted(sizes)

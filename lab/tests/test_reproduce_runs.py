@@ -314,7 +314,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, m
 
     called = Workplace.call
     monkeypatch.setattr(Workplace, "call", lambda self, *a: (fail if "topup" in a[1] else called)(self, *a))
-    with pytest.raises(RunError, match="1 runs failed; the first: train.py ended with status 1: no space"):
+    with pytest.raises(RunError, match="1 of 3 runs failed; the first: train.py ended with status 1: no space"):
         reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
     assert len(list(Path("runs/quick/runs").glob("*.json"))) == 2
     assert "| not run" in capsys.readouterr().out
