@@ -181,7 +181,7 @@ def check_task_flags(settings: Settings) -> None:
             given = f"--{name.replace('_', '-')} {getattr(settings, name)}"
             raise InputError(f"{given} has no meaning for {task}; leave it out")
     if settings.train_data and not settings.shots:
-        raise InputError(f"--train-data {settings.train_data} is read only for --shots N; leave it out, or add that")
+        raise InputError(f"--train-data {settings.train_data} is read only for --shots N; leave it out, or add --shots")
     if decoding.samples > 1 and (decoding.temperature == 0 or benchmark != "humaneval"):
         why = "greedy samples are all the same" if benchmark == "humaneval" else f"{task} scores one completion"
         raise InputError(f"--samples {decoding.samples}: {why}; leave it out")

@@ -150,7 +150,7 @@ def peft_shapes(adapter: Adapter, config: MoEConfig, compact: bool) -> Shapes:
     """
     if adapter.kind == "dora" and not compact:
         why = "PEFT has DoRA on experts under transformers 4 alone"
-        raise InputError(f"{why}, which takes the file of --compact; add that, or use --to merged")
+        raise InputError(f"{why}, which reads only the file of --compact; add --compact, or use --to merged")
     if config.family.peft is None:
         raise InputError(f"PEFT is not known to load adapters of {config.model_type}; use --to merged")
     every = replace(adapter, hot=[list(range(config.num_experts))] * len(adapter.hot))

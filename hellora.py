@@ -1,4 +1,4 @@
-"""HELLoRA: LoRA on the experts that a task really uses.
+"""HELLoRA: LoRA on the experts that a task uses most.
 
     hot = select_experts("hot", counts, num_hot=8)      # the 8 most-routed experts of every layer: bool [L, E]
     attach(model, hot, r=32, alpha=64)                  # freeze the model; LoRA on them, attention and router

@@ -161,11 +161,11 @@ class ChatTemplate:
 
         plain = self.write(messages, add_generation_prompt)
         if MARK.search(plain):
-            raise InputError("it has one of the characters U+FDD0 to U+FDD3, which no text has; take them out")
+            raise InputError("it has one of the characters U+FDD0 to U+FDD3, which no text has; remove them")
         safe = [message | {"content": mark(message["content"], SPELLED)} for message in messages]
         written = self.write(safe, add_generation_prompt) if safe != messages else plain
         if self.spelled(written, A_SPELLED) != plain:
-            raise InputError("a message spells a special token, and the model's chat template reads it; take it out")
+            raise InputError("a message spells a special token, and the model's chat template reads it; remove it")
         return self.spelled(mark(written, SPECIAL), A_SPELLED)
 
     def spelled(self, text: str, marks: str = A_SPECIAL) -> str:
@@ -184,7 +184,7 @@ class ChatTemplate:
                 longer = message | {"content": message["content"] + "."}
                 if self.write([*messages[:i], longer, *messages[i + 1 :]]) == self.write(messages):
                     turn = f"turn {i + 1} ({message['role']})"
-                    raise InputError(f"the model's chat template leaves out {turn}, or the end of it; take it out")
+                    raise InputError(f"the model's chat template leaves out {turn}, or the end of it; remove it")
             if message["role"] == "assistant":
                 given = self.marked(messages[:i], add_generation_prompt=True)
                 if not text.startswith(given):

@@ -63,7 +63,7 @@ def read_turn(turn: object, number: int, column: str) -> Message:
     if not isinstance(content, str):
         raise InputError(f"turn {number} has {text_key!r} {content!r:.60}; expected text")
     if not content.strip():
-        raise InputError(f"turn {number} ({role}) is empty; take the row out")
+        raise InputError(f"turn {number} ({role}) is empty; remove the row")
     return {"role": roles[role], "content": content}
 
 

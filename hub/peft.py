@@ -235,7 +235,7 @@ def setting_problems(settings: dict) -> list[str]:
     ]
     if unknown := sorted(key for key, value in settings.items() if value and key not in KNOWN):
         given = ", ".join(f"{key} {settings[key]!r:.40}" for key in unknown)
-        problems.append(f"{given}: unknown in adapter_config.json; take it out if it changes nothing")
+        problems.append(f"{given}: unknown in adapter_config.json; remove it if it changes nothing")
     init = settings.get("init_lora_weights")
     if str(init).startswith(OTHER_BASE):
         problems.append(f"init_lora_weights {init!r} belongs to changed base weights; save the adapter converted")

@@ -93,7 +93,7 @@ def flat_rank(rank: int, num_hot: int, num_experts: int) -> int:
     """
     if rank * num_hot % num_experts:
         given = f"--rank {rank} on {num_hot} of {num_experts} experts"
-        raise InputError(f"{given} is rank {rank * num_hot / num_experts:g} on all of them; give --rank or --k to suit")
+        raise InputError(f"{given} is rank {rank * num_hot / num_experts:g} on all; choose another --rank or --k")
     return rank * num_hot // num_experts
 
 

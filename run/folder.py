@@ -66,7 +66,7 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
     if finished and result.get("planned_steps", result["steps"]) == steps:
         return result
     if not resume and any(out.glob("**/checkpoint/step-*")):
-        raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to go on, or remove the folder")
+        raise InputError(f"--out {out} holds the checkpoint of this run; add --resume to continue, or remove it")
     if finished and not any(out.glob("checkpoint/step-*")):
         ended = f"a run that ended after {result['steps']} steps, and no checkpoint to continue from"
         raise InputError(f"--out {out} holds {ended}; name another folder or remove it")

@@ -188,7 +188,7 @@ def read_records(path: Path, steps: int | None = None) -> list[dict]:
         if [record.get("step") for record in records] != list(range(1, expected + 1)):
             raise InputError("steps are missing")
     except (InputError, OSError) as error:
-        raise InputError(f"{path}: not the log of a run from its first step on ({error}); start anew") from None
+        raise InputError(f"{path}: not the log of a run from its first step on ({error}); start a new run") from None
     return records
 
 

@@ -37,7 +37,7 @@ SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: fl
 K_HELP = "hot experts per layer: a number or a share (default: experts per token; moe-sieve 0.25)"
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
-STEP, FOLDER, MACHINE = {"group": "optimization"}, {"group": "run folder"}, {"group": "machine"}
+STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
 
 
 @dataclass(frozen=True)

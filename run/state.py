@@ -188,7 +188,7 @@ def read_state(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         damaged = [f"state.json ({error})"]
     if damaged:
-        raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove the folder to go on from the one before")
+        raise InputError(f"{folder}: {', '.join(damaged)} is damaged; remove it to continue from the one before")
     return content
 
 

@@ -209,7 +209,7 @@ def test_what_may_not_change_on_resuming_is_named_and_more_steps_are_welcome(tmp
     flags = [*SMALL, "--save-every", "1", "--out", str(out)]
     train.main([*flags, "--steps", "2"])
     (out / "result.json").rename(tmp_path / "result.json")  # as if it had been killed just before its end
-    with pytest.raises(InputError, match="add --resume to go on"):
+    with pytest.raises(InputError, match="add --resume to continue"):
         train.main([*flags, "--steps", "2"])
     (tmp_path / "result.json").rename(out / "result.json")
     with pytest.raises(InputError, match="method hellora then, hellori-d now, .*lr 0.003 then, 0.1 now"):

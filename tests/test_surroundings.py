@@ -168,7 +168,7 @@ def test_a_fault_that_the_main_process_finds_for_all_is_one_line(tmp_path):
     (tmp_path / "run/result.json").unlink()
     ended = group(2, lambda: train.main([*SMALL, "--out", str(tmp_path / "run")]), tmp_path)
     assert [status for status, _ in ended] == [2, 2] and ended[1][1] == ""
-    assert ended[0][1].startswith("error (process 0 of 2): ") and "add --resume to go on" in ended[0][1]
+    assert ended[0][1].startswith("error (process 0 of 2): ") and "add --resume to continue" in ended[0][1]
 
 
 # ------------------------------------------------------------------------------------------- two runs in one folder

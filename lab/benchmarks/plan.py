@@ -130,7 +130,7 @@ def parse_settings(argv: list[str] | None) -> Settings:
     if settings.cpu and (settings.gpus or settings.machines > 1):
         raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
     if settings.tokens_per_s and not settings.cpu:
-        raise InputError("--tokens-per-s needs --cpu; add that, or leave it out")
+        raise InputError("--tokens-per-s needs --cpu; add --cpu, or leave it out")
     gpus = settings.gpus or (1 if settings.cpu else 2)
     return replace(settings, gpus=gpus, memory=settings.memory or (MACHINE_GB if settings.cpu else GPU_GB))
 
