@@ -342,7 +342,7 @@ train --method dr-lora --steps 2 --rank 25           | --rank 25 | 2..24
 train --method dr-lora --expert-rank 2               | --method dr-lora sets it; leave it out
 train --method lora-flat --expert-rank 2             | --method lora-flat sets it; leave it out
 train --method lora-flat --experts hot               | --method lora-flat adapts all experts
-train --method lora-flat --k 3                       | --rank 8 on 3 of 64 experts is rank 0.375 on all of them
+train --method lora-flat --k 3                       | --rank 8 on 3 of 64 experts is rank 0.375 on all; choose another
 train --method fft --expert-rank 2                   | --expert-rank | trains every weight
 train --experts none --k 4                           | --k 4 has no meaning with --method hellora and experts none
 train --expert-rank 49                               | rank 49; expected 1..48

@@ -229,7 +229,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
     content = bytearray((state / "model.safetensors").read_bytes())
     content[-5] ^= 1
     (state / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="step-00000002: model.safetensors is damaged; remove the folder"):
+    with pytest.raises(InputError, match="step-00000002: model.safetensors is damaged; remove it to continue"):
         train.main([*flags[:-1], "3", "--resume"])
 
 
