@@ -26,11 +26,14 @@ class Scale(NamedTuple):
     math: str
     code: str
     safety: str
+    count_on: str = "base"  # of the paper's own methods: --count-on
 
 
 SCALES = {
     "tiny": Scale("tiny", "tiny-mixtral", "tiny-math", "tiny-code", "tiny-safety"),
-    "paper": Scale("allenai/OLMoE-1B-7B-0924", "mistralai/Mixtral-8x7B-v0.1", "gsm8k", "codealpaca", "saferpaca"),
+    "paper": Scale(
+        "allenai/OLMoE-1B-7B-0924", "mistralai/Mixtral-8x7B-v0.1", "gsm8k", "codealpaca", "saferpaca", "lora"
+    ),
 }
 
 
@@ -73,6 +76,8 @@ class Table:
         if row.method == "fft":
             fields.pop("lr", None)  # of adapters; full fine-tuning has a rate of its own
         task = getattr(scale, fields.pop("task", column.task))
+        counted = fields.pop("count_on", scale.count_on if row.method.startswith("hellor") else "base")
+        fields["count_on"] = None if counted == "base" else counted  # train.py's default
         return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
 
     def to_sweep(self, scale: Scale, **changes) -> list[Run]:

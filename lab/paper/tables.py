@@ -135,7 +135,7 @@ TOP_UP = Table(
     rows=(
         Row("hottest quarter", "moe-sieve", sieve="hotk16"),
         Row("half of it, and random cold ones", "moe-sieve", against="hottest quarter", change={"experts": "topup"}),
-        Row("half of it", "hellora", against="hottest quarter", sieve="hotk8"),
+        Row("half of it", "hellora", against="hottest quarter", sieve="hotk8", change={"count_on": "base"}),
     ),
 )
 DECAYED = {"schedule": "linear", "lr_warmup": 0.1, "lr": 6e-3}  # the mean rate is that of the constant 3e-3
@@ -176,10 +176,20 @@ CATCHER = Table(
     columns=(MATH,),
     seeds=5,
     rows=(
-        Row("base model, a tenth of the data", "hellora"),
+        Row("base model, a tenth of the data", "hellora", change={"count_on": "base"}),
         Row("LoRA warm-up, a tenth", "hellora", against="base model, a tenth of the data", change={"count_on": "lora"}),
-        Row("base model, all data", "hellora", against="base model, a tenth of the data", change={"sample": 1.0}),
-        Row("after LoRA fine-tuning", "hellora", against="base model, a tenth of the data", change={"profile": TUNED}),
+        Row(
+            "base model, all data",
+            "hellora",
+            against="base model, a tenth of the data",
+            change={"count_on": "base", "sample": 1.0},
+        ),
+        Row(
+            "after LoRA fine-tuning",
+            "hellora",
+            against="base model, a tenth of the data",
+            change={"count_on": "base", "profile": TUNED},
+        ),
     ),
 )
 REASONS = Table(  # for lab/paper/reasons.py

@@ -124,6 +124,19 @@ def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
     assert len({run.title for run in seen}) == len(seen)  # no two share a folder in --dry-run
 
 
+def test_at_the_papers_scale_its_own_methods_count_while_lora_trains_as_its_recipe_says():
+    rows, columns = {row.name: row for row in TABLES["table2"].rows}, TABLES["table2"].columns
+    for scale, expected in (("tiny", "base"), ("paper", "lora")):
+        runs_ = {name: TABLES["table2"].run(rows[name], columns[0], SCALES[scale], 0) for name in rows}
+        counted = {name: parse_settings(run.train_flags("out")).count_on for name, run in runs_.items()}
+        assert {counted[name] for name in counted if name.startswith("HELLo")} == {expected}
+        assert counted["MoE-Sieve"] == "base"
+    recipe = parse_settings(["--recipe", "hellora", "--task", "gsm8k"])
+    assert recipe.count_on == "lora" and TABLES["catcher"].run(
+        TABLES["catcher"].rows[0], columns[0], SCALES["paper"], 0
+    ) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
+
+
 def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
     reproduce.main(["table7", "--dry-run", "--seeds", "3", "--out", str(tmp_path)])
     said = capsys.readouterr().out.splitlines()
