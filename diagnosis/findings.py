@@ -103,11 +103,15 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
 def of_layout(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     """Whether newer versions of PEFT would read the packed stacks otherwise than they were written."""
     if reading.is_swapped and 2 * config.intermediate_size == config.hidden_size:
+        has_down = any(name.endswith("down_proj") for name in reading.packed)
         yield Finding(
             "square-stack",
             "the stack of gate and up is square, and the file has A and B in each other's place (PEFT before 0.19)",
-            "PEFT 0.19 and later load it without an error, and add the transposed delta.",
+            "PEFT 0.19 and later refuse it, by the shapes of down."
+            if has_down
+            else "PEFT 0.19 and later load it without an error, and add the transposed delta.",
             "merge it with the PEFT that wrote it, or export it from here",
+            is_fault=not has_down,
         )
 
 

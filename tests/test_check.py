@@ -18,6 +18,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,7 @@ from conftest import with_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import change_config, logits, make_run
-from test_peft import UNDER_5, as_before_19, saved_before_19, saved_under_4, saved_under_5
+from test_peft import STACKS, UNDER_5, as_before_19, saved_before_19, saved_under_4, saved_under_5
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -459,8 +460,19 @@ def test_a_transposed_square_stack_is_told_from_the_weights(make_checkpoint, tmp
     assert (status, findings["merged-transposed"]) == (3, True)
     right = merged(base, tmp_path / "right", without("nothing"), pairs)
     assert check(base, right, "--adapter", adapter)[0] == 0
-    change_config(adapter, {"peft_version": "0.18.1"})  # read with A and B in each other's place
-    assert check(base, adapter)[1]["square-stack"] is True
+
+
+@pytest.mark.parametrize("stacks, loads", [(["experts.gate_up_proj"], True), (STACKS, False)])
+def test_a_square_stack_of_peft_before_19_is_a_fault_if_newer_versions_load_it(
+    stacks, loads, make_checkpoint, tmp_path
+):
+    base = make_checkpoint("olmoe", intermediate_size=24).folder
+    written = saved_under_5(base, tmp_path / "adapter", {"target_modules": [], "target_parameters": stacks})
+    as_before_19(tmp_path / "adapter", 7)
+    assert check(base, tmp_path / "adapter")[1]["square-stack"] is loads
+    with nullcontext() if loads else pytest.raises(RuntimeError, match="size mismatch"):
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+        assert (logits(model.eval()) - written).abs().max() > 0.1  # without an error
 
 
 @pytest.mark.parametrize(
