@@ -20,8 +20,8 @@ FIRST_MARKED = "first marked answer"
 
 # A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5. "3 1/2" and "1e3" are one number.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? (?=\d+/\d))?"
-    r"(?P<number>(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\d?(?!\d))?)(?:/(?P<over>\d+)(?!\d|\.\d))?",
+    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? {1,2}(?=\d+/\d))?"
+    r"(?P<number>(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?)(?:/(?P<over>\d+)(?!\d|\.\d))?",
     re.ASCII,
 )
 MARKERS = [  # the forms of GSM8K's file, of our training targets and of LaTeX come before a sentence of the reasoning
@@ -47,7 +47,7 @@ SPELLING |= {  # 3\u00bd as 3\\frac{1}{2}
     i: rf"\frac{{{unicodedata.normalize('NFKC', chr(i))}}}".replace("\u2044", "}{")
     for i in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
 }
-FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
+FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
 GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
 
 

@@ -104,6 +104,8 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "The answer is 3 and 1/2 hours, as 2 is not": "3 1/2",
     "The answer is 3 1/2 hours = 210 minutes. 2": "210",
     "#### 1.5e3 or 6": "1.5e3",
+    "#### 3  1/2 or 6": "3 1/2",
+    "#### \\frac{1.5}{2} or 6": "1.5/2",
     "He eats 1/2 of 5": "5",
     # thousands
     "So the total is $9{,}500.": "9500",
