@@ -344,15 +344,17 @@ def row_losses(file: str, readings: dict[str, Reading], base: Path, config: MoEC
         note(f"--data {file} is not read: there is no adapter with packed stacks that moved")
         return None
     reader = data.Reader("own", base, config)
-    items = reader.encode(reader.load("train", file, ROWS))
+    encoded = reader.encode(reader.load("train", file, ROWS))
+    items = list({tuple(item.ids): item for item in encoded}.values())  # a row that occurs twice says nothing new
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     losses = {}
     for order, reading in {BASE: None, **readings}.items():
+        model = None  # so that two models are never held at once
         model = load_model(base, getattr(torch, default_dtype()), device)
         if reading:
             adapter, state = from_peft(unified(reading)[0], config)
             place_adapter(model, adapter, state)
-            fill_adapter(model, adapter, state, file)
+            fill_adapter(model, adapter, state, "the adapter")
         losses[order] = torch.tensor([held_out_loss(model, [item], 1, ALONE)[0] for item in items])
     return losses
 

@@ -589,14 +589,16 @@ def test_the_order_of_packed_columns_shows_in_what_peft_trained_and_merged(evide
     base, adapter = with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base")), tmp_path / "adapter"
     merged = trained_by_peft(base, adapter, rows).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
-    (tmp_path / "some.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[:12]))
+    (tmp_path / "some.jsonl").write_text(2 * "".join(rows.read_text().splitlines(keepends=True)[:12]))
     flags = ["--data", tmp_path / "some.jsonl"] if evidence == "loss" else []
     words = {"norms": "variance of the column norms", "loss": "loss is"}[evidence]
     of_merged = [tmp_path / "merged", "--adapter", adapter, *flags]
 
     status, findings = check(base, adapter, *flags)
     assert (status, findings["packed-order-seen"]) == (0, False)
-    assert f"Evidence: the {words}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"Evidence: the {words}" in shown
+    assert ("rows: 12;" in shown) == (evidence == "loss")  # each row counts once
     assert check(base, *of_merged) == (0, dict.fromkeys(("packed-order-seen", "merged-once", "router-frozen"), False))
     repack(adapter, 7)
     assert check(base, adapter, *flags) == (3, {"packed-order": True, "router-frozen": False})

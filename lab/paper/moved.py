@@ -6,6 +6,7 @@ Dimensions: L layers with experts, E experts per layer.
 """
 
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -39,10 +40,15 @@ class Moved(NamedTuple):
         rows = zip(self.experts.ratio, self.counts, chosen, strict=True)
         return fmean(rank_correlation(ratio[kept][None], counts[kept][None]) for ratio, counts, kept in rows)
 
+    def correlation_text(self, chosen: Tensor) -> str:
+        """The rank correlation, or - where a layer has too few of the chosen experts."""
+        correlation = self.rank_correlation(chosen)
+        return "-" if isnan(correlation) else f"{correlation:.2f}"
+
     @property
     def title(self) -> str:
         """The run in the picture."""
-        all_, moved = (f"{self.rank_correlation(each):.2f}" for each in (self.experts.has_pair, self.experts.moved))
+        all_, moved = (self.correlation_text(each) for each in (self.experts.has_pair, self.experts.moved))
         return f"{self.name}: rank correlation with the tokens {all_}; of the experts that moved {moved}"
 
     def row(self) -> list[str]:
@@ -54,7 +60,7 @@ class Moved(NamedTuple):
             self.name,
             f"{int(moved.sum())} of {int(self.experts.has_pair.sum())}",
             *(f"{values.median():.1f} %" if len(values) else "-" for values in medians),
-            *(f"{self.rank_correlation(chosen):.2f}" for chosen in (self.experts.has_pair, moved)),
+            *(self.correlation_text(chosen) for chosen in (self.experts.has_pair, moved)),
         ]
 
 
