@@ -124,6 +124,7 @@ def test_docs_are_twelve_short_pages_and_the_readme_is_short_and_leads_to_each()
     assert len(docs) <= 12
     assert not {page: len(text.split()) for page, text in docs.items() if len(text.split()) > 900}
     assert not [page for page in docs if f"]({page}" not in README]
+    assert not [page for page, text in docs.items() if not text.partition("\n\n")[2].startswith("This page is for ")]
 
 
 def test_every_method_policy_task_and_family_is_described():
