@@ -43,6 +43,8 @@ CHANGING = set(  # words, without a plural s, in columns that say what is learnt
     "system history context document chosen rejected label kto mask train weight tool function image video audio kwarg "
     "thinking".split()
 )
+JOINED = "systemprompt lossmask labelmask sampleweight lossweight toolcalls functioncall".split()
+ABOUT = set("id length width height size count kg".split())  # words in columns that only describe a row
 
 
 def unread(row: Row, used: Iterable[str]) -> list[str]:
@@ -50,7 +52,7 @@ def unread(row: Row, used: Iterable[str]) -> list[str]:
     names = [name for name, value in row.items() if name not in used and value not in (None, "", [], {})]
     for name in names:
         words = {word.lower().removesuffix("s") for word in re.findall("[A-Z]?[a-z]+|[A-Z]+", name)}
-        if words & CHANGING and "id" not in words:
+        if (words & CHANGING and not words & ABOUT) or name.lower() in JOINED:
             given = f"the column {name!r} ({row[name]!r:.40}) changes what a row means, and is not supported"
             raise InputError(f"{given}; remove the column, or put what it says into the text")
     return names

@@ -20,7 +20,7 @@ FIRST_MARKED = "first marked answer"
 
 # A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5. "3 1/2" and "1e3" are one number.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? {1,2}(?=\d+/\d))?"
+    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? {1,2}(?=\d/\d{1,2}(?!\d)))?"
     r"(?P<number>(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?)(?:/(?P<over>\d+)(?!\d|\.\d))?",
     re.ASCII,
 )

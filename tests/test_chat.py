@@ -368,6 +368,7 @@ MEANING = {
     "weight": 0, "mask": "1", "tools": [{"name": "add"}], "images": ["a.png"], "rejected": "c", "label": False,
     "Loss Weight": 0.5, "chatTemplateKwargs": {"enable_thinking": True}, "system-prompt": "Be brief.", "context": "d",
     "assistant_masks": [1], "train_on_turn": [False], "LABEL": "1", "function_call": "add", "kto_tag": True,
+    "systemprompt": "Be brief.", "lossmask": [1], "toolcalls": [{"name": "add"}],
 }  # fmt: skip
 
 
@@ -395,9 +396,9 @@ def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_pat
 
 def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
     config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
-    further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}})
+    further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}, "context_length": 9})
     read(tmp_path, config, [ALL["prompt"] | columns for columns in further])
-    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'image_id', 'notes'\n"
+    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'context_length', 'image_id', 'notes'\n"
     read(tmp_path, config, [ALL["instruction"]])
     assert capsys.readouterr().err == ""
 

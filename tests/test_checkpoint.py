@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from command.cli import InputError
 from hub.checkpoint import copy_beside
-from hub.config import FAMILIES, ignore_keys
+from hub.config import FAMILIES, MOST_EXPERTS, PRESETS, ignore_keys, read_numbers
 from model import load_model, read_config
 
 IDS = torch.tensor([[5, 3, 9, 11, 2]])
@@ -272,3 +272,10 @@ def test_of_a_whole_file_and_a_stale_index_the_weights_are_those_of_transformers
     ours, theirs = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
     assert f"model.safetensors, as by transformers, and not those of {INDEX}" in capsys.readouterr().err
+
+
+def test_as_many_experts_as_the_bound_are_read_and_more_are_refused():
+    hub = PRESETS["olmoe-1b-7b"] | {"num_hidden_layers": 1000}
+    assert read_numbers(hub | {"num_experts": MOST_EXPERTS // 1000})["num_experts"] == 100
+    with pytest.raises(InputError, match="1000 layers of 101 experts; expected at most 100,000"):
+        read_numbers(hub | {"num_experts": 101})

@@ -136,6 +136,7 @@ def test_sampled_tokens_follow_the_distribution_cut_at_the_nucleus():
     u = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
     tokens = nucleus_sample(probs.log().expand(800, -1), u, 1.0, 0.75)
     assert torch.bincount(tokens, minlength=4).tolist() == [0, 300, 500, 0]
+    assert nucleus_sample(torch.zeros(1, 2), torch.tensor([0.5]).double(), 1.0, 1.0).tolist() == [1]  # u in [0, 1/2)
     everything = nucleus_sample(probs.log().expand(800, -1), u, 1.0, 1.0)
     assert torch.bincount(everything, minlength=4).tolist() == [40, 240, 400, 120]
 

@@ -103,6 +103,8 @@ HEADLINE_CASES = {  # completion -> what the headline rule finds
     "\\boxed{\\frac12} or 6": "1/2",
     "The answer is 3 and 1/2 hours, as 2 is not": "3 1/2",
     "The answer is 3 1/2 hours = 210 minutes. 2": "210",
+    "She splits 18 and 36/2": "36/2",  # not a mixed number
+    "#### 12 7/16": "12 7/16",
     "#### 1.5e3 or 6": "1.5e3",
     "#### 3  1/2 or 6": "3 1/2",
     "#### \\frac{1.5}{2} or 6": "1.5/2",

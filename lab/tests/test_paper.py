@@ -3,10 +3,11 @@
 import functools
 
 import pytest
+import torch
 
 from hub.config import PRESETS
 from lab.paper import params
-from model import MoEConfig
+from model import MoEConfig, MoETransformer
 
 TRAINABLE = {  # exact counts that give the printed percentages: attention, router and hot experts, rank 32
     ("olmoe-1b-7b", "fft", None, None): 6_919_161_856,
@@ -94,6 +95,19 @@ def plain_size(model: str, method: str, k: int | None, targets: str | None, r: i
     return {"dora": (A + B + m, A + B + m), "lori-d": (B, A + B), "lori-s": (B // 10, A + B)}.get(
         method.replace("hellori", "lori"), (A + B, A + B)
     )
+
+
+@pytest.mark.parametrize(
+    "model, billions",  # active per token, as the model cards print it; DeepSeek's card and paper say 2.8
+    [("olmoe-1b-7b", 1.3), ("mixtral-8x7b", 12.9), ("qwen1.5-moe-a2.7b", 2.7), ("deepseek-moe-16b", 2.8)],
+)
+def test_the_experts_per_token_of_a_preset_give_the_published_active_parameters(model, billions):
+    config = MoEConfig.from_dict(PRESETS[model])
+    with torch.device("meta"):
+        total = sum(parameter.numel() for parameter in MoETransformer(config).parameters())
+    idle = config.num_experts - config.num_experts_per_tok
+    size = 3 * config.hidden_size * config.intermediate_size
+    assert (total - len(config.moe_layers) * idle * size) / 1e9 == pytest.approx(billions, abs=0.05)
 
 
 @pytest.mark.parametrize("row", [row for row in rows(published=False) if row.values[0].method != "fft"])
