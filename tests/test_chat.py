@@ -398,7 +398,10 @@ def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
     config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
     further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}, "context_length": 9})
     read(tmp_path, config, [ALL["prompt"] | columns for columns in further])
-    assert capsys.readouterr().err == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'context_length', 'image_id', 'notes'\n"
+    assert (
+        capsys.readouterr().err
+        == f"{tmp_path / 'rows.jsonl'}: not read: the columns 'context_length', 'image_id', 'notes'\n"
+    )
     read(tmp_path, config, [ALL["instruction"]])
     assert capsys.readouterr().err == ""
 
