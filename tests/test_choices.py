@@ -1,22 +1,20 @@
 """docs/choices.md and the code name the same differences from LoRI's code."""
 
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from test_structure import FILES, ROOT
+
 MARK = re.compile(r"#\s*DEVIATION from LoRI: ([^;]*?);\s(?:# )?\s*LoRI", re.S)
 
 
 def marked() -> list[tuple[str, str]]:
     """(file, what is different here) of every comment; one that has no "; LoRI ..." has no end and is not one."""
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
-        name = str(path.relative_to(ROOT))
-        if not name.startswith(("tests/", "runs/", ".")):
-            text = path.read_text(encoding="utf-8")
-            differences = [re.sub(r"\s*\n\s*#\s*", " ", each) for each in MARK.findall(text)]
-            assert len(differences) == len(re.findall(r"# DEVIATION", text)), f"{name}: a comment without '; LoRI ...'"
-            found += [(name, difference) for difference in differences]
+    for path in FILES.values():
+        name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        differences = [re.sub(r"\s*\n\s*#\s*", " ", each) for each in MARK.findall(text)]
+        assert len(differences) == len(re.findall(r"# DEVIATION", text)), f"{name}: a comment without '; LoRI ...'"
+        found += [(name, difference) for difference in differences]
     return found
 
 

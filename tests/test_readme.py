@@ -60,7 +60,7 @@ def test_every_flag_of_a_command_exists(script, capsys):
 
 COMMANDS_WITH_HELP = {
     "train": "", "evaluate": " compare", "generate": "", "export": " check", "profile": " compare advise --prompt",
-    "reproduce": "params table4 all", "bench": "step generate plan full gpu",
+    "reproduce": "params table4 effects moved all", "bench": "step generate plan full gpu",
 }  # fmt: skip
 HELPS = [(script, *name.split()) for script, names in COMMANDS_WITH_HELP.items() for name in names.split(" ")]
 

@@ -130,6 +130,8 @@ def effects(run: str) -> dict:
     trained = subject.run
     if trained is None or trained["model"] not in EMBEDDED or trained["settings"]["task"] not in MAKERS:
         raise InputError(f"{run}: expected a run of train.py on an embedded model and an embedded task")
+    if trained["data"] != data.digest(data.load_examples(trained["settings"]["task"], "train")):
+        raise InputError(f"{run} was trained on other rows than its task's; expected all of them")
     read, base = before(trained["model"], trained["settings"]["task"])
     tuned, num_experts = reading(subject, read), subject.config.num_experts
     return {
@@ -143,6 +145,9 @@ def effects(run: str) -> dict:
     }
 
 
+EXAMPLE = "python reproduce.py effects runs/tiny-math-hellora-seed0"
+
+
 @dataclass(frozen=True)
 class EffectsSettings:
     """The flags of `reproduce.py effects`."""
@@ -154,7 +159,7 @@ class EffectsSettings:
 def command(argv: list[str]) -> dict:
     """Print what the fine-tuning in a run folder did besides its score.  -> the numbers"""
     description = "Loss on seen and unseen rows and on pre-training text, and tokens that change experts."
-    settings = cli.parse(EffectsSettings, argv, prog="reproduce.py effects", description=description)
+    settings = cli.parse(EffectsSettings, argv, prog="reproduce.py effects", description=description, example=EXAMPLE)
     out = settings.json and writable(settings.json)
     done = effects(settings.run)
     cli.say(f"own task, nats per token: seen rows {done['seen_loss']:.4f}, unseen rows {done['unseen_loss']:.4f}")

@@ -1,4 +1,4 @@
-"""Why it should work: what the paper's reasons say, measured on the runs of Table 2 (effects.py), and what is saved."""
+"""Why it should work: what the paper's reasons say, measured on runs (effects.py), and what is saved."""
 
 from collections.abc import Callable
 from statistics import mean
@@ -48,12 +48,13 @@ def forgotten(text_loss: dict[str, dict[str, float]]) -> float:
 
 
 def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, tune: Tune, **changes) -> Section:
-    """The measures of the methods in the first table that has some, task by task, and what double sparsity saves.
+    """The measures of the methods in the tables that have some, task by task, and what double sparsity saves.
 
     tables: each with its number of seeds
     """
-    parts = (measured(table, scale, seeds, records, tune, **changes) for table, seeds in tables)
-    lines, rows = next((part for part in parts if part[1]), (["", "not run"], []))
+    parts = [measured(table, scale, seeds, records, tune, **changes) for table, seeds in tables]
+    lines = [line for shown, values in parts if values for line in shown] or ["", "not run"]
+    rows = [row for _, values in parts for row in values]
     saved = sparsity()
     heads = ["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"]
     cells = [
