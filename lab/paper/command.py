@@ -10,7 +10,7 @@ from command.cli import InputError, RunError, flag, number
 from command.files import writable, write_json
 from lab.paper import budget, effects, moved, params, published, reasons, routing, speed
 from lab.paper.page import Section, write_page
-from lab.paper.rates import LIMIT, SAMPLES, Sweeps, write_validation
+from lab.paper.rates import LIMIT, SAMPLES, Sweeps, swept, write_validation
 from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
 from lab.paper.runs import Records, Run, spent
 from lab.paper.table import SCALES, Scale, Table
@@ -119,16 +119,16 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
-    swept = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
-    swept += rate_runs(settings).values() if "rates" in names else []
+    to_sweep = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
+    to_sweep += rate_runs(settings).values() if "rates" in names else []
     sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
-    if swept:
+    if to_sweep:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
-        cli.say(*dry_run(sweeps.missing(swept), sweep_place) if swept else ())
-    elif swept and not settings.no_run:
+        cli.say(*dry_run(sweeps.missing(to_sweep), sweep_place) if to_sweep else ())
+    elif to_sweep and not settings.no_run:
         with alone(place.scratch):
-            while not failed and (missing := sweeps.missing(swept)):
+            while not failed and (missing := sweeps.missing(to_sweep)):
                 asked += len(missing)
                 failed = make_pending(missing, sweep_place)
     needed: Needed = {}
@@ -157,9 +157,12 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
 
 
 def rate_runs(settings: Settings) -> dict[str, Run]:
-    """The sweeps of the figure: those of Table 9, by the names of its rows."""
+    """The sweeps of the figure: those of Table 9, each by the name of its first row."""
     table = settings.table("table9")
-    return dict(zip([row.name for row in table.rows], table.to_sweep(settings.models_and_tasks), strict=False))
+    named: dict[Run, str] = {}
+    for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=False):
+        named.setdefault(swept(run), row.name)
+    return {name: run for run, name in named.items()}
 
 
 def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> Section:
