@@ -75,16 +75,16 @@ class Settings(DecodingFlags):
     limit: int | None = flag(None, "only the first N examples (default: all)", metavar="N", type=number(int, 1))
     out: str | None = flag(None, OUT_HELP, metavar="DIR")
     completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines', metavar="FILE")
-    partial: bool = flag(False, "let --completions leave examples out")
+    partial: bool = flag(False, "accept --completions that leave examples out")
     batch: int | None = flag(None, f"sequences decoded at once (default: {BATCH})", type=number(int, 1))
     samples: int | None = flag(None, "completions per problem (default: code tasks 20, else 1)", type=number(int, 1))
     shots: int | None = flag(
-        None, "solved training problems in front of each (default: by recipe, or 0)", type=number(int, 0)
+        None, "solved training problems before each problem (default: by recipe, or 0)", type=number(int, 0)
     )
     train_data: str | None = flag(None, "a local copy of the training file, for --shots", metavar="FILE")
     prompt: str | None = flag(None, "prompt for GSM8K's rows (default: the run's, or lori)", choices=list(data.PROMPTS))
     max_length: int | None = flag(
-        None, "of task own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8)
+        None, "for task own: longest row, in tokens (default: the run's, or 512)", type=number(int, 8)
     )
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     refusal_rule: str | None = flag(

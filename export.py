@@ -80,9 +80,11 @@ class Settings:
     run: str = flag(help="run folder of train.py, or an adapter in it", positional=True)
     to: str = flag(help="what to write", choices=("merged", "peft"))
     out: str = flag(help="folder to write, new or empty", metavar="DIR")
-    model: str | None = flag(None, "where the base model is (default: where the run had it)")
+    model: str | None = flag(None, "the base model (default: where the run found it)")
     dtype: str | None = flag(
-        None, "of the weights written (default: the base's; peft: float32)", choices=("float32", "bfloat16", "float16")
+        None,
+        "dtype of the written weights (default: the base's; peft: float32)",
+        choices=("float32", "bfloat16", "float16"),
     )
     compact: bool = flag(
         False,
@@ -97,9 +99,9 @@ class CheckSettings:
 
     source: str = flag(help="an adapter (a run folder, or PEFT's format), or a merged checkpoint", positional=True)
     base: str = flag(help="the base model: a folder, a hub id, or the name of an embedded model")
-    adapter: str | None = flag(None, "the adapter that a merged checkpoint should hold", metavar="DIR")
+    adapter: str | None = flag(None, "the adapter that a merged checkpoint should contain", metavar="DIR")
     profile: str | None = flag(None, "routed tokens of every expert (default: the run's)", metavar="FILE")
-    data: str | None = flag(None, f"rows trained on: {ROWS} of them tell the order of packed stacks", metavar="FILE")
+    data: str | None = flag(None, f"training rows; {ROWS} of them show the order of packed stacks", metavar="FILE")
     plot: str | None = flag(None, "draw |dW| / |W| beside the routed tokens", metavar="PNG", type=cli.picture)
     json: str | None = flag(None, "write the table and the findings", metavar="FILE")
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")

@@ -65,7 +65,7 @@ class DecodingFlags:
         None, "temperature of sampling; 0 is greedy (default: 0; code tasks 0.2)", type=number(float, 0)
     )
     top_p: float | None = flag(
-        None, "nucleus of sampling (default: 1; code tasks 0.95)", type=number(float, 0, 1, above=True)
+        None, "probability mass of nucleus sampling (default: 1; code tasks 0.95)", type=number(float, 0, 1, above=True)
     )
     seed: int | None = flag(None, "seed of sampling (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
@@ -331,10 +331,10 @@ class Settings(DecodingFlags):
         None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True
     )
     prompt: str | None = flag(
-        None, "text to answer (default: what is typed, or each line of a pipe)", positional=True, nargs="?"
+        None, "text to answer (default: read from the terminal, or a pipe line by line)", positional=True, nargs="?"
     )
     adapter: str | None = flag(None, "none: answer with the base model alone", choices=("none",))
-    plain: bool = flag(False, "no chat template, and no prompt of a task")
+    plain: bool = flag(False, "use no chat template and no task prompt")
 
 
 class Speaker:
@@ -399,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
         Settings,
         argv,
         prog="generate.py",
-        description="Talk to a model, or answer one prompt or each line of a pipe.",
+        description="Talk to a model, or have it answer one prompt or each line of a pipe.",
         example='python generate.py runs/mine "How many marbles does Mia have?"',
     )
     ignore_keys(settings.ignore_config_keys)

@@ -195,7 +195,7 @@ class Settings:
     k: int | None = flag(None, K_HELP, type=POSITIVE)
     seed: int = flag(0, "seed of every random choice", type=cli.number(int, 0))
     batch: int = flag(16, "examples per forward pass", type=POSITIVE)
-    max_length: int = flag(512, "tokens an example may have", type=cli.number(int, 8))
+    max_length: int = flag(512, "longest example, in tokens", type=cli.number(int, 8))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")

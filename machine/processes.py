@@ -16,7 +16,7 @@ from command.cli import InputError
 
 T = TypeVar("T")
 DTYPES = ("float32", "bfloat16")  # of a base model and of the products with it
-DTYPE_HELP = "dtype of base model and products (default: bfloat16 on a GPU, else float32)"
+DTYPE_HELP = "dtype of the base model and of matrix products (default: bfloat16 on a GPU, else float32)"
 
 
 class Processes(NamedTuple):

@@ -35,10 +35,14 @@ class AdviseSettings:
     """The flags of `profile.py advise`."""
 
     profile: str = flag(help="profile.json of the task", positional=True, metavar="FILE")
-    model: str | None = flag(None, f"model to size: as in train.py, or {', '.join(PRESETS)} (default: profiled)")
+    model: str | None = flag(
+        None, f"model to size: as in train.py, or {', '.join(PRESETS)} (default: the profiled one)"
+    )
     rank: int | None = flag(None, "LoRA rank r (default: that of the profiled task)", type=POSITIVE)
     targets: str = flag("all", "modules beside the experts", choices=list(hellora.TARGETS))
-    coverage: tuple[float, ...] = flag((0.5, 0.6, 0.7, 0.8, 0.9), "shares to reach", type=SHARE, nargs="+")
+    coverage: tuple[float, ...] = flag(
+        (0.5, 0.6, 0.7, 0.8, 0.9), "shares of the routed tokens to reach", type=SHARE, nargs="+"
+    )
     plot: str | None = flag(None, PLOT_HELP, metavar="FILE", type=cli.picture)
 
 

@@ -68,7 +68,9 @@ class Settings:
     targets: str | None = flag(None, TARGETS_HELP, choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "rank r of a LoRA pair (default: by task, below)", type=POSITIVE, **ADAPTER)
     expert_rank: int | None = flag(None, "rank of the experts' pairs (default: --rank)", type=POSITIVE, **ADAPTER)
-    alpha: float | None = flag(None, "the scale is alpha / r (default: by task, below)", type=AMOUNT, **ADAPTER)
+    alpha: float | None = flag(
+        None, "alpha of a LoRA pair; its scale is alpha / r (default: by task, below)", type=AMOUNT, **ADAPTER
+    )
     lora_dropout: float = flag(0.0, "dropout on the input of each A", type=number(float, 0, 0.99), **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task, below)", type=AMOUNT, **STEP)
@@ -83,14 +85,16 @@ class Settings:
         None, "examples per step, over all processes (default: by task, below)", type=POSITIVE, **STEP
     )
     loss_on: str = flag("answer", "which tokens are targets", choices=("answer", "all"), **STEP)
-    clip: float = flag(1.0, "largest gradient norm", type=AMOUNT, **STEP)
+    clip: float = flag(1.0, "maximum gradient norm", type=AMOUNT, **STEP)
     router_aux_loss: float | None = flag(None, "weight of the load-balancing loss (default: off)", type=AMOUNT, **STEP)
     router_aux_form: str | None = flag(None, "form of that loss (default: layer)", choices=("concat", "layer"), **STEP)
     valid_every: int | None = flag(None, "steps between validations (default: an epoch)", type=POSITIVE, **STEP)
     patience: int | None = flag(
         None, "validations without an improvement after which the run ends (default: never)", type=POSITIVE, **STEP
     )
-    on_nonfinite: str = flag("stop", "on a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP)
+    on_nonfinite: str = flag(
+        "stop", "what to do on a NaN or infinite loss or gradient", choices=("stop", "skip"), **STEP
+    )
     seed: int = flag(0, "seed of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
     out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
     save_every: int | None = flag(None, "steps between checkpoints (default: none)", type=POSITIVE, **FOLDER)
