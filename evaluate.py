@@ -10,7 +10,7 @@
 An evaluation is five steps: prompt (data.py), decode (generate.py), extract, score and compare (scoring/). Every
 example counts, and only the completion is read. The rules that find an answer in a text are in scoring/gsm8k.py,
 scoring/extraction.py and scoring/refusals.py; the published rules are reported beside the headline. `--out` gets
-score.json, items.jsonl and generations.jsonl. The same command again continues an interrupted evaluation.
+score.json, items.jsonl and generations.jsonl. Repeating the command continues an interrupted evaluation.
 """
 
 import command.start  # noqa: F401

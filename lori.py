@@ -9,7 +9,7 @@ HELLoRI is LoRI on hot experts.
     sparsify(another, positions)                         # only these entries exist, as a vector of values
 
 LoRI (section 3.2) keeps one frozen A. Its released code draws a new A for stage S: the mask was measured under one A
-and is used under another. That is a defect, and not followed here. HELLoRA says "10 % of the entries in each B", while
+and is used under another. That is a defect, which we do not follow. HELLoRA says "10 % of the entries in each B", while
 LoRI takes one threshold for the whole model. We follow LoRI.
 """
 

@@ -3,11 +3,11 @@
     model = load_model("tiny")                     # a folder or a hub id, e.g. allenai/OLMoE-1B-7B-0924
     logits, selected_experts = model(input_ids)    # the prediction, and the experts that computed it
 
-OLMoE, Mixtral, DeepSeekMoE and Qwen's models share the forward pass in this file. They differ in config values and key
-names. Only attention uses which sequence a token belongs to. The rest works on a flat list of real tokens: padding is
-never routed. The E experts of a layer are stacked, and computed together on rows sorted by expert. Where a layer calls
-ops.NAME, the formula NAME is here or in lora.py, marked `@ops.reference`. What runs is an optimized version with the
-same values and gradients; with HELLORA_PLAIN=1 it is the formula itself.
+OLMoE, Mixtral, DeepSeekMoE, Qwen and Granite MoE models share the forward pass in this file. They differ in config
+values and key names. Only attention uses which sequence a token belongs to. The rest works on a flat list of real
+tokens: padding is never routed. The E experts of a layer are stacked, and computed together on rows sorted by expert.
+Where a layer calls ops.NAME, the formula NAME is here or in lora.py, marked `@ops.reference`. What runs is an optimised
+version with the same values and gradients; with HELLORA_PLAIN=1 it is the formula itself.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,

@@ -6,9 +6,9 @@
         clip, update
 
 The loss is the mean negative log-likelihood of the target tokens of the whole global batch. The batch is cut into
-micro-batches of similar length. Gradients are summed over micro-batches and processes, so the numbers of both change
-the result only by rounding, and with dropout by what is dropped. Sharded (FSDP2), a process holds a part of every
-weight and gathers one layer at a time: a part for each process, or with "hybrid" sharding for each process of one
+micro-batches of similar length. Gradients are summed over micro-batches and processes, so how many there are of each
+changes the result only by rounding, and with dropout by what is dropped. Sharded (FSDP2), a process holds a part of
+every weight and gathers one layer at a time: a part for each process, or with "hybrid" sharding for each process of one
 machine. Replicated, it holds the whole frozen base, and only the gradients of what trains are communicated.
 
 Dimensions: L layers with experts, E experts per layer, K experts per token, T real tokens of a micro-batch.

@@ -2,7 +2,7 @@
 
     HELLORA_PLAIN=1 python train.py        # every command can run on the formulas as they stand
 
-The layers call ops.NAME. tests/test_ops.py holds each optimized version equal to its formula.
+The layers call ops.NAME. tests/test_ops.py checks that each optimised version equals its formula.
 """
 
 import os
