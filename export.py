@@ -264,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     if folder.name == BEST["adapter"]:
         say(f"{folder}: the best of the run by its validation loss")
-    say(f"wrote {settings.out}: {size:,} bytes with everything")
+    written = "" if settings.to == "peft" or dtype else ", in the base's dtype; --dtype float32 keeps more digits"
+    say(f"wrote {settings.out}: {size:,} bytes with everything{written}")
 
 
 # ----------------------------------------------------------------------------------------------------- the check

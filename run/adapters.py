@@ -89,6 +89,9 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
             ranks = torch.tensor(adapter.ranks)
             state, adapter = pad(state, ranks), replace(adapter, ranks=None, expert_rank=int(ranks.max()))
     except FileNotFoundError as error:
+        if not folder.is_dir() and (folder.parent / "config.json").is_file():
+            ended = "has no adapter: its training has not ended; wait for it, or continue it with --resume"
+            raise InputError(f"{folder.parent} {ended}") from None
         raise InputError(f"{error.filename} is missing; expected the adapter/ folder of a run") from None
     except InputError:
         raise

@@ -87,11 +87,11 @@ def test_a_number_that_a_sentence_ascribes_to_the_paper_is_one_of_the_papers():
 def test_the_findings_have_the_differences_of_the_paper_and_those_of_moe_sieves_scores():
     page = (ROOT / "docs/findings.md").read_text(encoding="utf-8")
     paper = [cell for cell in columns(page, "paper") if re.match(r"[+-]\d", cell)]
-    assert len(paper) >= 5 and not set(paper) - {f"{difference:+.2f}" for difference in on_math()}
+    assert len(paper) >= 3 and not set(paper) - {f"{difference:+.2f}" for difference in on_math()}
     scores = sieve_accuracies()
     pairs = [estimate(paired(scores[a], scores[b])) for a, b in itertools.permutations(scores, 2)]
     sieve = [cell for cell in columns(page, "MoE-Sieve") if re.match(r"[+-]\d", cell)]
-    assert len(sieve) >= 4 and not set(sieve) - {f"{pair.mean:+.1f} ± {pair.half:.1f}" for pair in pairs}
+    assert len(sieve) >= 3 and not set(sieve) - {f"{pair.mean:+.1f} ± {pair.half:.1f}" for pair in pairs}
 
 
 @pytest.mark.parametrize("right, wrong", [("29.49", "29.48"), ("20.08", "20.09"), ("1.62", "1.63")])
