@@ -161,7 +161,7 @@ def cost(table: Table, scale: Scale, seeds: int, records: Records) -> tuple[list
             if "seconds_profile" in record and "profile" not in row.change:
                 counting = record["seconds_profile"]
                 added.append(100 * counting / (record["seconds"]["train"] - counting))
-        missing = "a whole LoRA run, and a count on all data" if "profile" in row.change else "not run"
+        missing = "a whole LoRA run, and a count on all data" if "profile" in row.change else "not timed"
         shown.append([row.name, mean_text(estimate(added), missing=missing)])
         rows.append({"way": row.name, "cost": added})
     note = (
