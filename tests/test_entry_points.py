@@ -56,14 +56,16 @@ def test_help_by_path_and_with_m(name, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what GNU's OpenMP displays")
-@pytest.mark.parametrize("given, policy", [(None, "PASSIVE"), ("active", "ACTIVE")])
-def test_the_threads_of_a_command_wait_without_spinning_unless_the_user_says_so(given, policy, monkeypatch):
-    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    shown = start("train.py", "--help").communicate(timeout=300)[1]
-    assert f"OMP_WAIT_POLICY = '{policy}'" in shown
+@pytest.mark.parametrize(
+    "given, shown", [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_the_threads_of_a_command_spin_briefly_unless_the_user_says_otherwise(given, shown, monkeypatch):
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert f"GOMP_SPINCOUNT = '{shown}'" in start("train.py", "--help").communicate(timeout=300)[1]
 
 
 # What breaks under a profile.py without the standard library's names, in one script.
