@@ -475,7 +475,7 @@ evaluate run-bare --task tiny-math                   | run-bare
 evaluate run-list --task tiny-math                   | run-list
 evaluate run-task                                    | chess
 evaluate run-model --task tiny-math                  | run-model
-evaluate run-no-adapter                              | missing
+evaluate run-no-adapter                              | run-no-adapter has no adapter | --resume
 evaluate run-flip                                    | run-flip/adapter | sha256
 evaluate run-pickle                                  | run-pickle/adapter
 evaluate run-experts                                 | expert 64
@@ -526,7 +526,7 @@ export run-bare --to merged --out new                | run-bare
 export run-list --to merged --out new                | run-list
 export run-model --to merged --out new               | run-model
 export run-flip --to merged --out new                | sha256
-export run-no-adapter --to peft --out new            | missing
+export run-no-adapter --to peft --out new            | run-no-adapter has no adapter | --resume
 export run-experts --to peft --out new               | expert 64
 export run --to merged --out notes                   | not empty
 export run --to peft --out file                      | not empty
