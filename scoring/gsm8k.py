@@ -13,7 +13,7 @@ from fractions import Fraction
 from scoring.statistics import lori_as_published, share
 from scoring.thoughts import without_thoughts
 
-# DEVIATION from LoRI: the headline rule reads an answer as a person would; LoRI's is reported too.
+# DEVIATION from LoRI: the headline rule takes the first marked answer; LoRI's is reported too.
 FIRST_MARKED = "first marked answer"
 
 # ----------------------------------------------------------------------------------------------- the headline rule

@@ -130,7 +130,8 @@ def effects(run: str) -> dict:
     trained = subject.run
     if trained is None or trained["model"] not in EMBEDDED or trained["settings"]["task"] not in MAKERS:
         raise InputError(f"{run}: expected a run of train.py on an embedded model and an embedded task")
-    if trained["data"] != data.digest(data.load_examples(trained["settings"]["task"], "train")):
+    rows = data.digest(data.load_examples(trained["settings"]["task"], "train"))
+    if trained["data"] != rows or trained["settings"]["valid_share"]:
         raise InputError(f"{run} was trained on other rows than its task's; expected all of them")
     read, base = before(trained["model"], trained["settings"]["task"])
     tuned, num_experts = reading(subject, read), subject.config.num_experts

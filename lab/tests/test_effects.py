@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,12 @@ def test_the_record_of_a_run_says_what_it_did_and_one_that_learnt_nothing_did_no
     assert same["routing"]["text"]["choices"] < 1e-3
     with pytest.raises(InputError, match="tiny: expected a run of train.py on an embedded model"):
         effects.effects("tiny")
+    config = Path(nothing) / "config.json"
+    written = json.loads(config.read_text())
+    for changed in ({"data": "another"}, {"settings": written["settings"] | {"valid_share": 0.5}}):
+        config.write_text(json.dumps(written | changed))
+        with pytest.raises(InputError, match="nothing was trained on other rows than its task's; expected all of them"):
+            effects.effects(nothing)
 
 
 # ------------------------------------------------------------------------------------------------- as tables

@@ -18,7 +18,6 @@ from lab.paper.table import SCALES, Row
 from lab.paper.tables import K2, K8, TABLES
 from model import MoETransformer, read_config
 from recipes.methods import METHODS, flat_rank
-from tiny import tasks
 
 RUN = Run("tiny-math", "hellora", k=4, schedule="linear")
 
@@ -44,8 +43,8 @@ def test_validation_problems_are_no_problems_of_a_table_and_were_not_trained_on(
     asked = [row[key] for row in rows]
     assert len(set(asked)) == len(asked) >= (LIMIT if task != "tiny-code" else 200)
     assert not set(asked) & {example.row[key] for example in data.load_examples(task, "test")}
-    if task == "tiny-math":
-        assert all(tasks.is_test(question) for question in asked)  # training rows are not
+    trained = "\0".join(text for example in data.load_examples(task, "train") for text in example.row.values())
+    assert not [question for question in asked if question in trained]
     assert data.load_examples(task, "test", tmp_path / f"{task}-test.jsonl", limit=3)  # evaluate.py reads them
 
 
@@ -102,6 +101,12 @@ def test_a_cell_has_the_score_at_the_best_rate_beside_that_at_the_common_rate():
     rows = table.section(scale, 2, scores, lambda run: None).rows  # no sweep is complete
     assert {row["ours"]["n"] for row in rows} == {0, 2}
     assert len(table.needed(scale, 2, lambda run: None)) == 2 * len(table.rows)
+
+
+def test_the_rate_of_a_table_is_that_of_adapters_and_full_fine_tuning_keeps_its_own():
+    table, scale = TABLES["table2"], SCALES["tiny"]
+    rates = {row.method: table.run(row, table.columns[0], scale, 0, lr=0.01).lr for row in table.rows}
+    assert rates.pop("fft") is None and set(rates.values()) == {0.01}
 
 
 def trained(row: Row) -> int:
