@@ -74,9 +74,14 @@ class Settings:
     lora_dropout: float = flag(0.0, "dropout on the input of each A", type=number(float, 0, 0.99), **ADAPTER)
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task, below)", type=AMOUNT, **STEP)
-    schedule: str = flag("constant", "learning rate after the warm-up", choices=list(SCHEDULES), **STEP)
+    schedule: str | None = flag(
+        None, "learning rate after the warm-up (default: by task, below)", choices=list(SCHEDULES), **STEP
+    )
     lr_warmup: int | float | None = flag(
-        None, "steps in which the rate rises from 0, or their share (default: none)", type=count_or_share, **STEP
+        None,
+        "steps in which the rate rises from 0, or their share; 0: none (default: by task, below)",
+        type=lambda text: 0 if text == "0" else count_or_share(text),
+        **STEP,
     )
     weight_decay: float = flag(0.0, "AdamW's weight decay, on everything that trains", type=number(float, 0), **STEP)
     epochs: int | None = flag(None, "passes over the data (default: by task, below)", type=POSITIVE, **STEP)
@@ -208,6 +213,8 @@ def resolved(settings: Settings) -> Settings:
         model=with_revision(model, s.revision),
         experts=s.experts or method.experts,
         lr=s.lr or (recipe.fft_lr if full else recipe.lr),
+        schedule=s.schedule or recipe.schedule,
+        lr_warmup=recipe.lr_warmup if s.lr_warmup is None else s.lr_warmup,
         epochs=s.epochs or (None if s.steps else recipe.epochs),
         batch=s.batch or (recipe.fft_batch if full else recipe.batch),
         dtype=s.dtype or default_dtype(),

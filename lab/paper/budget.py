@@ -6,22 +6,22 @@ from lab.markdown import grid
 from lab.paper.page import Section, mean_text
 from lab.paper.pictures import draw_budgets
 from lab.paper.runs import Records
-from lab.paper.table import Scale, Table
+from lab.paper.table import Scale, Table, Tune
 from lab.paper.verdicts import estimate
 from recipes.methods import METHODS
 
 TITLE = "Accuracy against trained parameters"
 
 
-def points(tables: list[tuple[Table, int]], scale: Scale, records: Records, **changes) -> list[dict]:
+def points(tables: list[tuple[Table, int]], scale: Scale, records: Records, tune: Tune, **changes) -> list[dict]:
     """name, hot, trainable and accuracy (mean with interval, in %) of the rows with finished runs, each run once."""
     by_run: dict = {}
     for table, seeds in tables:
         column = table.columns[0]
         for row in (row for row in table.rows if "experts" not in row.change):
-            first = table.run(row, column, scale, 0, **changes)
-            _, record = records.find(first) or (None, {})
-            values = table.values(row, column, scale, seeds, records.scores, lambda run: run, **changes)
+            rate, first = next(iter(table.runs(row, column, scale, 0, tune, **changes).items()))
+            _, record = (first and records.find(first)) or (None, {})
+            values = table.values(row, column, scale, seeds, records.scores, tune, **changes)[rate]
             if record.get("trainable") and values:
                 family = "HELLoRA" if row.method == "hellora" else "LoRA"
                 name = row.name if row.name[0].isupper() else f"{family}, {row.name}"
@@ -37,9 +37,11 @@ def points(tables: list[tuple[Table, int]], scale: Scale, records: Records, **ch
     return sorted(by_run.values(), key=lambda point: point["trainable"])
 
 
-def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, out: Path, **changes) -> Section:
+def section(
+    tables: list[tuple[Table, int]], scale: Scale, records: Records, tune: Tune, out: Path, **changes
+) -> Section:
     """The points as a picture and as a table.  tables: each with its number of seeds"""
-    rows = points(tables, scale, records, **changes)
+    rows = points(tables, scale, records, tune, **changes)
     if not rows:
         return Section(TITLE, ["No run is finished yet."], [])
     draw_budgets(rows, f"{TITLE}, {scale.math}, 95 % intervals", out / "budgets.png")

@@ -29,7 +29,7 @@ FIGURES = {
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
 ORDER += ("budgets", "catcher", "reasons", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
 QUICK = {  # by scale: enough to learn something, or to see that every part works
-    "tiny": {"steps": 40, "schedule": "linear", "lr_warmup": 0.1, "lr": 1e-2},
+    "tiny": {"steps": 40, "lr": 1e-2},
     "paper": {"steps": 10},
 }
 QUICK_LIMIT, QUICK_SEEDS = 100, 2
@@ -73,9 +73,9 @@ class Settings:
         return QUICK[self.scale] if self.quick else {}
 
     def table(self, name: str) -> Table:
-        """A table, without the columns that need a sweep where there are no validation problems or no time for it."""
+        """A table, without the scores that need a sweep where there are no validation problems or no time for it."""
         table, plain = TABLES[name], self.quick or self.scale != "tiny" or self.data
-        columns = [column for column in table.columns if not (plain and column.tuned)]
+        columns = [column._replace(tuned=column.tuned and not plain) for column in table.columns]
         if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model
             table = replace(table, rows=tuple(row for row in table.rows if "profile" not in row.change))
         return replace(table, columns=tuple(columns[:1] if self.quick else columns))
@@ -119,6 +119,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
+    tables += [settings.table("table2")] if "reasons" in names else []
     to_sweep = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
     to_sweep += rate_runs(settings).values() if "rates" in names else []
     sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
@@ -172,16 +173,15 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     if name == "budgets":
         tables = [settings.table(each) for each in ("table2", "table4", "table7")]
         chosen = [(table, settings.number_of_seeds(table)) for table in tables]
-        return budget.section(chosen, settings.models_and_tasks, place.records, settings.folder, **settings.changes)
+        scale, records = settings.models_and_tasks, place.records
+        return budget.section(chosen, scale, records, sweeps.at_best, settings.folder, **settings.changes)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = settings.table(name)
+    table = settings.table("table2" if name == "reasons" else name)
     scale, seeds, records = settings.models_and_tasks, settings.number_of_seeds(table), place.records
     if name == "reasons":
-        methods = settings.table("table2")
-        tables = [(methods, settings.number_of_seeds(methods)), (table, seeds)]
-        return reasons.section(tables, scale, records, sweeps.at_best, **settings.changes)
+        return reasons.section(table, seeds, scale, records, sweeps.at_best, **settings.changes)
     made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
     if name == "catcher":
         lines, rows = reasons.cost(table, scale, seeds, records)

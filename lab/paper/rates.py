@@ -21,7 +21,7 @@ from lab.markdown import grid
 from lab.paper.page import Section
 from lab.paper.pictures import draw_rates
 from lab.paper.runner import Needed
-from lab.paper.runs import Records, Run
+from lab.paper.runs import Records, Run, common_rate
 from tiny import tasks
 
 GRID = 5  # rates of a sweep, each twice the one before
@@ -101,7 +101,10 @@ class Sweeps:
         if run.method == "base":
             return run
         curve = self.curve(swept(run))
-        return None if None in curve.values() else replace(run, lr=max(curve, key=curve.get))
+        if None in curve.values():
+            return None
+        best = max(curve, key=curve.get)
+        return replace(run, lr=None if best == common_rate(run.task, run.method) else best)  # one run for both rates
 
     # --------------------------------------------------------------------------------------------- what is printed
 

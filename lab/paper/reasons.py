@@ -47,14 +47,9 @@ def forgotten(text_loss: dict[str, dict[str, float]]) -> float:
     return mean(text_loss["after"][kind] - before for kind, before in text_loss["before"].items())
 
 
-def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, tune: Tune, **changes) -> Section:
-    """The measures of the methods in the tables that have some, task by task, and what double sparsity saves.
-
-    tables: each with its number of seeds
-    """
-    parts = [measured(table, scale, seeds, records, tune, **changes) for table, seeds in tables]
-    lines = [line for shown, values in parts if values for line in shown] or ["", "not run"]
-    rows = [row for _, values in parts for row in values]
+def section(table: Table, seeds: int, scale: Scale, records: Records, tune: Tune, **changes) -> Section:
+    """The measures of a table's methods, task by task, and what double sparsity saves."""
+    lines, rows = measured(table, seeds, scale, records, tune, **changes)
     saved = sparsity()
     heads = ["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"]
     cells = [
@@ -66,30 +61,30 @@ def section(tables: list[tuple[Table, int]], scale: Scale, records: Records, tun
 
 
 def measured(
-    table: Table, scale: Scale, seeds: int, records: Records, tune: Tune, **changes
+    table: Table, seeds: int, scale: Scale, records: Records, tune: Tune, **changes
 ) -> tuple[list[str], list[dict]]:
     """The measures of every method of a table, task by task.  -> lines, rows"""
-    lines, rows = ["", f"Runs: {table.title}."], []
-    for column in {(column.task, column.tuned): column for column in table.columns}.values():
+    lines, rows = [], []
+    for column in {column.task: column for column in table.columns}.values():
         values = {}
         for row in (row for row in table.rows if row.method != "base"):
             done: dict[int, dict] = {}
             for seed in range(seeds):
-                run = table.run(row, column, scale, seed, **changes)
-                run = tune(run) if column.tuned else run
+                run = next(iter(table.runs(row, column, scale, seed, tune, **changes).values()))
                 _, record = (run and records.find(run)) or (None, {})
                 if "effects" in record:
                     done[seed] = record["effects"]
             values[row.name] = {name: {seed: of(each) for seed, each in done.items()} for name, of in MEASURES.items()}
         values = {name: by_measure for name, by_measure in values.items() if by_measure[CLAIMED[0]]}
-        title = f"{getattr(scale, column.task)}{', each row at its best learning rate' if column.tuned else ''}"
+        rate = "each row at its best learning rate" if column.tuned else column.note
+        title = f"{getattr(scale, column.task)}{rate and f', {rate}'}"
         lines += ["", f"{title}{'' if values else ': not run'}"]
         if values:
             lines += ["", *grid(["method", *MEASURES], shown(values))]
         if "LoRA" in values and len(values) > 1:
             lines += ["", f"{title}: difference from LoRA", "", *grid(["method", *heads()], compared(values))]
         rows += [
-            {"task": getattr(scale, column.task), "tuned": column.tuned, "row": name, "by_seed": by_measure}
+            {"task": getattr(scale, column.task), "row": name, "by_seed": by_measure}
             for name, by_measure in values.items()
         ]
     return lines, rows

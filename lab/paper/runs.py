@@ -22,6 +22,7 @@ from command.cli import InputError, RunError
 from command.files import read_json, sha256, write_text
 from hub.checkpoint import EMBEDDED, resolve
 from machine.processes import default_dtype
+from recipes.methods import METHODS, RECIPES
 from run.folder import MAY_CHANGE
 from run.settings import parse_settings
 from run.subject import base_content
@@ -76,6 +77,12 @@ class Run:
         given = asdict(self) | {"dtype": self.dtype, "out": out}
         given["train_data"] = data_file(data_folder, self.task, "train")
         return flags(given)
+
+
+def common_rate(task: str, method: str) -> float:
+    """The learning rate that all methods with an adapter share on a task; full fine-tuning has its own."""
+    recipe = RECIPES[task]
+    return recipe.fft_lr if METHODS[method].experts is None else recipe.lr
 
 
 def flags(given: dict) -> list[str]:

@@ -21,7 +21,7 @@ PAPER = {  # Table 6, samples per second on GSM8K with two A100; _pure: experts 
 BY_NUMBER = {2: 20.99, 4: 20.98, 8: 20.08, 16: 16.49}  # Table 7, samples per second by hot experts per layer
 OURS = ("floor", *PAPER, "moe-sieve", "dora", "fft", "peft-all", "peft-attention")
 NOTE = (
-    "Ours: `python bench.py step --json results/step.json` (`--names all` measures the rows that were not run too), "
+    "Ours: `python bench.py step --names all --repeats 3 --json results/step.json`, "
     "the shape of OLMoE-1B-7B at a quarter of its width and depth, on CPU cores. The frozen base is the model without "
     "any adapter, forward and backward. -pure: adapters on experts alone. -gate: also on the router. Both are compared "
     "with LoRA at the same places. A masked LoRI-S, as the paper describes it, is not built: ours trains a tenth of "

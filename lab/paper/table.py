@@ -11,7 +11,7 @@ from lab.markdown import grid
 from lab.paper.page import Section, mean_text, number_text
 from lab.paper.published import sieve_accuracies
 from lab.paper.runner import Needed
-from lab.paper.runs import Run
+from lab.paper.runs import Run, common_rate
 from lab.paper.verdicts import Estimate, estimate, verdict
 
 Scores = Callable[[Run, str], dict | None]  # of a run on a task; None: not run
@@ -29,6 +29,7 @@ class Scale(NamedTuple):
     count_on: str = "base"  # of the paper's own methods: --count-on
 
 
+SIEVE, BEST, COMMON = "MoE-Sieve, full size", "ours, best rate", "ours, common rate"  # who found a score, and how
 SCALES = {
     "tiny": Scale("tiny", "tiny-mixtral", "tiny-math", "tiny-code", "tiny-safety"),
     "paper": Scale(
@@ -43,7 +44,9 @@ class Column(NamedTuple):
     title: str
     task: str  # field of Scale
     metric: str
-    tuned: bool = False  # at the best rate of the row's sweep (rates.py), not at the common rate of the task
+    tuned: bool = False  # at the best rate of each row's sweep (rates.py), and beside it at the common rate
+    change: dict = {}  # other fields of every Run
+    note: str = ""  # on these runs
 
 
 class Row(NamedTuple):
@@ -72,13 +75,18 @@ class Table:
 
     def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
         """The run whose result stands in a cell, for one seed, at the common rate. The base model has no seed."""
-        fields = self.change | row.change | changes
-        if row.method == "fft":
-            fields.pop("lr", None)  # of adapters; full fine-tuning has a rate of its own
+        fields = self.change | column.change | row.change | changes
+        if row.method == "fft" and "lr" in fields:
+            fields["lr"] /= 10  # full fine-tuning has a tenth of the adapters' rate, as in Table 1
         task = getattr(scale, fields.pop("task", column.task))
         counted = fields.pop("count_on", scale.count_on if row.method.startswith("hellor") else "base")
         fields["count_on"] = None if counted == "base" else counted  # train.py's default
         return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
+
+    def runs(self, row: Row, column: Column, scale: Scale, seed: int, tune: Tune, **changes) -> dict[str, Run | None]:
+        """The runs of a cell for one seed: at the best rate, where the column asks for it, and at the common one."""
+        run = self.run(row, column, scale, seed, **changes)
+        return {BEST: tune(run), COMMON: run} if column.tuned else {COMMON: run}
 
     def to_sweep(self, scale: Scale, **changes) -> list[Run]:
         """The runs, of one seed, that stand at the best rates of their sweeps."""
@@ -91,9 +99,9 @@ class Table:
         for seed in range(seeds):
             for column in self.columns:
                 for row in self.rows:
-                    run = self.run(row, column, scale, seed, **changes)
-                    if run := tune(run) if column.tuned else run:
-                        needed.setdefault(run, set()).add(getattr(scale, column.task))
+                    for run in self.runs(row, column, scale, seed, tune, **changes).values():
+                        if run:
+                            needed.setdefault(run, set()).add(getattr(scale, column.task))
         return needed
 
     # --------------------------------------------------------------------------------------------- what is printed
@@ -104,35 +112,42 @@ class Table:
         for place, column in enumerate(self.columns):
             ours = {row.name: self.values(row, column, scale, seeds, scores, tune, **changes) for row in self.rows}
             cells = [self.cell(row, place, ours) for row in self.rows]
-            rate = ", each row at its best learning rate" if column.tuned else ""
-            lines += ["", f"{column.title}, ours: {getattr(scale, column.task)}, in %{rate}", "", *show(cells)]
+            if column.tuned:
+                at_best = {row.name: tune(self.run(row, column, scale, 0, **changes)) for row in self.rows}
+                cells = [cell._replace(lr=learning_rate(at_best[cell.row.name])) for cell in cells]
+            title = f"{column.title}, ours: {getattr(scale, column.task)}, in %{column.note and f', {column.note}'}"
+            lines += ["", title, "", *show(cells)]
             rows += [cell.record(self.title, column) for cell in cells]
         return Section(self.title, lines[0 if self.notes else 1 :], rows)
 
-    def values(self, row: Row, column: Column, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes) -> dict:
-        """Our score in % for each seed that was run."""
-        by_seed = {}
+    def values(
+        self, row: Row, column: Column, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes
+    ) -> dict[str, dict[int, float]]:
+        """Our scores in %, by rate and by seed, of the seeds that were run."""
+        values: dict[str, dict[int, float]] = {}
         for seed in range(seeds):
-            run = self.run(row, column, scale, seed, **changes)
-            run = tune(run) if column.tuned else run
-            score = run and scores(run, getattr(scale, column.task))
-            if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
-                by_seed[seed] = 100 * value
-        return by_seed
+            for rate, run in self.runs(row, column, scale, seed, tune, **changes).items():
+                by_seed = values.setdefault(rate, {})
+                score = run and scores(run, getattr(scale, column.task))
+                if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
+                    by_seed[seed] = 100 * value
+        return values
 
-    def cell(self, row: Row, place: int, ours: dict[str, dict[int, float]]) -> "Cell":
-        """The numbers of a row in the column at `place`.  ours: of each row, by seed"""
+    def cell(self, row: Row, place: int, ours: dict[str, dict[str, dict[int, float]]]) -> "Cell":
+        """The numbers of a row in the column at `place`.  ours: of each row, by rate and by seed"""
         other = next((each for each in self.rows if each.name == row.against), None)
         theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
         printed, reference = (each.paper[place] if each and place < len(each.paper) else None for each in (row, other))
         claimed = None if None in (printed, reference) else printed - reference
         claimed = row.claims[place] if place < len(row.claims) else claimed
-        sieve = [theirs.get(each.sieve, {}) if each else {} for each in (row, other)]
-        mine = [ours[each.name] if each else {} for each in (row, other)]
-        values = (
-            list(mine[0].values())[:1] if row.method == "base" else list(mine[0].values())
-        )  # for every seed the same
-        return Cell(row, printed, claimed, list(sieve[0].values()), paired(*sieve), values, paired(*mine))
+        sides = {}
+        if theirs:
+            sides[SIEVE] = compared(*(theirs.get(each.sieve, {}) if each else {} for each in (row, other)))
+        for rate, by_seed in ours[row.name].items():
+            if row.method == "base":  # for every seed the same
+                by_seed = dict(list(by_seed.items())[:1])
+            sides[rate] = compared(by_seed, ours[other.name][rate] if other else {})
+        return Cell(row, printed, claimed, sides)
 
 
 def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
@@ -140,24 +155,30 @@ def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
     return [values[seed] - others[seed] for seed in values if seed in others]
 
 
+class Side(NamedTuple):
+    """What one study found, in %."""
+
+    values: list[float]  # by seed
+    differences: list[float]  # from the row that it is compared with, paired by seed
+
+
+def compared(values: dict[int, float], others: dict[int, float]) -> Side:
+    """The scores of a row by seed, beside those of the row that it is compared with."""
+    return Side(list(values.values()), paired(values, others))
+
+
 class Cell(NamedTuple):
-    """One row of one column, in %: the paper's value, MoE-Sieve's by seed, and ours by seed."""
+    """One row of one column, in %: the paper's value, MoE-Sieve's and ours."""
 
     row: Row
     paper: float | None
     claimed: float | None  # the paper's difference from the row that this one is compared with
-    sieve: list[float]
-    sieve_differences: list[float]  # paired by seed
-    ours: list[float]
-    differences: list[float]
+    sides: dict[str, Side]  # SIEVE, BEST and COMMON, as far as the column has them
+    lr: float | None = None  # the best rate
 
     def record(self, table: str, column: Column) -> dict:
-        """The cell for JSON."""
-
-        def side(values: list[float], differences: list[float]) -> dict:
-            mean, difference = (as_dict(estimate(numbers)) for numbers in (values, differences))
-            return {"by_seed": values, **mean, "difference": difference, "verdict": self.verdict(differences)}
-
+        """The cell for JSON. ours: at the best rate, where the column has it."""
+        sides = {name: self.as_dict(side) for name, side in self.sides.items()}
         return {
             "table": table,
             "column": column.title,
@@ -166,20 +187,34 @@ class Cell(NamedTuple):
             "compared_with": self.row.against,
             "paper": self.paper,
             "paper_difference": self.claimed,
-            "sieve": side(self.sieve, self.sieve_differences),
-            "ours": side(self.ours, self.differences),
+            "sieve": sides.get(SIEVE) or self.as_dict(Side([], [])),
+            "ours": sides.get(BEST) or sides[COMMON],
+            "lr": self.lr,
+            "common": sides[COMMON],
         }
 
-    def verdict(self, differences: list[float]) -> str:
-        return verdict(differences, self.claimed) if self.row.against else "-"
+    def as_dict(self, side: Side) -> dict:
+        mean, difference = (as_dict(estimate(numbers)) for numbers in side)
+        return {"by_seed": side.values, **mean, "difference": difference, "verdict": self.verdict(side)}
 
-    def texts(self, values: list[float], differences: list[float], missing: str) -> list[str]:
-        """Mean, difference and verdict, ours or MoE-Sieve's."""
-        mean = mean_text(estimate(values), missing=missing)
+    def verdict(self, side: Side) -> str:
+        return verdict(side.differences, self.claimed) if self.row.against else "-"
+
+    def texts(self, name: str) -> list[str]:
+        """Mean, difference and verdict of one side."""
+        side, missing = self.sides[name], "-" if name == SIEVE else "not run"
+        mean = mean_text(estimate(side.values), missing=missing)
         if not self.row.against:
             return [mean, "", ""]
-        judged = self.verdict(differences) if values else missing
-        return [mean, mean_text(estimate(differences), "+.1f", missing), judged]
+        judged = self.verdict(side) if side.values else missing
+        return [mean, mean_text(estimate(side.differences), "+.1f", missing), judged]
+
+
+def learning_rate(run: Run | None) -> float | None:
+    """That of a run whose learning rate may be its task's; None for no run, or one of the base model."""
+    if run is None or run.method == "base":
+        return None
+    return run.lr or common_rate(run.task, run.method)
 
 
 def as_dict(interval: Estimate | None) -> dict:
@@ -188,13 +223,17 @@ def as_dict(interval: Estimate | None) -> dict:
 
 def show(cells: list[Cell]) -> list[str]:
     """The rows of one column as a Markdown table; MoE-Sieve's columns only where it has a number."""
-    with_sieve = any(cell.sieve for cell in cells)
+    sides = [name for name in cells[0].sides if name != SIEVE or any(cell.sides[SIEVE].values for cell in cells)]
     heads = ["method", "compared with", "paper", "difference"]
-    heads += ["MoE-Sieve, full size", "difference", "verdict"] if with_sieve else []
+    for name in sides:
+        heads += ["rate"] if name == BEST else []
+        heads += ["ours" if name == COMMON and BEST not in sides else name, "difference", "verdict"]
     rows = []
     for cell in cells:
         claimed = "equal" if cell.claimed == 0 else number_text(cell.claimed, "+.2f") if cell.row.against else ""
         line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
-        line += cell.texts(cell.sieve, cell.sieve_differences, "-") if with_sieve else []
-        rows.append(line + cell.texts(cell.ours, cell.differences, "not run"))
-    return grid([*heads, "ours", "difference", "verdict"], rows)
+        for name in sides:
+            line += [number_text(cell.lr, "g")] if name == BEST else []
+            line += cell.texts(name)
+        rows.append(line)
+    return grid(heads, rows)

@@ -2,15 +2,23 @@
 
 from lab.paper.table import Column, Row, Table
 
-MATH = Column("GSM8K", "math", "accuracy")
+MATH = Column("GSM8K", "math", "accuracy", tuned=True)
 CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}") for k in (1, 5, 10))
 SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate")
-ALL = (MATH, *CODE, SAFE)
 OVER_REFUSAL = Column("Refusals of harmless requests", "safety", "over-refusal, lori")
+AT_COMMON_RATE = MATH._replace(tuned=False)
+CONSTANT = {"change": {"schedule": "constant", "lr": 3e-3, "lr_warmup": 0}, "note": "at a constant rate of 3e-3"}
 
+
+def constant(*columns: Column) -> tuple[Column, ...]:
+    """Columns of runs at one constant rate, as in the paper."""
+    return tuple(column._replace(tuned=False, **CONSTANT) for column in columns)
+
+
+ALL = (MATH, *constant(*CODE, SAFE))
 METHODS = Table(
     "Table 2: methods on three tasks, OLMoE-1B-7B",
-    columns=(*ALL, OVER_REFUSAL),
+    columns=(*ALL, *constant(OVER_REFUSAL)),
     seeds=5,
     rows=(
         Row("FFT", "fft", (27.64, 16.4, 21.04, 22.38, 97.32), "LoRA"),
@@ -46,7 +54,7 @@ HELLORI = Table(
 )
 MIXTRAL = Table(
     "Table 3: methods on math, Mixtral-8x7B",
-    columns=(MATH,),
+    columns=constant(MATH),
     model="mixtral",
     rows=(
         Row("LoRA", "lora", (67.73,)),
@@ -106,7 +114,7 @@ ROUTER = Table(
 )
 NUMBER = Table(
     "Table 7: how many hot experts per layer, OLMoE-1B-7B",
-    columns=(MATH,),
+    columns=(AT_COMMON_RATE,),
     seeds=5,
     notes=(
         "The paper swaps the labels of the rows Accuracy and Throughput. Here they are in the right order. Its "
@@ -121,7 +129,7 @@ NUMBER = Table(
 )
 CROSS_TASK = Table(
     "Table 8: HELLoRA on one task, scored on the others, OLMoE-1B-7B",
-    columns=ALL,
+    columns=(AT_COMMON_RATE, *CODE, SAFE),
     rows=(
         Row("base model", "base", (1.66, 13.41, 16.81, 18.17, 66.75)),
         Row("after GSM8K", "hellora", (None, 13.78, 18.94, 20.63, 58.43), "base model", change={"task": "math"}),
@@ -138,22 +146,17 @@ TOP_UP = Table(
         Row("half of it", "hellora", against="hottest quarter", sieve="hotk8", change={"count_on": "base"}),
     ),
 )
-DECAYED = {"schedule": "linear", "lr_warmup": 0.1, "lr": 6e-3}  # the mean rate is that of the constant 3e-3
 K8, K2 = "8 hottest, rank 8", "2 hottest, rank 8"
 ONE_BUDGET = Table(
     "Table 9 (ours): one budget, several ways to spend it",
-    columns=(
-        Column("GSM8K", "math", "accuracy", tuned=True),
-        Column("GSM8K at the common rate", "math", "accuracy"),
-    ),
+    columns=(MATH,),
     seeds=10,
-    change=DECAYED,
     notes=(
         "The k hottest experts of each layer at rank r have as many parameters as all 64 at rank r k / 64, or as the "
         "2 k hottest at rank r / 2. Attention and router have rank 8 in each row but one: DR-LoRA starts experts at "
         "half of their rank, so 2 is the least it can have. Its experts have twice the parameters of the 8 hottest at "
         "rank 8, its attention and router a quarter. Two experts at rank 8 would be rank 1/4 on all: the flattest "
-        "whole rank is 1, on 16. Each run has linear decay after a tenth of warm-up; the common rate is 6e-3.",
+        "whole rank is 1, on 16.",
     ),
     rows=(
         Row(K8, "hellora"),
@@ -173,7 +176,7 @@ ONE_BUDGET = Table(
 TUNED = "results/profiles/tiny-tiny-math-1-tuned.json"  # counted after LoRA fine-tuning (routing.counted)
 CATCHER = Table(
     "The hot-expert catcher: on which model experts are counted (sections 3, 4.3 and 4.4), OLMoE-1B-7B",
-    columns=(MATH,),
+    columns=constant(MATH),
     seeds=5,
     rows=(
         Row("base model, a tenth of the data", "hellora", change={"count_on": "base"}),
@@ -192,12 +195,6 @@ CATCHER = Table(
         ),
     ),
 )
-REASONS = Table(  # for lab/paper/reasons.py
-    "LoRA, HELLoRA and HELLoRI-D, linear decay after a tenth of warm-up, rate 6e-3",
-    columns=(MATH,),
-    change=DECAYED,
-    rows=tuple(NAMED[name]._replace(paper=()) for name in ("LoRA", "HELLoRA", "HELLoRI-D")),
-)
 TABLES = {
     "table2": METHODS,
     "hellori": HELLORI,
@@ -209,6 +206,5 @@ TABLES = {
     "table8": CROSS_TASK,
     "table9": ONE_BUDGET,
     "catcher": CATCHER,
-    "reasons": REASONS,
     "topup": TOP_UP,
 }

@@ -50,7 +50,8 @@ def test_validation_problems_are_no_problems_of_a_table_and_were_not_trained_on(
 
 def test_the_best_rate_is_that_of_the_largest_mean_score_over_the_seeds_of_the_sweep():
     sweeps = Sweeps(MadeUp())
-    assert sweeps.at_best(replace(RUN, seed=7)) == replace(RUN, seed=7, lr=6e-3)
+    assert sweeps.at_best(replace(RUN, seed=7)) == replace(RUN, seed=7)  # the common rate: one run for both
+    assert Sweeps(MadeUp(best=1.2e-2)).at_best(replace(RUN, seed=7)) == replace(RUN, seed=7, lr=1.2e-2)
     curve = sweeps.curve(RUN)
     assert curve[6e-3] == pytest.approx(50.5) and curve[1.2e-2] == pytest.approx(25.5)
     assert sweeps.missing([RUN]) == {}
@@ -95,18 +96,23 @@ def test_a_model_that_refuses_everything_is_half_right():
 def test_a_cell_has_the_score_at_the_best_rate_beside_that_at_the_common_rate():
     table, scale = TABLES["table9"], SCALES["tiny"]
     tune = lambda run: replace(run, lr=0.012)  # noqa: E731
-    scores = lambda run, task: {"accuracy": run.lr, "rates": {}}  # noqa: E731
-    rows = table.section(scale, 2, scores, tune).rows
-    assert {(row["tuned"], round(row["ours"]["mean"], 9)) for row in rows} == {(True, 1.2), (False, 0.6)}
+    scores = lambda run, task: {"accuracy": run.lr or 0.006, "rates": {}}  # noqa: E731
+    section = table.section(scale, 2, scores, tune)
+    assert {(round(row["ours"]["mean"], 9), round(row["common"]["mean"], 9)) for row in section.rows} == {(1.2, 0.6)}
+    assert {row["lr"] for row in section.rows} == {0.012}
+    [line] = [line for line in section.lines if line.startswith("| 8 at random")]
+    assert line.index("0.012") < line.index("1.2 ± 0.0 (2)") < line.index("0.6 ± 0.0 (2)")
     rows = table.section(scale, 2, scores, lambda run: None).rows  # no sweep is complete
-    assert {row["ours"]["n"] for row in rows} == {0, 2}
+    assert {(row["ours"]["n"], row["common"]["n"], row["lr"]) for row in rows} == {(0, 2, None)}
     assert len(table.needed(scale, 2, lambda run: None)) == 2 * len(table.rows)
 
 
-def test_the_rate_of_a_table_is_that_of_adapters_and_full_fine_tuning_keeps_its_own():
+def test_full_fine_tuning_has_a_tenth_of_the_rate_of_a_table():
     table, scale = TABLES["table2"], SCALES["tiny"]
     rates = {row.method: table.run(row, table.columns[0], scale, 0, lr=0.01).lr for row in table.rows}
-    assert rates.pop("fft") is None and set(rates.values()) == {0.01}
+    assert rates.pop("fft") == 0.001 and set(rates.values()) == {0.01}
+    code = {row.method: table.run(row, table.columns[1], scale, 0).lr for row in table.rows}  # at a constant rate
+    assert code.pop("fft") == pytest.approx(3e-4) and set(code.values()) == {3e-3}
 
 
 def trained(row: Row) -> int:
@@ -138,7 +144,7 @@ def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     [end_of_sweeps, end] = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert "validation/tiny-math-test.jsonl" in lines[end_of_sweeps - 1] and "--seed 101" in lines[end_of_sweeps - 1]
-    assert "--seed 0" in lines[end - 1] and "--lr 0.006" in lines[end - 2]
+    assert "--seed 0" in lines[end - 1] and "--lr" not in lines[end - 2]  # the common rate is the task's
     with pytest.raises(InputError):
         reproduce.main(["table10", "--dry-run"])
 
@@ -155,12 +161,13 @@ class Finished:
 
 def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_point(tmp_path):
     tables, scale = [(TABLES[name], 5) for name in ("table2", "table4", "table7")], SCALES["tiny"]
-    rows = budget.points(tables, scale, Finished())
+    tune = lambda run: replace(run, lr=0.012) if run.method == "lora" else run  # noqa: E731
+    rows = budget.points(tables, scale, Finished(), tune)
     sizes = [row["trainable"] for row in rows]
     assert sizes == sorted(sizes)
     names = [row["name"] for row in rows]
     assert names.count("HELLoRA") == 1 and "HELLoRA, k = 2" in names and "HELLoRA_C" not in names
     assert {row["name"]: row["hot"] for row in rows}["MoE-Sieve"]
     assert {round(row["accuracy"].mean, 9) for row in rows} == {20.0}  # of seeds 0 to 4
-    budget.section(tables, scale, Finished(), tmp_path)
+    budget.section(tables, scale, Finished(), tune, tmp_path)
     assert (tmp_path / "budgets.png").stat().st_size > 10_000
