@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -130,19 +131,31 @@ OWN = {  # the columns by which a format of one's own rows is known -> those it 
 }
 
 
-# What the rows of a public data set are, for messages, and what reads one or raises InputError
-GSM8K_ROWS = 'GSM8K rows {"question": text, "answer": text with "#### number"}', gsm8k
-ALPACA_ROWS = 'Alpaca rows {"instruction": text, "input": text or "", "output": text}', alpaca
-PROBLEMS = 'HumanEval rows {"task_id", "prompt", "entry_point", "test": text}', humaneval
-REQUESTS = "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column", hexphi
-OWN_ROWS = f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}", OwnRows
+class Format(NamedTuple):
+    """How the rows of a public data set are read."""
 
-FORMATS = {  # benchmark -> split
+    expected: str  # what they are, for messages
+    read: Callable[[Row], tuple[str, str]]  # a row -> prompt and answer; raises InputError
+    id_column: str | None = None  # None: examples are named by their row's number
+    for_scoring: tuple[str, ...] = ()  # columns that scoring reads, and `read` does not
+    read_folder: Callable[[Path], list[tuple[str, Row]]] | None = None  # None: the rows are one file
+
+
+GSM8K_ROWS = Format('GSM8K rows {"question": text, "answer": text with "#### number"}', gsm8k)
+ALPACA_ROWS = Format('Alpaca rows {"instruction": text, "input": text or "", "output": text}', alpaca)
+PROBLEMS = Format('HumanEval rows {"task_id", "prompt", "entry_point", "test": text}', humaneval, id_column="task_id")
+REQUESTS = Format(
+    "a HEx-PHI folder of category_N.csv, or rows with an 'instruction' or 'prompt' column",
+    hexphi,
+    for_scoring=("label",),
+    read_folder=hexphi_rows,
+)
+FORMATS = {  # benchmark -> split; --task own has OwnRows
     "gsm8k": {"train": GSM8K_ROWS, "test": GSM8K_ROWS},
     "humaneval": {"train": ALPACA_ROWS, "test": PROBLEMS},
     "hexphi": {"train": ALPACA_ROWS, "test": REQUESTS},
-    "own": {"train": OWN_ROWS, "test": OWN_ROWS},
 }
+OWN_ROWS = f"rows that all have {', '.join(' and '.join(map(repr, columns)) for columns in OWN)}"
 PROMPTS = {"lori": gsm8k, "question": question}  # how a row of GSM8K is prompted
 
 # ------------------------------------------------------------------------------------- tasks and their files
@@ -152,7 +165,7 @@ PROMPTS = {"lori": gsm8k, "question": question}  # how a row of GSM8K is prompte
 class Task:
     """Where the rows of both splits come from: a generator, a file to download, or advice where to get the file."""
 
-    benchmark: str  # how its test split is prompted and scored: key of FORMATS
+    benchmark: str  # how its test split is prompted and scored: key of FORMATS, or own
     train: Callable[[], list[Row]] | Download | HubDataset | str
     test: Callable[[], list[Row]] | Download | HubDataset | str
 
@@ -216,32 +229,36 @@ def load_examples(
         path = fetch(source, instead)
     elif path is None and isinstance(source, str):
         raise InputError(f"task {task}: {source}; {instead}")
-    expected, read = FORMATS[benchmark][split]
-    own = OwnRows(template, OWN, answered=split == "train") if benchmark == "own" else None
-    read = own or (PROMPTS[prompt] if benchmark == "gsm8k" else read)
-    expected = f"expected {expected}{'' if own else '; rows of other kinds are for --task own'}"
+    if benchmark == "own":
+        own = OwnRows(template, OWN, answered=split == "train")
+        form, expected = Format(OWN_ROWS, own), f"expected {OWN_ROWS}"
+    else:
+        own, form = None, FORMATS[benchmark][split]
+        form = form._replace(read=PROMPTS[prompt]) if benchmark == "gsm8k" else form
+        expected = f"expected {form.expected}; rows of other kinds are for --task own"
 
     try:
         if path is None:
             rows = [(f"{task}, row {i}", row) for i, row in enumerate(source())]
         else:
-            is_folder = read is hexphi and Path(path).is_dir()
-            rows = hexphi_rows(Path(path)) if is_folder else read_rows(Path(path))
+            read_file = form.read_folder if form.read_folder and Path(path).is_dir() else read_rows
+            rows = read_file(Path(path))
     except InputError as error:
         raise InputError(f"{error}; {expected}") from None
     examples = []
     for i, (place, row) in enumerate(rows):
         try:
-            given, answer, *chat = read(row)
+            given, answer, *chat = form.read(row)
             (given + answer).encode()  # JSON can hold half a surrogate pair, which no tokenizer accepts
-            if path and not own:
-                unread(row, used=("label",) if read is hexphi else ())  # which scoring reads
+            if path and not own:  # which keeps account of its columns
+                unread(row, used=form.for_scoring)
         except (InputError, UnicodeEncodeError) as error:
             raise InputError(f"{place}: {error}{'' if own else f'; {expected}'}") from None
         # DEVIATION from LoRI: rows without an output are left out; LoRI learns to answer with nothing.
         # DEVIATION from LoRI: two rows with the same prompt both count; LoRI keeps the last one.
         if answer.strip() or split == "test":
-            examples.append(Example(row["task_id"] if read is humaneval else str(i), given, answer, row, *chat))
+            name = row[form.id_column] if form.id_column else str(i)
+            examples.append(Example(name, given, answer, row, *chat))
     if not examples:
         raise InputError(f"{path}: no rows with text; {expected}")
     if len({example.id for example in examples}) < len(examples):

@@ -281,23 +281,40 @@ def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None
 
     -> None on every process but the main one
     """
-    decoding, dtype = settings.decoding, settings.dtype or default_dtype()
-    asked, prompts = job.examples[: settings.limit], job.prompts[: settings.limit]
+    dtype = settings.dtype or default_dtype()
     model = load(settings, job, dtype, processes)
-    size = min(settings.batch or BATCH, len(asked) * decoding.samples)
-    new_cache(model, size, max(map(len, prompts)) + decoding.max_new_tokens)  # before earlier completions are removed
+    check_cache_fits(settings, job, model)  # before earlier completions are removed
     kept = processes.once(lambda: claim(job.out, identity(settings, job, dtype), job.reader.template.date))
     losses = row_losses(model, job.items, processes) if job.items else {}
+    done = gather(decode_missing(settings, job, model, kept, processes), processes)
+    if done is None:
+        return None
+    done = kept | done
+    write_generations(job.out, done)
+    return Answers(texts_of(settings, job, done), losses)
 
-    todo = [(i, s) for i, each in enumerate(asked) for s in range(decoding.samples) if (each.id, s) not in kept]
-    todo = [(i, s) for i, s in todo if asked[i].prompt]  # a row of text alone asks for nothing
-    todo.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
+
+def check_cache_fits(settings: Settings, job: Job, model: MoETransformer) -> None:
+    """Raise InputError if the memory does not hold the keys and values of the longest batch."""
+    prompts = job.prompts[: settings.limit]
+    size = min(settings.batch or BATCH, len(prompts) * settings.decoding.samples)
+    new_cache(model, size, max(map(len, prompts)) + settings.decoding.max_new_tokens)
+
+
+def decode_missing(
+    settings: Settings, job: Job, model: MoETransformer, kept: dict[tuple[str, int], dict], processes: Processes
+) -> dict[tuple[str, int], dict]:
+    """This process's share of the completions that are not `kept`, written to its file as they end."""
+    asked, prompts = job.examples[: settings.limit], job.prompts[: settings.limit]
+    samples = range(settings.decoding.samples)
+    missing = [(i, s) for i, each in enumerate(asked) for s in samples if each.prompt and (each.id, s) not in kept]
+    missing.sort(key=lambda pick: len(prompts[pick[0]]))  # neighbours in length go to different processes
     completed = complete(
         model,
         job.reader.tokenizer,
         prompts,
-        todo[processes.index :: processes.count],
-        decoding,
+        missing[processes.index :: processes.count],
+        settings.decoding,
         batch_size=settings.batch or BATCH,
         stop_ids=job.reader.stop_ids,
         stop=stop_rule(settings, asked),
@@ -309,17 +326,17 @@ def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None
             text = text.partition(data.NEXT_SHOT)[0] if settings.shots else text
             done[asked[i].id, s] = {"id": asked[i].id, "sample": s, "completion": text, "cut": cut}
             print(json.dumps(done[asked[i].id, s]), file=file, flush=True)
-    done = gather(done, processes)
-    if done is None:
-        return None
-    done = kept | done
-    write_generations(job.out, done)
+    return done
+
+
+def texts_of(settings: Settings, job: Job, done: dict[tuple[str, int], dict]) -> dict[str, list[str]]:
+    """The completions of each example, by id. A row of text alone asks for nothing, and has an empty one."""
+    asked, samples, limit = job.examples[: settings.limit], settings.decoding.samples, settings.decoding.max_new_tokens
     nothing = {"completion": "", "cut": False}
-    records = {each.id: [done.get((each.id, s), nothing) for s in range(decoding.samples)] for each in asked}
-    if cut := sum(record["cut"] for samples in records.values() for record in samples):
-        note(f"{cut} of {len(asked) * decoding.samples} completions were cut at {decoding.max_new_tokens} tokens")
-    texts = {name: [record["completion"] for record in samples] for name, samples in records.items()}
-    return Answers(texts, losses)
+    records = {each.id: [done.get((each.id, s), nothing) for s in range(samples)] for each in asked}
+    if cut := sum(record["cut"] for of_example in records.values() for record in of_example):
+        note(f"{cut} of {len(asked) * samples} completions were cut at {limit} tokens")
+    return {name: [record["completion"] for record in of_example] for name, of_example in records.items()}
 
 
 @torch.no_grad()

@@ -20,23 +20,39 @@ FIRST_MARKED = "first marked answer"
 
 # A minus sign counts only where nothing can be subtracted from: "7-5" holds 7 and 5. "3 1/2" and "1e3" are one number.
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)])-)?(?:\\?\$\s?(?P<minus>-)?)?(?:(?P<whole>\d[\d,]*)(?: and)? {1,2}(?=\d/\d{1,2}(?!\d)))?"
-    r"(?P<number>(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?)(?:/(?P<over>\d+)(?!\d|\.\d))?",
-    re.ASCII,
+    r"""
+    (?P<sign> (?<![\w.)]) - )?
+    (?: \\?\$\s? (?P<minus>-)? )?                                       # $5, \$5, $-5
+    (?: (?P<whole>\d[\d,]*) (?:[ ]and)? [ ]{1,2} (?=\d/\d{1,2}(?!\d)) )?  # the 3 of 3 1/2
+    (?P<number> (?: \d[\d,]*(?:\.\d+)? | \.\d+ ) (?:[eE][-+]?\d{1,3}(?!\d))? )
+    (?: / (?P<over>\d+) (?!\d|\.\d) )?
+    """,
+    re.ASCII | re.VERBOSE,
 )
 MARKERS = [  # the forms of GSM8K's file, of our training targets and of LaTeX come before a sentence of the reasoning
     re.compile(r"(?P<heading>####)|\b[Tt]he final answer is:|\\boxed(?={)"),
     re.compile(r"\b[Tt]he (?:final )?answer is"),
 ]
-DIRECTLY = re.compile(rf"(?:\\[A-Za-z]+|[\W_])*?{NUMBER.pattern}", re.ASCII)  # behind ": **" or "{\text{", not words
+DIRECTLY = re.compile(  # behind ": **" or "{\text{", not behind words
+    rf"(?: \\[A-Za-z]+ | [\W_] )*? {NUMBER.pattern}", re.ASCII | re.VERBOSE
+)
 OPERATION = re.compile(  # behind a number, and behind its unit: "4 apples + 5"
-    r"(?:[^\W\d]|[\s%)}])*?(?:[-+*/\u00d7\u00f7]|(?<![A-Za-z])x|\\?(?:times|cdot|div|plus|minus))\s*[\\$({]*\d",
-    re.ASCII,
+    r"""
+    (?: [^\W\d] | [\s%)}] )*?
+    (?: [-+*/\u00d7\u00f7] | (?<![A-Za-z])x | \\?(?:times|cdot|div|plus|minus) )
+    \s* [\\$({]* \d
+    """,
+    re.ASCII | re.VERBOSE,
 )
 TITLE = re.compile(r"[.):]\**[ \t]+[^\W\d]", re.ASCII)  # behind the number of a heading: "#### 1. Add"
 END = re.compile(r"[.,;:!?](?=\s|$)|\n|\s(?:\(|because\b|since\b)")  # of what is said to be the answer
 THOUSANDS = re.compile(  # 1 250, and LaTeX's 1{,}250 and 1\,250
-    r"(?<![\d.,])\d{1,3}(?:(?:[ \u00a0\u2009\u202f'\u2019_~]|,?\\[!,;: ]|\{\\?,\})\d{3})+(?!\d|-\w)", re.ASCII
+    r"""
+    (?<![\d.,]) \d{1,3}
+    (?: (?: [ \u00a0\u2009\u202f'\u2019_~] | ,?\\[!,;:\x20] | \{\\?,\} ) \d{3} )+
+    (?! \d | -\w )
+    """,
+    re.ASCII | re.VERBOSE,
 )
 MARKER = re.compile(r"####|The final answer is:")  # of GSM8K's file; of our training targets, which are LoRI's
 NEXT_QUESTION = re.compile(r"(?<=\S)\s*\n\s*Question:")

@@ -1,4 +1,4 @@
-"""Accuracy against the number of trained parameters: the methods of Tables 2, 4 and 7 with hot experts."""
+"""Accuracy against the number of trained parameters: the rows of Tables 2 and 9 with hot experts or all."""
 
 from pathlib import Path
 

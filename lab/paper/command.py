@@ -73,9 +73,15 @@ class Settings:
         return QUICK[self.scale] if self.quick else {}
 
     def table(self, name: str) -> Table:
-        """A table, without the scores that need a sweep where there are no validation problems or no time for it."""
-        table, plain = TABLES[name], self.quick or self.scale != "tiny" or self.data
-        columns = [column._replace(tuned=column.tuned and not plain) for column in table.columns]
+        """A table, without the scores that need a sweep where there are no validation problems or no time for it.
+
+        The rate of a column is for the embedded tasks.
+        """
+        table, columns = TABLES[name], TABLES[name].columns
+        if self.quick or self.scale != "tiny":
+            columns = [column._replace(tuned=False, change={}, note="") for column in columns]
+        elif self.data:
+            columns = [column._replace(tuned=False) for column in columns]
         if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model
             table = replace(table, rows=tuple(row for row in table.rows if "profile" not in row.change))
         return replace(table, columns=tuple(columns[:1] if self.quick else columns))
@@ -171,7 +177,7 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     if name == "rates":
         return sweeps.section(rate_runs(settings), settings.folder)
     if name == "budgets":
-        tables = [settings.table(each) for each in ("table2", "table4", "table7")]
+        tables = [settings.table(each) for each in ("table2", "table9")]
         chosen = [(table, settings.number_of_seeds(table)) for table in tables]
         scale, records = settings.models_and_tasks, place.records
         return budget.section(chosen, scale, records, sweeps.at_best, settings.folder, **settings.changes)

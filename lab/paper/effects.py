@@ -49,7 +49,7 @@ class Material(NamedTuple):
 def material(task: str, reader: data.Reader) -> Material:
     """The same rows and text for every run of a task."""
     rows = reader.load("train")
-    known, read = {row.prompt for row in rows}, data.FORMATS[data.TASKS[task].benchmark]["train"][1]
+    known, read = {row.prompt for row in rows}, data.FORMATS[data.TASKS[task].benchmark]["train"].read
     fresh = (data.Example(str(i), *read(row), row) for i, row in enumerate(MAKERS[task](2 * ROWS)))
     unseen = [row for row in fresh if row.prompt not in known][:ROWS]
     return Material(reader.encode(rows[:ROWS]), reader.encode(unseen), held_out_text(reader))

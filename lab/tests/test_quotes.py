@@ -22,8 +22,9 @@ def on_math() -> set[float]:
     """The differences that the paper's tables have on math, from the row that each is compared with."""
     differences = set()
     for table in TABLES.values():
-        if MATH in table.columns:
-            place = table.columns.index(MATH)
+        titles = [column.title for column in table.columns]
+        if MATH.title in titles:
+            place = titles.index(MATH.title)
             printed = {row.name: row.paper[place] for row in table.rows if len(row.paper) > place}
             for row in table.rows:
                 pair = printed.get(row.name), printed.get(row.against)
