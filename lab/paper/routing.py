@@ -3,16 +3,17 @@
 Dimensions: L layers with experts, E experts per layer, K experts per token.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 import data
-from command.cli import InputError, RunError
+from command.cli import RunError
+from command.files import read_json, write_text
 from hellora import hottest
 from hub.config import PRESETS
 from lab import ROOT
@@ -20,11 +21,11 @@ from lab.markdown import grid
 from lab.paper.page import Section
 from lab.paper.pictures import draw_coverage, draw_multiples, draw_overlaps
 from lab.paper.published import FOLDER
-from lab.paper.runs import model_content
+from lab.paper.runs import Run, decisive_settings, model_content
 from model import MoEConfig
 from recipes.methods import Recipe
 from routing import advice, pictures
-from routing.profiles import RoutingProfile, load_profile, save_profile
+from routing.profiles import RoutingProfile, load_profile
 from routing.statistics import chance_overlap, jaccard, shares, top_share
 
 OLMOE = {
@@ -62,14 +63,9 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
 
     warmup: "none", "lora", or "tuned": the model after LoRA fine-tuning on the task
     """
-    file = out / "profiles" / f"{model}-{task}-{sample:g}-{warmup}.json"
-    try:
-        profile = load_profile(file)
-        origin = data.digest(data.load_examples(task, "train")), model_content(model)["weights"]
-        if (profile.data, profile.weights) == origin or (warmup == "tuned" and profile.data == origin[0]):
-            return profile
-    except InputError:
-        pass  # not there
+    file, origin = out / "profiles" / f"{model}-{task}-{sample:g}-{warmup}.json", made_from(model, task, warmup)
+    if file.is_file() and read_json(file).get("made_from") == origin:
+        return load_profile(file)
     if not may_run:
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +78,14 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
             model, warmup = merged, "none"
         flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
         call("profile.py", *(part for flag, value in flags.items() for part in (f"--{flag}", str(value))))
-    save_profile(replace(load_profile(file), model=name), file)
+    write_text(file, json.dumps(read_json(file) | {"model": name, "made_from": origin}) + "\n")
     return load_profile(file)
+
+
+def made_from(model: str, task: str, warmup: str) -> dict:
+    """What decides counts: the weights, the data, and where LoRA is trained before or meanwhile its settings."""
+    content = {"weights": model_content(model)["weights"], "data": data.digest(data.load_examples(task, "train"))}
+    return content if warmup == "none" else content | decisive_settings(Run(task, "lora", model=model))
 
 
 def call(script: str, *arguments: str) -> None:

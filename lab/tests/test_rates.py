@@ -166,7 +166,11 @@ def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_p
     sizes = [row["trainable"] for row in rows]
     assert sizes == sorted(sizes)
     names = [row["name"] for row in rows]
-    assert names.count("HELLoRA") == 1 and "HELLoRA, 2 hottest, rank 8" in names and not [each for each in names if "coldest" in each]
+    assert (
+        names.count("HELLoRA") == 1
+        and "HELLoRA, 2 hottest, rank 8" in names
+        and not [each for each in names if "coldest" in each]
+    )
     assert {row["name"]: row["hot"] for row in rows}["MoE-Sieve"]
     assert {round(row["accuracy"].mean, 9) for row in rows} == {20.0}  # of seeds 0 to 4
     budget.section(tables, scale, Finished(), tune, tmp_path)
