@@ -72,9 +72,10 @@ def prepare(settings: Settings) -> Run:
     settings, hot, start = read_given(settings, config)
     settings = sized(settings, config)
     if cli.is_main_process():
-        check_out(Path(settings.out), asdict(settings))
+        check_out(Path(settings.out), asdict(settings))  # before --resume reads anything in it
     counted = read_counts(settings, config) if METHODS[settings.method].experts else None
     processes = start_processes()
+    # A run that continues, or uses counts, has their date: a chat template may write it into the rows.
     date = processes.once(lambda: began(run_config(settings.out), counted and vars(counted)))
     described, items, held_out = read_data(settings, folder, config, date)
     steps = settings.steps or settings.epochs * -(-len(items) // settings.batch)
@@ -112,11 +113,9 @@ def sized(settings: Settings, config: MoEConfig) -> Settings:
     elif method.experts:
         hellora.check_rank(config, s.rank)
         hellora.check_rank(config, s.expert_rank or s.rank)
-    return (
-        replace(s, expert_rank=flat_rank(s.rank, num_hot, config.num_experts))
-        if method.flat and not s.init_adapter
-        else s
-    )
+    if method.flat and not s.init_adapter:
+        return replace(s, expert_rank=flat_rank(s.rank, num_hot, config.num_experts))
+    return s
 
 
 def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:

@@ -89,6 +89,8 @@ class Observers:
         service = Report(s.report_to, out, asdict(s)) if reports else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
         self.signals = Signals(processes)
+        # A step whose gradients are not finite ends the run before anything uses them. The recorder writes what growth
+        # and validation put into the step's record, and the service sends what the recorder has made of it.
         members = (self.signals, finite, growth, validation, recorder, picture, service)
         self.members: list[Observer] = [each for each in members if each is not None]
         planned = growth is not None or s.schedule != "constant" or s.lr_warmup

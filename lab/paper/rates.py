@@ -24,6 +24,7 @@ from lab.paper.runner import Needed
 from lab.paper.runs import Records, Run, common_rate
 from tiny import tasks
 
+MAIN = "tiny-math"  # whose sweeps begin with GRID rates; those of other tasks with three, around the best rate here
 GRID = 5  # rates of a sweep, each twice the one before
 SMALLEST = {"fft": 1.5e-4}  # the first of them
 SMALLEST_OF_ADAPTERS = 3e-3
@@ -74,37 +75,46 @@ class Sweeps:
         scores = [self.records.scores(each, run.task) for each in self.runs(run, lr)]
         return None if None in scores else mean(validation_score(run.task, score) for score in scores)
 
+    def first_rates(self, run: Run) -> list[float]:
+        """The rates that a sweep begins with; none while the sweep on the main task lacks runs."""
+        if run.task == MAIN:
+            return [SMALLEST.get(run.method, SMALLEST_OF_ADAPTERS) * 2**i for i in range(GRID)]
+        best = self.best(replace(run, task=MAIN))
+        return [best / 2, best, 2 * best] if best else []
+
     def curve(self, run: Run) -> dict[float, float | None]:
-        """Rate -> mean validation score, for the rates of the grid, and beyond an end that scores best."""
-        smallest = SMALLEST.get(run.method, SMALLEST_OF_ADAPTERS)
-        rates = [smallest * 2**i for i in range(GRID)]
+        """Rate -> mean validation score, for the first rates, and beyond an end that scores best."""
+        rates = self.first_rates(run)
         scores = [self.score(run, lr) for lr in rates]
-        while None not in scores and scores[0] > max(scores[1:]):
+        while scores and None not in scores and scores[0] > max(scores[1:]):
             rates.insert(0, rates[0] / 2)
             scores.insert(0, self.score(run, rates[0]))
-        while None not in scores and scores[-1] > max(scores[:-1]):
+        while scores and None not in scores and scores[-1] > max(scores[:-1]):
             rates.append(rates[-1] * 2)
             scores.append(self.score(run, rates[-1]))
         return dict(zip(rates, scores, strict=True))
 
     def missing(self, runs: Iterable[Run]) -> Needed:
         """The runs that the sweeps of some runs lack. A sweep whose best rate is at an end lacks a further rate."""
+        asked = dict.fromkeys(swept(run) for run in runs if run.method != "base")
         needed: Needed = {}
-        for run in dict.fromkeys(swept(run) for run in runs if run.method != "base"):
+        for run in (*(replace(each, task=MAIN) for each in asked), *asked):
             for lr in (lr for lr, score in self.curve(run).items() if score is None):
                 lacking = (each for each in self.runs(run, lr) if not self.records.scores(each, run.task))
                 needed |= {each: {run.task} for each in lacking}
         return needed
 
+    def best(self, run: Run) -> float | None:
+        """The rate with the largest mean score; None while the sweep lacks runs."""
+        curve = self.curve(run)
+        return max(curve, key=curve.get) if curve and None not in curve.values() else None
+
     def at_best(self, run: Run) -> Run | None:
         """The run at the best rate of its sweep; None while the sweep lacks runs."""
         if run.method == "base":
             return run
-        curve = self.curve(swept(run))
-        if None in curve.values():
-            return None
-        best = max(curve, key=curve.get)
-        return replace(run, lr=None if best == common_rate(run.task, run.method) else best)  # one run for both rates
+        best, common = self.best(swept(run)), common_rate(run.task, run.method)
+        return best and replace(run, lr=None if best == common else best)  # one run where both rates are the same
 
     # --------------------------------------------------------------------------------------------- what is printed
 

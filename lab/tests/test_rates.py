@@ -32,7 +32,8 @@ class MadeUp:
         if self.known is not None and run.lr not in self.known:
             return None
         far = max(run.lr / self.best, self.best / run.lr)
-        return {"accuracy": 0.5 / far + 0.01 * (run.seed == SEEDS[task][0]), "rates": {}}
+        score = 0.5 / far + 0.01 * (run.seed == SEEDS[task][0])
+        return {"accuracy": score, "pass@1": score, "rates": {}}
 
 
 @pytest.mark.parametrize("task", QUESTION)
@@ -67,6 +68,14 @@ def test_a_sweep_whose_best_rate_is_at_an_end_goes_on(best):
     assert sweeps.at_best(RUN).lr == pytest.approx(best)
     rates = list(sweeps.curve(RUN))
     assert rates == sorted(rates) and best not in (rates[0], rates[-1])
+
+
+def test_other_tasks_try_the_rates_around_the_best_on_math():
+    of_code = replace(RUN, task="tiny-code")
+    assert list(Sweeps(MadeUp(best=1.2e-2)).curve(of_code)) == [6e-3, 1.2e-2, 2.4e-2]
+    unfinished = Sweeps(MadeUp(known={3e-3}))
+    assert unfinished.at_best(of_code) is None
+    assert {run.task for run in unfinished.missing([of_code])} == {"tiny-math"}
 
 
 def test_a_sweep_in_which_no_rate_is_better_than_the_others_ends():
