@@ -40,7 +40,7 @@ EOS, PAD = CONFIG["eos_token_id"], CONFIG["pad_token_id"]
 
 num_hot = 8  # the paper's k: hot experts per layer
 r, alpha = 8, 16.0  # the rank of a pair; its product is scaled by alpha / r
-batch_size, learning_rate, max_norm = 16, 3e-3, 1.0
+batch_size, learning_rate, max_norm = 16, 6e-3, 1.0
 num_train, num_test, max_new_tokens = 2000, 100, 100
 
 

@@ -29,7 +29,7 @@ STEPS = 10
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Ten steps of train.py with the settings of minimal.py, and ten of minimal.py on the same rows."""
     out = tmp_path_factory.mktemp("minimal") / "run"
-    train.main([*f"--steps {STEPS} --sample 0.05 --schedule linear --lr-warmup 0.1 --out".split(), str(out)])
+    train.main([*f"--steps {STEPS} --sample 0.05 --out".split(), str(out)])
     W = minimal.load_weights()
     rows = [minimal.encode(row) for row in tasks.math_rows(minimal.num_train, seed=0, split="train")]
     counts = minimal.count([prompt + target for prompt, target in data.sample(rows, 0.05, seed=0)], W)

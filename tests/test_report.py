@@ -13,6 +13,7 @@ from command.cli import InputError
 from run.report import PACKAGES
 
 SMALL = ["--steps", "3", "--batch", "2", "--sample", "0.005", "--rank", "4", "--save-every", "2"]
+SMALL += ["--schedule", "constant", "--lr-warmup", "0"]  # so that a run can be extended
 
 
 @pytest.fixture

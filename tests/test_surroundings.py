@@ -38,7 +38,8 @@ from run.state import states
 from run.subject import Subject
 
 FORK = multiprocessing.get_context("fork")
-SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4", "--steps", "3"]
+SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4"]
+SMALL += ["--schedule", "constant", "--lr-warmup", "0", "--steps", "3"]  # so that a run can be extended
 
 # ------------------------------------------------------------------------- every command that writes, in each of many
 

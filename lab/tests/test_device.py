@@ -191,7 +191,7 @@ def test_sharding_on_one_process_changes_no_gradient(device, tmp_path):
 
 def test_a_run_that_was_resumed_has_the_losses_of_one_that_was_not_stopped(device, tmp_path):
     """Where train.py puts the embedded model: on a GPU if there is one."""
-    flags = "--batch 3 --micro-batch 2 --sample 0.001 --k 3 --save-every 1".split()
+    flags = "--batch 3 --micro-batch 2 --sample 0.001 --k 3 --save-every 1 --schedule constant --lr-warmup 0".split()
     for name, more in (("uncut", ["2"]), ("cut", ["1"]), ("cut", ["2", "--resume"])):
         train.main([*flags, "--out", str(tmp_path / name), "--steps", *more])
     logs = [Path(tmp_path, name, "log.jsonl").read_text(encoding="utf-8").splitlines() for name in ("cut", "uncut")]
