@@ -126,7 +126,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     place, sweep_place = settings.workplace(), settings.sweep_place()
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
     tables += [settings.table("table2")] if "reasons" in names else []
-    to_sweep = [run for table in tables for run in table.to_sweep(scale, **settings.changes)]
+    to_sweep = [swept(run) for table in tables for run in table.to_sweep(scale, **settings.changes)]
     to_sweep += rate_runs(settings).values() if "rates" in names else []
     sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
     if to_sweep:
@@ -164,11 +164,16 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
 
 
 def rate_runs(settings: Settings) -> dict[str, Run]:
-    """The sweeps of the figure: those of Table 9, each by the name of its first row."""
-    table = settings.table("table9")
+    """The sweeps of the figure: those of Tables 2 and 9, each by the name of its first row, and one of random experts.
+
+    HELLoRA on random experts has the rate of HELLoRA's sweep. Its own sweep shows whether that is its best one.
+    """
     named: dict[Run, str] = {}
-    for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=False):
-        named.setdefault(swept(run), row.name)
+    for table in (settings.table("table2"), settings.table("table9")):
+        for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=True):
+            named.setdefault(swept(run), row.name)
+            if row.change == {"experts": "random"}:
+                named.setdefault(replace(swept(run), experts="random"), row.name)
     return {name: run for run, name in named.items()}
 
 

@@ -95,8 +95,11 @@ class Sweeps:
         return dict(zip(rates, scores, strict=True))
 
     def missing(self, runs: Iterable[Run]) -> Needed:
-        """The runs that the sweeps of some runs lack. A sweep whose best rate is at an end lacks a further rate."""
-        asked = dict.fromkeys(swept(run) for run in runs if run.method != "base")
+        """The runs that some sweeps lack. A sweep whose best rate is at an end lacks a further rate.
+
+        runs: one of each sweep, see `swept`
+        """
+        asked = dict.fromkeys(run for run in runs if run.method != "base")
         needed: Needed = {}
         for run in (*(replace(each, task=MAIN) for each in asked), *asked):
             for lr in (lr for lr, score in self.curve(run).items() if score is None):
@@ -119,8 +122,8 @@ class Sweeps:
     # --------------------------------------------------------------------------------------------- what is printed
 
     def section(self, runs: dict[str, Run], out: Path) -> Section:
-        """Validation score against learning rate, as a table and as a picture.  runs: name -> run"""
-        curves = {name: self.curve(swept(run)) for name, run in runs.items()}
+        """Validation score against learning rate, as a table and as a picture.  runs: name -> one of each sweep"""
+        curves = {name: self.curve(run) for name, run in runs.items()}
         curves = {name: curve for name, curve in curves.items() if None not in curve.values()}
         rates = sorted({lr for curve in curves.values() for lr in curve})
         rows = []

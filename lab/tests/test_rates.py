@@ -12,7 +12,7 @@ import reproduce
 from command.cli import InputError
 from hub.checkpoint import resolve
 from lab.paper import budget
-from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, validation_score, write_validation
+from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, swept, validation_score, write_validation
 from lab.paper.runs import Run
 from lab.paper.table import SCALES, Row
 from lab.paper.tables import K2, K8, TABLES
@@ -90,7 +90,7 @@ def test_a_sweep_in_which_no_rate_is_better_than_the_others_ends():
 def test_placements_of_one_method_share_a_sweep_and_budgets_do_not():
     sweeps = Sweeps(MadeUp(known=set()))
     placed = [replace(RUN, experts=experts, seed=3) for experts in (None, "random", "cold")]
-    assert len(sweeps.missing(placed)) == 5 * len(SEEDS["tiny-math"])
+    assert len(sweeps.missing(map(swept, placed))) == 5 * len(SEEDS["tiny-math"])
     assert len(sweeps.missing([RUN, replace(RUN, k=8), replace(RUN, expert_rank=2)])) == 15 * len(SEEDS["tiny-math"])
     assert sweeps.missing([Run("tiny-math", "base")]) == {}
 
