@@ -189,7 +189,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     """Train whatever requires a gradient. All else is the observers' (run/observers.py)."""
     s = run.settings
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # By default the rate is constant and nothing decays, as in LoRI's code, on which the paper's numbers rest.
+    # On the paper's tasks the rate is constant and nothing decays, as in LoRI's code, on which its numbers rest.
     optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     warmup = warmup_steps(s.lr_warmup, run.steps)
     observers = Observers(run, model, optimizer, out)

@@ -35,7 +35,7 @@ Sources: arXiv 2601.04823, and the authors' code (gz-d/dr-lora). Both have S = f
 - Adapted modules: the paper adapts up_proj and down_proj only, and trains the router's own weights after the warm-up
   (the code unfreezes them, but does not give them to the optimizer). Here: gate_proj too, and LoRA at the target rank
   on attention and router, as for the other methods (--targets pure leaves these out).
-- Training: the paper has a linear rate with warm-up and a dropout of 0.1. Here: a constant rate and no dropout unless
+- Training: the paper has a linear rate with warm-up and a dropout of 0.1. Here: the task's rate and no dropout unless
   --recipe dr-lora asks for them, and gradients clipped to norm 1.0 (--clip).
 
 Dimensions: L layers, E experts per layer (all of them adapted), R rank of an expert, r_max reserved rank.

@@ -9,8 +9,8 @@ from lab.paper.page import Section, mean_text
 from lab.paper.params import OLMOE, size
 from lab.paper.routing import real
 from lab.paper.runs import Records
-from lab.paper.table import Scale, Table, Tune, paired
-from lab.paper.verdicts import estimate, verdict
+from lab.paper.table import Scale, Table, Tune
+from lab.paper.verdicts import estimate, paired, verdict
 from model import MoEConfig
 from recipes.methods import METHODS, Recipe
 from routing.advice import adapter_sizes, choices

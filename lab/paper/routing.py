@@ -44,6 +44,7 @@ WAYS = {  # of counting: share of the training data, --warmup of profile.py
     "LoRA warm-up, a tenth": (0.1, "lora"),
     "base model, all data": (1.0, "none"),
 }
+COLD = 0.5  # of an even share: what a cold expert receives less than
 PAPER_LAYER, PAPER_SHARE = 7, 50.0  # "more than 50 %" of layer 7's tokens reach the top 8 on GSM8K (Figure 1)
 
 
@@ -114,6 +115,7 @@ def skew(name: str, profile: RoutingProfile) -> dict:
         "layer 7": 100 * float(top[PAPER_LAYER]) if len(top) > PAPER_LAYER else None,
         "quarter least": 100 * float(quarter.min()),
         "quarter most": 100 * float(quarter.max()),
+        "cold": 100 * float((share < COLD / E).double().mean()),
         "cv": by_layer,
         "cv over global": by_layer / float(summed.std(correction=0) / summed.mean()),
         "flops saved": saved(name, profile),
@@ -149,15 +151,18 @@ def figure1(out: Path, *, may_run: bool) -> Section:
         f"{layer7:.1f} %. HELLoRA saves {flops:.1f} % of LoRA's adapter FLOPs on these counts. The abstract says "
         f"{PAPER_SAVED} %.", "",
         "CV is the standard deviation divided by the mean of the counts of a layer's experts, averaged over the "
-        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2).", "",
+        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2). Cold are the experts "
+        "of a layer that receive less than half of an even share.", "",
         *grid(
-            ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "CV", "/ global CV", "FLOPs saved"],
+            ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "cold", "CV", "/ global CV",
+             "FLOPs saved"],
             [
                 [
                     row["name"], f"{row['K']} of {row['E']}", f"{row['top']:.1f} %",
                     f"{row['least']:.1f}..{row['most']:.1f} %",
                     "-" if row["layer 7"] is None else f"{row['layer 7']:.1f} %",
-                    f"{row['quarter least']:.1f}..{row['quarter most']:.1f} %", f"{row['cv']:.2f}",
+                    f"{row['quarter least']:.1f}..{row['quarter most']:.1f} %", f"{row['cold']:.0f} %",
+                    f"{row['cv']:.2f}",
                     f"{row['cv over global']:.1f}",
                     "-" if row["flops saved"] is None else f"{row['flops saved']:.1f} %",
                 ]
@@ -258,5 +263,9 @@ def figure6(out: Path, *, may_run: bool) -> Section:
     shown += [] if mixtral else [["embedded Mixtral, tiny-math", "2 of 8", "not run", ""]]
     shown.append(["Mixtral-8x7B, GSM8K", "2 of 8", "not run", f"{100 * 2 / 8:.1f} %"])
     lines = ["![Use of the experts in other models](fig6.png)", ""]
+    lines += [
+        "The shared experts of Qwen1.5-MoE and DeepSeekMoE receive every token. The shares are of the others.",
+        "",
+    ]
     lines += grid(["", "K of E", "top K, mean of the layers", "if use were even"], shown)
     return Section("Figure 6: use of the experts in other models", lines, rows)

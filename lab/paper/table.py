@@ -12,7 +12,7 @@ from lab.paper.page import Section, mean_text, number_text
 from lab.paper.published import sieve_accuracies
 from lab.paper.runner import Needed
 from lab.paper.runs import Run, common_rate
-from lab.paper.verdicts import Estimate, estimate, verdict
+from lab.paper.verdicts import Estimate, estimate, paired, verdict
 
 Scores = Callable[[Run, str], dict | None]  # of a run on a task; None: not run
 Tune = Callable[[Run], Run | None]  # a run at the best rate of its sweep; None: the sweep is not complete
@@ -148,11 +148,6 @@ class Table:
                 by_seed = dict(list(by_seed.items())[:1])
             sides[rate] = compared(by_seed, ours[other.name][rate] if other else {})
         return Cell(row, printed, claimed, sides)
-
-
-def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
-    """Differences at the seeds that both have."""
-    return [values[seed] - others[seed] for seed in values if seed in others]
 
 
 class Side(NamedTuple):

@@ -30,6 +30,11 @@ class Estimate(NamedTuple):
     n: int
 
 
+def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences at the seeds that both have."""
+    return [values[seed] - others[seed] for seed in values if seed in others]
+
+
 def estimate(values: list[float]) -> Estimate | None:
     """mean +- t s / sqrt(n) with the 97.5th percentile t of Student's distribution; None without values."""
     if not values:

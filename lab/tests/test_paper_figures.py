@@ -59,6 +59,8 @@ def test_the_skew_of_olmoe_is_what_moe_sieve_prints(sections):
     by_layer = [statistics.pstdev(layer) / statistics.mean(layer) for layer in counts.tolist()]
     assert row["cv"] == pytest.approx(statistics.mean(by_layer))
     assert 4.0 <= round(row["cv over global"], 1) <= 4.9
+    cold = [sum(64 * count < 0.5 * sum(layer) for count in layer) / 64 for layer in counts.tolist()]
+    assert row["cold"] == pytest.approx(100 * statistics.mean(cold)) and 30 < row["cold"] < 60
     assert "do not confirm it" in " ".join(sections["fig1"].lines)  # more than 50 % in layer 7
     masses = {row["name"]: row["mean"] for row in sections["fig3"].rows if "quarter" in row}
     assert masses["OLMoE, GSM8K"] > 0.92

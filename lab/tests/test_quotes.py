@@ -8,9 +8,8 @@ import pytest
 from lab import ROOT
 from lab.paper import params, speed
 from lab.paper.published import TEXT, sieve_accuracies
-from lab.paper.table import paired
 from lab.paper.tables import MATH, TABLES
-from lab.paper.verdicts import estimate
+from lab.paper.verdicts import estimate, paired
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("results/published/*.md")]
 OF_A_PAPER = re.compile(r"\bpaper(?!s)|\bTables? [1-9]|\babstract|§")
