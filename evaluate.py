@@ -91,7 +91,7 @@ class Settings(DecodingFlags):
         None, "phrases that count as a refusal (default: lori)", choices=list(refusals.RULES)
     )
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
-    allow_code_execution: bool = flag(False, "run model-written code where there are resource limits only")
+    allow_code_execution: bool = flag(False, "run model-written code even if the sandbox only limits resources")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, 3600, above=True))
     workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
 

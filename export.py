@@ -88,7 +88,7 @@ class Settings:
     )
     compact: bool = flag(
         False,
-        "with --to peft: leave out experts without an adapter; such a file does not load in transformers 5 or vLLM",
+        "with --to peft: leave out experts without an adapter; neither PEFT on transformers 5 nor vLLM loads that",
     )
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")
 

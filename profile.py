@@ -100,7 +100,7 @@ def profile_warmup(
     afterwards. Raises RunError if loss or gradients become non-finite, and as `finish` does.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)  # constant rate, no decay, as in train.py
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     totals = torch.zeros(2, len(model.config.moe_layers), model.config.num_experts, dtype=torch.float64)
     for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0), processes):
         done = train_step(model, optimizer, [items[i] for i in chosen], micro_batch or batch, processes, clip=1.0)

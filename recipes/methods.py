@@ -54,7 +54,7 @@ class Recipe:
     lr_warmup: float | None = None  # share of the steps
 
 
-# At a constant rate the scores of an embedded task depend on the order of summation; at a falling one they do not.
+# At a constant rate the score of a seed may depend on the order of summation by ten points, at a falling one far less.
 TINY = {"epochs": 1, "fft_lr": 6e-4, "batch": 16, "fft_batch": 16, "r": 8, "alpha": 16.0}
 TINY |= {"schedule": "linear", "lr_warmup": 0.1}
 RECIPES = {
@@ -113,7 +113,7 @@ def experts_flag(text: str) -> str:
     return text
 
 
-COUNT_ON_HELP = "count on the frozen base, or while LoRA on all experts trains (the paper's warm-up)"
+COUNT_ON_HELP = "base: count with the base model; lora: while LoRA on all experts trains (the paper's warm-up)"
 
 
 def count_on_flag(text: str) -> str:

@@ -19,7 +19,10 @@ SCHEDULES = {  # how much of the rate is left once the share `done` of the steps
 
 
 def warmup_steps(warmup: int | float | None, steps: int) -> int:
-    """The steps of --lr-warmup, given as a number or as a share of the run. Raises InputError if that is all steps."""
+    """The steps of --lr-warmup, given as a number or as a share of the run, of which one step is left at least.
+
+    Raises InputError for a number that leaves none.
+    """
     count = min(math.ceil(warmup * steps), steps - 1) if isinstance(warmup, float) else warmup or 0
     if count and count >= steps:
         raise InputError(f"--lr-warmup {warmup}: {count} steps of warm-up in a run of {steps}; expected fewer")

@@ -30,7 +30,7 @@ MODEL_HELP = (
 )
 EXPERTS_HELP = f"policy: {', '.join(hellora.POLICIES)}; or a JSON file of expert lists (default: by method)"
 TARGETS_HELP = (
-    "modules beside the experts: all: attention and router; shared: these and shared experts; attention; gate: the "
+    "other modules to adapt: all: attention and router; shared: these and shared experts; attention; gate: the "
     "router; pure: none (default: all; moe-sieve shared)"
 )
 SAVE_DTYPE_HELP = "dtype of the checkpoint that --method fft writes (default: float32, in which it trains)"
@@ -38,6 +38,11 @@ K_HELP = "hot experts per layer: a number or a share (default: experts per token
 HALF = number(float, 0, 0.5, above=True)
 TASK, CHOICE, ADAPTER = {"group": "what to learn"}, {"group": "which experts"}, {"group": "what trains"}
 STEP, FOLDER, MACHINE = {"group": "optimisation"}, {"group": "run folder"}, {"group": "machine"}
+
+
+def warmup_flag(text: str) -> int | float:
+    """An argparse type: 8 steps, 0.1 of the steps, or 0 for none."""
+    return count_or_share(text) if text.strip("0.") else 0
 
 
 @dataclass(frozen=True)
@@ -75,12 +80,12 @@ class Settings:
     init_adapter: str | None = flag(None, "start from this adapter of a run or of PEFT", metavar="DIR", **ADAPTER)
     lr: float | None = flag(None, "learning rate (default: by task, below)", type=AMOUNT, **STEP)
     schedule: str | None = flag(
-        None, "learning rate after the warm-up (default: by task, below)", choices=list(SCHEDULES), **STEP
+        None, "learning rate after --lr-warmup (default: by task, below)", choices=list(SCHEDULES), **STEP
     )
     lr_warmup: int | float | None = flag(
         None,
         "steps in which the rate rises from 0, or their share; 0: none (default: by task, below)",
-        type=lambda text: 0 if text == "0" else count_or_share(text),
+        type=warmup_flag,
         **STEP,
     )
     weight_decay: float = flag(0.0, "AdamW's weight decay, on everything that trains", type=number(float, 0), **STEP)
@@ -214,7 +219,7 @@ def resolved(settings: Settings) -> Settings:
         experts=s.experts or method.experts,
         lr=s.lr or (recipe.fft_lr if full else recipe.lr),
         schedule=s.schedule or recipe.schedule,
-        lr_warmup=recipe.lr_warmup if s.lr_warmup is None else s.lr_warmup,
+        lr_warmup=(recipe.lr_warmup if s.lr_warmup is None else s.lr_warmup) or None,
         epochs=s.epochs or (None if s.steps else recipe.epochs),
         batch=s.batch or (recipe.fft_batch if full else recipe.batch),
         dtype=s.dtype or default_dtype(),

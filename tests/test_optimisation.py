@@ -1,4 +1,4 @@
-"""The settings of training that are off by default: schedules, weight decay, what is learnt, and dropout."""
+"""Settings of training that are off by default on real tasks: schedules, weight decay, what is learnt, dropout."""
 
 import json
 import shutil

@@ -55,7 +55,7 @@ class Settings:
     out: str | None = flag(None, "folder of runs and figures (default: results, or runs/SCALE)", metavar="DIR")
     json: str | None = flag(None, "where to write the rows", metavar="FILE")
     activation_checkpointing: bool = flag(False, "train with less memory: compute layers twice")
-    allow_code_execution: bool = flag(False, "run model-written code where there are resource limits only")
+    allow_code_execution: bool = flag(False, "run model-written code even if the sandbox only limits resources")
 
     @property
     def models_and_tasks(self) -> Scale:
@@ -125,19 +125,24 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
     scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
-    tables += [settings.table("table2")] if "reasons" in names else []
+    further = {"budgets": ("table2", "table9"), "reasons": ("table2",) if measures_effects(settings) else ()}
+    tables += [settings.table(each) for name in names for each in further.get(name, ())]
     to_sweep = [swept(run) for table in tables for run in table.to_sweep(scale, **settings.changes)]
     to_sweep += rate_runs(settings).values() if "rates" in names else []
     sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
     if to_sweep:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
-        cli.say(*dry_run(sweeps.missing(to_sweep), sweep_place) if to_sweep else ())
+        missing = sweeps.missing(to_sweep)
+        cli.say(*dry_run(missing, sweep_place) if to_sweep else ())
+        cli.say(*["# then the runs at the best rates, and:"] if missing else ())
     elif to_sweep and not settings.no_run:
         with alone(place.scratch):
             while not failed and (missing := sweeps.missing(to_sweep)):
                 asked += len(missing)
                 failed = make_pending(missing, sweep_place)
+    if "catcher" in names and not (settings.dry_run or settings.no_run):
+        routing.counted_after_tuning(may_run=True)  # what one of its rows is chosen by
     needed: Needed = {}
     for table in tables:
         add(needed, table.needed(scale, settings.number_of_seeds(table), sweeps.at_best, **settings.changes))
@@ -163,6 +168,11 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     return sections
 
 
+def measures_effects(settings: Settings) -> bool:
+    """Whether runs record what they did besides their score: those on embedded models and tasks."""
+    return settings.scale == "tiny" and not (settings.model or settings.data)
+
+
 def rate_runs(settings: Settings) -> dict[str, Run]:
     """The sweeps of the figure: those of Tables 2 and 9, each by the name of its first row, and one of random experts.
 
@@ -170,7 +180,7 @@ def rate_runs(settings: Settings) -> dict[str, Run]:
     """
     named: dict[Run, str] = {}
     for table in (settings.table("table2"), settings.table("table9")):
-        for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=True):
+        for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=False):  # or none at all
             named.setdefault(swept(run), row.name)
             if row.change == {"experts": "random"}:
                 named.setdefault(replace(swept(run), experts="random"), row.name)
@@ -195,7 +205,7 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
         return reasons.section(table, seeds, scale, records, sweeps.at_best, **settings.changes)
     made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
     if name == "catcher":
-        lines, rows = reasons.cost(table, scale, seeds, records)
+        lines, rows = reasons.cost(table, scale, seeds, records, **settings.changes)
         return made._replace(lines=made.lines + lines, rows=made.rows + rows)
     return made
 

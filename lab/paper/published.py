@@ -51,6 +51,7 @@ def section() -> Section:
             texts = [mean_text(each, "+.2f", "") for each in (difference, from_quarter)]
             shown.append([name, mean_text(mean), texts[0], judged, texts[1], verdict(others, None) if others else ""])
             rows.append({"study": study, "row": name, "mean": mean.mean, "difference": difference, "verdict": judged})
-        heads = ["experts", "MoE-Sieve", "difference", "verdict", "from the quarter", "verdict"]
+            rows[-1]["from_quarter"] = from_quarter
+        heads = ["experts", "MoE-Sieve", "from LoRA", "verdict", "from the quarter", "verdict"]
         lines += ["", f"{title}, accuracy in %", "", *grid(heads, shown)]
     return Section("MoE-Sieve: all its choices of experts, at full size", lines, rows)

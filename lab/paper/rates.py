@@ -140,6 +140,6 @@ class Sweeps:
 
 
 NOTE = (
-    "Accuracy on 500 validation problems of tiny-math in %, the mean of two seeds that no table has, at learning rates "
+    "Accuracy on 500 validation problems of tiny-math in %, the mean of two seeds unused in tables, at learning rates "
     "that double. The best of each row is bold. A sweep goes on while its best rate is at an end."
 )

@@ -50,6 +50,7 @@ def forgotten(text_loss: dict[str, dict[str, float]]) -> float:
 def section(table: Table, seeds: int, scale: Scale, records: Records, tune: Tune, **changes) -> Section:
     """The measures of a table's methods, task by task, and what double sparsity saves."""
     lines, rows = measured(table, seeds, scale, records, tune, **changes)
+    lines = lines or ["", "not run"]
     saved = sparsity()
     heads = ["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"]
     cells = [
@@ -78,9 +79,9 @@ def measured(
         values = {name: by_measure for name, by_measure in values.items() if by_measure[CLAIMED[0]]}
         rate = "each row at its best learning rate" if column.tuned else column.note
         title = f"{getattr(scale, column.task)}{rate and f', {rate}'}"
-        lines += ["", f"{title}{'' if values else ': not run'}"]
-        if values:
-            lines += ["", *grid(["method", *MEASURES], shown(values))]
+        if not values:  # older runs have not been measured
+            continue
+        lines += ["", title, "", *grid(["method", *MEASURES], shown(values))]
         if "LoRA" in values and len(values) > 1:
             lines += ["", f"{title}: difference from LoRA", "", *grid(["method", *heads()], compared(values))]
         rows += [
@@ -145,13 +146,13 @@ def sparsity() -> list[dict]:
 PAPER_COST, PAPER_NET = 16, 1.62  # % of a run that the warm-up adds; times LoRA's throughput after it (§4.4)
 
 
-def cost(table: Table, scale: Scale, seeds: int, records: Records) -> tuple[list[str], list[dict]]:
+def cost(table: Table, scale: Scale, seeds: int, records: Records, **changes) -> tuple[list[str], list[dict]]:
     """What each way of counting adds to the training, in % of it.  -> lines, rows"""
     column, shown, rows = table.columns[0], [], []
     for row in table.rows:
         added = []
         for seed in range(seeds):
-            run = table.run(row, column, scale, seed)
+            run = table.run(row, column, scale, seed, **changes)
             _, record = records.find(run) or (None, {})
             if "seconds_profile" in record and "profile" not in row.change:
                 counting = record["seconds_profile"]

@@ -74,18 +74,23 @@ def counted(out: Path, model: str, task: str, sample: float, warmup: str, *, may
     with tempfile.TemporaryDirectory() as scratch:
         if warmup == "tuned":
             name, run, merged = f"{model} after LoRA on {task}", f"{scratch}/run", f"{scratch}/merged"
-            call("train.py", "--model", model, "--task", task, "--method", "lora", "--out", run)
+            call("train.py", *Run(task, "lora", model=model).train_flags(run))
             call("export.py", run, "--to", "merged", "--out", merged)
             model, warmup = merged, "none"
-        flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "out": file}
+        flags = {"model": model, "task": task, "sample": sample, "warmup": warmup, "dtype": "float32", "out": file}
         call("profile.py", *(part for flag, value in flags.items() for part in (f"--{flag}", str(value))))
     write_text(file, json.dumps(read_json(file) | {"model": name, "made_from": origin}) + "\n")
     return load_profile(file)
 
 
+def counted_after_tuning(*, may_run: bool) -> RoutingProfile | None:
+    """The counts on tiny-math after LoRA fine-tuning, which a row of the catcher's table uses (tables.TUNED)."""
+    return counted(ROOT / "results", "tiny", "tiny-math", 1.0, "tuned", may_run=may_run)
+
+
 def made_from(model: str, task: str, warmup: str) -> dict:
-    """What decides counts: the weights, the data, and where LoRA is trained before or meanwhile its settings."""
-    content = {"weights": model_content(model)["weights"], "data": data.digest(data.load_examples(task, "train"))}
+    """What decides counts: the model, the data, and where LoRA is trained before or meanwhile its settings."""
+    content = model_content(model) | {"data": data.digest(data.load_examples(task, "train"))}
     return content if warmup == "none" else content | decisive_settings(Run(task, "lora", model=model))
 
 
@@ -217,7 +222,7 @@ def figure3(out: Path, *, may_run: bool) -> Section:
     lines = [
         "![Overlap of hot sets](fig3.png)", "",
         "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
-        "with its real ones, those of the model after LoRA fine-tuning, on all training data. The last row of each "
+        "with those after LoRA fine-tuning, counted on all training data. The last row of each "
         "task compares the base model's on a tenth of the data with those on all of it.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [*printed, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",

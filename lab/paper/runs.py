@@ -131,7 +131,8 @@ def decisive_settings(run: Run) -> dict:
     if run.method == "base":
         return {}
     settings = asdict(parse_settings(run.train_flags("unused")))
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE and value is not None}
+    by_content = {"train_data"}  # see `Records.content`
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE | by_content}
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,14 @@ class Table:
     def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
         """The run whose result stands in a cell, for one seed, at the common rate. The base model has no seed."""
         fields = self.change | column.change | row.change | changes
+        task, model = getattr(scale, fields.pop("task", column.task)), getattr(scale, self.model)
+        if row.method == "base":
+            return Run(task, "base", model=model)
         if row.method == "fft" and "lr" in fields:
-            fields["lr"] /= 10  # full fine-tuning has a tenth of the adapters' rate, as in Table 1
-        task = getattr(scale, fields.pop("task", column.task))
+            fields["lr"] = round(fields["lr"] / 10, 9)  # a tenth of the adapters' rate, as in Table 1
         counted = fields.pop("count_on", scale.count_on if row.method.startswith("hellor") else "base")
         fields["count_on"] = None if counted == "base" else counted  # train.py's default
-        return Run(task, row.method, 0 if row.method == "base" else seed, getattr(scale, self.model), **fields)
+        return Run(task, row.method, seed, model, **fields)
 
     def runs(self, row: Row, column: Column, scale: Scale, seed: int, tune: Tune, **changes) -> dict[str, Run | None]:
         """The runs of a cell for one seed: at the best rate, where the column asks for it, and at the common one."""

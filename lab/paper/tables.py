@@ -6,11 +6,11 @@ MATH = Column("GSM8K", "math", "accuracy", tuned=True)
 CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}") for k in (1, 5, 10))
 SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate")
 OVER_REFUSAL = Column("Refusals of harmless requests", "safety", "over-refusal, lori")
-CONSTANT = {"change": {"schedule": "constant", "lr": 3e-3, "lr_warmup": 0}, "note": "at a constant rate of 3e-3"}
+CONSTANT = {"change": {"schedule": "constant", "lr": 3e-3, "lr_warmup": 0}, "note": "at a constant rate"}
 
 
 def constant(*columns: Column) -> tuple[Column, ...]:
-    """Columns of runs at one constant rate, as in the paper."""
+    """Columns of runs at one constant rate, 3e-3 (full fine-tuning: 3e-4), as in LoRI's code."""
     return tuple(column._replace(tuned=False, **CONSTANT) for column in columns)
 
 
@@ -105,7 +105,7 @@ PLACEMENT = Table(
 ROUTER = Table(
     "The router's part (section 4.5.2), OLMoE-1B-7B",
     columns=constant(*ALL),
-    notes=("_pure: hot experts alone. _gate: also the router. The text says that this recovers part of the loss.",),
+    notes=("_pure: hot experts alone. _gate: also the router. The paper says that this regains some of the score.",),
     rows=tuple(
         row._replace(against=row.name.replace("_gate", "_pure") if "_gate" in row.name else None)
         for row in PLACEMENT.rows
@@ -160,7 +160,7 @@ ONE_BUDGET = Table(
         "2 k hottest at rank r / 2. Attention and router have rank 8 in each row but one: DR-LoRA starts experts at "
         "half of their rank, so 2 is the least it can have. Its experts have twice the parameters of the 8 hottest at "
         "rank 8, its attention and router a quarter. Two experts at rank 8 would be rank 1/4 on all: the flattest "
-        "whole rank is 1, on 16.",
+        "whole rank is 1, on 16. Random and cold experts have the best rate of the hot ones.",
     ),
     rows=(
         Row(K8, "hellora"),
