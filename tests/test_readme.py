@@ -168,20 +168,25 @@ def test_the_scores_in_the_readme_agree_with_their_counts():
         assert [f"{exact[key]:.3f}" for key in ("rate", "low", "high")] == [accuracy, low, high]
 
 
-def finished(task: str, method: str, seed: int = 0) -> tuple[dict, dict]:
-    """The record of a finished run of the tables, and its scores on its own task."""
-    (path,) = (ROOT / "results/runs").glob(f"{task}-{method}-seed{seed}-????????.json")
+def finished(task: str, method: str, seed: int = 0, flags: str = "") -> tuple[dict, dict]:
+    """The record of a finished run of the tables, and its scores on its own task. flags: as in the file's name."""
+    (path,) = (ROOT / "results/runs").glob(f"{task}-{method}{flags}-seed{seed}-????????.json")
     record = json.loads(path.read_text())
     return record, record["scores"][task]
 
 
 def test_the_table_of_methods_is_that_of_the_finished_runs():
-    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\| ([\d,]+) \| ([\d.]+ ± [\d.]+) % \|$", README, re.M)
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.e-]+) \|[^|]*\| ([\d,]+) \| ([\d.]+ ± [\d.]+) % \|$", README, re.M)
     assert {"fft", "lora", "lora-flat", "hellora", "moe-sieve"} <= {method for method, *_ in rows}
-    for method, *stated in rows:
-        records, scores = zip(*(finished("tiny-math", method, seed) for seed in range(5)), strict=True)
+    for method, lr, *stated in rows:
+        recipe = RECIPES["tiny-math"]
+        common = recipe.fft_lr if method == "fft" else recipe.lr
+        flags = "" if float(lr) == common else f"-lr{float(lr):g}"
+        records, scores = zip(*(finished("tiny-math", method, seed, flags) for seed in range(5)), strict=True)
         accuracy = estimate([100 * score["accuracy"] for score in scores])
         assert stated == [f"{records[0]['trainable']:,}", f"{accuracy.mean:.1f} ± {accuracy.half:.1f}"], method
+        at_best = rf"\| *{float(lr):g} \| *{re.escape(stated[1])} \("  # where the page of results has the best rate
+        assert re.search(at_best, PAGES["results/README.md"]), method
 
 
 def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
@@ -192,7 +197,7 @@ def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
     for task, what, *columns in rows:
         for method, column in zip(("lora", "hellora"), columns, strict=True):
             for seed, stated in enumerate(re.findall(r"[\d.]+ %", column)):
-                _, found = finished(task, method, seed)
+                _, found = finished(task, method, seed, "" if task == "tiny-math" else "-constant-lr0.003")
                 share = found[keys[what]] if what in keys else found["rates"]["over-refusal, lori"]
                 assert stated == f"{100 * share:.1f} %", (task, method, seed)
 
