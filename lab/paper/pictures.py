@@ -126,20 +126,22 @@ def draw_differences(rows: list[dict], margin: float, title: str, path: Path) ->
     figure.savefig(path)
 
 
-def draw_rates(curves: dict[str, dict[float, float]], title: str, path: Path) -> None:
-    """Score against learning rate, a line per method, its best marked.  curves: name -> rate -> score in %"""
-    figure, (axes,) = new_figure(title, 5)
-    for i, (name, curve) in enumerate(curves.items()):
-        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
-        axes.plot(list(curve), list(curve.values()), color=color, linestyle=style, marker=".", label=name)
-        best = max(curve, key=curve.get)
-        axes.plot(best, curve[best], "o", color=color, markersize=8)
-    axes.set_xscale("log", base=2)
-    rates = sorted({rate for curve in curves.values() for rate in curve})
-    axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
-    axes.minorticks_off()
-    axes.set(xlabel="learning rate (large mark: the best)", ylabel="score in %", ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(1, 0))
+def draw_rates(panels: dict[str, dict[str, dict[float, float]]], title: str, path: Path) -> None:
+    """Score against learning rate, a line per method, its best marked.  panels: title -> name -> rate -> score in %"""
+    figure, all_axes = new_figure(title, 5, panels=len(panels))
+    for axes, (part, curves) in zip(all_axes, panels.items(), strict=True):
+        for i, (name, curve) in enumerate(curves.items()):
+            color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+            axes.plot(list(curve), list(curve.values()), color=color, linestyle=style, marker=".", label=name)
+            best = max(curve, key=curve.get)
+            axes.plot(best, curve[best], "o", color=color, markersize=8)
+        axes.set_xscale("log", base=2)
+        rates = sorted({rate for curve in curves.values() for rate in curve})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
+        axes.minorticks_off()
+        axes.set(title=part, xlabel="learning rate (large mark: the best)", ylim=(0, None))
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    all_axes[0].set(ylabel="score in %")
     figure.savefig(path)
 
 

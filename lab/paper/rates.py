@@ -22,6 +22,7 @@ from lab.paper.page import Section
 from lab.paper.pictures import draw_rates
 from lab.paper.runner import Needed
 from lab.paper.runs import Records, Run, common_rate
+from recipes.methods import METHODS
 from tiny import tasks
 
 MAIN = "tiny-math"  # whose sweeps begin with GRID rates; those of other tasks with three, around the best rate here
@@ -134,12 +135,19 @@ class Sweeps:
         title = "Score against learning rate"
         lines = ["No sweep is complete yet."]
         if curves:
-            draw_rates(curves, f"{title}, validation problems of tiny-math", out / "rates.png")
+            adapters = {name: curve for name, curve in curves.items() if METHODS[runs[name].method].experts}
+            kinds = {name: METHODS[runs[name].method].kind == "lori" for name in adapters}
+            panels = {
+                part: {name: curve for name, curve in adapters.items() if kinds[name] == frozen}
+                for part, frozen in (("A trains", False), ("A is frozen", True))
+            }
+            draw_rates(panels, f"{title}, validation problems of tiny-math", out / "rates.png")
             lines = [NOTE, "", f"![{title}](rates.png)", "", *grid(["method", *(f"{lr:g}" for lr in rates)], rows)]
         return Section(title, lines, [{"method": name, "scores": curve} for name, curve in curves.items()])
 
 
 NOTE = (
     "Accuracy on 500 validation problems of tiny-math in %, the mean of two seeds unused in tables, at learning rates "
-    "that double. The best of each row is bold. A sweep goes on while its best rate is at an end."
+    "that double. The best of each row is bold. A sweep goes on while its best rate is at an end. The picture leaves "
+    "out full fine-tuning, whose rates are far smaller."
 )
