@@ -138,7 +138,9 @@ class Table:
     def cell(self, row: Row, place: int, ours: dict[str, dict[str, dict[int, float]]]) -> "Cell":
         """The numbers of a row in the column at `place`.  ours: of each row, by rate and by seed"""
         other = next((each for each in self.rows if each.name == row.against), None)
-        theirs = sieve_accuracies() if self.model == "olmoe" and self.columns[place].title == "GSM8K" else {}
+        column = self.columns[place]
+        theirs = sieve_accuracies() if self.model == "olmoe" and column.title == "GSM8K" else {}
+        place = [each.metric for each in self.columns].index(column.metric)  # the paper has each metric once
         printed, reference = (each.paper[place] if each and place < len(each.paper) else None for each in (row, other))
         claimed = None if None in (printed, reference) else printed - reference
         claimed = row.claims[place] if place < len(row.claims) else claimed

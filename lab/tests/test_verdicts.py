@@ -188,3 +188,12 @@ def test_every_row_is_compared_with_a_row_of_its_table_and_with_a_choice_of_the_
         assert {row.against for row in table.rows} - {None} <= set(names)
         assert {row.sieve for row in table.rows} - {None} <= sieve_accuracies().keys()
         assert all(len(row.paper) <= len(table.columns) for row in table.rows)
+
+
+@pytest.mark.parametrize("name", ["table2", "hellori"])
+def test_the_scores_at_one_rate_stand_beside_the_same_values_of_the_paper(name):
+    rows = tables.TABLES[name].section(SCALES["tiny"], 1, lambda run, task: None, untuned).rows
+    best, one = ({row["row"]: (row["paper"], row["paper_difference"]) for row in rows if row["column"] == column}
+                 for column in ("GSM8K", "GSM8K, one rate"))  # fmt: skip
+    assert best == one and any(paper for paper, _ in best.values())
+    assert not any(row["tuned"] or row["sieve"]["n"] for row in rows if row["column"] == "GSM8K, one rate")
