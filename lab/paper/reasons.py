@@ -66,7 +66,7 @@ def measured(
 ) -> tuple[list[str], list[dict]]:
     """The measures of every method of a table, task by task.  -> lines, rows"""
     lines, rows = [], []
-    for column in {column.task: column for column in table.columns}.values():
+    for column in {column.task: column for column in reversed(table.columns)}.values():  # the first of each task
         values = {}
         for row in (row for row in table.rows if row.method != "base"):
             done: dict[int, dict] = {}
