@@ -18,6 +18,7 @@ from machine.processes import ALONE
 from model import load_model, read_config
 from run import adapters
 from run.schedule import SCHEDULES, rate, warmup_steps
+from run.settings import parse_settings
 from training_step import global_step
 
 STEPS, BATCH = 6, 3
@@ -93,3 +94,30 @@ def test_a_run_goes_on_only_under_the_schedule_and_for_the_steps_it_began_with(b
         train.main([*given, "--schedule", "cosine", "--resume"])
     with pytest.raises(InputError, match="saved with steps 6, now it is 8"):
         train.main([*given, "--steps", "8", "--resume"])
+
+
+@pytest.mark.parametrize("task", ["tiny-math", "tiny-code", "tiny-safety"])
+def test_the_rate_of_an_embedded_task_falls_after_a_warm_up_unless_flags_say_otherwise(task):
+    settings = parse_settings(["--task", task])
+    assert (settings.lr, settings.schedule, settings.lr_warmup) == (6e-3, "linear", 0.1)
+    for none in ("0", "0.0", "0."):
+        settings = parse_settings(["--task", task, "--schedule", "constant", "--lr-warmup", none])
+        assert (settings.schedule, settings.lr_warmup) == ("constant", None)
+    assert parse_settings(["--task", task, "--lr-warmup", "20"]).lr_warmup == 20
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "codealpaca", "saferpaca", "own"])
+def test_the_rate_of_other_tasks_is_constant(task):
+    settings = parse_settings(["--task", task, "--train-data", "rows.jsonl"])
+    assert (settings.schedule, settings.lr_warmup) == ("constant", None)
+
+
+def test_a_share_of_the_steps_leaves_one_step_after_the_warm_up_and_a_number_must():
+    assert [warmup_steps(share, steps) for share, steps in ((0.1, 1), (0.9, 2), (0.99, 10), (0.1, 125))] == [
+        0,
+        1,
+        9,
+        13,
+    ]
+    with pytest.raises(InputError, match="--lr-warmup 3: 3 steps of warm-up in a run of 3"):
+        warmup_steps(3, 3)

@@ -41,6 +41,7 @@ def test_a_recipe_is_accepted_for_every_task_of_its_benchmark_and_as_a_file(reci
     for task in tasks:
         named = parse_settings(["--recipe", recipe, "--task", task, "--lr", "0.125"])
         assert named.method == recipe
+        assert named.lr_warmup == PUBLISHED.get((recipe, "gsm8k"), {}).get("lr_warmup")  # not the embedded task's
         assert parse_settings(["--task", task, f"@{FILES[recipe, benchmark]}", "--lr", "0.125"]) == replace(
             named, recipe=None
         )

@@ -3,12 +3,14 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
 from lab.benchmarks import step
 from lab.paper import command as reproduce
-from lab.paper import routing, speed
+from lab.paper import routing, runs, speed
+from recipes import methods
 
 OUT = ("fig1", "fig3", "fig4", "fig5", "fig6")
 
@@ -97,3 +99,26 @@ def test_table_7_has_the_speed_of_every_k_beside_that_of_8(sections):
 
 def test_one_command_measures_every_row_that_the_page_prints():
     assert {*speed.OURS, *map(speed.named_k, speed.BY_NUMBER)} == {*step.EVERY}
+
+
+def test_counts_of_a_warm_up_are_not_used_after_its_settings_changed(tmp_path, monkeypatch):
+    file = tmp_path / "profiles/tiny-tiny-math-0.1-lora.json"
+    file.parent.mkdir()
+    kept = json.loads((routing.ROOT / "results/profiles" / file.name).read_text())
+
+    def found() -> bool:
+        runs.decisive_settings.cache_clear()
+        return routing.counted(tmp_path, "tiny", "tiny-math", 0.1, "lora", may_run=False) is not None
+
+    for other in ({"data": "another"}, {"weights": "other"}, {"lr": 3e-3}, {"schedule": "constant"}):
+        file.write_text(json.dumps(kept | {"made_from": kept["made_from"] | other}))
+        assert not found()
+    file.write_text(json.dumps({name: value for name, value in kept.items() if name != "made_from"}))
+    assert not found()
+    file.write_text(json.dumps(kept))
+    assert found()
+    recipe = replace(methods.RECIPES["tiny-math"], lr=0.5)
+    monkeypatch.setitem(methods.RECIPES, "tiny-math", recipe)
+    assert not found()
+    monkeypatch.undo()
+    runs.decisive_settings.cache_clear()
