@@ -1,6 +1,7 @@
 """Sweeps over learning rates: validation problems that nothing else uses, the rate that scores best, Table 9."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import hellora
 import reproduce
 from command.cli import InputError
 from hub.checkpoint import resolve
+from lab import ROOT
 from lab.paper import budget
 from lab.paper.page import Section
 from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, swept, validation_score, write_validation
@@ -199,6 +201,14 @@ def test_what_rests_on_sweeps_says_so_where_there_are_none(name, flags, tmp_path
     reproduce.main([name, "--no-run", "--out", str(tmp_path / "out"), *flags])
     text = capsys.readouterr().out
     assert "not run" in text or "No sweep is complete yet" in text or "No run is finished yet" in text
+
+
+def test_committed_sweeps_are_read_in_a_new_clone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where the validation problems have not been written yet
+    for name in ("sweeps", "runs"):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "out" / name)
+    reproduce.main(["budgets", "--no-run", "--out", str(tmp_path / "out")])
+    assert "| LoRA " in capsys.readouterr().out
 
 
 def test_the_base_model_is_one_run_whatever_the_rate_of_a_table():
