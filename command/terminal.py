@@ -29,6 +29,8 @@ def converse(answer: Answer, reset: Callable[[], None]) -> None:
             line = input("> ")
             if line.strip() == "/reset":
                 reset()
+            elif line.startswith("/") and len(line.split()) == 1:
+                note(f"{line.strip()} is no command; there is /reset")
             elif line.strip():
                 show(answer(line))
         except EOFError:

@@ -28,7 +28,7 @@ def lora_gate_up(
     A = torch.cat((A_gate, A_up), dim=1)  # [n, 2r, D]: both multiply the same rows
     B = torch.cat((F.pad(B_gate.mT, (0, F_)), F.pad(B_up.mT, (F_, 0))), dim=1)  # [n, 2r, 2F], block-diagonal
     # The gathered rows [R, D] get no name, which would keep them until the end.
-    return lora_grouped_linear(
+    return lora_recomputing(
         x.index_select(0, token), W, A, B, offsets, num_rows, dropout, gathered, x.detach(), token[:num_rows]
     )
 
@@ -45,7 +45,7 @@ def lora_down(
     A, B = down
     sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
     hidden = weighted_swiglu(gate_up, weight)  # [R, F]
-    return lora_grouped_linear(hidden, W, A, B.mT.contiguous(), offsets, num_rows, dropout, activated, *sources)
+    return lora_recomputing(hidden, W, A, B.mT.contiguous(), offsets, num_rows, dropout, activated, *sources)
 
 
 def activated(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -53,12 +53,13 @@ def activated(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
     return weighted_swiglu(gate_up[rows], weight[rows])
 
 
-def lora_grouped_linear(
+def lora_recomputing(
     x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int,
     dropout: float, recompute: Callable[..., Tensor], *sources: Tensor,
 ) -> Tensor:  # fmt: skip
     """W_g x by group, plus B_g A_g dropout(x) in the first n groups.  x [R, in], W [G, out, in] -> [R, out]
 
+    The same as lora.lora_grouped_linear with one pair, but what x was made from is kept in the place of x.
     A [n, r, in] and B [n, r, out]: transposed, since its gradient is then a product with the short side first, which is
     several times faster. num_rows: H. recompute(rows, *sources): a slice of the first H rows of x again.
     """
@@ -78,7 +79,7 @@ def lora_grouped_linear(
 
 
 class LoRAByKernel(torch.autograd.Function):
-    """`lora_grouped_linear` with W frozen, each product by one kernel for all groups: on a GPU."""
+    """`lora_recomputing` with W frozen, each product by one kernel for all groups: on a GPU."""
 
     @staticmethod
     def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
@@ -104,7 +105,7 @@ class LoRAByKernel(torch.autograd.Function):
 
 
 class LoRAByLoop(torch.autograd.Function):
-    """`lora_grouped_linear` with W frozen, one group after the other: on a CPU.
+    """`lora_recomputing` with W frozen, one group after the other: on a CPU.
 
     All work of a group is done while its rows are in the cache: fetching them takes longer than multiplying them by a
     low rank.

@@ -74,7 +74,9 @@ def prompt(argv: list[str]) -> Tensor:
 
 
 def text_of(prompt: str) -> str:
-    """The text itself, or what the file of that name holds."""
+    """The text itself, or what the file of that name holds. Raises InputError for NAME.txt that is not there."""
+    if prompt.endswith(".txt") and not Path(prompt).is_file():
+        raise InputError(f"--prompt {prompt}: no such file; give a text, or the name of a file that holds one")
     try:
         return Path(prompt).read_text(encoding="utf-8") if Path(prompt).is_file() else prompt
     except (OSError, UnicodeDecodeError) as error:

@@ -25,7 +25,7 @@ from hub.weights import init_weights
 from lab.benchmarks.measure import allocated_peak, saved_bytes
 from model import MoEConfig, MoETransformer, load_model
 from ops.experts import whole_tiles
-from ops.lora import lora_grouped_linear
+from ops.lora import lora_recomputing
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [3, 0, 5, 1, 2]  # rows of each of G = 5 groups, of which the first n are hot
@@ -188,7 +188,7 @@ def test_adapted_groups_have_the_gradients_of_the_plain_formula_also_without_row
     upstream, num_rows = draw(sum(counts), fan_out, dtype=dtype).detach(), sum(counts[:n])
     recompute = lambda rows, source: source[rows].tanh()  # noqa: E731
     made_by = (recompute, source[:num_rows].detach())
-    y = lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, 0.0, *made_by)
+    y = lora_recomputing(source.tanh(), W, A, B, ends(counts), num_rows, 0.0, *made_by)
     want = torch.cat(
         [x @ (W[g] + B[g].T @ A[g] if g < n else W[g]).T for g, x in enumerate(source.tanh().split(counts))]
     )
@@ -256,7 +256,7 @@ def test_rows_and_gradients_need_not_lie_side_by_side_in_memory(monkeypatch, way
         x, offsets = x.requires_grad_(), ends(COUNTS)
         if adapted:
             made_by = (lambda rows, source: source[rows].contiguous(), x.detach()[:num_rows])
-            y, leaves = lora_grouped_linear(x, W.detach(), A, B, offsets, num_rows, 0.0, *made_by), (x, A, B)
+            y, leaves = lora_recomputing(x, W.detach(), A, B, offsets, num_rows, 0.0, *made_by), (x, A, B)
         else:
             y, leaves = ops.grouped_linear(x, W, offsets), (x, W)
         results.append((y, *torch.autograd.grad(y, leaves, upstream)))
@@ -276,7 +276,7 @@ def test_products_in_bfloat16_take_whole_tiles_of_rows_and_give_what_the_groups_
     made_by = (lambda rows, source: source[rows].tanh(), source[:num_rows].detach())
 
     def results() -> tuple[torch.Tensor, ...]:
-        y = lora_grouped_linear(source.tanh(), W, A, B, ends(counts), num_rows, 0.0, *made_by)
+        y = lora_recomputing(source.tanh(), W, A, B, ends(counts), num_rows, 0.0, *made_by)
         return y, *torch.autograd.grad(y, (source, A, B), upstream)
 
     whole_tiles, products = results(), len(sizes)
@@ -301,7 +301,7 @@ def test_a_tile_has_at_most_an_eighth_of_many_rows_and_there_are_few_sizes():
 def test_no_gradient_is_computed_for_an_input_that_nothing_trained_made():
     """As in the first layer, where the products with frozen weights are as large as those of the forward pass."""
     x, W, A, B = draw(11, 7).detach(), draw(5, 6, 7).detach(), draw(3, 2, 7), draw(3, 2, 6)
-    y = lora_grouped_linear(x, W, A, B, ends(COUNTS), 8, 0.0, lambda rows, x: x[rows], x[:8])
+    y = lora_recomputing(x, W, A, B, ends(COUNTS), 8, 0.0, lambda rows, x: x[rows], x[:8])
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * 8 * 2 * (6 + 7 + 6)  # B's input, A, B

@@ -26,10 +26,11 @@ from recipes.methods import METHODS
 from tiny import tasks
 
 MAIN = "tiny-math"  # whose sweeps begin with GRID rates; those of other tasks with three, around the best rate here
+MAIN_MODEL = {"tiny-mixtral": "tiny"}  # likewise, for sweeps of tiny-mixtral
 GRID = 5  # rates of a sweep, each twice the one before
 SMALLEST = {"fft": 1.5e-4}  # the first of them
 SMALLEST_OF_ADAPTERS = 3e-3
-SEEDS = {"tiny-math": (100, 101), "tiny-code": (100,), "tiny-safety": (100,)}  # no table has them
+SEEDS = (100, 101)  # no table has them; sweeps on other tasks and models have the first alone
 PROBLEMS = {
     "tiny-math": lambda: tasks.math_rows(700, "test", seed=1),
     "tiny-code": lambda: tasks.code_problems(240, seed=1),
@@ -61,6 +62,11 @@ def swept(run: Run) -> Run:
     return replace(run, seed=0, lr=None, experts=None, targets=None, count_on=None, sample=None, profile=None)
 
 
+def on_main(run: Run) -> Run:
+    """The same run on the main task and model."""
+    return replace(run, task=MAIN, model=MAIN_MODEL.get(run.model, run.model))
+
+
 @dataclass(frozen=True)
 class Sweeps:
     """The sweeps that have been made, as records of runs that are scored on validation problems."""
@@ -69,7 +75,7 @@ class Sweeps:
 
     def runs(self, run: Run, lr: float) -> list[Run]:
         """The runs of a sweep at one rate, a seed each."""
-        return [replace(run, lr=lr, seed=seed) for seed in SEEDS[run.task]]
+        return [replace(run, lr=lr, seed=seed) for seed in (SEEDS if run == on_main(run) else SEEDS[:1])]
 
     def score(self, run: Run, lr: float) -> float | None:
         """The mean validation score at a rate; None if a run has yet to be made."""
@@ -77,10 +83,10 @@ class Sweeps:
         return None if None in scores else mean(validation_score(run.task, score) for score in scores)
 
     def first_rates(self, run: Run) -> list[float]:
-        """The rates that a sweep begins with; none while the sweep on the main task lacks runs."""
-        if run.task == MAIN:
+        """The rates that a sweep begins with; none while the sweep on the main task and model lacks runs."""
+        if run == on_main(run):
             return [SMALLEST.get(run.method, SMALLEST_OF_ADAPTERS) * 2**i for i in range(GRID)]
-        best = self.best(replace(run, task=MAIN))
+        best = self.best(on_main(run))
         return [best / 2, best, 2 * best] if best else []
 
     def curve(self, run: Run) -> dict[float, float | None]:
@@ -102,7 +108,7 @@ class Sweeps:
         """
         asked = dict.fromkeys(run for run in runs if run.method != "base")
         needed: Needed = {}
-        for run in (*(replace(each, task=MAIN) for each in asked), *asked):
+        for run in (*map(on_main, asked), *asked):
             for lr in (lr for lr, score in self.curve(run).items() if score is None):
                 lacking = (each for each in self.runs(run, lr) if not self.records.scores(each, run.task))
                 needed |= {each: {run.task} for each in lacking}

@@ -35,7 +35,7 @@ class MadeUp:
         if self.known is not None and run.lr not in self.known:
             return None
         far = max(run.lr / self.best, self.best / run.lr)
-        score = 0.5 / far + 0.01 * (run.seed == SEEDS[task][0])
+        score = 0.5 / far + 0.01 * (run.seed == SEEDS[0])
         return {"accuracy": score, "pass@1": score, "rates": {}}
 
 
@@ -66,19 +66,21 @@ def test_a_sweep_whose_best_rate_is_at_an_end_goes_on(best):
     grid, beyond = {3e-3 * 2**i for i in range(5)}, 1.5e-3 if best < 3e-3 else 0.096
     unfinished = Sweeps(MadeUp(best, grid))
     assert unfinished.at_best(RUN) is None
-    assert {(run.lr, run.seed) for run in unfinished.missing([RUN])} == {(beyond, s) for s in SEEDS["tiny-math"]}
+    assert {(run.lr, run.seed) for run in unfinished.missing([RUN])} == {(beyond, s) for s in SEEDS}
     sweeps = Sweeps(MadeUp(best))
     assert sweeps.at_best(RUN).lr == pytest.approx(best)
     rates = list(sweeps.curve(RUN))
     assert rates == sorted(rates) and best not in (rates[0], rates[-1])
 
 
-def test_other_tasks_try_the_rates_around_the_best_on_math():
-    of_code = replace(RUN, task="tiny-code")
-    assert list(Sweeps(MadeUp(best=1.2e-2)).curve(of_code)) == [6e-3, 1.2e-2, 2.4e-2]
+@pytest.mark.parametrize("elsewhere", [{"task": "tiny-code"}, {"model": "tiny-mixtral"}])
+def test_other_tasks_and_models_try_the_rates_around_the_best_on_math_with_one_seed(elsewhere):
+    run = replace(RUN, **elsewhere)
+    assert list(Sweeps(MadeUp(best=1.2e-2)).curve(run)) == [6e-3, 1.2e-2, 2.4e-2]
+    assert [each.seed for each in Sweeps(MadeUp()).runs(run, 6e-3)] == [SEEDS[0]]
     unfinished = Sweeps(MadeUp(known={3e-3}))
-    assert unfinished.at_best(of_code) is None
-    assert {run.task for run in unfinished.missing([of_code])} == {"tiny-math"}
+    assert unfinished.at_best(run) is None
+    assert {(each.task, each.model) for each in unfinished.missing([run])} == {("tiny-math", "tiny")}
 
 
 def test_a_sweep_in_which_no_rate_is_better_than_the_others_ends():
@@ -93,8 +95,8 @@ def test_a_sweep_in_which_no_rate_is_better_than_the_others_ends():
 def test_placements_of_one_method_share_a_sweep_and_budgets_do_not():
     sweeps = Sweeps(MadeUp(known=set()))
     placed = [replace(RUN, experts=experts, seed=3) for experts in (None, "random", "cold")]
-    assert len(sweeps.missing(map(swept, placed))) == 5 * len(SEEDS["tiny-math"])
-    assert len(sweeps.missing([RUN, replace(RUN, k=8), replace(RUN, expert_rank=2)])) == 15 * len(SEEDS["tiny-math"])
+    assert len(sweeps.missing(map(swept, placed))) == 5 * len(SEEDS)
+    assert len(sweeps.missing([RUN, replace(RUN, k=8), replace(RUN, expert_rank=2)])) == 15 * len(SEEDS)
     assert sweeps.missing([Run("tiny-math", "base")]) == {}
 
 
