@@ -109,7 +109,8 @@ def skew(name: str, profile: RoutingProfile) -> dict:
     counts, K, E = profile.counts, profile.num_experts_per_tok, profile.counts.shape[1]
     top, quarter, share = top_share(counts, K), top_share(counts, E // 4), shares(counts)
     by_layer = float((share.std(-1, correction=0) / share.mean(-1)).mean())
-    summed = share.sum(0)
+    summed, config = share.sum(0), config_of(name)
+    shared = config.shared_intermediate_size / config.intermediate_size if config else 0  # as so many routed experts
     return {
         "name": name,
         "K": K,
@@ -118,8 +119,10 @@ def skew(name: str, profile: RoutingProfile) -> dict:
         "least": 100 * float(top.min()),
         "most": 100 * float(top.max()),
         "layer 7": 100 * float(top[PAPER_LAYER]) if len(top) > PAPER_LAYER else None,
+        "quarter": 100 * float(quarter.mean()),
         "quarter least": 100 * float(quarter.min()),
         "quarter most": 100 * float(quarter.max()),
+        "with shared": 100 * (shared + K * float(quarter.mean())) / (shared + K),
         "cold": 100 * float((share < COLD / E).double().mean()),
         "cv": by_layer,
         "cv over global": by_layer / float(summed.std(correction=0) / summed.mean()),
@@ -127,12 +130,17 @@ def skew(name: str, profile: RoutingProfile) -> dict:
     }
 
 
+def config_of(name: str) -> MoEConfig | None:
+    """The config of the model that a profile's name begins with. None for a model without a preset."""
+    preset = next((preset for key, preset in PRESET_OF.items() if name.lower().startswith(key)), None)
+    return preset and MoEConfig.from_dict(PRESETS[preset])
+
+
 def saved(name: str, profile: RoutingProfile) -> float | None:
     """% of LoRA's adapter FLOPs that HELLoRA with k = K saves, on these counts. None for a model without a preset."""
-    preset = next((preset for key, preset in PRESET_OF.items() if name.lower().startswith(key)), None)
-    if preset is None:
+    if (config := config_of(name)) is None:
         return None
-    sizes = advice.adapter_sizes(MoEConfig.from_dict(PRESETS[preset]), Recipe.r)
+    sizes = advice.adapter_sizes(config, Recipe.r)
     rows = advice.choices(profile.counts, profile.num_experts_per_tok, sizes)
     return 100 * (1 - rows[profile.num_experts_per_tok - 1].flops / rows[-1].flops)
 
@@ -223,7 +231,8 @@ def figure3(out: Path, *, may_run: bool) -> Section:
         "![Overlap of hot sets](fig3.png)", "",
         "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
         "with those after LoRA fine-tuning, counted on all training data. The last row of each "
-        "task compares the base model's on a tenth of the data with those on all of it.", "",
+        "task compares the base model's on a tenth of the data with those on all of it. The paper's mean is ours: "
+        f"the same set in {same} of {layers} layers, and in the others sets that differ by one expert.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [*printed, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),
@@ -262,15 +271,21 @@ def figure6(out: Path, *, may_run: bool) -> Section:
     draw_multiples({name: profile.counts for name, profile in profiles.items()}, title, out / "fig6.png")
     rows = [skew(name, profile) for name, profile in profiles.items()]
     shown = [
-        [row["name"], f"{row['K']} of {row['E']}", f"{row['top']:.1f} %", f"{100 * row['K'] / row['E']:.1f} %"]
+        [
+            row["name"], f"{row['K']} of {row['E']}", f"{row['top']:.1f} %", f"{100 * row['K'] / row['E']:.1f} %",
+            f"{row['quarter']:.1f} %", f"{row['with shared']:.1f} %",
+        ]
         for row in rows
-    ]
-    shown += [] if mixtral else [["embedded Mixtral, tiny-math", "2 of 8", "not run", ""]]
-    shown.append(["Mixtral-8x7B, GSM8K", "2 of 8", "not run", f"{100 * 2 / 8:.1f} %"])
+    ]  # fmt: skip
+    shown += [] if mixtral else [["embedded Mixtral, tiny-math", "2 of 8", "not run", "", "", ""]]
+    shown.append(["Mixtral-8x7B, GSM8K", "2 of 8", "not run", f"{100 * 2 / 8:.1f} %", "not run", "not run"])
     lines = ["![Use of the experts in other models](fig6.png)", ""]
     lines += [
-        "The shared experts of Qwen1.5-MoE and DeepSeekMoE receive every token. The shares are of the others.",
+        "The shared experts of Qwen1.5-MoE and DeepSeekMoE receive every token. The shares are of the others. The last "
+        "column is MoE-Sieve's coverage (Table 2 there): (s + K c) / (s + K), with c the share of the hottest quarter, "
+        "and s how many experts the shared one is as large as.",
         "",
     ]
-    lines += grid(["", "K of E", "top K, mean of the layers", "if use were even"], shown)
+    heads = ["", "K of E", "top K, mean of the layers", "if use were even", "hottest quarter", "with the shared expert"]
+    lines += grid(heads, shown)
     return Section("Figure 6: use of the experts in other models", lines, rows)

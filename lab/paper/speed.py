@@ -24,8 +24,8 @@ NOTE = (
     "Ours: `python bench.py step --names all --repeats 3 --json results/step.json`, "
     "the shape of OLMoE-1B-7B at a quarter of its width and depth, on CPU cores. The frozen base is the model without "
     "any adapter, forward and backward. -pure: adapters on experts alone. -gate: also on the router. Both are compared "
-    "with LoRA at the same places. A masked LoRI-S, as the paper describes it, is not built: ours trains a tenth of "
-    "the entries of B and has no mask. The interval is over the repetitions of the benchmark, in which all rows take "
+    "with LoRA at the same places. The masked LoRI-S and HELLoRI-S of the paper are not built: ours train a tenth of "
+    "the entries of B and have no mask. The interval is over the repetitions of the benchmark, in which all rows take "
     "turns. MoE-Sieve says that a quarter of the experts halves LoRA's training time at best (abstract)."
 )
 
@@ -56,7 +56,7 @@ def table6(out: Path) -> Section:
             row, lora = rows.get(name), lora_beside(name)
             claimed = 100 * (PAPER[name] / PAPER[lora] - 1) if name in PAPER else None
             faster = [] if name == lora else gains(rows, name, lora)
-            masked = name.startswith("lori-s")  # in the paper, and not here: another thing is measured
+            masked = name.startswith(("lori-s", "hellori-s"))  # in the paper, and not here: another thing is measured
             judged = "-" if masked or name in ("floor", lora) else verdict(faster, claimed, margin=None)
             missing = "-" if row else "not run"
             shown.append([

@@ -34,8 +34,8 @@ METHODS = Table(
     ),
     notes=(
         "MoE-Sieve and DR-LoRA have the differences that their own papers claim: MoE-Sieve to be equivalent to LoRA "
-        "within 2 points (in 5 of 6 pairs of model and task), DR-LoRA to be 2.2 points above its strongest baseline, "
-        "as the average of six tasks on OLMoE-1B-7B.",
+        "within 2 points (in 5 of 6 pairs of model and task), DR-LoRA to be consistently above LoRA and 2.2 points "
+        "above its strongest baseline, as the average of six tasks on OLMoE-1B-7B.",
     ),
 )
 NAMED = {row.name: row for row in METHODS.rows}
@@ -91,8 +91,8 @@ PLACEMENT = Table(
     "Table 5: which modules besides the experts, OLMoE-1B-7B",
     columns=ALL,
     notes=(
-        "_pure: hot experts alone. _gate: also the router. No suffix: also attention (values of Table 2). The paper has "
-        "no row of experts and attention without the router, and none without experts.",
+        "_pure: hot experts alone. _gate: also the router. No suffix: also attention (values of Table 2). The paper "
+        "has no row of experts and attention without the router, and none without experts.",
     ),
     rows=(
         Row("HELLoRA", "hellora", (29.49, 17.87, 22.04, 23.82, 99.06)),
