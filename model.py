@@ -7,7 +7,7 @@ OLMoE, Mixtral, DeepSeekMoE, Qwen and Granite MoE models share the forward pass 
 values and key names. Only attention uses which sequence a token belongs to. The rest works on a flat list of real
 tokens: padding is never routed. The E experts of a layer are stacked, and computed together on rows sorted by expert.
 Where a layer calls ops.NAME, the formula NAME is here or in lora.py, marked `@ops.reference`. What runs is an optimised
-version with the same values and gradients; with HELLORA_PLAIN=1 it is the formula itself.
+version with the same values and gradients, where there is one; with HELLORA_PLAIN=1 it is the formula itself.
 
 Dimensions: B sequences, S positions, T real tokens (at most B * S), D hidden_size, F intermediate_size of an expert,
 E experts per layer, K experts per token, R = T * K routed rows, L layers with experts, V vocabulary, N target tokens,
@@ -89,8 +89,14 @@ class MoEConfig:
 # ------------------------------------------------------------------------------------------------------ attention
 
 
-class RMSNorm(nn.Module):
+@ops.reference
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight, normalised in float32 and cast back before the weight, as the hub's models do."""
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight of its own."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -98,9 +104,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
+@ops.reference
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split form: pairs are (i, i + Dh / 2).  [T, H, Dh] -> [T, H, Dh]"""
     first, second = x.chunk(2, dim=-1)
@@ -206,7 +213,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in (q, k, v))  # [T, H, Dh]
         if qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *layout.rotary), rotate(k, *layout.rotary)
+        q, k = ops.rotate(q, *layout.rotary), ops.rotate(k, *layout.rotary)
         if cache is None:
             return self.o_proj(ops.attend_to_batch(q, k, v, layout, scale))
         k, v = cache.append(layer, layout, k, v)  # [B, Hk, M, Dh]

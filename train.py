@@ -22,6 +22,7 @@ from torch import Tensor
 
 import data
 import hellora
+import ops
 import profile
 from command import cli
 from command.cli import say
@@ -163,6 +164,8 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
         layer.activation_checkpointing = run.settings.activation_checkpointing
     if run.start:
         adapters.fill_factors(model, run.start, run.settings.init_adapter)
+    if run.settings.compile:
+        ops.use(ops.compile_elementwise(run.processes.device, compute_dtype))
     say(*adapters.report(model))
     return model
 

@@ -21,7 +21,7 @@ from command.files import read_json, remove_folder, write_json
 DECIDING_PACKAGES = ("torch", "numpy", "tokenizers", "jinja2", "safetensors")  # they order, cut and compute
 MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
-    "report_to",
+    "compile", "report_to",
 }  # fmt: skip
 
 

@@ -116,6 +116,7 @@ class Settings:
     save_dtype: str | None = flag(None, SAVE_DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
     activation_checkpointing: bool = flag(False, "keep only each layer's input, and compute the layer twice", **MACHINE)
+    compile: bool = flag(False, "compile the elementwise formulas: faster steps after half a minute", **MACHINE)
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:

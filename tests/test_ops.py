@@ -20,6 +20,7 @@ import lora
 import model as model_module
 import ops
 import train
+from command.errors import InputError
 from hub.config import FAMILIES
 from hub.weights import init_weights
 from lab.benchmarks.measure import allocated_peak, saved_bytes
@@ -395,3 +396,39 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients_and_keeps_l
     assert grads.keys() == other_grads.keys()
     assert all(grads[name].equal(other_grads[name]) for name in grads)
     assert kept_less < kept / 5
+
+
+def test_compiled_formulas_give_the_same_loss_and_gradients_and_are_not_compiled_again_for_other_sizes():
+    def results(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        model, ids = attached(), TEXT[: len(lengths), : max(lengths)]
+        loss, _ = model(ids, torch.tensor(lengths), labels=ids)
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    sizes = [(5, 4), (9, 7, 8), (11, 3), (6, 10, 12)]
+    plain = [results(size) for size in sizes]
+    as_before = {name: getattr(ops, name) for name in ops.ELEMENTWISE}
+    compiled, graphs = [], []
+    ops.use(ops.compile_elementwise(torch.device("cpu"), torch.float32))
+    try:
+        for size in sizes:
+            compiled.append(results(size))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    finally:
+        ops.use(as_before)
+    assert graphs[0] == graphs[-1] >= 3
+    for expected, got in zip(plain, compiled, strict=True):
+        assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
+        assert all((got[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() for name in expected)
+
+
+def test_without_a_compiler_compile_is_one_error(monkeypatch):
+    def compile_in_vain(formula, dynamic):
+        def run(*args):
+            raise RuntimeError("no C++ compiler found\nand a long trace")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_in_vain)
+    with pytest.raises(InputError, match=r"^--compile needs a C\+\+ compiler .*\(no C\+\+ compiler found\)"):
+        ops.compile_elementwise(torch.device("cpu"), torch.float32)

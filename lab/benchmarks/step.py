@@ -34,7 +34,19 @@ from command.files import writable, write_json
 from data import Batch
 from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
 from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
-from lab.benchmarks.subjects import BY_NUMBER, OURS, PEERS, PLACED, Subject, make_ours, make_peer, our_model, sharing
+from lab.benchmarks.subjects import (
+    BY_NUMBER,
+    COMPILED,
+    OURS,
+    PEERS,
+    PLACED,
+    Subject,
+    make_compiled,
+    make_ours,
+    make_peer,
+    our_model,
+    sharing,
+)  # fmt: skip
 from lab.benchmarks.workload import SHAPES, make_batches
 from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
@@ -43,8 +55,8 @@ from profile import profile_routing
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}
-EVERY = (*NAMES, "moe-sieve", *PLACED, *BY_NUMBER)
-NAMES_HELP = "rows to measure; also moe-sieve, METHOD-pure, METHOD-gate, hellora-kN; or all: each of them"
+EVERY = (*NAMES, "moe-sieve", *PLACED, *BY_NUMBER, *COMPILED)
+NAMES_HELP = "rows to measure; also moe-sieve, METHOD-pure, METHOD-gate, hellora-kN, ROW-compiled; or all: each of them"
 POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
@@ -125,7 +137,9 @@ def missing(name: str, dtype: torch.dtype) -> str | None:
 
 def make_subject(name: str, base: torch.nn.Module, hot: Tensor, rank: int) -> Subject:
     """The model of one row."""
-    return make_peer(name, base, rank) if name in PEERS else make_ours(name, base, hot, rank)
+    if name in PEERS:
+        return make_peer(name, base, rank)
+    return (make_compiled if name in COMPILED else make_ours)(name, base, hot, rank)
 
 
 def take_turns(subjects: list[Subject], batches: list[Batch], repeats: int) -> dict[str, np.ndarray]:
@@ -165,7 +179,7 @@ def subject_row(subject: Subject, config: MoEConfig, batches: list[Batch], spent
     tokens. What a peer computes beyond, on padding or to form B A, does not count; nor do gradients of base weights.
     """
     first, is_peer = batches[0], subject.name in PEERS
-    to_embeddings = subject.name in ("floor", "fft")
+    to_embeddings = subject.name in ("floor", "floor-compiled", "fft")
     needed = sum(model_flops(config, batch, to_embeddings=to_embeddings) for batch in batches)
     needed += 0 if is_peer else sum(adapter_flops(subject.model, batch) for batch in batches)
     device, total = first.input_ids.device, time_of_all(spent)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import hellora
+import ops
 from data import Batch
 from hub.weights import init_weights, materialize
 from lori import sparsify
@@ -19,6 +20,7 @@ from recipes.methods import METHODS
 
 OURS = ("hellora", "hellori-d", "hellori-s", "lora", "lori-d", "lori-s", "dora")  # rows of METHODS
 PLACED = tuple(f"{name}-{targets}" for targets in ("pure", "gate") for name in OURS[:6])  # as the paper's _pure, _gate
+COMPILED = ("floor-compiled", "hellora-compiled", "lora-compiled")  # as train.py --compile
 BY_NUMBER = {f"hellora-k{k}": k for k in (2, 4, 16)}  # hot experts per layer, as in the paper's Table 7
 PEERS = {  # name -> modules and parameters that peft adapts
     "peft-all": ("q_proj k_proj v_proj o_proj", "mlp.gate.weight mlp.experts.gate_up_proj mlp.experts.down_proj"),
@@ -97,6 +99,22 @@ def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subje
         return nll / (batch.labels != -100).sum()
 
     return Subject(name, model, loss, None if name == "floor" else adamw(model))
+
+
+def make_compiled(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
+    """A row of COMPILED: the subject of the first word, with the elementwise formulas compiled in its own steps."""
+    subject = make_ours(name.removesuffix("-compiled"), model, hot, rank)
+    compiled = ops.compile_elementwise(model.lm_head.weight.device, model.lm_head.weight.dtype)
+    as_before = {formula: getattr(ops, formula) for formula in compiled}
+
+    def loss(batch: Batch) -> Tensor:
+        ops.use(compiled)
+        try:
+            return subject.loss(batch)
+        finally:
+            ops.use(as_before)
+
+    return Subject(name, model, loss, subject.optimizer)
 
 
 def transformers_model(base: MoETransformer) -> torch.nn.Module:
