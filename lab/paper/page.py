@@ -83,7 +83,7 @@ def summary(sections: list[Section], out: Path) -> list[str]:
     for claim, title, name in CLAIMS:
         for row in cells:
             if row["table"].startswith(title) and row["row"] == name:
-                claimed = number_text(row["paper_difference"], "+.2f")
+                claimed = claim_text(row["paper_difference"])
                 sieve, ours = (difference_text(row[side]["difference"]) for side in ("sieve", "ours"))
                 lines.append([claim, claimed, sieve, ours, row["ours"]["verdict"]])
     rows = [
@@ -101,6 +101,11 @@ def summary(sections: list[Section], out: Path) -> list[str]:
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
     picture = ["", "![Differences with intervals](differences.png)", ""]
     return [note, "", *grid(heads, lines), *picture, *spread([row for each in sections for row in each.rows])]
+
+
+def claim_text(difference: float | None) -> str:
+    """+3.12, equal for a claim of no difference, or - for none."""
+    return "equal" if difference == 0 else number_text(difference, "+.2f")
 
 
 def difference_text(difference: dict) -> str:

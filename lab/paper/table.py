@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lab.markdown import grid
-from lab.paper.page import Section, mean_text, number_text
+from lab.paper.page import Section, claim_text, mean_text, number_text
 from lab.paper.published import sieve_accuracies
 from lab.paper.runner import Needed
 from lab.paper.runs import Run, common_rate
@@ -229,7 +229,7 @@ def show(cells: list[Cell]) -> list[str]:
         heads += ["ours" if name == COMMON and BEST not in sides else name, "difference", "verdict"]
     rows = []
     for cell in cells:
-        claimed = "equal" if cell.claimed == 0 else number_text(cell.claimed, "+.2f") if cell.row.against else ""
+        claimed = claim_text(cell.claimed) if cell.row.against else ""
         line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
         for name in sides:
             line += [number_text(cell.lr, "g")] if name == BEST else []
