@@ -549,7 +549,7 @@ def permutation(n: int, seed: int | list[int]) -> list[int]:
 
 
 def sample(items: list, fraction: float, seed: int) -> list:
-    """A random part of the items in their order, at least one; the same for the same seed."""
+    """A random part of the items in their order, at least one: the first ones of epoch 0 under the same seed."""
     count = max(1, round(fraction * len(items)))
     return [items[i] for i in sorted(permutation(len(items), seed)[:count])]
 

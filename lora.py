@@ -74,8 +74,8 @@ def lora_grouped_linear(
 ) -> Tensor:
     """W_e x for rows sorted by expert, plus B_e A_e dropout(x) on the first num_rows, which reach hot experts.
 
-    x [R, in], W [E, out, in], offsets [E] ends of the experts' rows -> [R, out]. Several pairs see the same x: their
-    outputs lie side by side.
+    B_e holds alpha / r already (`StackedLoRA.factors`). Several pairs see the same x: their outputs lie side by side.
+    x [R, in], W [E, out, in], offsets [E] ends of the experts' rows -> [R, out]
     """
     y = ops.grouped_linear(x, W, offsets)  # [R, out]
     x = F.dropout(x[:num_rows], dropout)  # [H, in]
@@ -132,7 +132,7 @@ class LoRAExperts(nn.Module):
     """Experts of which the first n in the stack are hot: each of their projections has a pair of its own.
 
     The adapters take part in every step, even if no token reaches a hot expert. Their gradient is then zero and not
-    None: FSDP2 reduces only parameters that have a gradient on a process, and would otherwise mix up experts silently.
+    None: FSDP2 reduces only parameters that have a gradient on a process, and would mix up parameters silently.
     """
 
     pair = StackedLoRA  # of one projection
@@ -149,7 +149,7 @@ class LoRAExperts(nn.Module):
         return hot_weights(self.gate_up_proj, self.down_proj, self.num_hot)
 
     def forward(self, x: Tensor, token: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        # The hot experts' rows come first. How many there are is the one number that a GPU is waited for in a layer.
+        # The hot experts' rows come first. Reading how many there are is a layer's only wait for the GPU.
         num_rows = len(token) if self.num_hot == len(offsets) else int(offsets[self.num_hot - 1])
         gate_up = self.gate_up(x, token, offsets, num_rows)  # [R, 2F]
         return self.down(gate_up, weight, offsets, num_rows)  # [R, D]

@@ -48,7 +48,7 @@ from recipes.methods import COUNT_ON_HELP, RECIPES, count_on_flag, num_hot_exper
 from routing import statistics
 from routing.commands import K_HELP, PLOT_HELP, POSITIVE, SHARE, advise, compare
 from routing.profiles import RoutingProfile, save_profile
-from training_step import load_shared, train_step
+from training_step import load_for_process, train_step
 
 # --------------------------------------------------------------------------------------------------------- counting
 
@@ -108,7 +108,7 @@ def profile_warmup(
             raise RunError(
                 f"warm-up: loss {done.loss:.3g}, gradient norm {done.grad_norm:.3g}; lower the learning rate"
             )
-        totals += done.routing
+        totals += torch.stack((done.counts, done.gate_mass))
     return finish(model.config, totals)
 
 
@@ -156,14 +156,14 @@ def count_task(
 ) -> RoutingProfile:
     """Load a model as this process is to hold it, count the experts that `items` use, and drop it.
 
-    micro_batch: examples per forward pass. shard: as for `load_shared`, or None to let the memory plan decide.
+    micro_batch: examples per forward pass. shard: as for `load_for_process`, or None to let the memory plan decide.
     """
     config, device = read_config(folder), processes.device
     attach = partial(warmup.attach, seed=seed) if warmup else None
     tokens = micro_batch * max((len(item.ids) for item in items), default=0)
     plan_of = partial(memory.plan, config, attach, dtype=dtype, tokens=tokens, trains=warmup is not None)
     shard = memory.choose_shard(shard, device, processes.count, plan_of)
-    model = load_shared(folder, dtype, device, shard=shard, attach=attach)
+    model = load_for_process(folder, dtype, device, shard=shard, attach=attach)
     if warmup:
         return profile_warmup(
             model, items, warmup.batch, lr=warmup.lr, seed=seed, processes=processes, micro_batch=micro_batch

@@ -44,7 +44,7 @@ from run.schedule import rate, warmup_steps
 from run.settings import Settings, parse_settings
 from run.sharding import choose_sharding
 from run.state import naming_checkpoint
-from training_step import load_shared, train_step
+from training_step import load_for_process, train_step
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -62,21 +62,20 @@ def train_claimed(settings: Settings) -> dict:
         end_processes()
         return earlier
     result = {"method": run.settings.method, "task": run.settings.task, "processes": run.processes.count}
-    if run.method.experts:
-        began = time.perf_counter()
+    compiled = ops.compile_elementwise(run.processes.device, run.dtypes[1]) if run.settings.compile else {}
+    if run.method.adapts:
+        started = time.perf_counter()
         run = count_and_choose(run)
-        result |= {"adapted_share": adapted_share(run), "seconds_profile": time.perf_counter() - began}
+        result |= {"adapted_share": adapted_share(run), "seconds_profile": time.perf_counter() - started}
     run = replace(run, shard=choose_sharding(run, partial(attach, run)))
-    if run.method.sparse:
-        trained = train_lori_s(run)
-    else:
-        trained, _ = train(run, run.out)
+    with ops.using(compiled):
+        trained = train_lori_s(run) if run.method.sparse else train(run, run.out)[0]
     result |= {"shard": run.shard} | trained
     if run.processes.is_main:
         write_json(run.out / "result.json", result)
     end_processes()
     if run.processes.is_main:
-        if run.method.experts:
+        if run.method.adapts:
             draw_adapter(run)
         say(f"{summary(result)}; run in {run.out}")
     return result
@@ -87,12 +86,12 @@ def train_claimed(settings: Settings) -> dict:
 
 def count_and_choose(run: Run) -> Run:
     """Count the experts and choose those to adapt, unless this is given."""
-    s, digests = run.settings, run.content
-    origin = {"model": s.model, "task": s.task, "data": digests["data"], "weights": digests["base"]["weights"]}
+    s, content = run.settings, run.content
+    origin = {"model": s.model, "task": s.task, "data": content["data"], "weights": content["base"]["weights"]}
     if run.counted:
         note_origin(run.counted, **origin)
     else:
-        run = replace(run, counted=replace(count(run), began=digests["began"], **origin))
+        run = replace(run, counted=replace(count(run), began=content["began"], **origin))
     if run.hot is None:
         run = replace(run, hot=choose_experts(run))
     say(f"adapted experts receive {adapted_share(run):.1%} of the routed tokens")
@@ -152,7 +151,7 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
 def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer:
     """The base model with the run's adapters, as this process is to hold it."""
     dtype, compute_dtype = run.dtypes
-    model = load_shared(
+    model = load_for_process(
         run.folder,
         dtype,
         run.processes.device,
@@ -164,8 +163,6 @@ def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer
         layer.activation_checkpointing = run.settings.activation_checkpointing
     if run.start:
         adapters.fill_factors(model, run.start, run.settings.init_adapter)
-    if run.settings.compile:
-        ops.use(ops.compile_elementwise(run.processes.device, compute_dtype))
     say(*adapters.report(model))
     return model
 
@@ -215,7 +212,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
                 s.micro_batch,
                 run.processes,
                 clip=s.clip,
-                aux_loss=s.router_aux_loss,
+                aux_weight=s.router_aux_loss,
                 aux_form=s.router_aux_form,
                 on_gradients=observers.on_gradients,
             )

@@ -1,8 +1,8 @@
 """The step that trains, on one process or many, in the order in which it happens.
 
-    model = load_shared(folder, dtype, device, shard="full", attach=attach)      # wrap with FSDP, read the weights
+    model = load_for_process(folder, dtype, device, shard="full", attach=attach)    # wrap with FSDP, read the weights
     done = train_step(model, optimizer, items, micro_batch, processes, clip=1.0)
-        global_step         the batch's loss, backward, the reduction over processes
+        batch_gradients     the batch's loss, backward, the reduction over processes
         clip, update
 
 The loss is the mean negative log-likelihood of the target tokens of the whole global batch. The batch is cut into
@@ -61,7 +61,7 @@ def shard_model(
         )
 
 
-def load_shared(
+def load_for_process(
     folder: Path,
     dtype: torch.dtype,
     device: torch.device,
@@ -98,7 +98,8 @@ class Step:
 
     loss: Tensor  # nats per target token
     aux_loss: Tensor  # load-balancing loss; 0 if it is off
-    routing: Tensor  # float64 [2, L, E] tokens that chose each expert, and the routing weights they gave it; on the CPU
+    counts: Tensor  # float64 [L, E] tokens that chose each expert; on the CPU
+    gate_mass: Tensor  # float64 [L, E] the routing weights they gave it; on the CPU
     target_tokens: int
     tokens: int
     examples: list[str]  # ids of the batch
@@ -119,7 +120,7 @@ def train_step(
     processes: Processes,
     *,
     clip: float,
-    aux_loss: float | None = None,
+    aux_weight: float | None = None,
     aux_form: str = "layer",
     on_gradients: Callable[[Step], None] | None = None,
 ) -> Step:
@@ -127,8 +128,8 @@ def train_step(
 
     clip: the largest gradient norm. on_gradients: called with the reduced gradients, before they are clipped.
     """
-    done = global_step(model, items, micro_batch, processes, aux_loss=aux_loss, aux_form=aux_form)
-    if aux_loss:
+    done = batch_gradients(model, items, micro_batch, processes, aux_weight=aux_weight, aux_form=aux_form)
+    if aux_weight:
         done.record["aux_loss"] = done.aux_loss.item()
     if on_gradients is not None:
         on_gradients(done)
@@ -141,16 +142,16 @@ def train_step(
     return done
 
 
-def global_step(
+def batch_gradients(
     model: MoETransformer,
     items: list[data.Encoded],
     micro_batch: int,
     processes: Processes,
     *,
-    aux_loss: float | None = None,
+    aux_weight: float | None = None,
     aux_form: str = "layer",
 ) -> Step:
-    """Gradients of one global batch: the mean loss of its target tokens, plus aux_loss times the mean balance."""
+    """Gradients of one global batch: the mean loss of its target tokens, plus aux_weight times the mean balance."""
     config, device = model.config, model.embed_tokens.weight.device
     sharded = isinstance(model, FSDPModule)
     targets = sum(item.num_targets for item in items)
@@ -170,13 +171,13 @@ def global_step(
         )
         chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
         # DEVIATION from LoRI: the loss is the mean over the target tokens of the global batch; LoRI averages sums.
-        loss = nll / max(1, targets)
+        loss = nll / targets
         losses[0] += loss.detach()
         routed += tally(chosen, routing.weights, config.num_experts)
-        if aux_loss:
+        if aux_weight:
             balance = load_balancing_loss(routing.probs, chosen, batch.lengths, aux_form) / tokens
             losses[1] += balance.detach()
-            loss = loss + aux_loss * balance
+            loss = loss + aux_weight * balance
         # FSDP averages gradients over the processes; times their number, that is the sum.
         (loss * processes.count if sharded else loss).backward()
     if processes.count > 1:
@@ -184,7 +185,8 @@ def global_step(
         dist.all_reduce(routed)
         if not sharded:
             sum_gradients([parameter for parameter in model.parameters() if parameter.requires_grad])
-    return Step(losses[0], losses[1], routed.cpu(), targets, tokens, [item.example for item in items])
+    counts, gate_mass = routed.cpu()
+    return Step(losses[0], losses[1], counts, gate_mass, targets, tokens, [item.example for item in items])
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:

@@ -66,10 +66,11 @@ def plan(
     checkpointing: bool = False,
     cached: int = 0,
 ) -> Plan:
-    """What each of `num_processes` processes needs for micro-batches of `tokens` tokens. attach: as for `load_shared`.
+    """What each of `num_processes` processes needs for micro-batches of `tokens` tokens.
 
-    cached: positions of a KV cache, over all sequences. Parameters are counted, and a pass is measured, on a model
-    without weights: to within 15 % of what it really allocates (tests/test_memory.py), if all rows reach hot experts.
+    attach: as for `load_for_process`. cached: positions of a KV cache, over all sequences. On a model without weights,
+    parameters are counted and a pass is measured: to within 15 % of what it really allocates (tests/test_memory.py), if
+    all rows reach hot experts.
     """
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)

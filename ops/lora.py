@@ -27,10 +27,10 @@ def lora_gate_up(
     (A_gate, B_gate), (A_up, B_up) = gate, up
     F_ = B_gate.shape[1]
     A = torch.cat((A_gate, A_up), dim=1)  # [n, 2r, D]: both multiply the same rows
-    B = torch.cat((F.pad(B_gate.mT, (0, F_)), F.pad(B_up.mT, (F_, 0))), dim=1)  # [n, 2r, 2F], block-diagonal
+    B_T = torch.cat((F.pad(B_gate.mT, (0, F_)), F.pad(B_up.mT, (F_, 0))), dim=1)  # [n, 2r, 2F], block-diagonal
     # The gathered rows [R, D] get no name, which would keep them until the end.
     return lora_recomputing(
-        x.index_select(0, token), W, A, B, offsets, num_rows, dropout, gathered, x.detach(), token[:num_rows]
+        x.index_select(0, token), W, A, B_T, offsets, num_rows, dropout, gathered, x.detach(), token[:num_rows]
     )
 
 
@@ -51,58 +51,61 @@ def lora_down(
 
 def activated(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
     """Some rows of what down multiplies.  gate_up [H, 2F], weight [H, 1] -> [rows, F]"""
+    # Not the compiled function of `ops.use`: for the few rows of an expert, its checks take longer than it saves.
     return weighted_swiglu(gate_up[rows], weight[rows])
 
 
 def lora_recomputing(
-    x: Tensor, W: Tensor, A: Tensor, B: Tensor, offsets: Tensor, num_rows: int,
+    x: Tensor, W: Tensor, A: Tensor, B_T: Tensor, offsets: Tensor, num_rows: int,
     dropout: float, recompute: Callable[..., Tensor], *sources: Tensor,
 ) -> Tensor:  # fmt: skip
     """W_g x by group, plus B_g A_g dropout(x) in the first n groups.  x [R, in], W [G, out, in] -> [R, out]
 
     The same as lora.lora_grouped_linear with one pair, but what x was made from is kept in the place of x.
-    A [n, r, in] and B [n, r, out]: transposed, since its gradient is then a product with the short side first, which is
-    several times faster. num_rows: H. recompute(rows, *sources): a slice of the first H rows of x again.
+    A [n, r, in]. B_T [n, r, out]: alpha / r times B, transposed, since its gradient is then a product with the short
+    side first, which is several times faster. num_rows: H. recompute(rows, *sources): a slice of the first H rows of x
+    again.
     """
     x = x.contiguous()
-    # Without gradients nothing is kept, and decoding has few rows per group: the fewest calls are best.
+    # With dropout, `recompute` would have to drop the same again. Without gradients nothing is kept, and decoding has
+    # few rows per group: the fewest calls are best.
     if dropout or not torch.is_grad_enabled():
-        y, hot = grouped_linear(x, W, offsets), offsets[: len(A)]
-        low = grouped_linear(F.dropout(x[:num_rows], dropout), A, hot)  # [H, r]
-        y[:num_rows] += grouped_linear(low, B.mT, hot)
+        y, hot_ends = grouped_linear(x, W, offsets), offsets[: len(A)]
+        low = grouped_linear(F.dropout(x[:num_rows], dropout), A, hot_ends)  # [H, r]
+        y[:num_rows] += grouped_linear(low, B_T.mT, hot_ends)
         return y
     if not one_kernel(x.device):
-        return LoRAByLoop.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+        return LoRAByLoop.apply(x, W, A, B_T, offsets, num_rows, recompute, *sources)
     missing = -A.shape[1] % (16 // A.element_size())  # small ranks get zeros: see `fits`
-    A, B = (F.pad(factor, (0, 0, 0, missing)) for factor in (A, B)) if missing else (A, B)
-    way = LoRAByKernel if num_rows > 0 and fits(W, A, B) else LoRAByLoop
-    return way.apply(x, W, A, B, offsets, num_rows, recompute, *sources)
+    A, B_T = (F.pad(factor, (0, 0, 0, missing)) for factor in (A, B_T)) if missing else (A, B_T)
+    way = LoRAByKernel if num_rows > 0 and fits(W, A, B_T) else LoRAByLoop
+    return way.apply(x, W, A, B_T, offsets, num_rows, recompute, *sources)
 
 
 class LoRAByKernel(torch.autograd.Function):
     """`lora_recomputing` with W frozen, each product by one kernel for all groups: on a GPU."""
 
     @staticmethod
-    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
-        hot, ctx.recompute = offsets[: len(A)], recompute
+    def forward(ctx, x, W, A, B_T, offsets, num_rows: int, recompute, *sources) -> Tensor:
+        hot_ends, ctx.recompute = offsets[: len(A)], recompute
         y = F.grouped_mm(x, W.mT, offs=offsets)
-        low = F.grouped_mm(x[:num_rows], A.mT, offs=hot)  # [H, r]
-        y[:num_rows] += F.grouped_mm(low, B, offs=hot)
-        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
+        low = F.grouped_mm(x[:num_rows], A.mT, offs=hot_ends)  # [H, r]
+        y[:num_rows] += F.grouped_mm(low, B_T, offs=hot_ends)
+        ctx.save_for_backward(W, A, B_T, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        W, A, B_T, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
-        hot, num_rows, grad = offsets[: len(A)], len(low), grad.contiguous()
+        hot_ends, num_rows, grad = offsets[: len(A)], len(low), grad.contiguous()
         grad_x = F.grouped_mm(grad, W, offs=offsets) if need_x else None
-        grad_low = F.grouped_mm(grad[:num_rows], B.mT, offs=hot)  # [H, r]
+        grad_low = F.grouped_mm(grad[:num_rows], B_T.mT, offs=hot_ends)  # [H, r]
         if need_x:
-            grad_x[:num_rows] += F.grouped_mm(grad_low, A, offs=hot)
-        grad_A = grouped_outer(grad_low, ctx.recompute(slice(num_rows), *sources), hot) if need_A else None
-        grad_B = grouped_outer(low, grad[:num_rows], hot)
-        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+            grad_x[:num_rows] += F.grouped_mm(grad_low, A, offs=hot_ends)
+        grad_A = grouped_outer(grad_low, ctx.recompute(slice(num_rows), *sources), hot_ends) if need_A else None
+        grad_B_T = grouped_outer(low, grad[:num_rows], hot_ends)
+        return grad_x, None, grad_A, grad_B_T, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 class LoRAByLoop(torch.autograd.Function):
@@ -113,7 +116,7 @@ class LoRAByLoop(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W, A, B, offsets, num_rows: int, recompute, *sources) -> Tensor:
+    def forward(ctx, x, W, A, B_T, offsets, num_rows: int, recompute, *sources) -> Tensor:
         ctx.recompute = recompute
         y, low = x.new_empty(len(x), W.shape[1]), x.new_empty(num_rows, A.shape[1])  # [R, out], [H, r]
         for g, own in enumerate(slices(offsets)):
@@ -121,30 +124,30 @@ class LoRAByLoop(torch.autograd.Function):
             if g < len(A):
                 rows = whole_tiles(own, num_rows, x)
                 torch.mm(x[rows], A[g].T, out=low[rows])
-                y[rows].addmm_(low[rows], B[g])
-        ctx.save_for_backward(W, A, B, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
+                y[rows].addmm_(low[rows], B_T[g])
+        ctx.save_for_backward(W, A, B_T, low, offsets, *(sources if ctx.needs_input_grad[2] else ()))
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W, A, B, low, offsets, *sources = ctx.saved_tensors
+        W, A, B_T, low, offsets, *sources = ctx.saved_tensors
         need_x, _, need_A, *_ = ctx.needs_input_grad
         num_rows, grad = len(low), grad.contiguous()
         grad_x = grad.new_empty(len(grad), W.shape[2]) if need_x else None
-        grad_A, grad_B = torch.empty_like(A) if need_A else None, torch.empty_like(B)
+        grad_A, grad_B_T = torch.empty_like(A) if need_A else None, torch.empty_like(B_T)
         for g, own in enumerate(slices(offsets)):
             if need_x:
                 group_product(grad, W[g], own, grad_x)
             if g >= len(A):
                 continue
             rows = whole_tiles(own, num_rows, grad)
-            grad_low = F.linear(grad[rows], B[g])  # [rows, r]
+            grad_low = F.linear(grad[rows], B_T[g])  # [rows, r]
             if need_x:
                 grad_x[rows].addmm_(grad_low, A[g])
             if need_A:
                 torch.mm(first(grad_low, own).T, ctx.recompute(rows, *sources), out=grad_A[g])
-            torch.mm(first(low[rows], own).T, grad[rows], out=grad_B[g])
-        return grad_x, None, grad_A, grad_B, *(None,) * (len(ctx.needs_input_grad) - 4)
+            torch.mm(first(low[rows], own).T, grad[rows], out=grad_B_T[g])
+        return grad_x, None, grad_A, grad_B_T, *(None,) * (len(ctx.needs_input_grad) - 4)
 
 
 def first(x: Tensor, rows: slice) -> Tensor:

@@ -15,13 +15,18 @@ from command.cli import InputError
 class Method:
     """Which experts get an adapter, and what trains in it."""
 
-    experts: str | None  # key of hellora.POLICIES; None: no adapter, every base weight trains
+    experts: str | None  # key of hellora.POLICIES ("none": attention and router alone); None: every base weight trains
     kind: str = "lora"  # key of hellora.KINDS
     sparse: bool = False  # a second stage trains a tenth of B, chosen by a first stage that trains all of it
     grows: bool = False  # ranks start at half of --rank and grow where saliency is high (neighbours/drlora.py)
     k: int | float | None = None  # hot experts per layer, as a number or a share; None: experts per token
     targets: str = "all"  # key of hellora.TARGETS
     flat: bool = False  # the parameters of k hot experts spread over all: their rank is r k / E
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there is an adapter. If not, every base weight trains."""
+        return self.experts is not None
 
 
 METHODS = {

@@ -34,7 +34,7 @@ def recipe_flags(given: dict, argv: list[str]) -> tuple[list[str], list[str]]:
     if path is None:
         known = ", ".join(task for task, row in data.TASKS.items() if (name, row.benchmark) in FILES)
         raise InputError(f"--recipe {name} has no settings for {task}; its paper has some for {known}")
-    if METHODS[given["method"]].experts is None:
+    if not METHODS[given["method"]].adapts:
         raise InputError(f"--recipe {name} sets an adapter's rank, and --method fft has no adapter; leave one out")
     excluded = {arg.partition("=")[0] for arg in argv}
     excluded |= {flag for key, flags in INSTEAD.items() if given[key] for flag in flags}

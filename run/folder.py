@@ -19,7 +19,9 @@ from command.cli import InputError, say
 from command.files import read_json, remove_folder, write_json
 
 DECIDING_PACKAGES = ("torch", "numpy", "tokenizers", "jinja2", "safetensors")  # they order, cut and compute
-MAY_CHANGE = {  # settings that may differ when a run is repeated or resumed: they do not change what it computes
+# Settings that may differ when a run is repeated or resumed. Some change rounding, --on-nonfinite what follows a bad
+# step: a resumed run has the bits of an uninterrupted one if these are the same too.
+MAY_CHANGE = {
     "resume", "save_every", "keep", "out", "shard", "micro_batch", "on_nonfinite", "activation_checkpointing",
     "compile", "report_to",
 }  # fmt: skip

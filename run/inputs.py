@@ -45,7 +45,7 @@ class Run:
     counted: RoutingProfile | None  # None: the experts have yet to be counted
     hot: Tensor | None  # bool [L, E], the adapted experts; None: they have yet to be chosen, or every weight trains
     start: dict[str, Tensor] | None  # tensors of --init-adapter
-    shard: str = "none"  # how the processes hold the base model, see `load_shared`
+    shard: str = "none"  # how the processes hold the base model, see `load_for_process`
 
     @property
     def method(self) -> Method:
@@ -59,7 +59,7 @@ class Run:
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """Of the weights, and of the computation. Whatever trains is float32; a frozen base need not be."""
         dtype = getattr(torch, self.settings.dtype)
-        return (dtype if self.method.experts else torch.float32), dtype
+        return (dtype if self.method.adapts else torch.float32), dtype
 
 
 def prepare(settings: Settings) -> Run:
@@ -73,7 +73,7 @@ def prepare(settings: Settings) -> Run:
     settings = sized(settings, config)
     if cli.is_main_process():
         check_out(Path(settings.out), asdict(settings))  # before --resume reads anything in it
-    counted = read_counts(settings, config) if METHODS[settings.method].experts else None
+    counted = read_counts(settings, config) if METHODS[settings.method].adapts else None
     processes = start_processes()
     # A run that continues, or uses counts, has their date: a chat template may write it into the rows.
     date = processes.once(lambda: began(run_config(settings.out), counted and vars(counted)))
@@ -110,7 +110,7 @@ def sized(settings: Settings, config: MoEConfig) -> Settings:
     num_hot = num_hot_experts(s.k, config.num_experts, config.num_experts_per_tok)
     if method.grows:
         drlora.check_rank(s.rank, hellora.largest_rank(config))
-    elif method.experts:
+    elif method.adapts:
         hellora.check_rank(config, s.rank)
         hellora.check_rank(config, s.expert_rank or s.rank)
     if method.flat and not s.init_adapter:

@@ -70,7 +70,7 @@ class Recorder(Observer):
             self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         shown = self.processes.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
-        self.first, self.done, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
+        self.first, self.last, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
 
     def close(self) -> None:
         self.bar.close()
@@ -79,9 +79,9 @@ class Recorder(Observer):
 
     def after(self, number: int, done: Step) -> None:
         """Add the step to the log and to the totals."""
-        self.idle_experts.observe(done.routing[0], end_of_epoch=number % self.steps_per_epoch == 0)
+        self.idle_experts.observe(done.counts, end_of_epoch=number % self.steps_per_epoch == 0)
         totals = self.totals
-        self.done = number
+        self.last = number
         totals["examples"] += len(done.examples)
         totals["tokens"] += done.tokens
         totals["skipped"] += not done.is_finite
@@ -133,8 +133,8 @@ class Recorder(Observer):
         if idle:
             say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
         return {
-            "steps": self.done,
-            **({"planned_steps": self.steps} if self.done < self.steps else {}),
+            "steps": self.last,
+            **({"planned_steps": self.steps} if self.last < self.steps else {}),
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "samples_per_s": self.totals["examples"] / self.totals["seconds"],

@@ -41,7 +41,7 @@ class Growth(Observer):
         self.model, self.ranks, self.folder = model, RankGrowth(model, rank, steps), folder
 
     def on_gradients(self, done: Step) -> None:
-        self.ranks.observe(done.routing[0].float())
+        self.ranks.observe(done.counts.float())
 
     def after(self, number: int, done: Step) -> None:
         if not done.is_finite:

@@ -75,7 +75,8 @@ def prompt(argv: list[str]) -> Tensor:
 
 def text_of(prompt: str) -> str:
     """The text itself, or what the file of that name holds. Raises InputError for NAME.txt that is not there."""
-    if prompt.endswith(".txt") and not Path(prompt).is_file():
+    names_a_file = prompt.endswith(".txt") and len(prompt.split()) == 1
+    if names_a_file and not Path(prompt).is_file():
         raise InputError(f"--prompt {prompt}: no such file; give a text, or the name of a file that holds one")
     try:
         return Path(prompt).read_text(encoding="utf-8") if Path(prompt).is_file() else prompt

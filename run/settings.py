@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import data
 import hellora
+import ops
 from command import cli
 from command.cli import InputError, count_or_share, flag, number, say
 from hub.checkpoint import REVISION_HELP, with_revision
@@ -116,7 +117,11 @@ class Settings:
     save_dtype: str | None = flag(None, SAVE_DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
     activation_checkpointing: bool = flag(False, "keep only each layer's input, and compute the layer twice", **MACHINE)
-    compile: bool = flag(False, "compile the elementwise formulas: faster steps after half a minute", **MACHINE)
+    compile: bool = flag(
+        False,
+        "compile norms, rotation and SwiGLU: faster steps, after a while; needs a C++ compiler or Triton",
+        **MACHINE,
+    )
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
@@ -158,11 +163,11 @@ def check(settings: Settings) -> None:
             if getattr(s, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')}{reason}")
 
-    if method.experts is not None and s.save_dtype:
+    if method.adapts and s.save_dtype:
         raise InputError(
             f"--save-dtype {s.save_dtype}: --method {s.method} writes an adapter, in float32; leave it out"
         )
-    if method.experts is None:
+    if not method.adapts:
         reason = f": --method {s.method} trains every weight, without adapters; leave it out"
         refuse((*CHOSEN_WITH_AN_ADAPTER, "init_adapter"), reason)
         if s.lora_dropout:
@@ -185,6 +190,8 @@ def check(settings: Settings) -> None:
     if s.weight_decay and method.grows:
         reason = "keeps dimensions that do not train yet as they were drawn, and decay would shrink them"
         raise InputError(f"--weight-decay {s.weight_decay:g}: --method {s.method} {reason}; leave it out")
+    if s.compile and ops.PLAIN:
+        raise InputError("--compile replaces formulas that HELLORA_PLAIN=1 asks for; leave one of them out")
     if s.valid_data and s.valid_share:
         raise InputError("--valid-data and --valid-share contradict each other; give one of them")
     if not (s.valid_data or s.valid_share):
@@ -213,7 +220,7 @@ def resolved(settings: Settings) -> Settings:
     s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
     model = s.model or (base_of_start(s.init_adapter) if s.init_adapter else "tiny")
     k = "" if s.k is None else f"-k{s.k}"
-    full = method.experts is None
+    full = not method.adapts
     s = replace(
         s,
         model=with_revision(model, s.revision),

@@ -24,7 +24,7 @@ from machine import memory
 from model import MoEConfig, MoETransformer, read_config
 from run.adapters import fill_adapter, place_adapter, read_any_adapter
 from run.validation import BEST
-from training_step import load_shared
+from training_step import load_for_process
 
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
 OF_ADAPTER = ("adapter.json", "adapter_config.json")  # ours, and PEFT's
@@ -110,7 +110,7 @@ class Subject:
 
         plan_of = partial(memory.plan, self.config, attach, dtype=dtype, trains=False)
         shard = choose_shard(plan_of) if choose_shard else "none"
-        model = load_shared(self.folder, dtype, device, shard=shard, attach=attach)
+        model = load_for_process(self.folder, dtype, device, shard=shard, attach=attach)
         if stored:
             fill_adapter(model, *stored, self.adapter)
             if dtype == torch.float32 and shard == "none":

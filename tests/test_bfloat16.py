@@ -26,7 +26,7 @@ from machine.processes import ALONE, DTYPES
 from model import MoETransformer, RMSNorm, lay_out, load_model, read_config, save_model
 from neighbours import drlora
 from recipes.methods import METHODS, num_hot_experts
-from training_step import global_step, shard_model
+from training_step import batch_gradients, shard_model
 
 R = 8
 LOGITS, GRADIENTS = 0.05, 0.12  # bounds of |bfloat16 - float32| / |float32|; the largest seen are 0.03 and 0.09
@@ -62,7 +62,7 @@ def one_step(folder: Path, method: str, dtype: torch.dtype) -> tuple[Tensor, Ten
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(2, 50, (n,), generator=generator).tolist() for n in (17, 24, 9, 13)]
     items = [data.Encoded(row, ((2, len(row)),)) for row in ids]
-    step, batch = global_step(model, items, 2, ALONE), data.collate(items, 0)
+    step, batch = batch_gradients(model, items, 2, ALONE), data.collate(items, 0)
     grads = {name: full_tensor(p.grad) for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         logits = model(batch.input_ids, batch.lengths)[0].float()

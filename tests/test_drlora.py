@@ -250,7 +250,7 @@ def test_a_skipped_step_leaves_no_score_and_its_growth_still_happens():
 
 @pytest.mark.parametrize("steps, skipped", [(2, {1}), (23, set(range(1, 23)))])
 def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_path, monkeypatch, steps, skipped):
-    real, calls = training_step.global_step, []
+    real, calls = training_step.batch_gradients, []
 
     def sometimes(model, *args, **kwargs):
         done = real(model, *args, **kwargs)
@@ -262,7 +262,7 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
                     parameter.grad.fill_(math.nan)
         return done
 
-    monkeypatch.setattr(training_step, "global_step", sometimes)
+    monkeypatch.setattr(training_step, "batch_gradients", sometimes)
     flags = ["--method", "dr-lora", "--rank", "4", "--steps", str(steps), "--batch", "1", "--sample", "0.005"]
     flags += ["--save-every", str(steps)]
     result = train.main([*flags, "--on-nonfinite", "skip", "--out", str(tmp_path / "run")])

@@ -17,7 +17,7 @@ import train
 from hub.checkpoint import TINY
 from machine.processes import end_processes, start_processes
 from model import load_model
-from training_step import load_shared
+from training_step import load_for_process
 
 ROOT = Path(__file__).parent.parent
 FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.2", "--k", "3", "--lr", "1e-4"]
@@ -70,7 +70,7 @@ def test_two_agents_of_torchrun_give_the_bits_of_two_processes_of_one(flags, alo
 def hold(flags: list[str]) -> None:
     """Save what this process holds of the embedded model."""
     processes = start_processes()
-    model = load_shared(TINY, torch.float32, processes.device, shard="hybrid")
+    model = load_for_process(TINY, torch.float32, processes.device, shard="hybrid")
     torch.save([parameter.to_local() for parameter in model.parameters()], f"{flags[0]}/{processes.index}.pt")
     end_processes()
 

@@ -21,7 +21,7 @@ from lab.benchmarks.measure import allocated_peak, saved_bytes
 from machine import memory
 from machine.processes import end_processes, freed_memory_kept, start_processes
 from model import KVCache, MoEConfig, MoETransformer, save_model
-from training_step import load_shared
+from training_step import load_for_process
 
 S, R = 65, 8
 OTHER = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -156,7 +156,7 @@ def measure_a_process(index: int, folder, out) -> None:
     for method in ("hellora", "fft"):
         for sharded in (False, True):
             shard = "full" if sharded else "none"
-            model = load_shared(folder, torch.float32, cpu, shard=shard, attach=ATTACH[method])
+            model = load_for_process(folder, torch.float32, cpu, shard=shard, attach=ATTACH[method])
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
             loss(model, lengths).backward()
             optimizer.step()

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from ops.lora import lora_recomputing
 
 ROOT = Path(__file__).parent.parent
 COUNTS = [3, 0, 5, 1, 2]  # rows of each of G = 5 groups, of which the first n are hot
-PLAIN = {name: module for module in (model_module, lora) for name in ops.__all__ if name in vars(module)}
+PLAIN = {name: module for module in (model_module, lora) for name in ops.OPTIMISED if name in vars(module)}
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_device = pytest.mark.parametrize("devices", [("cuda",), ("cpu",)], ids=["loop", "one kernel"])
 
@@ -70,7 +71,7 @@ LENGTHS = torch.tensor([7, 11, 1, 4, 9])
 
 
 def test_every_fast_version_has_a_reference_with_its_arguments():
-    assert PLAIN.keys() == set(ops.__all__)
+    assert PLAIN.keys() == set(ops.OPTIMISED)
     for name, module in PLAIN.items():
         fast, plain = getattr(ops, name), vars(module)[name]
         assert (
@@ -407,23 +408,27 @@ def test_compiled_formulas_give_the_same_loss_and_gradients_and_are_not_compiled
 
     sizes = [(5, 4), (9, 7, 8), (11, 3), (6, 10, 12)]
     plain = [results(size) for size in sizes]
-    as_before = {name: getattr(ops, name) for name in ops.ELEMENTWISE}
-    compiled, graphs = [], []
-    ops.use(ops.compile_elementwise(torch.device("cpu"), torch.float32))
-    try:
+    compiled, graphs, called = [], [], Counter()
+    functions = ops.compile_elementwise(torch.device("cpu"), torch.float32)
+
+    def counting(name: str) -> Callable:
+        return lambda *args: called.update([name]) or functions[name](*args)
+
+    with ops.using({name: counting(name) for name in functions}):
         for size in sizes:
             compiled.append(results(size))
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    finally:
-        ops.use(as_before)
-    assert graphs[0] == graphs[-1] >= 3
+    assert graphs[0] == graphs[-1]
+    # Per layer of the 3, one SwiGLU, two rotations and four norms; a norm at the end.
+    assert called == {"weighted_swiglu": 4 * 3, "rotate": 4 * 6, "rms_norm": 4 * 13}
+    assert ops.weighted_swiglu is ops.OPTIMISED["weighted_swiglu"]  # again
     for expected, got in zip(plain, compiled, strict=True):
         assert got["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-5)
         assert all((got[name] - expected[name]).norm() <= 1e-4 * expected[name].norm() for name in expected)
 
 
 def test_without_a_compiler_compile_is_one_error(monkeypatch):
-    def compile_in_vain(formula, dynamic):
+    def compile_in_vain(formula, dynamic, options):
         def run(*args):
             raise RuntimeError("no C++ compiler found\nand a long trace")
 

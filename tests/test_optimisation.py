@@ -19,7 +19,7 @@ from model import load_model, read_config
 from run import adapters
 from run.schedule import SCHEDULES, rate, warmup_steps
 from run.settings import parse_settings
-from training_step import global_step
+from training_step import batch_gradients
 
 STEPS, BATCH = 6, 3
 
@@ -75,7 +75,7 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
     optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.3)
     theirs, logged = scheduler(schedule, optimizer, 2, STEPS), []
     for _, batch in data.numbered_batches(len(whole), BATCH, 0, 1, STEPS):
-        done = global_step(model.train(), [whole[i] for i in batch], 16, ALONE)
+        done = batch_gradients(model.train(), [whole[i] for i in batch], 16, ALONE)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         logged.append((theirs.get_last_lr()[0], done.loss.item(), done.tokens - BATCH))
         optimizer.step()

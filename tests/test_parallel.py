@@ -17,7 +17,7 @@ from hub import config
 from machine.processes import ALONE, Processes, end_processes, start_processes
 from model import load_model, save_model
 from routing.balance import load_balancing_loss
-from training_step import global_step, load_shared
+from training_step import batch_gradients, load_for_process
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
 R, ALPHA = 5, 7.0
@@ -51,7 +51,7 @@ def attach(model, kind: str) -> None:
 
 
 def step_of(model, processes: Processes):
-    return global_step(model.train(), items(model.config.vocab_size), 2, processes)
+    return batch_gradients(model.train(), items(model.config.vocab_size), 2, processes)
 
 
 def assert_near(gradient: torch.Tensor, expected: torch.Tensor, name: str) -> None:
@@ -73,14 +73,14 @@ def share_the_work(folders: dict[str, Path], out: Path) -> None:
         for kind in KINDS:
             read.clear()
             hub.weights.read_slices = counting
-            model = load_shared(
+            model = load_for_process(
                 folder, torch.float32, torch.device("cpu"), shard="full", attach=partial(attach, kind=kind)
             )
             hub.weights.read_slices = real
             step = step_of(model, processes)
             grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
             held = sum(p.to_local().numel() for n, p in model.named_parameters() if "lora_" not in n)
-            results[family, kind] = {"loss": step.loss, "routing": step.routing, "grads": grads, "read": sum(read)}
+            results[family, kind] = {"loss": step.loss, "counts": step.counts, "grads": grads, "read": sum(read)}
             results[family, kind] |= {"held": held, "A": model.adapter.sha256_A}
         if family == "olmoe":
             save_model(model, out / "saved", shard_bytes=20_000)
@@ -110,7 +110,7 @@ def test_the_load_balancing_loss_is_that_of_transformers_for_every_sequence(form
 def test_the_balancing_loss_of_a_step_is_that_of_transformers(make_checkpoint, family):
     checkpoint, (one, *_) = make_checkpoint(family), items(50)
     model = load_model(checkpoint.folder)
-    step = global_step(model, [one], 1, ALONE, aux_loss=0.5, aux_form="concat")
+    step = batch_gradients(model, [one], 1, ALONE, aux_weight=0.5, aux_form="concat")
     _, _, router_logits = ask_transformers(checkpoint.hf, torch.tensor([one.ids]))
     E, K = model.config.num_experts, model.config.num_experts_per_tok
     want = load_balancing_loss_func(tuple(router_logits[:, 0].detach()), E, K)
@@ -122,7 +122,7 @@ def test_micro_batches_do_not_change_the_balancing_loss_or_its_gradients(olmoe, 
     model, results = load_model(olmoe.folder), []
     attach(model, "lora")
     for micro_batch in (7, 3, 2):  # 1, 3 and 4 pieces of 7 examples
-        step = global_step(model, items(50), micro_batch, ALONE, aux_loss=0.5, aux_form=form)
+        step = batch_gradients(model, items(50), micro_batch, ALONE, aux_weight=0.5, aux_form=form)
         results.append((step, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
         model.zero_grad()
     (want, want_grads), *others = results
@@ -149,7 +149,7 @@ def test_three_sharded_processes_give_the_loss_and_gradients_of_one(make_checkpo
     for rank in range(WORLD):
         result = torch.load(shared / f"{rank}.pt")[family, kind]
         torch.testing.assert_close(result["loss"], step.loss, rtol=0, atol=1e-5)
-        assert torch.equal(result["routing"][0], step.routing[0])
+        assert torch.equal(result["counts"], step.counts)
         assert result["A"] == model.adapter.sha256_A and bool(result["A"]) == (kind == "lori")
         grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
         assert result["grads"].keys() == grads.keys()
@@ -176,12 +176,12 @@ def test_a_sharded_model_is_saved_whole_in_shards_that_load_to_the_same_bits(olm
 def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(olmoe):
     """What train.py does with --method fft on a GPU, on one process of the CPU."""
     whole = load_model(olmoe.folder)
-    want = global_step(whole, items(50), 2, ALONE)
+    want = batch_gradients(whole, items(50), 2, ALONE)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         cpu, half = torch.device("cpu"), torch.bfloat16
-        model = load_shared(olmoe.folder, torch.float32, cpu, shard="full", compute_dtype=half)
-        step = global_step(model, items(50), 2, ALONE)
+        model = load_for_process(olmoe.folder, torch.float32, cpu, shard="full", compute_dtype=half)
+        step = batch_gradients(model, items(50), 2, ALONE)
         assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
         assert 0 < abs(step.loss - want.loss) < 0.02 * want.loss  # computed in bfloat16
         before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}

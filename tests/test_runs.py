@@ -235,7 +235,7 @@ def test_a_damaged_state_is_refused_by_name(tmp_path):
 
 
 def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
-    real, calls = training_step.global_step, []
+    real, calls = training_step.batch_gradients, []
 
     def sometimes(*args, **kwargs):
         done = real(*args, **kwargs)
@@ -247,7 +247,7 @@ def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatc
                     parameter.grad.fill_(float("inf"))
         return done
 
-    monkeypatch.setattr(training_step, "global_step", sometimes)
+    monkeypatch.setattr(training_step, "batch_gradients", sometimes)
     flags = [*SMALL, "--steps", "4", "--save-every", "1"]
     with pytest.raises(RunError) as caught:
         train.main([*flags, "--out", str(tmp_path / "stop")])
@@ -455,7 +455,7 @@ def test_results_of_an_earlier_run_are_gone_before_the_first_step_of_the_next(tm
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training_step, "global_step", broken)
+        patch.setattr(training_step, "batch_gradients", broken)
         train.main([*flags, "4"])
     assert not any((out / name).exists() for name in ("result.json", "loss.png", "adapter"))
     train.main([*flags, "4"])

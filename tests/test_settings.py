@@ -44,13 +44,13 @@ def few_rows(monkeypatch):
 @pytest.fixture
 def trained_models(monkeypatch) -> list:
     """The models that train.py loads from now on."""
-    loaded, load = [], train.load_shared
+    loaded, load = [], train.load_for_process
 
     def keep(*args, **kwargs):
         loaded.append(load(*args, **kwargs))
         return loaded[-1]
 
-    monkeypatch.setattr(train, "load_shared", keep)
+    monkeypatch.setattr(train, "load_for_process", keep)
     return loaded
 
 

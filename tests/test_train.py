@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import data
 import export
 import hellora
+import ops
 import profile
 import train
 from command.cli import InputError
@@ -21,7 +22,7 @@ from model import load_model, read_config
 from recipes.methods import METHODS, num_hot_experts
 from routing import profiles
 from run import adapters
-from training_step import global_step
+from training_step import batch_gradients
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,7 +86,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     tokenizer = data.load_tokenizer(TINY, model.config)
     items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
     hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    done = global_step(model, items, micro_batch=2, processes=ALONE)
+    done = batch_gradients(model, items, micro_batch=2, processes=ALONE)
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     nll, count = 0.0, 0
@@ -99,7 +100,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))
     assert done.loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
     batches = [data.collate([item], 1) for item in items]
-    assert torch.equal(done.routing[0].long(), profile.count_experts(model, batches))  # B is zero: as the base routes
+    assert torch.equal(done.counts.long(), profile.count_experts(model, batches))  # B is zero: as the base routes
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name
@@ -197,3 +198,18 @@ def test_activation_checkpointing_changes_no_loss_and_no_gradient(tmp_path):
     train.main([*flags, str(tmp_path / "again"), "--activation-checkpointing"])
     kept, again = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_compiled_formulas_change_no_loss_beyond_rounding_and_end_with_the_run(tmp_path):
+    flags = ["--batch", "4", "--sample", "0.01", "--steps", "3", "--valid-share", "0.01", "--out"]
+    interpreted, before = train.main([*flags, str(tmp_path / "interpreted")]), ops.weighted_swiglu
+    compiled = train.main([*flags, str(tmp_path / "compiled"), "--compile"])
+    assert ops.weighted_swiglu is before
+    for name in ("first_loss", "last_loss", "last_valid_loss"):
+        assert compiled[name] == pytest.approx(interpreted[name], rel=1e-5)
+
+
+def test_compile_contradicts_the_plain_formulas(tmp_path, monkeypatch):
+    monkeypatch.setattr(ops, "PLAIN", True)
+    with pytest.raises(InputError, match="HELLORA_PLAIN=1"):
+        train.main(["--compile", "--out", str(tmp_path / "run")])

@@ -112,7 +112,7 @@ def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_
     method, tmp_path, monkeypatch
 ):
     flags = [*VALID, "--save-every", "2"]
-    uncut, cut, real = tmp_path / "uncut", tmp_path / "cut", training_step.global_step
+    uncut, cut, real = tmp_path / "uncut", tmp_path / "cut", training_step.batch_gradients
     whole = run(uncut, *flags, method=method)
     stages = ["stage-d", "."] if METHODS[method].sparse else ["."]
     for killed, stage in enumerate(stages):  # in each stage, two steps after its first checkpoint
@@ -125,10 +125,10 @@ def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(training_step, "global_step", broken)
+        monkeypatch.setattr(training_step, "batch_gradients", broken)
         with pytest.raises(KeyboardInterrupt):
             run(cut, *flags, *["--resume"] * killed, method=method)
-    monkeypatch.setattr(training_step, "global_step", real)
+    monkeypatch.setattr(training_step, "batch_gradients", real)
     resumed = run(cut, *flags, "--resume", method=method)
     kind = "adapter" if METHODS[method].experts else "model"
     for stage in stages:
@@ -157,7 +157,7 @@ def test_the_best_result_is_that_of_a_run_which_ends_at_its_step(tmp_path):
 
 def cut_after(step: int, out: Path, monkeypatch, *flags: str) -> None:
     """A run that is killed in the step after this one."""
-    real = training_step.global_step
+    real = training_step.batch_gradients
 
     def broken(*args, **kwargs):
         if (out / "log.jsonl").exists() and len(log(out, "step")) == step:
@@ -165,7 +165,7 @@ def cut_after(step: int, out: Path, monkeypatch, *flags: str) -> None:
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training_step, "global_step", broken)
+        patch.setattr(training_step, "batch_gradients", broken)
         run(out, *flags)
 
 
@@ -243,8 +243,8 @@ def test_a_run_out_of_patience_stops_says_so_and_is_finished(method, tmp_path, m
     # Killed when it had stopped and saved, but not yet written its result, it does no further step.
     for name in ("result.json", "adapter", "model"):
         shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink(missing_ok=True)
-    real, steps = training_step.global_step, []
-    monkeypatch.setattr(training_step, "global_step", lambda *a, **k: steps.append(1) or real(*a, **k))
+    real, steps = training_step.batch_gradients, []
+    monkeypatch.setattr(training_step, "batch_gradients", lambda *a, **k: steps.append(1) or real(*a, **k))
     again = run(out, *flags, "--resume", method=method)
     assert not steps and again["steps"] == result["steps"] and again["best_step"] == result["best_step"]
 
@@ -291,10 +291,9 @@ def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, m
     assert split(items, 0.1, seed=3) == (rest, held_out) != split(items, 0.1, seed=4)
     with pytest.raises(InputError, match="--valid-share 0.5 of 1 examples leaves none to train on"):
         split([0], 0.5, seed=0)
-    seen, real = [], training_step.global_step
-    monkeypatch.setattr(
-        training_step, "global_step", lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)
-    )
+    seen, real = [], training_step.batch_gradients
+    step = lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)  # noqa: E731
+    monkeypatch.setattr(training_step, "batch_gradients", step)
     run(tmp_path / "run", "--valid-share", "0.2")
     rest, held_out = split(items_of(Path(), "train"), 0.2, seed=0)
     assert {item.example for item in seen} == {item.example for item in rest}

@@ -43,7 +43,7 @@ from machine import memory
 from machine.processes import ALONE, freed_memory_kept
 from model import MoEConfig, MoETransformer, read_config
 from profile import count_task
-from training_step import global_step, load_shared
+from training_step import batch_gradients, load_for_process
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
 SHAPE = PRESETS["olmoe-1b-7b"] | TOKENS | {"torch_dtype": "bfloat16"}
@@ -90,7 +90,7 @@ def train(model: MoETransformer, batches: list[list[data.Encoded]]) -> dict:
     tokens = [sum(len(item.ids) for item in batch) for batch in batches]
     for batch, count in zip(batches, tokens, strict=True):
         began = time.perf_counter()
-        losses.append(global_step(model, batch, len(batch), ALONE).loss.item())
+        losses.append(batch_gradients(model, batch, len(batch), ALONE).loss.item())
         optimizer.step()
         optimizer.zero_grad()
         times.append(time.perf_counter() - began)
@@ -114,7 +114,7 @@ def measure(folder: Path) -> dict:
     def attach_here(model: MoETransformer) -> None:
         attach("hellora", model, hot, RANK)
 
-    model = load_shared(folder, torch.bfloat16, CPU, shard="none", attach=attach_here)
+    model = load_for_process(folder, torch.bfloat16, CPU, shard="none", attach=attach_here)
     row["seconds_load"] = time.perf_counter() - began
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
     with freed_memory_kept(CPU):

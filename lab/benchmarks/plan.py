@@ -98,14 +98,14 @@ def plan_row(settings: Settings, config: MoEConfig, num_hot: int, shard: str) ->
 
     plan = memory.plan(
         config,
-        attach if method.experts else None,
-        dtype=torch.bfloat16 if method.experts else torch.float32,
+        attach if method.adapts else None,
+        dtype=torch.bfloat16 if method.adapts else torch.float32,
         num_processes=settings.gpus // settings.machines if shard == "hybrid" else settings.gpus,
         sharded=shard != "none",
         tokens=settings.micro_batch * settings.length,
         checkpointing=settings.activation_checkpointing,
     )
-    sent, between = traffic(plan, shard, settings, full=not method.experts)
+    sent, between = traffic(plan, shard, settings, full=not method.adapts)
     row = {"shard": shard} | plan._asdict() | {"total": plan.total, "sent_per_step": sent}
     row |= {"sent_between_machines": between} if settings.machines > 1 else {}
     spare = CPU_SPARE if settings.cpu else memory.SPARE
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     num_hot = num_hot_experts(settings.k or method.k, config.num_experts, config.num_experts_per_tok)
     num_hot = config.num_experts if method.experts == "all" else num_hot
     ways = ("none", "hybrid", "full") if settings.machines > 1 else ("none", "full")
-    ways = ways if method.experts else ways[1:]  # full fine-tuning is always sharded
+    ways = ways if method.adapts else ways[1:]  # full fine-tuning is always sharded
     ways = ways[:1] if settings.cpu else ways
     rows = [plan_row(settings, config, num_hot, shard) for shard in ways]
     machines = f" in {settings.machines} machines" if settings.machines > 1 else ""

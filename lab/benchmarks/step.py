@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hellora
+import ops
 from command import cli
 from command.cli import InputError, flag, say
 from command.files import writable, write_json
@@ -131,6 +132,11 @@ def missing(name: str, dtype: torch.dtype) -> str | None:
     """Why a row cannot be measured; None if it can."""
     if name == "fft" and dtype != torch.float32:
         return "weights that train are float32"
+    if name in COMPILED:
+        try:
+            ops.compile_elementwise(torch.device("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        except InputError as error:
+            return str(error)
     lacks = [package for package in ("transformers", "peft") if name in PEERS and not find_spec(package)]
     return f"{lacks[0]} is not installed" if lacks else None
 

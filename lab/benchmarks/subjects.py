@@ -105,14 +105,10 @@ def make_compiled(name: str, model: MoETransformer, hot: Tensor, rank: int) -> S
     """A row of COMPILED: the subject of the first word, with the elementwise formulas compiled in its own steps."""
     subject = make_ours(name.removesuffix("-compiled"), model, hot, rank)
     compiled = ops.compile_elementwise(model.lm_head.weight.device, model.lm_head.weight.dtype)
-    as_before = {formula: getattr(ops, formula) for formula in compiled}
 
     def loss(batch: Batch) -> Tensor:
-        ops.use(compiled)
-        try:
+        with ops.using(compiled):
             return subject.loss(batch)
-        finally:
-            ops.use(as_before)
 
     return Subject(name, model, loss, subject.optimizer)
 

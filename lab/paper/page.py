@@ -67,7 +67,7 @@ CLAIMS = (  # what is claimed of a row's difference, the start of its table's ti
     ("a quarter of the experts equals LoRA on all (MoE-Sieve)", "Table 2:", "MoE-Sieve"),
     ("LoRI-D beats LoRA", "Table 2:", "LoRI-D"),
     ("HELLoRI-D beats LoRA", "Table 2:", "HELLoRI-D"),
-    ("ranks that grow beat every baseline, mean of six tasks (DR-LoRA)", "Table 2:", "DR-LoRA"),
+    ("ranks that grow beat LoRA (DR-LoRA: the strongest baseline, mean of six tasks)", "Table 2:", "DR-LoRA"),
     ("one set of hot experts for all layers is worse than one for each", "Table 4:", "HELLoRA_M"),
     ("the coldest are worse than the hottest", "Table 4:", "HELLoRA_C"),
     ("without attention and router it is worse", "Table 5:", "HELLoRA_pure"),
@@ -97,7 +97,7 @@ def summary(sections: list[Section], out: Path) -> list[str]:
         if re.match("Table [2-7]", row["table"]) and row["ours"]["difference"]["half"] is not None
     ]
     draw_differences(rows, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
-    note = "The claims on math, in points, each row at its best learning rate."
+    note = "The claims on math, in points, each method at its best learning rate."
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
     picture = ["", "![Differences with intervals](differences.png)", ""]
     return [note, "", *grid(heads, lines), *picture, *spread([row for each in sections for row in each.rows])]

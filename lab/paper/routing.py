@@ -231,7 +231,7 @@ def figure3(out: Path, *, may_run: bool) -> Section:
         "![Overlap of hot sets](fig3.png)", "",
         "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
         "with those after LoRA fine-tuning, counted on all training data. The last row of each "
-        "task compares the base model's on a tenth of the data with those on all of it. The paper's mean is ours: "
+        "task compares the base model's on a tenth of the data with those on all of it. We computed the paper's mean: "
         f"the same set in {same} of {layers} layers, and in the others sets that differ by one expert.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [*printed, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",

@@ -82,7 +82,7 @@ class Run:
 def common_rate(task: str, method: str) -> float:
     """The learning rate that all methods with an adapter share on a task; full fine-tuning has its own."""
     recipe = RECIPES[task]
-    return recipe.fft_lr if METHODS[method].experts is None else recipe.lr
+    return recipe.lr if METHODS[method].adapts else recipe.fft_lr
 
 
 def flags(given: dict) -> list[str]:

@@ -22,7 +22,7 @@ from generate import Decoding, generate
 from hub.weights import full_tensor, init_weights
 from machine.processes import Processes
 from model import KVCache, MoEConfig, MoETransformer, save_model
-from training_step import global_step, load_shared
+from training_step import batch_gradients, load_for_process
 
 EXACT, HALF = 1e-3, 0.1  # limits in float32, where kernels sum in another order, and in bfloat16
 each_dtype = pytest.mark.parametrize("dtype, limit", [(torch.float32, EXACT), (torch.bfloat16, HALF)], ids=str)
@@ -181,8 +181,8 @@ def test_sharding_on_one_process_changes_no_gradient(device, tmp_path):
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     try:
         for shard in ("none", "full"):
-            model = load_shared(tmp_path, torch.bfloat16, device, shard=shard, attach=attach)
-            global_step(model, items, 2, Processes(0, 1, device))
+            model = load_for_process(tmp_path, torch.bfloat16, device, shard=shard, attach=attach)
+            batch_gradients(model, items, 2, Processes(0, 1, device))
             gradients.append(all_gradients(model))
     finally:
         dist.destroy_process_group()
