@@ -41,9 +41,15 @@ TARGETS = {  # what gets an adapter besides the chosen experts, where a layer ha
     "gate": ("mlp.gate",),  # the router alone
     "pure": (),
 }
-SCORED = ("hot", "model-hot", "cold", "greedy")  # policies that take a number of experts
-SEEDED = ("random", "topup")  # these too, and a seed
-POLICIES = (*SCORED, "coverage", *SEEDED, "all", "none")
+RANKED = {  # policies that rank the experts of each layer (counts [L, E], num_hot, seed -> [L, E]) and take the first
+    "hot": lambda counts, num_hot, seed: counts,
+    "model-hot": lambda counts, num_hot, seed: policies.model_wide(counts),
+    "cold": lambda counts, num_hot, seed: policies.coldest_first(counts),
+    "random": lambda counts, num_hot, seed: policies.random_ranking(counts, seed),
+    "topup": policies.topped_up,
+}
+NUMBERED = (*RANKED, "greedy")  # policies that take a number of experts
+POLICIES = (*NUMBERED, "coverage", "all", "none")
 
 
 # ------------------------------------------------------------------------------------------------ which experts
@@ -70,15 +76,7 @@ def select_experts(
         return policies.covering(counts, coverage)
     if policy == "greedy":
         return policies.greedy(counts, num_hot)
-    if policy == "model-hot":
-        counts = policies.model_wide(counts)
-    elif policy == "cold":
-        counts = policies.coldest_first(counts)
-    elif policy == "random":
-        counts = policies.random_ranking(counts, seed)
-    elif policy == "topup":
-        counts = policies.topped_up(counts, num_hot, seed)
-    return hottest(counts, num_hot)
+    return hottest(RANKED[policy](counts, num_hot, seed), num_hot)
 
 
 def check_choice(policy: str, counts: Tensor, num_hot: int | None, coverage: float | None) -> None:
@@ -92,7 +90,7 @@ def check_choice(policy: str, counts: Tensor, num_hot: int | None, coverage: flo
     if policy == "coverage" and (coverage is None or not 0 < coverage <= 1):
         raise InputError(f"coverage is {coverage}; expected a share above 0 and at most 1")
     E = counts.shape[-1]
-    if policy in SCORED + SEEDED and (num_hot is None or not 1 <= num_hot <= E):
+    if policy in NUMBERED and (num_hot is None or not 1 <= num_hot <= E):
         raise InputError(f"k is {num_hot}; expected 1..{E}, the experts of a layer")
 
 
@@ -171,8 +169,8 @@ def attach(
         for name, parameter in model.named_parameters():
             if name.endswith("lora_A"):
                 parameter.requires_grad_(False)
-    ids = [row.nonzero().flatten().tolist() for row in hot]
-    model.adapter = Adapter(kind, r, alpha, targets, seed, ids, expert_rank=expert_rank)
+    adapted = [row.nonzero().flatten().tolist() for row in hot]
+    model.adapter = Adapter(kind, r, alpha, targets, seed, adapted, expert_rank=expert_rank)
     if not model.embed_tokens.weight.is_meta:
         init_factors(model)
 

@@ -115,7 +115,7 @@ def choose_experts(run: Run) -> Tensor:
     s, counted = run.settings, run.counted
     ranking = counted.gate_mass if s.scores == "gate-mass" else counted.counts  # [L, E]
     num_hot = None
-    if s.experts not in ("all", "none", "coverage"):
+    if s.experts in hellora.NUMBERED:
         num_hot = num_hot_experts(s.k or run.method.k, run.config.num_experts, run.config.num_experts_per_tok)
     return hellora.select_experts(s.experts, ranking, num_hot, coverage=s.coverage, seed=s.seed)
 

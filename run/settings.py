@@ -176,8 +176,8 @@ def check(settings: Settings) -> None:
         raise InputError(f"--prompt {s.prompt} is a form of GSM8K's rows, and the task is {s.task}; leave it out")
     if s.steps and s.epochs:
         raise InputError("--steps and --epochs contradict each other; give one of them")
-    policies = (*hellora.SCORED, *hellora.SEEDED)
-    for name, allowed in (("k", policies), ("scores", (*hellora.SCORED, "topup", "coverage"))):
+    counted = [policy for policy in hellora.POLICIES if policy not in ("random", "all", "none")]
+    for name, allowed in (("k", hellora.NUMBERED), ("scores", counted)):
         if experts not in allowed and not (method.flat and name == "k"):
             chosen = f"--method {s.method} and experts {experts}"
             refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
