@@ -99,7 +99,7 @@ class Observers:
             model,
             optimizer,
             self.members,
-            pinned=pinned(run.items, run.held_out, model, s.router_aux_loss, run.steps if planned else None),
+            pinned=pinned(run.items, run.held_out, model, run.steps if planned else None),
             steps=run.steps,
             save_every=s.save_every,
             keep=s.keep,

@@ -26,13 +26,10 @@ from run.observer import Observer
 from training_step import Step
 
 
-def pinned(
-    items: list[Encoded], held_out: list[Encoded], model: MoETransformer, aux_loss: float | None, planned: int | None
-) -> dict:
+def pinned(items: list[Encoded], held_out: list[Encoded], model: MoETransformer, planned: int | None) -> dict:
     """By name, what must be the same when a run continues. planned: the steps, if something is planned for them."""
     kept = {"data": amount(items)} | ({"validation": amount(held_out)} if held_out else {})
     kept |= {"steps": planned} if planned else {}
-    kept |= {"balancing loss": "per sequence"} if aux_loss else {}
     return kept | ({"experts or entries of B": placement_digest(model)} if model.adapter else {})
 
 
