@@ -85,13 +85,22 @@ def first_marked(completion: str) -> str | None:
 
     Neither thoughts nor what follows another "Question:" belong to the answer.
     """
-    text = NEXT_QUESTION.split(without_thoughts(completion))[0].translate(SPELLING)
+    text = plainly_spelled(NEXT_QUESTION.split(without_thoughts(completion))[0])
+    marks = [mark for marker in MARKERS for mark in marker.finditer(text)]
+    marked = [number for mark in marks if (number := marked_by(mark))]
+    if marked:
+        return plain_number(marked[0])
+    numbers = list(NUMBER.finditer(text))
+    return plain_number(numbers[-1]) if numbers else None
+
+
+def plainly_spelled(text: str) -> str:
+    """The text with ASCII digits, dashes and signs, "3 1/2" for LaTeX's fractions, and thousands in one piece."""
+    text = text.translate(SPELLING)
     text = re.sub(r"\d", lambda digit: str(unicodedata.decimal(digit[0])), text)
-    text = FRACTION.sub(r"\1\2/\3\4", re.sub(r"(?<=\d)\s*(?=\\[cdt]?frac)", " ", text))
-    text = THOUSANDS.sub(lambda groups: re.sub(r"\D", "", groups[0]), text)
-    marked = (marked_by(found) for marker in MARKERS for found in marker.finditer(text))
-    number = next(filter(None, [*marked, *reversed(list(NUMBER.finditer(text)))]), None)
-    return plain_number(number) if number else None
+    text = re.sub(r"(?<=\d)\s*(?=\\[cdt]?frac)", " ", text)  # 3\frac{1}{2} is 3 1/2, not 31/2
+    text = FRACTION.sub(r"\1\2/\3\4", text)
+    return THOUSANDS.sub(lambda groups: re.sub(r"\D", "", groups[0]), text)
 
 
 def marked_by(marker: re.Match) -> re.Match | None:
