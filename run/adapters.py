@@ -205,6 +205,14 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
     return modules
 
 
+def drawn_A(seed: int, matrices: list[str], r: int, fan_in: int) -> Tensor:
+    """The initial lora_A of some matrices.  -> [n, r, in]"""
+    A = torch.empty(len(matrices), r, fan_in)
+    for matrix, A_of_matrix in zip(matrices, A, strict=True):
+        init_A(A_of_matrix, seed, matrix)
+    return A
+
+
 @torch.no_grad()
 def dense_factors(
     adapter: Adapter, state: dict[str, Tensor], config: MoEConfig, folder: str | Path
@@ -225,24 +233,23 @@ def dense_factors(
             raise InputError(f"{folder}: {name} is {what}, expected {shape}; is it damaged, or of another model?")
         return tensor.float()
 
+    def spread(module: str, *shape: int) -> Tensor:
+        """LoRI-S' B. A matrix of which no entry was kept is not in the file."""
+        name = f"{module}.parametrizations.lora_B"
+        positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
+        values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
+        return Scatter(positions, torch.Size(shape))(values)
+
     for module, matrices in sorted(adapted_matrices(adapter, config).items()):
         fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
         r = adapter.rank_of(module)
         n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
         if adapter.kind == "lori":
-            A = torch.empty(*n, r, fan_in)
-            for matrix, rows in zip(matrices, A.view(-1, r, fan_in), strict=True):
-                init_A(rows, adapter.seed, matrix)
+            A = drawn_A(adapter.seed, matrices, r, fan_in).view(*n, r, fan_in)
             digest.update(A.numpy().astype("<f4").tobytes())
         else:
             A = take(f"{module}.lora_A", *n, r, fan_in)
-        if is_sparse:  # a matrix of which no entry was kept is not in the file
-            name = f"{module}.parametrizations.lora_B"
-            positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
-            values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
-            B = Scatter(positions, torch.Size((*n, fan_out, r)))(values)
-        else:
-            B = take(f"{module}.lora_B", *n, fan_out, r)
+        B = spread(module, *n, fan_out, r) if is_sparse else take(f"{module}.lora_B", *n, fan_out, r)
         factors = {"lora_A": A, "lora_B": B}
         if adapter.kind == "dora":
             factors["lora_m"] = take(f"{module}.lora_m", *n, fan_out)
