@@ -21,7 +21,7 @@ from neighbours.drlora import RankGrowth
 from routing.statistics import tally
 from scoring import gsm8k, refusals
 from scoring.statistics import pass_at_k  # noqa: F401
-from training_step import global_step
+from training_step import batch_gradients
 
 
 def tensor(array: np.ndarray, requires_grad: bool = False) -> Tensor:
@@ -206,7 +206,7 @@ def dr_lora_grow(saliency, ranks, quota, cap, budget, r_max):
 
 
 class TableModel(nn.Module):
-    """Stands for the transformer in `global_step`: the logits of the next token are a row of a table."""
+    """Stands for the transformer in `batch_gradients`: the logits of the next token are a row of a table."""
 
     def __init__(self, table: np.ndarray) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ def batch_loss(table, sequences, prompt_lengths, micro_batch):
     items = [
         data.Encoded(ids.tolist(), ((int(p), len(ids)),)) for ids, p in zip(sequences, prompt_lengths, strict=True)
     ]
-    step = global_step(model, items, micro_batch, Processes(0, 1, torch.device("cpu")))
+    step = batch_gradients(model, items, micro_batch, Processes(0, 1, torch.device("cpu")))
     return {"loss": float(step.loss), "table": model.embed_tokens.weight.grad.numpy()}
 
 
@@ -307,7 +307,7 @@ def train_step(folder, input_ids, lengths, prompt_lengths, factors, alpha, lr, w
     model = adapted_model(folder, factors, alpha)
     rows = zip(input_ids.tolist(), lengths.tolist(), prompt_lengths.tolist(), strict=True)
     items = [data.Encoded(ids[:n], ((p, n),)) for ids, n, p in rows]
-    step = global_step(model, items, 1, Processes(0, 1, torch.device("cpu")))
+    step = batch_gradients(model, items, 1, Processes(0, 1, torch.device("cpu")))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay).step()
     named = {name: {part: factor(model, name, part) for part in "AB"} for name in factors}
