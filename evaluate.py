@@ -57,7 +57,7 @@ DECODING = {  # by benchmark, else as in LoRI's scripts
 }
 TINY_NEW_TOKENS = 160  # answers of the tiny tasks are shorter
 BATCH = 32  # sequences decoded at once, by default
-OUT_HELP = "folder for score.json and items.jsonl (default: evaluation-TASK in the run or in runs/)"
+OUT_HELP = "folder for score.json and items.jsonl (default: RUN/evaluation-TASK, runs/evaluation-TASK-MODEL)"
 GENERATING = "batch max_new_tokens temperature top_p samples shots prompt seed dtype bos shard".split()
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -71,7 +71,7 @@ class Settings(DecodingFlags):
         None, "a run folder of train.py, a checkpoint folder, a hub id, or 'tiny'", positional=True, nargs="?"
     )
     task: str | None = flag(None, "task to score (default: that of the run)", choices=list(data.TASKS))
-    eval_data: str | None = flag(None, "a local copy of the task's test file", metavar="FILE")
+    eval_data: str | None = flag(None, "your rows, or the task's test file", metavar="FILE")
     limit: int | None = flag(None, "only the first N examples (default: all)", metavar="N", type=number(int, 1))
     out: str | None = flag(None, OUT_HELP, metavar="DIR")
     completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines', metavar="FILE")
@@ -242,7 +242,7 @@ def load_problems(settings: Settings, reader: data.Reader | None) -> list[Exampl
     solved = data.load_examples(settings.task, "train", settings.train_data)
     shown = [example for example in solved if same_question(example) not in asked]
     if len(shown) < len(solved):
-        note(f"{len(solved) - len(shown)} of {len(solved)} training problems are not shown: they are to be solved too")
+        note(f"{len(solved) - len(shown)} of {len(solved)} training problems are not shown: they are test problems")
     if len(shown) < settings.shots:
         raise InputError(f"--shots {settings.shots}: the training data has {len(shown)} problems to show; give fewer")
     return data.show_examples(examples, shown[: settings.shots])

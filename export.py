@@ -9,8 +9,8 @@
 needs memory for one shard.
 
 `--to peft` writes a LoRA pair for every expert, with zeros for the cold ones (hub/peft.py says why). `--compact`
-leaves the cold experts out. The file is then many times smaller. It loads in PEFT under transformers 4, and in servers
-that look for each expert by name (SGLang). It does not load in vLLM, nor under transformers 5 (a size mismatch).
+leaves the cold experts out. The file is then many times smaller. It loads in PEFT under transformers 4, not 5 (a size
+mismatch). Servers that look for each expert by name (SGLang) should load it (not run); vLLM does not.
 
 `check` reads an adapter or a merged checkpoint, of this project or of another tool, and prints what moved in every
 layer and what is wrong (diagnosis/). Exit status 0: healthy; 3: a fault was found; 2: the input cannot be used.
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     if subject.run is None:
         raise InputError(f"{settings.run} is not a run folder of train.py; expected one with config.json and adapter/")
     if subject.run["settings"]["method"] == "fft":
-        raise InputError(f"{settings.run} is a run of fft and has no adapter: its model/ is a full checkpoint already")
+        raise InputError(f"{settings.run} is a run of fft and has no adapter; use its model/, a full checkpoint")
     folder, base, config = subject.adapter, subject.folder, subject.config
     adapter, factors = read_factors(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
@@ -371,7 +371,7 @@ def of_base(subject: Subject) -> Iterator[Finding]:
         difference = True, str(error)
     if difference:
         is_known, sentence = difference
-        means = "On another base the update means something else; on one that holds it already it counts twice."
+        means = "On another base the update means something else; on a merged base it counts twice."
         yield Finding("another-base", sentence, means, "check with the base that it was trained on", is_known)
 
 

@@ -59,13 +59,15 @@ class DecodingFlags:
     """The flags of evaluate.py and of generate.py that say how text is generated."""
 
     max_new_tokens: int | None = flag(
-        None, "longest answer, in tokens (default: 512; tiny tasks 160)", type=number(int, 1)
+        None, "longest answer, in tokens (default: 512; evaluate.py, tiny tasks: 160)", type=number(int, 1)
     )
     temperature: float | None = flag(
-        None, "temperature of sampling; 0 is greedy (default: 0; code tasks 0.2)", type=number(float, 0)
+        None, "sampling temperature; 0: greedy (default: 0; evaluate.py, code tasks: 0.2)", type=number(float, 0)
     )
     top_p: float | None = flag(
-        None, "probability mass of nucleus sampling (default: 1; code tasks 0.95)", type=number(float, 0, 1, above=True)
+        None,
+        "probability mass of nucleus sampling (default: 1; evaluate.py, code tasks: 0.95)",
+        type=number(float, 0, 1, above=True),
     )
     seed: int | None = flag(None, "seed of sampling (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)

@@ -105,9 +105,7 @@ def profile_warmup(
     for chosen in progress(data.global_batches(len(items), batch, seed, epoch=0), processes):
         done = train_step(model, optimizer, [items[i] for i in chosen], micro_batch or batch, processes, clip=1.0)
         if not done.is_finite:
-            raise RunError(
-                f"warm-up: loss {done.loss:.3g}, gradient norm {done.grad_norm:.3g}; lower the learning rate"
-            )
+            raise RunError(f"warm-up: loss {done.loss:.3g}, gradient norm {done.grad_norm:.3g}; use --count-on base")
         totals += torch.stack((done.counts, done.gate_mass))
     return finish(model.config, totals)
 
@@ -188,14 +186,14 @@ class Settings:
     model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id")
     revision: str | None = flag(None, REVISION_HELP)
     task: str = flag("tiny-math", "task whose training data is counted", choices=list(data.TASKS))
-    train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE")
+    train_data: str | None = flag(None, "your rows, or the task's training file", metavar="FILE")
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))
     sample: float = flag(0.1, "share of the training data to use", type=SHARE)
     count_on: str = flag("base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup")
     k: int | None = flag(None, K_HELP, type=POSITIVE)
     seed: int = flag(0, "seed of every random choice", type=cli.number(int, 0))
     batch: int = flag(16, "examples per forward pass", type=POSITIVE)
-    max_length: int = flag(512, "longest example, in tokens", type=cli.number(int, 8))
+    max_length: int = flag(512, "cut-off length of an example, in tokens", type=cli.number(int, 8))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
     shard: str | None = flag(None, memory.SHARD_HELP, choices=tuple(memory.CHOSEN))
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS")

@@ -1,4 +1,4 @@
-"""Optimized versions of the reference formulas in model.py and lora.py: same names, arguments, values and gradients.
+"""Optimised versions of the reference formulas in model.py and lora.py: same names, arguments, values and gradients.
 
     HELLORA_PLAIN=1 python train.py        # every command can run on the formulas as they stand
     python train.py --compile              # those of ELEMENTWISE, each compiled into one kernel

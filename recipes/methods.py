@@ -82,7 +82,7 @@ def defaults_by_task() -> str:
     ]
     widths = [max(len(str(row[column])) for row in (heads, *rows)) + 2 for column in range(len(heads))]
     lines = ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows)]
-    return "\n  ".join(["defaults by task, for --method fft in brackets:", *(line.rstrip() for line in lines)])
+    return "\n  ".join(["defaults by task, for --method fft under (fft):", *(line.rstrip() for line in lines)])
 
 
 def num_hot_experts(k: int | float | None, num_experts: int, num_experts_per_tok: int) -> int:

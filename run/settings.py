@@ -53,13 +53,13 @@ class Settings:
     model: str | None = flag(None, MODEL_HELP, **TASK)
     revision: str | None = flag(None, REVISION_HELP, **TASK)
     task: str = flag("tiny-math", "task, or own: your rows in --train-data", choices=list(RECIPES), **TASK)
-    train_data: str | None = flag(None, "a local copy of the task's training file", metavar="FILE", **TASK)
+    train_data: str | None = flag(None, "your rows, or the task's training file", metavar="FILE", **TASK)
     valid_data: str | None = flag(None, "rows to validate on, in the format of --train-data", metavar="FILE", **TASK)
     valid_share: float | None = flag(None, "share of the training rows to hold out for validation", type=HALF, **TASK)
     recipe: str | None = flag(None, "all settings of a paper; other flags override them", choices=PAPERS, **TASK)
     prompt: str = flag("lori", "prompt for GSM8K's rows", choices=list(data.PROMPTS), **TASK)
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
-    max_length: int = flag(512, "longest example, in tokens", type=number(int, 8), **TASK)
+    max_length: int = flag(512, "cut-off length of an example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
     method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
     k: int | float | None = flag(None, K_HELP, type=count_or_share, **CHOICE)
@@ -116,10 +116,10 @@ class Settings:
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES, **MACHINE)
     save_dtype: str | None = flag(None, SAVE_DTYPE_HELP, choices=DTYPES, **MACHINE)
     shard: str | None = flag(None, SHARD_HELP, choices=tuple(CHOSEN), **MACHINE)
-    activation_checkpointing: bool = flag(False, "keep only each layer's input, and compute the layer twice", **MACHINE)
+    activation_checkpointing: bool = flag(False, "save memory: keep layer inputs, compute layers twice", **MACHINE)
     compile: bool = flag(
         False,
-        "compile norms, rotation and SwiGLU: faster steps, after a while; needs a C++ compiler or Triton",
+        "compile norms, rotation and SwiGLU: slow start, faster steps; needs a C++ compiler or Triton",
         **MACHINE,
     )
 

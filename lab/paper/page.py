@@ -51,7 +51,7 @@ def write_page(out: Path, sections: list[Section], made: str) -> None:
         "Written by `python reproduce.py all`. Our values come from the embedded models and tasks, which replace the "
         "paper's. They show whether a difference has the same sign, not how large it is. Each run is a file in "
         "`runs/`. "
-        f"{made}. This page was written on a machine with {cores} CPU cores and torch {torch_}.", "",
+        f"{made}. Written with torch {torch_} on {cores} CPU cores.", "",
         f"47.6 ± 1.2 (5) is a mean, its 95 % t-interval, and the number of seeds. {RULE}", "",
         "MoE-Sieve is an independent study at full size ([published](published/README.md)).", "",
         *summary(sections, out),
@@ -67,12 +67,12 @@ CLAIMS = (  # what is claimed of a row's difference, the start of its table's ti
     ("a quarter of the experts equals LoRA on all (MoE-Sieve)", "Table 2:", "MoE-Sieve"),
     ("LoRI-D beats LoRA", "Table 2:", "LoRI-D"),
     ("HELLoRI-D beats LoRA", "Table 2:", "HELLoRI-D"),
-    ("ranks that grow beat LoRA (DR-LoRA: the strongest baseline, mean of six tasks)", "Table 2:", "DR-LoRA"),
+    ("ranks that grow beat LoRA (DR-LoRA, against its strongest baseline, six tasks)", "Table 2:", "DR-LoRA"),
     ("one set of hot experts for all layers is worse than one for each", "Table 4:", "HELLoRA_M"),
     ("the coldest are worse than the hottest", "Table 4:", "HELLoRA_C"),
     ("without attention and router it is worse", "Table 5:", "HELLoRA_pure"),
     ("2 hot experts are worse than 8", "Table 7:", "k = 2"),
-    ("the same budget on all experts (claimed by no one)", "Table 9", "all 64, rank 1"),
+    ("the same budget on all experts (no paper's claim)", "Table 9", "all 64, rank 1"),
 )
 
 

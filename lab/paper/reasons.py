@@ -29,11 +29,11 @@ FORMS = {name: ".1f" if "choices" in name else ".3f" for name in MEASURES}
 NOTE = (
     "The paper's reasons are that fewer parameters regularise and that specialised experts are left alone (abstract, "
     "§4.3). Losses are in nats per token. *unseen - seen*: the loss on rows of the task that no run trains on, minus "
-    "that on rows that this run has trained on. *text*: held-out pre-training text of all three worlds, after "
+    "that on rows that this run has trained on. *text*: held-out pre-training text of all three kinds, after "
     "fine-tuning minus before. *hot sets kept*: Jaccard overlap of the K hottest experts before and after, on the "
     "task. *choices moved*: share of the K choices of a token and layer that go to another expert than before, in %, "
-    "on rows of the task and on the text. Differences from LoRA are paired by seed. The reasons say that they are "
-    "negative."
+    "on rows of the task and on the text. Differences from LoRA are paired by seed. The reasons predict negative "
+    "differences."
 )
 SPARSITY = (
     "Double sparsity (§2.2), OLMoE-1B-7B at rank 32: few experts, and few entries of B. The FLOPs are those of the "

@@ -160,14 +160,14 @@ def figure1(out: Path, *, may_run: bool) -> Section:
     lines = [
         "![Routing of OLMoE-1B-7B on GSM8K](fig1.png)", "",
         f"The paper says that the 8 hottest experts of layer {PAPER_LAYER} receive more than {PAPER_SHARE:.0f} % of "
-        f"the tokens of GSM8K. These counts, of the base model under another prompt, {holds} it: there they receive "
+        f"GSM8K's routed tokens. These counts, of the base model under another prompt, {holds} it: there they receive "
         f"{layer7:.1f} %. HELLoRA saves {flops:.1f} % of LoRA's adapter FLOPs on these counts. The abstract says "
         f"{PAPER_SAVED} %.", "",
         "CV is the standard deviation divided by the mean of the counts of a layer's experts, averaged over the "
-        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2). Cold are the experts "
-        "of a layer that receive less than half of an even share.", "",
+        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2). Little used are "
+        "the experts of a layer that receive less than half of an even share.", "",
         *grid(
-            ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "cold", "CV", "/ global CV",
+            ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "little used", "CV", "/ global CV",
              "FLOPs saved"],
             [
                 [
@@ -231,8 +231,8 @@ def figure3(out: Path, *, may_run: bool) -> Section:
         "![Overlap of hot sets](fig3.png)", "",
         "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
         "with those after LoRA fine-tuning, counted on all training data. The last row of each "
-        "task compares the base model's on a tenth of the data with those on all of it. We computed the paper's mean: "
-        f"the same set in {same} of {layers} layers, and in the others sets that differ by one expert.", "",
+        "task compares the base model's hot sets on a tenth and on all data. We computed the paper's mean from its "
+        f"text: the same set in {same} of {layers} layers, and one other expert elsewhere.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [*printed, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),
@@ -281,9 +281,9 @@ def figure6(out: Path, *, may_run: bool) -> Section:
     shown.append(["Mixtral-8x7B, GSM8K", "2 of 8", "not run", f"{100 * 2 / 8:.1f} %", "not run", "not run"])
     lines = ["![Use of the experts in other models](fig6.png)", ""]
     lines += [
-        "The shared experts of Qwen1.5-MoE and DeepSeekMoE receive every token. The shares are of the others. The last "
-        "column is MoE-Sieve's coverage (Table 2 there): (s + K c) / (s + K), with c the share of the hottest quarter, "
-        "and s how many experts the shared one is as large as.",
+        "The shared experts of Qwen1.5-MoE and DeepSeekMoE receive every token. The shares are of the routed tokens. "
+        "The last column is MoE-Sieve's coverage (Table 2 there): (s + K c) / (s + K), with c the share of the hottest "
+        "quarter, and s the shared expert's size in routed experts.",
         "",
     ]
     heads = ["", "K of E", "top K, mean of the layers", "if use were even", "hottest quarter", "with the shared expert"]

@@ -26,7 +26,7 @@ NOTE = (
     "any adapter, forward and backward. -pure: adapters on experts alone. -gate: also on the router. Both are compared "
     "with LoRA at the same places. The masked LoRI-S and HELLoRI-S of the paper are not built: ours train a tenth of "
     "the entries of B and have no mask. The interval is over the repetitions of the benchmark, in which all rows take "
-    "turns. MoE-Sieve says that a quarter of the experts halves LoRA's training time at best (abstract)."
+    "turns. MoE-Sieve says that a quarter of the experts saves up to half of LoRA's training time (abstract)."
 )
 
 

@@ -15,7 +15,7 @@ def constant(*columns: Column) -> tuple[Column, ...]:
 
 
 ALL = (MATH, *constant(*CODE, SAFE))
-SHARED_RATE = "Other experts or modules of a method have the best rate of the method itself."
+SHARED_RATE = "Rows with other experts or modules have the best learning rate of their method."
 ONE_RATE = constant(MATH._replace(title="GSM8K, one rate"))  # what a common rate makes of Table 2
 METHODS = Table(
     "Table 2: methods on three tasks, OLMoE-1B-7B",
@@ -129,7 +129,7 @@ NUMBER = Table(
     seeds=5,
     notes=(
         "The paper swaps the labels of the rows Accuracy and Throughput. Here they are in the right order. Its "
-        "throughput is 20.99, 20.98, 20.08 and 16.49 samples/s. Ours stands below Table 6.",
+        "throughput is 20.99, 20.98, 20.08 and 16.49 samples/s. Ours follows Table 6.",
     ),
     rows=(
         Row("k = 2", "hellora", (26.72,), "k = 8", change={"k": 2}),
@@ -168,10 +168,10 @@ ONE_BUDGET = Table(
     seeds=10,
     notes=(
         "The k hottest experts of each layer at rank r have as many parameters as all 64 at rank r k / 64, or as the "
-        "2 k hottest at rank r / 2. Attention and router have rank 8 in each row but one: DR-LoRA starts experts at "
-        "half of their rank, so 2 is the least it can have. Its experts have twice the parameters of the 8 hottest at "
-        "rank 8, its attention and router a quarter. Two experts at rank 8 would be rank 1/4 on all: the flattest "
-        "whole rank is 1, on 16. Random and cold experts have the best rate of the hot ones.",
+        "2 k hottest at rank r / 2. Attention and router have rank 8, but rank 2 in DR-LoRA: it starts experts at half "
+        "of their rank, so its lowest rank is 2, with twice the expert parameters of the 8 hottest at rank 8. The "
+        "budget of the 2 hottest would be rank 1/4 on all 64, so it is spread over 16 at rank 1. Random and cold "
+        "experts have the learning rate of the hot ones.",
     ),
     rows=(
         Row(K8, "hellora"),
