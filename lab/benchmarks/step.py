@@ -47,7 +47,7 @@ from lab.benchmarks.subjects import (
     make_peer,
     our_model,
     sharing,
-)  # fmt: skip
+)
 from lab.benchmarks.workload import SHAPES, make_batches
 from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
@@ -56,8 +56,8 @@ from profile import profile_routing
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}
-EVERY = (*NAMES, "moe-sieve", *PLACED, *BY_NUMBER, *COMPILED)
-NAMES_HELP = "rows to measure; also moe-sieve, METHOD-pure, METHOD-gate, hellora-kN, ROW-compiled; or all: each of them"
+EVERY = (*NAMES, "moe-sieve", *PLACED, *BY_NUMBER)
+NAMES_HELP = "rows to measure; also moe-sieve, METHOD-pure, METHOD-gate, hellora-kN; or all of these; ROW-compiled"
 POSITIVE = cli.number(int, 1)
 EXAMPLES = 32  # timed in one repetition: four batches of 8, or one of 32
 
@@ -71,7 +71,7 @@ class Settings:
     k: int = flag(8, "hot experts per layer", type=POSITIVE)
     rank: int | None = flag(None, "LoRA rank r (default: 8, full size 32); alpha is 2 r", type=POSITIVE)
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
-    names: tuple[str, ...] = flag(NAMES, NAMES_HELP, nargs="+", choices=(*EVERY, "all"), metavar="ROW")
+    names: tuple[str, ...] = flag(NAMES, NAMES_HELP, nargs="+", choices=(*EVERY, *COMPILED, "all"), metavar="ROW")
     repeats: int = flag(5, "times each row is timed", type=POSITIVE)
     json: str | None = flag(None, "write the rows", metavar="FILE")
 
