@@ -20,6 +20,7 @@ import hellora
 from command.cli import InputError
 from model import load_model, save_model
 from run import adapters
+from run.settings import parse_settings
 from run.subject import base_content
 from scoring import statistics
 from scoring.comparison import problems_digest
@@ -611,3 +612,10 @@ def test_in_a_comparison_a_problem_counts_once_and_a_safe_prompt_not_at_all(tmp_
     b = [("x", T), ("x", F), ("x", F), ("y", F), ("z", T), ("z", F), ("s", F, "safe"), ("u", T, "unsafe")]
     result = run("compare", evaluation(tmp_path / "a", a), evaluation(tmp_path / "b", b))
     assert result == {"both": 1, "only_a": 1, "only_b": 1, "neither": 1, "p": 1.0}
+
+
+@pytest.mark.parametrize("trained, length", [({}, 512), ({"max_length": 77}, 77)])
+def test_rows_of_ones_own_are_cut_to_the_length_of_the_run_or_of_train_py(trained, length):
+    settings = evaluate.Settings(source="somewhere", task="own")
+    assert evaluate.as_trained(settings, trained).max_length == length
+    assert parse_settings(["--task", "own", "--train-data", "rows.jsonl"]).max_length == 512

@@ -395,3 +395,13 @@ def test_the_command_talks_in_a_terminal():
     talk.interrupt()
     talk.read_until("> ")  # it goes on
     assert talk.end() == 0
+
+
+@pytest.mark.parametrize("batch_size, slots", [(2, 2), (9, 3)])
+def test_the_cache_has_a_slot_for_each_sequence_that_is_decoded_at_once(model, monkeypatch, batch_size, slots):
+    made, real = [], command.new_cache
+    monkeypatch.setattr(
+        command, "new_cache", lambda model, size, capacity: made.append(size) or real(model, size, capacity)
+    )
+    generate(model, [[5, 6], [7], [8, 9, 10]], Decoding(4), eos_ids=(), batch_size=batch_size)
+    assert made == [slots]
