@@ -292,6 +292,19 @@ def test_products_in_bfloat16_take_whole_tiles_of_rows_and_give_what_the_groups_
         torch.testing.assert_close(as_on_a_gpu, alone, rtol=0.02, atol=0.04)  # rounded once more, between W and B
 
 
+@pytest.mark.parametrize("r", [3, 5, 8])
+def test_a_rank_that_is_no_multiple_of_16_bytes_is_filled_up_and_takes_one_kernel(monkeypatch, r):
+    x, W = draw(11, 8, dtype=torch.float32), draw(5, 12, 8, dtype=torch.float32).detach()
+    A, B = draw(3, r, 8, dtype=torch.float32), draw(3, r, 12, dtype=torch.float32)
+    looped = lora_recomputing(x, W, A, B, ends(COUNTS), 8, 0.0, lambda rows, x: x[rows], x[:8].detach())
+    monkeypatch.setattr("ops.kernels.ONE_KERNEL", ("cpu",))
+    monkeypatch.setattr("ops.lora.LoRAByLoop", None)
+    y = lora_recomputing(x, W, A, B, ends(COUNTS), 8, 0.0, lambda rows, x: x[rows], x[:8].detach())
+    torch.testing.assert_close(y, looped)
+    for found, expected in zip(*(torch.autograd.grad(each.sum(), (x, A, B)) for each in (y, looped)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_tile_has_at_most_an_eighth_of_many_rows_and_there_are_few_sizes():
     x = torch.empty(0, dtype=torch.bfloat16)
     sizes = {n: whole_tiles(slice(0, n), 10**6, x).stop for n in range(1, 5000)}

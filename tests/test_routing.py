@@ -159,3 +159,13 @@ def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_col
     again = statistics.IdleExperts(model)
     again.load_state_dict(json.loads(json.dumps(idle.state_dict())))
     assert again.names() == idle.names() == ["0:5", "2:3"]  # not reached in the second of three epochs
+
+
+def test_counts_of_an_unfinished_epoch_survive_a_resume(olmoe):
+    model = load_model(olmoe.folder)
+    hellora.attach(model, torch.arange(28).view(4, 7) % 3 == 0, r=2, alpha=3.0)
+    before, after = statistics.IdleExperts(model), statistics.IdleExperts(model)
+    before.observe(torch.ones(4, 7), end_of_epoch=False)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    after.observe(torch.zeros(4, 7), end_of_epoch=True)
+    assert after.names() == []  # reached before the resume
