@@ -43,9 +43,18 @@ from diagnosis.measure import adapter_changes, by_expert, spread
 from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
-from hub.peft import PeftAdapter, Reading, write_peft
+from hub.peft import Layout, PeftAdapter, Reading, write_peft
 from model import load_model, read_config
-from run.adapters import hub_shapes, load_adapter, read_adapter, read_loosely, read_start, save_adapter, weights_of
+from run.adapters import (
+    hub_shapes,
+    load_adapter,
+    read_adapter,
+    read_loosely,
+    read_start,
+    readings_of,
+    save_adapter,
+    weights_of,
+)
 from run.output import draw_adapter
 from run.subject import Subject, base_content, content_of
 
@@ -658,3 +667,12 @@ def test_rows_that_are_not_needed_are_said_not_to_be_read(base, tmp_path, capsys
     folder = write_one_by_one(base, tmp_path / "adapter", factors_of(base, [1]))
     assert check(base, folder, "--data", "nowhere.jsonl")[0] == 0
     assert "--data nowhere.jsonl is not read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks, orders", [((1, 1), 1), ((1, 2), 2), ((2, 2), 2)])
+def test_a_stack_of_rank_1_alone_has_one_order_of_columns(monkeypatch, ranks, orders):
+    pair = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)}
+    reading = Reading("lora", {"layers.0.mlp.experts.0.up_proj": pair}, layout=Layout(False, False))
+    reading.packed = dict(zip(("gate_up_proj", "down_proj"), ranks, strict=True))
+    monkeypatch.setattr("run.adapters.read_loosely", lambda folder, config, layout=None: reading)
+    assert len(readings_of("anywhere", None)) == orders

@@ -1,6 +1,7 @@
 """Attaching, merging and saving adapters, against peft. tests/vectors holds what selection and experts compute."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -239,3 +240,10 @@ def test_layers_are_reported_by_their_number_in_the_model(make_checkpoint):
     hellora.attach(model, adapters.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
     lines = list(adapters.report(model))
     assert lines[0] == "layer  1: 2 of 7 experts adapted: 1 4" and lines[2] == "layer  3: 3 of 7 experts adapted: 2 3 5"
+
+
+@pytest.mark.parametrize("lists", [[[0, "1"], [2]], [[0], [1.0]], [[0, True], [1]], [0, 1], ["01"], {"hot": 3}])
+def test_a_file_of_experts_holds_a_list_of_ids_for_every_layer(tmp_path, lists):
+    (tmp_path / "experts.json").write_text(json.dumps(lists))
+    with pytest.raises(InputError, match="expected a JSON list of expert ids for every layer"):
+        adapters.read_hot(tmp_path / "experts.json", config=None)
