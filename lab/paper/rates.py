@@ -30,7 +30,7 @@ MAIN_MODEL = {"tiny-mixtral": "tiny"}  # likewise, for sweeps of tiny-mixtral
 GRID = 5  # rates of a sweep, each twice the one before
 SMALLEST = {"fft": 1.5e-4}  # the first of them
 SMALLEST_OF_ADAPTERS = 3e-3
-SEEDS = (100, 101)  # no table has them; sweeps on other tasks than MAIN have the first alone
+SEEDS = (100, 101)  # no table has them; sweeps on other tasks and models have the first alone
 PROBLEMS = {
     "tiny-math": lambda: tasks.math_rows(700, "test", seed=1),
     "tiny-code": lambda: tasks.code_problems(240, seed=1),
@@ -75,7 +75,7 @@ class Sweeps:
 
     def runs(self, run: Run, lr: float) -> list[Run]:
         """The runs of a sweep at one rate, a seed each."""
-        return [replace(run, lr=lr, seed=seed) for seed in (SEEDS if run.task == MAIN else SEEDS[:1])]
+        return [replace(run, lr=lr, seed=seed) for seed in (SEEDS if run == on_main(run) else SEEDS[:1])]
 
     def score(self, run: Run, lr: float) -> float | None:
         """The mean validation score at a rate; None if a run has yet to be made."""
