@@ -140,7 +140,7 @@ def draw_rates(panels: dict[str, dict[str, dict[float, float]]], title: str, pat
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
         axes.minorticks_off()
         axes.set(title=part, xlabel="learning rate (large mark: the best)", ylim=(0, None))
-        axes.legend(frameon=False, fontsize=8, loc="lower left")
+        axes.legend(frameon=False, fontsize=8, loc="best")
     all_axes[0].set(ylabel="score in %")
     figure.savefig(path)
 
