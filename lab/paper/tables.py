@@ -56,12 +56,8 @@ HELLORI = Table(
 )
 MIXTRAL = Table(
     "Table 3: methods on math, Mixtral-8x7B",
-    columns=(MATH,),
+    columns=constant(MATH),
     model="mixtral",
-    notes=(
-        "The best rate is that of one seed among three: those around the best rate of the embedded OLMoE, and further "
-        "ones beyond an end.",
-    ),
     rows=(
         Row("LoRA", "lora", (67.73,)),
         Row("LoRI-D", "lori-d", (64.84,), "LoRA"),
