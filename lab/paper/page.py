@@ -97,7 +97,7 @@ def summary(sections: list[Section], out: Path) -> list[str]:
         if re.match("Table [2-7]", row["table"]) and row["ours"]["difference"]["half"] is not None
     ]
     draw_differences(rows, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
-    note = "The claims on math, in points, each method at its best learning rate. The picture has Table 3 at a constant one."
+    note = "The claims on math, in points, each method at its best learning rate. Table 3 is at a constant one."
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
     picture = ["", "![Differences with intervals](differences.png)", ""]
     return [note, "", *grid(heads, lines), *picture, *spread([row for each in sections for row in each.rows])]
