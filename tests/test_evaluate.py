@@ -267,7 +267,7 @@ def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_
     train = write_lines(tmp_path / "train.jsonl", rows)
     flags = generating(checkpoint, gsm8k, tmp_path / "out", "--shots", 1, "--limit", 2)
     run(*flags, "--train-data", train)
-    assert "1 of 2 training problems are not shown: they are to be solved too" in capsys.readouterr().err
+    assert "1 of 2 training problems are not shown: they are test problems" in capsys.readouterr().err
     prompts = [item["prompt"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
     assert all(prompt.startswith("Question: Q?\nAnswer: #### 2\n\nQuestion: What is") for prompt in prompts)
     with pytest.raises(InputError, match="--shots 1: the training data has 0 problems to show"):
