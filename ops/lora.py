@@ -51,7 +51,7 @@ def lora_down(
 
 def activated(rows: slice, gate_up: Tensor, weight: Tensor) -> Tensor:
     """Some rows of what down multiplies.  gate_up [H, 2F], weight [H, 1] -> [rows, F]"""
-    # Not the compiled function of `ops.use`: for the few rows of an expert, its checks take longer than it saves.
+    # Not the compiled function of `ops.using`: for the few rows of an expert, its checks take longer than it saves.
     return weighted_swiglu(gate_up[rows], weight[rows])
 
 

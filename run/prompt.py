@@ -74,8 +74,8 @@ def prompt(argv: list[str]) -> Tensor:
 
 
 def text_of(prompt: str) -> str:
-    """The text itself, or what the file of that name holds. Raises InputError for NAME.txt that is not there."""
-    names_a_file = prompt.endswith(".txt") and len(prompt.split()) == 1
+    """The text itself, or what the file of that name holds. Raises InputError for the name of no file."""
+    names_a_file = prompt.endswith((".txt", ".md", ".json", ".jsonl")) and len(prompt.split()) == 1
     if names_a_file and not Path(prompt).is_file():
         raise InputError(f"--prompt {prompt}: no such file; give a text, or the name of a file that holds one")
     try:

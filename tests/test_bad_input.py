@@ -552,6 +552,7 @@ profile --out p.json --sample 2                      | '2' | at most 1
 profile --out p.json --model weights-cut             | model.safetensors
 profile --prompt ''                                  | an argument is empty
 profile --prompt nowhere/rows.txt                    | no such file
+profile --prompt rows.jsonl                          | no such file
 profile --prompt Hello --k 4                         | --k 4 needs --profile FILE
 profile --prompt Hello --plot p.png                  | --plot draws the share of hot experts; give --profile FILE
 profile --prompt Hello --model nowhere/at-all        | nowhere/at-all
