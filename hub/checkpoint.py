@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,9 +57,11 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
         embedded = " or ".join(map(repr, EMBEDDED))
         parent = os.path.dirname(path)
         beside = [str(each) for each in Path(parent).iterdir()] if os.path.isdir(parent or ".") else ()
+        unknown = f"the hub has no such model or cannot be reached ({reason})"
+        hub = "not a hub id (NAME/NAME)" if isinstance(error, HFValidationError) else unknown
         raise InputError(
-            f"no such run or model: {str(path)!r} is not {embedded}, not a folder, and the hub has no such model or "
-            f"cannot be reached ({reason}){did_you_mean(str(path), (*EMBEDDED, *beside))}"
+            f"no such run or model: {str(path)!r} is not {embedded}, not a folder, and {hub}"
+            f"{did_you_mean(str(path), (*EMBEDDED, *beside))}"
         ) from None
 
 
