@@ -107,7 +107,7 @@ def run(main: Callable[[], object]) -> None:
             raise
         end("another process ended and closed its connection; its own line says why", 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        end("interrupted", 130)
 
 
 def end(message: str, status: int) -> None:

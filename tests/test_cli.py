@@ -60,7 +60,7 @@ def stop(error: BaseException):
         (RunError("the loss is NaN"), 1, "error: the loss is NaN\n"),
         (OSError(errno.ENOSPC, "Disk full", "a/log"), 1, "error: a/log cannot be written (Disk full)\n"),
         (OSError(errno.EDQUOT, "Quota exceeded"), 1, "error: a file cannot be written (Quota exceeded)\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
     ],
 )
 def test_what_ends_a_command_is_one_line_on_stderr_and_an_exit_status(error, status, line, capsys):
