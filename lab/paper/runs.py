@@ -242,7 +242,7 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     kept += ("optimizer_bytes", "seconds_profile")
     record = {
         "run": asdict(run),
-        "settings": {name: v for name, v in config.get("settings", {}).items() if name in decisive_settings(run)},
+        "settings": decisive_settings(run),
         **records.content(run),
         **{name: result[name] for name in kept if name in result},
         "losses": loss_curve(folder / "log.jsonl"),

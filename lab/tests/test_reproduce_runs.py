@@ -20,6 +20,7 @@ from lab.paper.runs import Records, Run
 from lab.paper.table import SCALES
 from lab.paper.tables import TABLES
 from recipes import methods
+from recipes.methods import METHODS
 from run.settings import parse_settings
 
 RUN = Run("tiny-math", "hellora", seed=3, k=4)
@@ -272,6 +273,14 @@ def test_a_quick_table_is_made_once_and_an_interrupted_one_goes_on(inline, capsy
     reproduce.main(flags)
     assert inline == []
     assert "every run is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_record_of_every_method_is_found_again(method, inline):
+    rank = {"fft": None, "lora-flat": 7, "dr-lora": 2}.get(method, 4)  # 7: k of the 7 experts are hot
+    run = Run("tiny-math", method, model="olmoe", rank=rank, steps=2)
+    place = Workplace(Records(Path("runs/records"), limit=1), Path("runs/scratch"))
+    assert runner.make({run: {"tiny-math"}}, place) == {}
 
 
 def test_a_run_that_comes_out_otherwise_the_second_time_is_scored_anew_on_every_task(inline):
