@@ -6,7 +6,9 @@ ours whenever this folder comes first on sys.path.
 
 import json
 import os
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +68,16 @@ def test_the_threads_of_a_command_spin_briefly_unless_the_user_says_otherwise(gi
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert f"GOMP_SPINCOUNT = '{shown}'" in start("train.py", "--help").communicate(timeout=300)[1]
+
+
+def test_a_command_bounds_the_caches_of_onednn_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ROOT / "train.py"))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    for name in ("GOMP_SPINCOUNT", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    runpy.run_path(str(ROOT / "command" / "start.py"))
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("64", "7")
 
 
 # What breaks under a profile.py without the standard library's names, in one script.
