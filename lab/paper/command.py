@@ -67,11 +67,6 @@ class Settings:
         is_result = self.scale == "tiny" and not (self.quick or self.model or self.data)
         return Path(self.out or ("results" if is_result else f"runs/{'quick' if self.quick else self.scale}"))
 
-    @property
-    def changes(self) -> dict:
-        """Fields of every run that --quick sets."""
-        return QUICK[self.scale] if self.quick else {}
-
     def table(self, name: str) -> Table:
         """A table, without the scores that need a sweep where there are no validation problems or no time for it.
 
@@ -82,12 +77,17 @@ class Settings:
             columns = [column._replace(tuned=False, change={}, note="") for column in columns]
         elif self.data:
             columns = [column._replace(tuned=False) for column in columns]
+        rows = table.rows
         if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model
-            table = replace(table, rows=tuple(row for row in table.rows if "profile" not in row.change))
-        return replace(table, columns=tuple(columns[:1] if self.quick else columns))
-
-    def number_of_seeds(self, table: Table) -> int:
-        return self.seeds or (QUICK_SEEDS if self.quick else PAPER_SEEDS if self.scale == "paper" else table.seeds)
+            rows = tuple(row for row in rows if "profile" not in row.change)
+        return replace(
+            table,
+            columns=tuple(columns[:1] if self.quick else columns),
+            rows=rows,
+            seeds=self.seeds or (QUICK_SEEDS if self.quick else PAPER_SEEDS if self.scale == "paper" else table.seeds),
+            scale=self.models_and_tasks,
+            change=QUICK[self.scale] if self.quick else {},
+        )
 
     def workplace(self) -> Workplace:
         limit, samples = (QUICK_LIMIT if self.quick else None), (CODE_SAMPLES if self.scale == "tiny" else None)
@@ -124,10 +124,10 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     )
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
-    scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
+    tables = [settings.table(name) for name in names if name in TABLES]
     further = {"budgets": ("table2", "table9"), "reasons": ("table2",) if measures_effects(settings) else ()}
     tables += [settings.table(each) for name in names for each in further.get(name, ())]
-    to_sweep = [swept(run) for table in tables for run in table.to_sweep(scale, **settings.changes)]
+    to_sweep = [swept(run) for table in tables for run in table.to_sweep()]
     to_sweep += rate_runs(settings).values() if "rates" in names else []
     sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
     if to_sweep:
@@ -145,7 +145,7 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         routing.counted_after_tuning(may_run=True)  # what one of its rows is chosen by
     needed: Needed = {}
     for table in tables:
-        add(needed, table.needed(scale, settings.number_of_seeds(table), sweeps.at_best, **settings.changes))
+        add(needed, table.needed(sweeps.at_best))
     needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
     if settings.dry_run:
         cli.say(*dry_run(needed, place))
@@ -180,7 +180,7 @@ def rate_runs(settings: Settings) -> dict[str, Run]:
     """
     named: dict[Run, str] = {}
     for table in (settings.table("table2"), settings.table("table9")):
-        for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=False):  # or none at all
+        for row, run in zip(table.rows, table.to_sweep(), strict=False):  # or none at all
             named.setdefault(swept(run), row.name)
             if row.change == {"experts": "random"}:
                 named.setdefault(replace(swept(run), experts="random"), row.name)
@@ -193,19 +193,16 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
         return sweeps.section(rate_runs(settings), settings.folder)
     if name == "budgets":
         tables = [settings.table(each) for each in ("table2", "table9")]
-        chosen = [(table, settings.number_of_seeds(table)) for table in tables]
-        scale, records = settings.models_and_tasks, place.records
-        return budget.section(chosen, scale, records, sweeps.at_best, settings.folder, **settings.changes)
+        return budget.section(tables, place.records, sweeps.at_best, settings.folder)
+    if name == "reasons":
+        return reasons.section(settings.table("table2"), place.records, sweeps.at_best)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = settings.table("table2" if name == "reasons" else name)
-    scale, seeds, records = settings.models_and_tasks, settings.number_of_seeds(table), place.records
-    if name == "reasons":
-        return reasons.section(table, seeds, scale, records, sweeps.at_best, **settings.changes)
-    made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
+    table = settings.table(name)
+    made = table.section(place.records.scores, sweeps.at_best)
     if name == "catcher":
-        lines, rows = reasons.cost(table, scale, seeds, records, **settings.changes)
+        lines, rows = reasons.cost(table, place.records)
         return made._replace(lines=made.lines + lines, rows=made.rows + rows)
     return made
 

@@ -25,11 +25,12 @@ class Section(NamedTuple):
         return [f"## {self.title}", "", *self.lines, ""]
 
 
-def mean_text(interval: Estimate | None, form: str = ".1f", missing: str = "not run") -> str:
+def mean_text(interval: Estimate, form: str = ".1f", missing: str = "not run", half_form: str = ".1f") -> str:
     """47.6 ± 1.2 (5): mean, half width of the 95 % interval, number of values."""
-    if interval is None:
+    if not interval.n:
         return missing
-    return f"{interval.mean:{form}}{'' if interval.half is None else f' ± {interval.half:.1f}'} ({interval.n})"
+    half = "" if interval.half is None else f" ± {interval.half:{half_form}}"
+    return f"{interval.mean:{form}}{half} ({interval.n})"
 
 
 def number_text(value: float | None, form: str = ".2f") -> str:
@@ -110,7 +111,7 @@ def claim_text(difference: float | None) -> str:
 
 def difference_text(difference: dict) -> str:
     """-1.3 ± 1.4 (8), or - if there is none."""
-    return mean_text(Estimate(**difference), "+.1f") if difference["n"] else "-"
+    return mean_text(Estimate(**difference), "+.1f", "-")
 
 
 def spread(cells: list[dict]) -> list[str]:

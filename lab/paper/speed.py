@@ -129,8 +129,8 @@ def figure5(out: Path) -> Section:
         rows.append({
             "name": named(name),
             "paper": PAPER[name] / PAPER["lora"] if name in PAPER else None,
-            "ours": 1 + over.mean / 100 if over else None,
-            "half": over.half / 100 if over and over.half else None,
+            "ours": 1 + over.mean / 100 if over.n else None,
+            "half": over.half / 100 if over.half else None,
             "memory": measured[name]["peak_bytes"] / measured["floor"]["peak_bytes"] if name in measured else None,
         })  # fmt: skip
     draw_speeds(rows, "Speed and memory of a training step", out / "fig5.png")

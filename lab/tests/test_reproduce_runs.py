@@ -109,9 +109,9 @@ def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
-    records, models, seen = Records(tmp_path, limit=9, samples=10), SCALES[scale], set()
+    records, seen = Records(tmp_path, limit=9, samples=10), set()
     for table in TABLES.values():
-        for run, tasks in table.needed(models, 2, lambda run: run).items():
+        for run, tasks in replace(table, scale=SCALES[scale], seeds=2).needed(lambda run: run).items():
             if run.method != "base":
                 settings = parse_settings(run.train_flags("out"))
                 assert (settings.method, settings.seed, settings.model) == (run.method, run.seed, run.model)
@@ -125,16 +125,17 @@ def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
 
 
 def test_at_the_papers_scale_its_own_methods_count_while_lora_trains_as_its_recipe_says():
-    rows, columns = {row.name: row for row in TABLES["table2"].rows}, TABLES["table2"].columns
+    rows, column = {row.name: row for row in TABLES["table2"].rows}, TABLES["table2"].columns[0]
     for scale, expected in (("tiny", "base"), ("paper", "lora")):
-        runs_ = {name: TABLES["table2"].run(rows[name], columns[0], SCALES[scale], 0) for name in rows}
+        table = replace(TABLES["table2"], scale=SCALES[scale])
+        runs_ = {name: table.run(rows[name], column) for name in rows}
         counted = {name: parse_settings(run.train_flags("out")).count_on for name, run in runs_.items()}
         assert {counted[name] for name in counted if name.startswith("HELLo")} == {expected}
         assert counted["MoE-Sieve"] == "base"
     recipe = parse_settings(["--recipe", "hellora", "--task", "gsm8k"])
-    assert recipe.count_on == "lora" and TABLES["catcher"].run(
-        TABLES["catcher"].rows[0], columns[0], SCALES["paper"], 0
-    ) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
+    catcher = replace(TABLES["catcher"], scale=SCALES["paper"])
+    assert recipe.count_on == "lora"
+    assert catcher.run(catcher.rows[0], column) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
 
 
 def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
@@ -186,7 +187,7 @@ def test_results_with_other_data_do_not_go_to_the_results_folder():
 
 def test_the_real_models_have_the_papers_ten_seeds_unless_a_flag_says_otherwise():
     seeds = {
-        flags: command.Settings(**dict(flags)).number_of_seeds(TABLES["table5"])
+        flags: command.Settings(**dict(flags)).table("table5").seeds
         for flags in (
             (),
             (("scale", "paper"),),
