@@ -33,9 +33,9 @@ def mean_text(interval: Estimate, form: str = ".1f", missing: str = "not run", h
     return f"{interval.mean:{form}}{half} ({interval.n})"
 
 
-def number_text(value: float | None, form: str = ".2f") -> str:
-    """A number, or - if there is none."""
-    return "-" if value is None else f"{value:{form}}"
+def number_text(value: float | None, form: str = ".2f", missing: str = "-") -> str:
+    """A number, if there is one."""
+    return missing if value is None else f"{value:{form}}"
 
 
 # ---------------------------------------------------------------------------------------------------- the whole page
