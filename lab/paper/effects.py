@@ -21,7 +21,7 @@ from command.cli import InputError, flag
 from command.files import writable, write_json
 from hellora import hottest
 from hub.checkpoint import EMBEDDED
-from lab.documents import pretraining_documents
+from lab.documents import held_out
 from model import MoETransformer
 from routing.statistics import jaccard
 from run.subject import Subject
@@ -29,7 +29,6 @@ from tiny import tasks
 
 ROWS = 200  # of the task, seen in training and not seen
 TEXTS, TEXT_TOKENS = 40, 256  # of each kind of pre-training text; all of them are shorter
-HELD_OUT_SEED = 999_983  # of text that pre-training did not read (lab/make_tiny.py)
 UNSEEN_SEED = 1  # the training rows have seed 0
 MAKERS: dict[str, Callable[[int], list[dict]]] = {
     "tiny-math": lambda n: tasks.math_rows(n, "train", UNSEEN_SEED),
@@ -59,8 +58,7 @@ def held_out_text(reader: data.Reader) -> dict[str, list[data.Encoded]]:
     """Whole documents of each kind, of which every token but the first is predicted, and the end."""
     end, kinds = reader.config.eos_token_id, {}
     for kind in ("math", "code", "safety"):
-        documents = (text for k, text in pretraining_documents(HELD_OUT_SEED) if k == kind)
-        encoded = ([*reader.tokenizer.encode(text).ids, end] for text in itertools.islice(documents, TEXTS))
+        encoded = ([*reader.tokenizer.encode(text).ids, end] for text in itertools.islice(held_out(kind), TEXTS))
         kinds[kind] = [data.Encoded(ids, ((0, len(ids)),)) for ids in encoded if len(ids) <= TEXT_TOKENS]
     return kinds
 
