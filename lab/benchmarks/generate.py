@@ -14,7 +14,7 @@ the median of the turns' ratios.
 import random
 import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 from tqdm import tqdm
@@ -79,17 +79,6 @@ def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) 
     return answers
 
 
-def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device):
-    """transformers' model of a checkpoint folder."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("the comparison needs transformers: pip install -r requirements-dev.txt") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-
-
 @dataclass(frozen=True)
 class Settings:
     """The flags of `bench.py generate`."""
@@ -117,12 +106,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = replace(settings, dtype=settings.dtype or default_dtype())
     dtype = getattr(torch, settings.dtype)
+    if not find_spec("transformers"):
+        raise InputError("the comparison needs transformers: pip install -r requirements-dev.txt")
     if settings.shape:
         model = our_model(SHAPES[settings.shape], device, dtype)
-        hf = transformers_model(model).eval()
     else:
-        folder = resolve(settings.model)
-        model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
+        model = load_model(resolve(settings.model), dtype=dtype, device=device)
+    hf = transformers_model(model).eval()
     rng = random.Random(settings.seed)
     lengths = {name: draw_lengths(deciles, settings.prompts, rng) for name, deciles in LENGTHS.items()}
     prompts = [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths["prompt"]]
@@ -141,14 +131,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for name, spent in times.items():
         rate, over = settings.prompts / statistics.median(spent), ratio if name == "hellora" else 1.0
         tokens = rate * sum(lengths["answer"]) / settings.prompts
-        row = {
+        rows.append({
             "name": name,
             "model": settings.shape or settings.model,
             "batch": settings.batch,
             "dtype": settings.dtype,
-        }
-        row |= {"seconds": spent, "samples_per_s": rate, "tokens_per_s": tokens, "over_transformers": over}
-        rows.append(row)
+            "seconds": spent,
+            "samples_per_s": rate,
+            "tokens_per_s": tokens,
+            "over_transformers": over,
+        })  # fmt: skip
         cli.say(f"{name:12}  {rate:8.2f} samples/s  {tokens:9.0f} tokens/s  {over:.2f}x")
     agreement = f"{100 * same:.1f} % of {settings.prompts} answers are the same token for token"
     cli.say(f"{agreement}; batch {settings.batch}, {settings.dtype}, {settings.repeats} turns")

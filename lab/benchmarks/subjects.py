@@ -114,11 +114,11 @@ def make_compiled(name: str, model: MoETransformer, hot: Tensor, rank: int) -> S
 
 
 def transformers_model(base: MoETransformer) -> torch.nn.Module:
-    """transformers' OLMoE on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    """transformers' model on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base.config.hub))
     weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
     hf.load_state_dict(weights, assign=True)
     hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config)  # its table is not among the weights
@@ -126,7 +126,7 @@ def transformers_model(base: MoETransformer) -> torch.nn.Module:
 
 
 def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
-    """transformers' OLMoE on the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
+    """transformers' model on the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
     from peft import LoraConfig, get_peft_model
 
     hf = transformers_model(base)

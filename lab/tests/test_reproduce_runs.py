@@ -14,8 +14,9 @@ import data
 import evaluate
 import reproduce
 from command.cli import InputError, RunError
+from command.files import claimed
 from lab.paper import command, runner, runs
-from lab.paper.runner import Workplace, alone
+from lab.paper.runner import Workplace
 from lab.paper.runs import Records, Run
 from lab.paper.table import SCALES
 from lab.paper.tables import TABLES
@@ -329,28 +330,16 @@ def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, m
 
     called = Workplace.call
     monkeypatch.setattr(Workplace, "call", lambda self, *a: (fail if "topup" in a[1] else called)(self, *a))
-    with pytest.raises(RunError, match="1 of 3 runs failed; the first: train.py ended with status 1: no space"):
+    with pytest.raises(RunError, match="runs that failed: 1; the first: train.py ended with status 1: no space"):
         reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
     assert len(list(Path("runs/quick/runs").glob("*.json"))) == 2
     assert "| not run" in capsys.readouterr().out
 
 
-def test_a_second_command_that_would_make_runs_is_refused(tmp_path):
-    with alone(tmp_path), pytest.raises(InputError, match="another reproduce.py makes runs there"), alone(tmp_path):
-        pass
-    with alone(tmp_path):  # the first has ended
-        pass
-
-
-def test_a_child_holds_the_folder_too_so_that_one_which_outlives_the_command_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    (tmp_path / "train.py").write_text(
-        "import os, sys\n"
-        "files = {os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')}\n"
-        "sys.exit(sys.argv[1] not in files)"
-    )
-    with alone(tmp_path):
-        Workplace(Records(tmp_path), tmp_path).call("train.py", [str(tmp_path.resolve() / "lock")], tmp_path / "log")
+def test_a_second_command_that_would_make_runs_is_refused(inline):
+    with claimed(Path("runs/reproduce")), pytest.raises(InputError, match="runs/reproduce is in use by process"):
+        reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
+    assert inline == []
 
 
 def test_a_child_that_fails_says_its_last_line(tmp_path, monkeypatch):
