@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.benchmarks.step import EXAMPLES, times_as_fast
+from lab.benchmarks.measure import times_as_fast
+from lab.benchmarks.step import EXAMPLES
 from lab.markdown import grid
 from lab.paper.page import Section, mean_text, number_text
 from lab.paper.pictures import draw_speeds

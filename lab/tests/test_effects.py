@@ -27,9 +27,6 @@ def few(monkeypatch):
     """Rows and texts enough for every branch."""
     monkeypatch.setattr(effects, "ROWS", 7)
     monkeypatch.setattr(effects, "TEXTS", 3)
-    effects.before.cache_clear()
-    yield
-    effects.before.cache_clear()
 
 
 def test_movements_of_routing_are_counted_by_hand():
@@ -49,12 +46,12 @@ def test_material_is_new_to_the_model_and_its_loss_is_that_of_single_sequences(t
     config, model = read_config(TINY), load_model(TINY)
     reader = data.Reader(task, TINY, config)
     read = material(task, reader)
-    assert len(read.seen) == 7 and 4 < len(read.unseen) <= 7
+    assert len(read["seen"]) == 7 and 4 < len(read["unseen"]) <= 7
     trained = prompts(reader.encode(reader.load("train")))
-    assert not trained & prompts(read.unseen)
-    assert trained >= prompts(read.seen)
-    items = [*read.unseen, *read.text["code"]]
-    assert [len(texts) for texts in read.text.values()] == [3, 3, 3]
+    assert not trained & prompts(read["unseen"])
+    assert trained >= prompts(read["seen"])
+    items = [*read["unseen"], *read["code"]]
+    assert [len(read[kind]) for kind in effects.TEXT] == [3, 3, 3]
     loss, experts = read_through(model, items)
     total, targets, tokens = 0.0, 0, 0
     for item in items:
@@ -73,7 +70,7 @@ def test_material_is_new_to_the_model_and_its_loss_is_that_of_single_sequences(t
 def test_held_out_text_has_no_test_problem():
     reader = data.Reader("tiny-math", TINY, read_config(TINY))
     questions = [text.split("\n")[0] for text in map(reader.tokenizer.decode, (
-        item.ids for item in effects.held_out_text(reader)["math"]))]  # fmt: skip
+        item.ids for item in effects.held_out_text("math", reader)))]  # fmt: skip
     asked = [q.partition(": ")[2] or q for q in questions if "How many" in q or "how many" in q]
     assert asked and not any(map(is_test, asked))
 
