@@ -118,10 +118,8 @@ def sparsity() -> list[dict]:
     rows = []
     for method in ("lora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"):
         k = 8 if METHODS[method].experts == "hot" else None
-        counts = size(config, method, k, "all")
-        flops = by_k[(k or config.num_experts) - 1].flops
-        rows.append({"row": method, "trainable": counts.trainable, "adapter_bytes": counts.adapter_bytes})
-        rows[-1] |= {"optimizer_bytes": counts.optimizer_bytes, "flops": flops}
+        counts = size(config, method, k, "all")._asdict()
+        rows.append({"row": method, **counts, "flops": by_k[(k or config.num_experts) - 1].flops})
     return rows
 
 
