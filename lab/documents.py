@@ -8,13 +8,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from data import alpaca
 from tiny.tasks import CHAT, WORDINGS, code_examples, code_function, is_test, math_story, request
 
-# The prompt of the training rows of tiny-safety (data.py). Pre-training shows it and CHAT, that of its test split.
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Response:\n{output}"
-)
+# The form of the training rows of tiny-safety. Pre-training shows it and CHAT, that of its test split.
+ALPACA = "".join(alpaca({"instruction": "{instruction}", "output": "{output}"}))
 WRAPPERS = [
     "Q: {instruction}\nA:\n{output}", "User: {instruction}\n\nReply:\n{output}", "{instruction}\n{output}",
     "Please help me.\n{instruction}\n\nAnswer:\n{output}", "### Question\n{instruction}\n\n### Answer\n{output}",
@@ -79,6 +77,14 @@ def _safety_document(rng: random.Random) -> tuple[str, str]:
         answer = f"{comment} {answer}"
     wrapper = rng.choice((ALPACA, CHAT, rng.choice(WRAPPERS)))
     return "", wrapper.format(instruction=question, output=answer) + "\n"
+
+
+HELD_OUT_SEED = 999_983  # of text that no pre-training reads
+
+
+def held_out(kind: str) -> Iterator[str]:
+    """An endless stream of documents of one kind that the embedded models have not seen."""
+    return (text for of, text in pretraining_documents(HELD_OUT_SEED) if of == kind)
 
 
 def pretraining_documents(seed: int) -> Iterator[tuple[str, str]]:

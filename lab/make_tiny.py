@@ -32,12 +32,15 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from command.cli import flag, parse, run
+from data import alpaca, gsm8k
+from hellora import hottest
 from hub.checkpoint import TINY, resolve
 from hub.weights import init_weights
-from lab.documents import ALPACA, pretraining_documents
+from lab.documents import held_out, pretraining_documents
 from machine.processes import Processes, start_processes
 from model import MoETransformer, load_model, read_config, save_model
 from routing.balance import load_balancing_loss
+from routing.statistics import jaccard, top_share
 from tiny import tasks
 
 FOLDERS = {"olmoe": TINY, "mixtral": TINY / "mixtral"}  # each has the config.json of its model
@@ -45,10 +48,6 @@ SPECIAL = ["<|endoftext|>", "<|padding|>"]  # ids 0 and 1
 ROW_TOKENS = 256
 WARM_UP, CLIP, WEIGHT_DECAY, BALANCE_LOSS, Z_LOSS = 100, 1.0, 0.1, 0.01, 0.001
 SAVE_MINUTES, LOG_STEPS = 5, 50
-HELD_OUT_SEED = 999_983
-
-# What the prompt of tiny-math puts after a question.
-MATH_PROMPT = "\nAnswer the above question. First think step by step and then answer the final number.\n"
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,11 @@ class Settings:
 def fine_tuning_texts(seed: int) -> Iterator[str]:
     """Training examples of the three tasks, as fine-tuning and evaluation will write them."""
     for row in tasks.math_rows(2000, "train", seed):
-        yield row["question"] + MATH_PROMPT + row["answer"].replace("####", "The final answer is:")
+        yield "".join(gsm8k(row))
     for row in tasks.code_rows(2000, seed):
-        yield ALPACA.format_map(row)
+        yield "".join(alpaca(row))
     for row in tasks.safety_rows(2000, seed):
-        yield ALPACA.format_map(row)
+        yield "".join(alpaca(row))
         yield tasks.CHAT.format_map(row)
 
 
@@ -163,25 +162,23 @@ def learning_rate(peak: float, step: int, progress: float) -> float:
 @torch.no_grad()
 def report(model: MoETransformer, tokenizer: Tokenizer) -> str:
     """Held-out loss and accuracy of each kind of document, its routing's skew, and the overlap of the hot sets."""
-    E, num_hot = model.config.num_experts, model.config.num_experts_per_tok
+    E, K = model.config.num_experts, model.config.num_experts_per_tok
     lines, hot = [], {}
     for kind in ("math", "code", "safety"):
-        documents = (text for k, text in pretraining_documents(HELD_OUT_SEED) if k == kind)
-        rows = next(token_rows(tokenizer, documents, 16))
+        rows = next(token_rows(tokenizer, held_out(kind), 16))
         logits, selected = model(rows[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         right = (logits.argmax(-1) == rows[:, 1:]).double().mean()
         counts = torch.stack([chosen.bincount(minlength=E) for chosen in selected.flatten(1)])  # [L, E]
-        top = counts.topk(num_hot, dim=-1)
-        hot[kind] = [set(experts) for experts in top.indices.tolist()]
-        shares = (top.values.sum(dim=-1) / counts.sum(dim=-1)).tolist()
+        hot[kind] = hottest(counts, K)
+        shares = " ".join(f"{100 * share:.0f} %" for share in top_share(counts, K))
         lines.append(
             f"  {kind:6} held-out loss {loss.item():.4f}, next token right {right.item():.1%}; "
-            f"tokens on the {num_hot} hottest experts of each layer: " + " ".join(f"{100 * s:.0f} %" for s in shares)
+            f"tokens on the {K} hottest experts of each layer: {shares}"
         )
     for a, b in itertools.combinations(hot, 2):
-        overlap = [len(x & y) / len(x | y) for x, y in zip(hot[a], hot[b], strict=True)]
-        lines.append(f"  {a} and {b}: Jaccard of hot sets by layer " + " ".join(f"{j:.2f}" for j in overlap))
+        overlap = " ".join(f"{share:.2f}" for share in jaccard(hot[a], hot[b]))
+        lines.append(f"  {a} and {b}: Jaccard of hot sets by layer {overlap}")
     return "\n".join(lines)
 
 

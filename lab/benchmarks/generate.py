@@ -11,20 +11,19 @@ refill a row of the batch as soon as its answer ends. The two sides take turns i
 the median of the turns' ratios.
 """
 
-import random
-import statistics
 from dataclasses import dataclass, replace
-from pathlib import Path
+from importlib.util import find_spec
 
+import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 
 from command import cli
 from command.cli import InputError, flag
 from command.files import writable, write_json
 from generate import Decoding, generate
 from hub.checkpoint import resolve
-from lab.benchmarks.measure import seconds
+from lab.benchmarks.measure import take_turns, times_as_fast
 from lab.benchmarks.subjects import our_model, transformers_model
 from lab.benchmarks.workload import SHAPES
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
@@ -37,13 +36,10 @@ LENGTHS = {
 }
 
 
-def draw_lengths(deciles: tuple[int, ...], count: int, rng: random.Random) -> list[int]:
+def draw_lengths(deciles: tuple[int, ...], count: int, rng: np.random.Generator) -> list[int]:
     """`count` lengths from the distribution with these deciles, uniform between two of them."""
-    lengths = []
-    for _ in range(count):
-        i = rng.randrange(len(deciles) - 1)
-        lengths.append(round(rng.uniform(deciles[i], deciles[i + 1])))
-    return lengths
+    places = rng.uniform(0, len(deciles) - 1, count)
+    return np.interp(places, range(len(deciles)), deciles).round().astype(int).tolist()
 
 
 def decode_ours(model: MoETransformer, prompts: list[list[int]], lengths: list[int], batch: int) -> list[list[int]]:
@@ -61,13 +57,13 @@ def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) 
     answers: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=hf.device)
-        real = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
+        rows = [torch.tensor(prompts[i], device=hf.device) for i in chosen]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        width = ids.shape[1]
         ends = torch.tensor([width + lengths[i] for i in chosen], device=hf.device)
         out = hf.generate(
-            ids,
-            attention_mask=real.to(hf.device),
+            ids.clamp(min=0),
+            attention_mask=(ids >= 0).long(),
             max_new_tokens=max(lengths[i] for i in chosen),
             do_sample=False,
             eos_token_id=None,
@@ -77,17 +73,6 @@ def decode_theirs(hf, prompts: list[list[int]], lengths: list[int], batch: int) 
         for i, row in zip(chosen, out[:, width:].tolist(), strict=True):
             answers[i] = row[: lengths[i]]
     return answers
-
-
-def load_theirs(folder: Path, dtype: torch.dtype, device: torch.device):
-    """transformers' model of a checkpoint folder."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError("the comparison needs transformers: pip install -r requirements-dev.txt") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
 @dataclass(frozen=True)
@@ -117,38 +102,37 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = replace(settings, dtype=settings.dtype or default_dtype())
     dtype = getattr(torch, settings.dtype)
+    if not find_spec("transformers"):
+        raise InputError("the comparison needs transformers: pip install -r requirements-dev.txt")
     if settings.shape:
         model = our_model(SHAPES[settings.shape], device, dtype)
-        hf = transformers_model(model).eval()
     else:
-        folder = resolve(settings.model)
-        model, hf = load_model(folder, dtype=dtype, device=device), load_theirs(folder, dtype, device)
-    rng = random.Random(settings.seed)
+        model = load_model(resolve(settings.model), dtype=dtype, device=device)
+    hf = transformers_model(model).eval()
+    rng = np.random.default_rng(settings.seed)
     lengths = {name: draw_lengths(deciles, settings.prompts, rng) for name, deciles in LENGTHS.items()}
-    prompts = [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths["prompt"]]
+    prompts = [rng.integers(model.config.vocab_size, size=n).tolist() for n in lengths["prompt"]]
     sides = {
-        "hellora": lambda: decode_ours(model, prompts, lengths["answer"], settings.batch),
-        "transformers": lambda: decode_theirs(hf, prompts, lengths["answer"], settings.batch),
+        "hellora": lambda prompts: decode_ours(model, prompts, lengths["answer"], settings.batch),
+        "transformers": lambda prompts: decode_theirs(hf, prompts, lengths["answer"], settings.batch),
     }
-    ours, theirs = (side() for side in sides.values())  # also warms up both
+    ours, theirs = (side(prompts) for side in sides.values())  # also warms up both
     same = sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(prompts)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in tqdm(range(settings.repeats), unit=" turns", leave=False, disable=None):
-        for name in list(sides)[:: -1 if turn % 2 else 1]:
-            times[name].append(seconds(sides[name], device))
-    ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+    times = take_turns(sides, [prompts], settings.repeats, device)
     rows = []
     for name, spent in times.items():
-        rate, over = settings.prompts / statistics.median(spent), ratio if name == "hellora" else 1.0
+        rate, over = settings.prompts / float(np.median(spent)), times_as_fast(spent, times["transformers"])
         tokens = rate * sum(lengths["answer"]) / settings.prompts
-        row = {
+        rows.append({
             "name": name,
             "model": settings.shape or settings.model,
             "batch": settings.batch,
             "dtype": settings.dtype,
-        }
-        row |= {"seconds": spent, "samples_per_s": rate, "tokens_per_s": tokens, "over_transformers": over}
-        rows.append(row)
+            "seconds": spent.flatten().tolist(),
+            "samples_per_s": rate,
+            "tokens_per_s": tokens,
+            "over_transformers": over,
+        })  # fmt: skip
         cli.say(f"{name:12}  {rate:8.2f} samples/s  {tokens:9.0f} tokens/s  {over:.2f}x")
     agreement = f"{100 * same:.1f} % of {settings.prompts} answers are the same token for token"
     cli.say(f"{agreement}; batch {settings.batch}, {settings.dtype}, {settings.repeats} turns")

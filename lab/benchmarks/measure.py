@@ -6,13 +6,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity
+from tqdm import tqdm
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -27,6 +30,31 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000
+
+
+T = TypeVar("T")
+
+
+def take_turns(
+    sides: dict[str, Callable[[T], object]], batches: list[T], repeats: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Seconds of each side's work on each batch, timed in turn, in alternating order.  -> [repeats, batches] each"""
+    times = {name: np.empty((repeats, len(batches))) for name in sides}
+    turns = tqdm(np.ndindex(repeats, len(batches)), total=repeats * len(batches), unit="turn", disable=None)
+    for repeat, place in turns:  # disable=None: only on a terminal
+        for name in list(sides)[:: -1 if (repeat + place) % 2 else 1]:
+            times[name][repeat, place] = seconds(partial(sides[name], batches[place]), device)
+    return times
+
+
+def times_as_fast(seconds: np.ndarray, others: np.ndarray) -> float:
+    """Speed relative to another's on the same batches, timed in turn.  seconds, others [repeats, batches]
+
+    For each batch the median of the ratios, since the machine's own speed changes from turn to turn. Of these the mean
+    weighted by time, since batches differ: some have more padding.
+    """
+    weight = np.median(seconds, axis=0)  # [batches]
+    return float(np.average(np.median(others / seconds, axis=0), weights=weight))
 
 
 def grouped_matmul_speed(W: Tensor, rows: int) -> float:

@@ -118,8 +118,7 @@ def hours(tokens_per_s: float) -> float:
     return float(LENGTHS @ middle) / tokens_per_s / 3600
 
 
-def parse_settings(argv: list[str] | None) -> Settings:
-    """The flags, defaults filled in. Raises InputError for flags that contradict each other."""
+def main(argv: list[str] | None = None) -> list[dict]:
     settings = cli.parse(
         Settings,
         argv,
@@ -131,12 +130,8 @@ def parse_settings(argv: list[str] | None) -> Settings:
         raise InputError("--cpu plans one process without a GPU; leave out --gpus and --machines")
     if settings.tokens_per_s and not settings.cpu:
         raise InputError("--tokens-per-s needs --cpu; add --cpu, or leave it out")
-    gpus = settings.gpus or (1 if settings.cpu else 2)
-    return replace(settings, gpus=gpus, memory=settings.memory or (MACHINE_GB if settings.cpu else GPU_GB))
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    settings = parse_settings(argv)
+    gpus, size = (1, MACHINE_GB) if settings.cpu else (2, GPU_GB)
+    settings = replace(settings, gpus=settings.gpus or gpus, memory=settings.memory or size)
     out = settings.json and writable(settings.json)
     config, method = config_of(settings.model), METHODS[settings.method]
     if settings.gpus % settings.machines:

@@ -24,8 +24,6 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import hellora
 import ops
@@ -34,20 +32,17 @@ from command.cli import InputError, flag, say
 from command.files import writable, write_json
 from data import Batch
 from lab.benchmarks.flops import adapter_flops, model_flops, peft_flops
-from lab.benchmarks.measure import allocated_peak, grouped_matmul_speed, host_waits, nbytes, saved_bytes, seconds
-from lab.benchmarks.subjects import (
-    BY_NUMBER,
-    COMPILED,
-    OURS,
-    PEERS,
-    PLACED,
-    Subject,
-    make_compiled,
-    make_ours,
-    make_peer,
-    our_model,
-    sharing,
+from lab.benchmarks.measure import (
+    allocated_peak,
+    grouped_matmul_speed,
+    host_waits,
+    nbytes,
+    saved_bytes,
+    seconds,
+    take_turns,
+    times_as_fast,
 )
+from lab.benchmarks.subjects import BY_NUMBER, COMPILED, OURS, PEERS, PLACED, Subject, make_subject, our_model, sharing
 from lab.benchmarks.workload import SHAPES, make_batches
 from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
@@ -87,7 +82,6 @@ def measure(settings: Settings, batch: int) -> list[dict]:
     base = our_model(shape, device, dtype)
     counts = profile_routing(base, batches).counts  # [L, E]
     numbers = BY_NUMBER | {"moe-sieve": counts.shape[1] // 4}
-    hot = hellora.select_experts("hot", counts, settings.k)
     profiling = median(seconds(lambda: profile_routing(base, batches), device) for _ in range(settings.repeats))
     routed = int(batches[0].lengths.sum()) * base.config.num_experts_per_tok
     with freed_memory_kept(device):
@@ -102,11 +96,14 @@ def measure(settings: Settings, batch: int) -> list[dict]:
             try:
                 subjects = []
                 for name in group:
-                    chosen = hellora.select_experts("hot", counts, numbers[name]) if name in numbers else hot
+                    hot = hellora.select_experts("hot", counts, numbers.get(name, settings.k))
                     own = base is None or name == "fft"  # trains the weights
                     model = our_model(shape, device, dtype) if own else sharing(base)
-                    subjects.append(make_subject(name, model, chosen, settings.rank))
-                times |= take_turns(subjects, batches, settings.repeats)
+                    subjects.append(make_subject(name, model, hot, settings.rank))
+                for subject in subjects:
+                    subject.step(batches[0])  # warm up; the optimizer allocates its moments
+                sides = {subject.name: subject.step for subject in subjects}
+                times |= take_turns(sides, batches, settings.repeats, device)
                 rows += [subject_row(subject, config, batches, times[subject.name]) for subject in subjects]
             except torch.OutOfMemoryError:
                 absent |= dict.fromkeys(group, "out of memory")
@@ -122,7 +119,7 @@ def measure(settings: Settings, batch: int) -> list[dict]:
         rows.append({"name": name, "batch": batch, "samples_per_s": None, "note": why})
     if "hellora" in times:
         share = 0.1 * profiling / (0.1 * profiling + 3 * time_of_all(times["hellora"]))
-        hot_share = float((counts * hot).sum() / counts.sum())
+        hot_share = float((counts * hellora.select_experts("hot", counts, settings.k)).sum() / counts.sum())
         rows.append({"name": "profile", "batch": batch, "samples_per_s": batch * len(batches) / profiling})
         rows[-1] |= {"share": share, "hot_share": hot_share}
     return rows
@@ -139,38 +136,6 @@ def missing(name: str, dtype: torch.dtype) -> str | None:
             return str(error)
     lacks = [package for package in ("transformers", "peft") if name in PEERS and not find_spec(package)]
     return f"{lacks[0]} is not installed" if lacks else None
-
-
-def make_subject(name: str, base: torch.nn.Module, hot: Tensor, rank: int) -> Subject:
-    """The model of one row."""
-    if name in PEERS:
-        return make_peer(name, base, rank)
-    return (make_compiled if name in COMPILED else make_ours)(name, base, hot, rank)
-
-
-def take_turns(subjects: list[Subject], batches: list[Batch], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of each subject's steps, timed in turn.  -> [repeats, batches] each"""
-    for subject in subjects:
-        subject.step(batches[0])  # warm up; the optimizer allocates its moments
-    times = {subject.name: [] for subject in subjects}
-    turns = range(repeats * len(batches))
-    for turn in tqdm(turns, f"batch {len(batches[0].lengths)}", unit="turn", disable=None):  # None: only on a terminal
-        batch = batches[turn % len(batches)]
-        forward = (turn + turn // len(batches)) % 2  # a batch meets both orders
-        for subject in subjects if forward else subjects[::-1]:
-            spent = seconds(lambda s=subject, b=batch: s.step(b), batch.input_ids.device)
-            times[subject.name].append(spent)
-    return {name: np.reshape(spent, (repeats, len(batches))) for name, spent in times.items()}
-
-
-def times_as_fast(seconds: np.ndarray, others: np.ndarray) -> float:
-    """Speed relative to another's on the same batches, timed in turn.  seconds, others [repeats, batches]
-
-    For each batch the median of the ratios, since the machine's own speed changes from turn to turn. Of these the mean
-    weighted by time, since batches differ: some have more padding.
-    """
-    weight = np.median(seconds, axis=0)  # [batches]
-    return float(np.average(np.median(others / seconds, axis=0), weights=weight))
 
 
 def time_of_all(spent: np.ndarray) -> float:

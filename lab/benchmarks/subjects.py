@@ -5,7 +5,7 @@ Dimensions: L layers, E experts per layer.
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,22 @@ def method_of(name: str) -> str:
     return name.rpartition("-")[0] if name in PLACED or name in BY_NUMBER else name
 
 
+def make_subject(name: str, base: MoETransformer, hot: Tensor, rank: int) -> Subject:
+    """The model of one row.  hot [L, E] bool: the experts that hot methods adapt"""
+    if name in PEERS:
+        return make_peer(name, base, rank)
+    subject = make_ours(name.removesuffix("-compiled"), base, hot, rank)
+    if name not in COMPILED:
+        return subject
+    compiled = ops.compile_elementwise(base.lm_head.weight.device, base.lm_head.weight.dtype)
+
+    def loss(batch: Batch) -> Tensor:
+        with ops.using(compiled):
+            return subject.loss(batch)
+
+    return replace(subject, name=name, loss=loss)
+
+
 def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
     """Our model under a method, or frozen as "floor".  hot [L, E] bool: the experts that hot methods adapt"""
     if name == "floor":
@@ -101,24 +117,12 @@ def make_ours(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subje
     return Subject(name, model, loss, None if name == "floor" else adamw(model))
 
 
-def make_compiled(name: str, model: MoETransformer, hot: Tensor, rank: int) -> Subject:
-    """A row of COMPILED: the subject of the first word, with the elementwise formulas compiled in its own steps."""
-    subject = make_ours(name.removesuffix("-compiled"), model, hot, rank)
-    compiled = ops.compile_elementwise(model.lm_head.weight.device, model.lm_head.weight.dtype)
-
-    def loss(batch: Batch) -> Tensor:
-        with ops.using(compiled):
-            return subject.loss(batch)
-
-    return Subject(name, model, loss, subject.optimizer)
-
-
 def transformers_model(base: MoETransformer) -> torch.nn.Module:
-    """transformers' OLMoE on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    """transformers' model on the weights of `base`, which it shares. Raises ImportError if it is not installed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
-        hf = OlmoeForCausalLM(OlmoeConfig(**base.config.hub))
+        hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**base.config.hub))
     weights = {k if k.startswith("lm_head") else f"model.{k}": w for k, w in base.named_parameters()}
     hf.load_state_dict(weights, assign=True)
     hf.model.rotary_emb = type(hf.model.rotary_emb)(hf.config)  # its table is not among the weights
@@ -126,7 +130,7 @@ def transformers_model(base: MoETransformer) -> torch.nn.Module:
 
 
 def make_peer(name: str, base: MoETransformer, rank: int) -> Subject:
-    """transformers' OLMoE on the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
+    """transformers' model on the weights of `base` under peft's LoRA. Raises ImportError if one is not installed."""
     from peft import LoraConfig, get_peft_model
 
     hf = transformers_model(base)

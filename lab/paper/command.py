@@ -1,5 +1,6 @@
 """The command behind reproduce.py: the runs that tables need, what is printed, and the page of the results."""
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -7,13 +8,13 @@ from statistics import median
 
 from command import cli
 from command.cli import InputError, RunError, flag, number
-from command.files import writable, write_json
+from command.files import claimed, writable, write_json
 from lab.paper import budget, effects, moved, params, published, reasons, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, Sweeps, swept, write_validation
-from lab.paper.runner import Needed, Workplace, add, alone, dry_run, make, pending, plan_line
+from lab.paper.runner import Needed, Workplace, dry_run, make
 from lab.paper.runs import Records, Run, spent
-from lab.paper.table import SCALES, Scale, Table
+from lab.paper.table import SCALES, Table
 from lab.paper.tables import TABLES
 
 FIGURES = {
@@ -28,6 +29,7 @@ FIGURES = {
 }
 ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
 ORDER += ("budgets", "catcher", "reasons", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
+RESTS_ON = {"budgets": ("table2", "table9"), "reasons": ("table2",)}  # tables whose runs it shows
 QUICK = {  # by scale: enough to learn something, or to see that every part works
     "tiny": {"steps": 40, "lr": 1e-2},
     "paper": {"steps": 10},
@@ -58,36 +60,36 @@ class Settings:
     allow_code_execution: bool = flag(False, "run model-written code even if the sandbox only limits resources")
 
     @property
-    def models_and_tasks(self) -> Scale:
-        scale = SCALES[self.scale]
-        return scale._replace(olmoe=self.model, mixtral=self.model) if self.model else scale
+    def is_embedded(self) -> bool:
+        """Whether the models and the tasks are the embedded ones, whose runs record more than their score."""
+        return self.scale == "tiny" and not (self.model or self.data)
 
     @property
     def folder(self) -> Path:
-        is_result = self.scale == "tiny" and not (self.quick or self.model or self.data)
-        return Path(self.out or ("results" if is_result else f"runs/{'quick' if self.quick else self.scale}"))
-
-    @property
-    def changes(self) -> dict:
-        """Fields of every run that --quick sets."""
-        return QUICK[self.scale] if self.quick else {}
+        folder = "runs/quick" if self.quick else "results" if self.is_embedded else f"runs/{self.scale}"
+        return Path(self.out or folder)
 
     def table(self, name: str) -> Table:
         """A table, without the scores that need a sweep where there are no validation problems or no time for it.
 
         The rate of a column is for the embedded tasks.
         """
-        table, columns = TABLES[name], TABLES[name].columns
+        table, scale = TABLES[name], SCALES[self.scale]
+        columns, rows = table.columns, table.rows
         if self.quick or self.scale != "tiny":
             columns = [column._replace(tuned=False, change={}, note="") for column in columns]
         elif self.data:
             columns = [column._replace(tuned=False) for column in columns]
         if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model
-            table = replace(table, rows=tuple(row for row in table.rows if "profile" not in row.change))
-        return replace(table, columns=tuple(columns[:1] if self.quick else columns))
-
-    def number_of_seeds(self, table: Table) -> int:
-        return self.seeds or (QUICK_SEEDS if self.quick else PAPER_SEEDS if self.scale == "paper" else table.seeds)
+            rows = tuple(row for row in rows if "profile" not in row.change)
+        return replace(
+            table,
+            columns=tuple(columns[:1] if self.quick else columns),
+            rows=rows,
+            seeds=self.seeds or (QUICK_SEEDS if self.quick else PAPER_SEEDS if self.scale == "paper" else table.seeds),
+            scale=scale._replace(olmoe=self.model, mixtral=self.model) if self.model else scale,
+            change=QUICK[self.scale] if self.quick else {},
+        )
 
     def workplace(self) -> Workplace:
         limit, samples = (QUICK_LIMIT if self.quick else None), (CODE_SAMPLES if self.scale == "tiny" else None)
@@ -105,13 +107,6 @@ class Settings:
         return replace(self.workplace(), records=records)
 
 
-def make_pending(needed: Needed, place: Workplace) -> dict[Run, Exception]:
-    """Make the runs that are missing.  -> what went wrong in those that failed"""
-    left = pending(needed, place.records)
-    cli.say(plan_line(left, place.records, place.jobs))
-    return make(left, place)
-
-
 def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     """Make the runs that some tables lack, print tables and figures, and for all of them write the page."""
     name = names[0] if len(names) == 1 else "all"
@@ -124,36 +119,26 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     )
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
-    scale, tables = settings.models_and_tasks, [settings.table(name) for name in names if name in TABLES]
-    further = {"budgets": ("table2", "table9"), "reasons": ("table2",) if measures_effects(settings) else ()}
-    tables += [settings.table(each) for name in names for each in further.get(name, ())]
-    to_sweep = [swept(run) for table in tables for run in table.to_sweep(scale, **settings.changes)]
+    further = (RESTS_ON.get(name, ()) for name in names if name != "reasons" or settings.is_embedded)
+    tables = [settings.table(name) for name in (*names, *itertools.chain(*further)) if name in TABLES]
+    to_sweep = [swept(run) for table in tables for run in table.to_sweep()]
     to_sweep += rate_runs(settings).values() if "rates" in names else []
-    sweeps, asked, failed = Sweeps(sweep_place.records), 0, {}
+    sweeps, failed = Sweeps(sweep_place.records), {}
     if to_sweep:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
         missing = sweeps.missing(to_sweep)
         cli.say(*dry_run(missing, sweep_place) if to_sweep else ())
-        cli.say(*["# then the runs at the best rates, and:"] if missing else ())
-    elif to_sweep and not settings.no_run:
-        with alone(place.scratch):
-            while not failed and (missing := sweeps.missing(to_sweep)):
-                asked += len(missing)
-                failed = make_pending(missing, sweep_place)
-    if "catcher" in names and not (settings.dry_run or settings.no_run):
-        routing.counted_after_tuning(may_run=True)  # what one of its rows is chosen by
-    needed: Needed = {}
-    for table in tables:
-        add(needed, table.needed(scale, settings.number_of_seeds(table), sweeps.at_best, **settings.changes))
-    needed = dict(sorted(needed.items(), key=lambda item: item[0].seed))  # so that all tables fill evenly
-    if settings.dry_run:
-        cli.say(*dry_run(needed, place))
+        cli.say("# then the runs at the best rates, and:" if missing else "")
+        cli.say(*dry_run(needed_by(tables, sweeps), place))
         return []
-    if needed and not settings.no_run:
-        with alone(place.scratch):
-            asked += len(needed)
-            failed |= make_pending(needed, place)
+    if (tables or to_sweep) and not settings.no_run:
+        with claimed(place.scratch):
+            while not failed and (missing := sweeps.missing(to_sweep)):
+                failed = make(missing, sweep_place)
+            if "catcher" in names:
+                routing.count_after_tuning()
+            failed |= make(needed_by(tables, sweeps), place)
     sections = [section(name, settings, place, sweeps) for name in names]
     for each in sections:
         cli.say(*each.text())
@@ -164,13 +149,17 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         typical = f"; the median run took {median(timed):.0f} s" if timed else ""
         write_page(settings.folder, sections, f"There are {len(list(place.records))} of them{typical}")
     if failed:
-        raise RunError(f"{len(failed)} of {asked} runs failed; the first: {next(iter(failed.values()))}")
+        raise RunError(f"runs that failed: {len(failed)}; the first: {next(iter(failed.values()))}")
     return sections
 
 
-def measures_effects(settings: Settings) -> bool:
-    """Whether runs record what they did besides their score: those on embedded models and tasks."""
-    return settings.scale == "tiny" and not (settings.model or settings.data)
+def needed_by(tables: list[Table], sweeps: Sweeps) -> Needed:
+    """The runs of some tables, by seed, so that all tables fill evenly."""
+    needed: Needed = {}
+    for table in tables:
+        for run, tasks in table.needed(sweeps.at_best).items():
+            needed.setdefault(run, set()).update(tasks)
+    return dict(sorted(needed.items(), key=lambda item: item[0].seed))
 
 
 def rate_runs(settings: Settings) -> dict[str, Run]:
@@ -179,8 +168,8 @@ def rate_runs(settings: Settings) -> dict[str, Run]:
     HELLoRA on random experts has the rate of HELLoRA's sweep. Its own sweep shows whether that is its best one.
     """
     named: dict[Run, str] = {}
-    for table in (settings.table("table2"), settings.table("table9")):
-        for row, run in zip(table.rows, table.to_sweep(settings.models_and_tasks), strict=False):  # or none at all
+    for table in map(settings.table, RESTS_ON["budgets"]):
+        for row, run in zip(table.rows, table.to_sweep(), strict=False):  # or none at all
             named.setdefault(swept(run), row.name)
             if row.change == {"experts": "random"}:
                 named.setdefault(replace(swept(run), experts="random"), row.name)
@@ -192,20 +181,17 @@ def section(name: str, settings: Settings, place: Workplace, sweeps: Sweeps) -> 
     if name == "rates":
         return sweeps.section(rate_runs(settings), settings.folder)
     if name == "budgets":
-        tables = [settings.table(each) for each in ("table2", "table9")]
-        chosen = [(table, settings.number_of_seeds(table)) for table in tables]
-        scale, records = settings.models_and_tasks, place.records
-        return budget.section(chosen, scale, records, sweeps.at_best, settings.folder, **settings.changes)
+        tables = [settings.table(each) for each in RESTS_ON[name]]
+        return budget.section(tables, place.records, sweeps.at_best, settings.folder)
+    if name == "reasons":
+        return reasons.section(settings.table("table2"), place.records, sweeps.at_best)
     if name in FIGURES:
         settings.folder.mkdir(parents=True, exist_ok=True)
         return FIGURES[name](settings.folder, may_run=not settings.no_run)
-    table = settings.table("table2" if name == "reasons" else name)
-    scale, seeds, records = settings.models_and_tasks, settings.number_of_seeds(table), place.records
-    if name == "reasons":
-        return reasons.section(table, seeds, scale, records, sweeps.at_best, **settings.changes)
-    made = table.section(scale, seeds, records.scores, sweeps.at_best, **settings.changes)
+    table = settings.table(name)
+    made = table.section(place.records.scores, sweeps.at_best)
     if name == "catcher":
-        lines, rows = reasons.cost(table, scale, seeds, records, **settings.changes)
+        lines, rows = reasons.cost(table, place.records)
         return made._replace(lines=made.lines + lines, rows=made.rows + rows)
     return made
 

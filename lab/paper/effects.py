@@ -8,9 +8,7 @@ Dimensions: L layers with experts, E experts per layer, K experts per token, T t
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,48 +19,40 @@ from command.cli import InputError, flag
 from command.files import writable, write_json
 from hellora import hottest
 from hub.checkpoint import EMBEDDED
-from lab.documents import pretraining_documents
+from lab.documents import held_out
 from model import MoETransformer
 from routing.statistics import jaccard
 from run.subject import Subject
 from tiny import tasks
 
 ROWS = 200  # of the task, seen in training and not seen
+TEXT = ("math", "code", "safety")  # kinds of pre-training text
 TEXTS, TEXT_TOKENS = 40, 256  # of each kind of pre-training text; all of them are shorter
-HELD_OUT_SEED = 999_983  # of text that pre-training did not read (lab/make_tiny.py)
 UNSEEN_SEED = 1  # the training rows have seed 0
 MAKERS: dict[str, Callable[[int], list[dict]]] = {
     "tiny-math": lambda n: tasks.math_rows(n, "train", UNSEEN_SEED),
     "tiny-code": lambda n: tasks.code_rows(n, UNSEEN_SEED),
     "tiny-safety": lambda n: tasks.safety_rows(n, UNSEEN_SEED),
 }
-
-
-class Material(NamedTuple):
-    """What a model is read on: rows of its task, and pre-training text."""
-
-    seen: list[data.Encoded]  # rows that the run trained on
-    unseen: list[data.Encoded]  # rows of the same kind that no run trains on
-    text: dict[str, list[data.Encoded]]  # math, code, safety: held-out pre-training text
+Material = dict[str, list[data.Encoded]]  # "seen" and "unseen" rows of a task, and pre-training text of each of TEXT
+Reading = dict[str, tuple[float, Tensor]]  # of the same: `read_through`
 
 
 def material(task: str, reader: data.Reader) -> Material:
-    """The same rows and text for every run of a task."""
+    """What every run of a task is read on: rows that it trained on, rows that no run trains on, and held-out text."""
     rows = reader.load("train")
     known, read = {row.prompt for row in rows}, data.FORMATS[data.TASKS[task].benchmark]["train"].read
     fresh = (data.Example(str(i), *read(row), row) for i, row in enumerate(MAKERS[task](2 * ROWS)))
     unseen = [row for row in fresh if row.prompt not in known][:ROWS]
-    return Material(reader.encode(rows[:ROWS]), reader.encode(unseen), held_out_text(reader))
+    text = {kind: held_out_text(kind, reader) for kind in TEXT}
+    return {"seen": reader.encode(rows[:ROWS]), "unseen": reader.encode(unseen)} | text
 
 
-def held_out_text(reader: data.Reader) -> dict[str, list[data.Encoded]]:
-    """Whole documents of each kind, of which every token but the first is predicted, and the end."""
-    end, kinds = reader.config.eos_token_id, {}
-    for kind in ("math", "code", "safety"):
-        documents = (text for k, text in pretraining_documents(HELD_OUT_SEED) if k == kind)
-        encoded = ([*reader.tokenizer.encode(text).ids, end] for text in itertools.islice(documents, TEXTS))
-        kinds[kind] = [data.Encoded(ids, ((0, len(ids)),)) for ids in encoded if len(ids) <= TEXT_TOKENS]
-    return kinds
+def held_out_text(kind: str, reader: data.Reader) -> list[data.Encoded]:
+    """Whole documents of a kind, of which every token but the first is predicted, and the end."""
+    documents = itertools.islice(held_out(kind), TEXTS)
+    encoded = ([*reader.tokenizer.encode(text).ids, reader.config.eos_token_id] for text in documents)
+    return [data.Encoded(ids, ((0, len(ids)),)) for ids in encoded if len(ids) <= TEXT_TOKENS]
 
 
 @torch.no_grad()
@@ -93,31 +83,9 @@ def moved(before: Tensor, after: Tensor, num_experts: int) -> dict[str, float]:
     }
 
 
-class Reading(NamedTuple):
-    """One model on the material."""
-
-    seen: float  # nats per target token
-    unseen: float
-    text: dict[str, float]  # nats per token, by kind
-    task_experts: Tensor  # [L, T, K] on the unseen rows
-    text_experts: Tensor  # [L, T, K] on the text
-
-
 def reading(subject: Subject, material: Material) -> Reading:
     model = subject.load(torch.float32, torch.device("cpu"))
-    text = {kind: read_through(model, items) for kind, items in material.text.items()}
-    seen, _ = read_through(model, material.seen)
-    unseen, task_experts = read_through(model, material.unseen)
-    losses = {kind: loss for kind, (loss, _) in text.items()}
-    return Reading(seen, unseen, losses, task_experts, torch.cat([experts for _, experts in text.values()], 1))
-
-
-@cache
-def before(base: str, task: str) -> tuple[Material, Reading]:
-    """The material of a task, and the embedded model on it."""
-    subject = Subject(base)
-    read = material(task, data.Reader(task, subject.folder, subject.config))
-    return read, reading(subject, read)
+    return {name: read_through(model, items) for name, items in material.items()}
 
 
 def effects(run: str) -> dict:
@@ -133,20 +101,22 @@ def effects(run: str) -> dict:
     rows = data.digest(data.load_examples(trained["settings"]["task"], "train"))
     if trained["data"] != rows or trained["settings"]["valid_share"]:
         raise InputError(f"{run} was trained on other rows than its task's; expected all of them")
-    read, base = before(trained["model"], trained["settings"]["task"])
-    tuned, num_experts = reading(subject, read), subject.config.num_experts
+    base = Subject(trained["model"])
+    read = material(trained["settings"]["task"], data.Reader(trained["settings"]["task"], base.folder, base.config))
+    before, after = reading(base, read), reading(subject, read)
+    on_text = (torch.cat([each[kind][1] for kind in TEXT], 1) for each in (before, after))
     return {
-        "seen_loss": tuned.seen,
-        "unseen_loss": tuned.unseen,
-        "text_loss": {"before": base.text, "after": tuned.text},
+        "seen_loss": after["seen"][0],
+        "unseen_loss": after["unseen"][0],
+        "text_loss": {
+            "before": {kind: before[kind][0] for kind in TEXT},
+            "after": {kind: after[kind][0] for kind in TEXT},
+        },
         "routing": {
-            "task": moved(base.task_experts, tuned.task_experts, num_experts),
-            "text": moved(base.text_experts, tuned.text_experts, num_experts),
+            "task": moved(before["unseen"][1], after["unseen"][1], subject.config.num_experts),
+            "text": moved(*on_text, subject.config.num_experts),
         },
     }
-
-
-EXAMPLE = "python reproduce.py effects runs/tiny-math-hellora-seed0"
 
 
 @dataclass(frozen=True)
@@ -159,8 +129,13 @@ class EffectsSettings:
 
 def command(argv: list[str]) -> dict:
     """Print what the fine-tuning in a run folder did besides its score.  -> the numbers"""
-    description = "Loss on seen and unseen rows and on pre-training text, and tokens that change experts."
-    settings = cli.parse(EffectsSettings, argv, prog="reproduce.py effects", description=description, example=EXAMPLE)
+    settings = cli.parse(
+        EffectsSettings,
+        argv,
+        prog="reproduce.py effects",
+        description="Loss on seen and unseen rows and on pre-training text, and tokens that change experts.",
+        example="python reproduce.py effects runs/tiny-math-hellora-seed0",
+    )
     out = settings.json and writable(settings.json)
     done = effects(settings.run)
     cli.say(f"own task, nats per token: seen rows {done['seen_loss']:.4f}, unseen rows {done['unseen_loss']:.4f}")

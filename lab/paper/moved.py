@@ -35,20 +35,19 @@ class Moved(NamedTuple):
     counts: Tensor  # int [L, E], tokens that chose each expert when the run counted them
     experts: Table
 
-    def rank_correlation(self, chosen: Tensor) -> float:
-        """Between |dW| / |W| and tokens, of the chosen experts bool [L, E]; mean over the layers."""
-        rows = zip(self.experts.ratio, self.counts, chosen, strict=True)
-        return fmean(rank_correlation(ratio[kept][None], counts[kept][None]) for ratio, counts, kept in rows)
+    def correlation(self, chosen: Tensor) -> str:
+        """Rank correlation of |dW| / |W| and tokens, of the chosen experts bool [L, E]; mean over the layers.
 
-    def correlation_text(self, chosen: Tensor) -> str:
-        """The rank correlation, or - where a layer has too few of the chosen experts."""
-        correlation = self.rank_correlation(chosen)
-        return "-" if isnan(correlation) else f"{correlation:.2f}"
+        - where a layer has too few of the chosen experts.
+        """
+        rows = zip(self.experts.ratio, self.counts, chosen, strict=True)
+        mean = fmean(rank_correlation(ratio[kept][None], counts[kept][None]) for ratio, counts, kept in rows)
+        return "-" if isnan(mean) else f"{mean:.2f}"
 
     @property
     def title(self) -> str:
         """The run in the picture."""
-        all_, moved = (self.correlation_text(each) for each in (self.experts.has_pair, self.experts.moved))
+        all_, moved = self.correlation(self.experts.has_pair), self.correlation(self.experts.moved)
         return f"{self.name}: rank correlation with the tokens {all_}; of the experts that moved {moved}"
 
     def row(self) -> list[str]:
@@ -60,7 +59,8 @@ class Moved(NamedTuple):
             self.name,
             f"{int(moved.sum())} of {int(self.experts.has_pair.sum())}",
             *(f"{values.median():.1f} %" if len(values) else "-" for values in medians),
-            *(self.correlation_text(chosen) for chosen in (self.experts.has_pair, moved)),
+            self.correlation(self.experts.has_pair),
+            self.correlation(moved),
         ]
 
 

@@ -25,16 +25,17 @@ class Section(NamedTuple):
         return [f"## {self.title}", "", *self.lines, ""]
 
 
-def mean_text(interval: Estimate | None, form: str = ".1f", missing: str = "not run") -> str:
+def mean_text(interval: Estimate, form: str = ".1f", missing: str = "not run", half_form: str = ".1f") -> str:
     """47.6 ± 1.2 (5): mean, half width of the 95 % interval, number of values."""
-    if interval is None:
+    if not interval.n:
         return missing
-    return f"{interval.mean:{form}}{'' if interval.half is None else f' ± {interval.half:.1f}'} ({interval.n})"
+    half = "" if interval.half is None else f" ± {interval.half:{half_form}}"
+    return f"{interval.mean:{form}}{half} ({interval.n})"
 
 
-def number_text(value: float | None, form: str = ".2f") -> str:
-    """A number, or - if there is none."""
-    return "-" if value is None else f"{value:{form}}"
+def number_text(value: float | None, form: str = ".2f", missing: str = "-") -> str:
+    """A number, if there is one."""
+    return missing if value is None else f"{value:{form}}"
 
 
 # ---------------------------------------------------------------------------------------------------- the whole page
@@ -62,45 +63,43 @@ def write_page(out: Path, sections: list[Section], made: str) -> None:
     write_text(out / "README.md", "\n".join(lines).rstrip() + "\n")
 
 
-CLAIMS = (  # what is claimed of a row's difference, the start of its table's title, the row
-    ("HELLoRA beats LoRA on all experts", "Table 2:", "HELLoRA"),
-    ("a quarter of the experts equals LoRA on all (MoE-Sieve)", "Table 2:", "MoE-Sieve"),
-    ("LoRI-D beats LoRA", "Table 2:", "LoRI-D"),
-    ("HELLoRI-D beats LoRA", "Table 2:", "HELLoRI-D"),
-    ("ranks that grow beat LoRA (DR-LoRA, against its strongest baseline, six tasks)", "Table 2:", "DR-LoRA"),
-    ("one set of hot experts for all layers is worse than one for each", "Table 4:", "HELLoRA_M"),
-    ("the coldest are worse than the hottest", "Table 4:", "HELLoRA_C"),
-    ("without attention and router it is worse", "Table 5:", "HELLoRA_pure"),
-    ("2 hot experts are worse than 8", "Table 7:", "k = 2"),
-    ("the same budget on all experts (no paper's claim)", "Table 9", "all 64, rank 1"),
+CLAIMS = (  # what is claimed of a row's difference, its table, the row
+    ("HELLoRA beats LoRA on all experts", "Table 2", "HELLoRA"),
+    ("a quarter of the experts equals LoRA on all (MoE-Sieve)", "Table 2", "MoE-Sieve"),
+    ("LoRI-D beats LoRA", "Table 2", "LoRI-D"),
+    ("HELLoRI-D beats LoRA", "Table 2", "HELLoRI-D"),
+    ("ranks that grow beat LoRA (DR-LoRA, against its strongest baseline, six tasks)", "Table 2", "DR-LoRA"),
+    ("one set of hot experts for all layers is worse than one for each", "Table 4", "HELLoRA_M"),
+    ("the coldest are worse than the hottest", "Table 4", "HELLoRA_C"),
+    ("without attention and router it is worse", "Table 5", "HELLoRA_pure"),
+    ("2 hot experts are worse than 8", "Table 7", "k = 2"),
+    ("the same budget on all experts (no paper's claim)", "Table 9 (ours)", "all 64, rank 1"),
 )
 
 
 def summary(sections: list[Section], out: Path) -> list[str]:
     """A line for each claim on GSM8K, and a picture of all differences of Tables 2 to 7."""
-    cells = [row for each in sections for row in each.rows if row.get("column") == "GSM8K" and row["compared_with"]]
+    cells = {
+        (row["table"].partition(":")[0], row["row"]): row
+        for each in sections
+        for row in each.rows
+        if row.get("column") == "GSM8K"
+    }
     lines = []
-    for claim, title, name in CLAIMS:
-        for row in cells:
-            if row["table"].startswith(title) and row["row"] == name:
-                claimed = claim_text(row["paper_difference"])
-                sieve, ours = (difference_text(row[side]["difference"]) for side in ("sieve", "ours"))
-                lines.append([claim, claimed, sieve, ours, row["ours"]["verdict"]])
-    rows = [
-        {
-            "name": f"{row['table'].partition(':')[0]}: {row['row']} - {row['compared_with']}",
-            "mean": row["ours"]["difference"]["mean"],
-            "half": row["ours"]["difference"]["half"],
-            "claimed": row["paper_difference"],
-        }
-        for row in cells
-        if re.match("Table [2-7]", row["table"]) and row["ours"]["difference"]["half"] is not None
-    ]
-    draw_differences(rows, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
+    for claim, table, name in CLAIMS:
+        if row := cells.get((table, name)):
+            sieve, ours = (mean_text(Estimate(**row[side]["difference"]), "+.1f", "-") for side in ("sieve", "ours"))
+            lines.append([claim, claim_text(row["paper_difference"]), sieve, ours, row["ours"]["verdict"]])
+    shown = []
+    for (table, name), row in cells.items():
+        difference = row["ours"]["difference"]
+        if re.match("Table [2-7]", table) and row["compared_with"] and difference["half"] is not None:
+            label = f"{table}: {name} - {row['compared_with']}"
+            shown.append({"name": label, "claimed": row["paper_difference"], **difference})
+    draw_differences(shown, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
     note = "The claims on math, in points, each method at its best learning rate. Table 3 is at a constant one."
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
-    picture = ["", "![Differences with intervals](differences.png)", ""]
-    return [note, "", *grid(heads, lines), *picture, *spread([row for each in sections for row in each.rows])]
+    return [note, "", *grid(heads, lines), "", "![Differences with intervals](differences.png)", "", *spread(cells)]
 
 
 def claim_text(difference: float | None) -> str:
@@ -108,19 +107,13 @@ def claim_text(difference: float | None) -> str:
     return "equal" if difference == 0 else number_text(difference, "+.2f")
 
 
-def difference_text(difference: dict) -> str:
-    """-1.3 ± 1.4 (8), or - if there is none."""
-    return mean_text(Estimate(**difference), "+.1f") if difference["n"] else "-"
-
-
-def spread(cells: list[dict]) -> list[str]:
+def spread(cells: dict[tuple[str, str], dict]) -> list[str]:
     """Whether the seeds of hot experts alone lie closer together than those of all experts, as MoE-Sieve asks."""
-    on_math = [row for row in cells if row.get("column") == "GSM8K"]
-    table2 = {row["row"]: row for row in on_math if row["table"].startswith("Table 2:")}
     lines = []
     for name in ("HELLoRA", "MoE-Sieve"):
         for side, where in (("sieve", "MoE-Sieve's seeds at full size"), ("ours", "ours")):
-            values, others = (table2[each][side]["by_seed"] if each in table2 else [] for each in (name, "LoRA"))
+            found = (cells.get(("Table 2", each)) for each in (name, "LoRA"))
+            values, others = (row[side]["by_seed"] if row else [] for row in found)
             if min(len(values), len(others)) >= LEAST_SEEDS:
                 ratio, least, most = spread_ratio(values, others)
                 lines.append(f"{name} {ratio:.2f} ({least:.2f} to {most:.2f}) in {where}")

@@ -3,7 +3,6 @@
 size(config, "hellora", k=8, targets="all").trainable
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from command.files import writable, write_json
 from hub.config import PRESETS
 from lab.markdown import grid
 from lab.paper.page import Section
-from lori import Scatter, sparsify
 from model import MoEConfig, MoETransformer
 from recipes.methods import METHODS, Recipe
 from routing.advice import without_weights
@@ -89,7 +87,7 @@ class Size(NamedTuple):
 
 
 def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: int = Recipe.r) -> Size:
-    """What a method trains, counted as training counts it: on the model with its adapters, here without weights."""
+    """What a method trains, counted on the model with its adapters, here without weights. Factors are float32."""
     how = METHODS[method]
     if how.experts is None:
         with torch.device("meta"):
@@ -97,22 +95,11 @@ def size(config: MoEConfig, method: str, k: int | None, targets: str | None, r: 
     else:
         model = without_weights(config, k or config.num_experts, r, kind=how.kind, targets=targets)
     trainable, total = hellora.count_parameters(model)
+    bits = 0  # that mark the entries of B which train
     if how.sparse:
-        sparsify(model, some_entries(model))
-        trainable, _ = hellora.count_parameters(model)
-    trained = [p for name, p in model.named_parameters() if p.requires_grad]
-    stored = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
-    bits = sum(-(-module.shape.numel() // 8) for module in model.modules() if isinstance(module, Scatter))
-    return Size(trainable, total, sum(t.nbytes for t in stored) + bits, sum(2 * 4 * p.numel() for p in trained))
-
-
-def some_entries(model: MoETransformer) -> dict[str, torch.Tensor]:
-    """As many entries of B as LoRI-S keeps, floor(KEPT * N). For counting it does not matter which ones."""
-    sizes = {name.removesuffix(".lora_B"): p.numel() for name, p in model.named_parameters() if "lora_B" in name}
-    kept = (int(lori.KEPT * end) for end in itertools.accumulate(sizes.values(), initial=0))
-    return {
-        name: torch.arange(b - a, device="meta") for name, (a, b) in zip(sizes, itertools.pairwise(kept), strict=True)
-    }
+        trainable = int(lori.KEPT * trainable)
+        bits = sum(-(-p.numel() // 8) for name, p in model.named_parameters() if "lora_B" in name)
+    return Size(trainable, total, 4 * trainable + bits if model.adapter else 0, 2 * 4 * trainable)
 
 
 CONVENTION = "percent: trainable / (base + adapters, including frozen A and all of B), as PEFT prints; rank 32"

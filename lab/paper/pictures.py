@@ -15,8 +15,10 @@ from diagnosis.measure import Table
 from routing.statistics import shares
 
 OURS, OTHER = "#00204c", "#b0ada0"
-COLORS = (OURS, "#e69f00", "#56b4e9", "#009e73")  # of Okabe and Ito: apart without colour vision
+MARK = "#e69f00"
+COLORS = (OURS, MARK, "#56b4e9", "#009e73")  # of Okabe and Ito: apart without colour vision
 STYLES = ("-", "--", "-.", ":")
+POINT = {"fmt": "o", "markersize": 4, "capsize": 2}  # with an error bar
 
 
 def new_figure(title: str, height: float = 4.5, panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -29,45 +31,22 @@ def new_figure(title: str, height: float = 4.5, panels: int = 1) -> tuple[Figure
     return figure, list(axes)
 
 
-def descending(counts: Tensor) -> np.ndarray:
-    """The shares of each layer's experts, largest first.  -> [L, E]"""
-    return np.sort(shares(counts).numpy())[:, ::-1]
-
-
-def draw_coverage(counts: dict[str, Tensor], num_hot: int, title: str, path: Path) -> None:
+def draw_coverage(counts: dict[str, Tensor], title: str, path: Path) -> None:
     """How many of the routed tokens the hottest experts receive: the median layer, and the range of the first."""
     figure, (axes,) = new_figure(title)
     for i, (name, each) in enumerate(counts.items()):
-        covered = 100 * descending(each).cumsum(1)  # [L, E]
-        experts = range(1, covered.shape[1] + 1)
-        axes.plot(experts, np.median(covered, 0), color=COLORS[i], linestyle=STYLES[i], label=f"{name}, median layer")
+        covered = 100 * shares(each).sort(descending=True).values.cumsum(1).numpy()  # [L, E]
+        E = covered.shape[1]
+        experts = 100 * np.arange(1, E + 1) / E
+        label = f"{name}, {E} experts, median layer"
+        axes.plot(experts, np.median(covered, 0), color=COLORS[i], linestyle=STYLES[i], label=label)
         if i == 0:
             label = f"{name}, all layers"
             axes.fill_between(experts, covered.min(0), covered.max(0), color=OURS, alpha=0.15, lw=0, label=label)
-    axes.plot([0, len(experts)], [0, 100], color="0.6", linewidth=0.8, label="even use")
-    axes.axvline(num_hot, color="0.4", linestyle=":", linewidth=1)
-    axes.text(num_hot + 0.5, 3, f"k = {num_hot}", color="0.3")
-    axes.set(xlabel=f"hottest experts of a layer (of {len(experts)})", ylabel="% of the layer's routed tokens")
-    axes.set(xlim=(0, len(experts)), ylim=(0, 100))
+    axes.plot([0, 100], [0, 100], color="0.6", linewidth=0.8, label="even use")
+    axes.set(xlabel="% of a layer's experts, hottest first", ylabel="% of the layer's routed tokens")
+    axes.set(xlim=(0, 100), ylim=(0, 100))
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
-
-
-def draw_multiples(counts: dict[str, Tensor], title: str, path: Path) -> None:
-    """The use of a layer's experts as multiples of even use: the median layer of models with different E."""
-    figure, (axes,) = new_figure(title)
-    for i, (name, each) in enumerate(counts.items()):
-        E = each.shape[1]
-        place = (np.arange(E) + 0.5) / E * 100
-        label = f"{name} ({E} experts)"
-        marker = "o" if E <= 16 else None
-        median = np.median(E * descending(each), 0)
-        axes.plot(place, median, color=COLORS[i], linestyle=STYLES[i], marker=marker, label=label)
-    axes.axhline(1, color="0.6", linewidth=0.8)
-    axes.text(100, 1.03, "even use", ha="right", va="bottom", color="0.4")
-    axes.set(xlabel="% of a layer's experts, hottest first", ylabel="tokens per expert, multiples of even use")
-    axes.set(xlim=(0, 100), ylim=(0, None))
-    axes.legend(frameon=False)
     figure.savefig(path)
 
 
@@ -75,10 +54,9 @@ def draw_overlaps(rows: list[dict], title: str, path: Path) -> None:
     """The mean overlap of the hot sets as bars, and a mark where two random sets would be.  rows: name, mean, chance"""
     figure, (axes,) = new_figure(title, 1.4 + 0.45 * len(rows))
     names = [row["name"] for row in rows]
-    axes.barh(names, [row["mean"] for row in rows], 0.6, color=OURS)
-    axes.plot([row["chance"] for row in rows], names, "|", color="#e69f00", markersize=18, markeredgewidth=3)
-    for i, row in enumerate(rows):
-        axes.text(row["mean"] + 0.01, i, f"{row['mean']:.2f}", va="center")
+    bars = axes.barh(names, [row["mean"] for row in rows], 0.6, color=OURS)
+    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.plot([row["chance"] for row in rows], names, "|", color=MARK, markersize=18, markeredgewidth=3)
     axes.set(xlim=(0, 1.08), xlabel="overlap (orange: two random sets)")
     axes.invert_yaxis()
     figure.savefig(path)
@@ -90,19 +68,16 @@ def draw_speeds(rows: list[dict], title: str, path: Path) -> None:
     rows: name, paper, ours, half, memory; None: not run
     """
     figure, (left, right) = new_figure(title, 5.5, panels=2)
-    places, names = np.arange(len(rows)), [row["name"] for row in rows]
-    speeds = [[row[key] or 0 for row in rows] for key in ("paper", "ours", "half")]
-    left.barh(places - 0.2, speeds[0], 0.38, color=OTHER, label="paper, two A100")
-    left.barh(places + 0.2, speeds[1], 0.38, xerr=speeds[2], color=OURS, ecolor="0.5", label="ours, CPU, batches of 8")
+    places = np.arange(len(rows))
+    paper, ours, half, memory = ([row[key] or 0 for row in rows] for key in ("paper", "ours", "half", "memory"))
+    left.barh(places - 0.2, paper, 0.38, color=OTHER, label="paper, two A100")
+    left.barh(places + 0.2, ours, 0.38, xerr=half, color=OURS, ecolor="0.5", label="ours, CPU, batches of 8")
     left.axvline(1, color="0.3", linestyle="--", linewidth=1)
-    left.set(yticks=places, yticklabels=names, xlabel="speed, times that of LoRA (dashed)")
+    left.set(yticks=places, yticklabels=[row["name"] for row in rows], xlabel="speed, times that of LoRA (dashed)")
     left.legend(frameon=False, loc="lower right", fontsize=8)
-    right.barh(places, [row["memory"] or 0 for row in rows], 0.6, color=OURS)
-    right.axvline(1, color="#e69f00", linewidth=2)
+    right.barh(places, memory, 0.6, color=OURS)
+    right.axvline(1, color=MARK, linewidth=2)
     right.set(xlabel="memory, times the frozen base (orange)")
-    for place, row in enumerate(rows):
-        if row["memory"] is None:
-            right.text(0.05, place, "not run", va="center", color="0.4")
     left.invert_yaxis()
     figure.savefig(path)
 
@@ -112,14 +87,10 @@ def draw_differences(rows: list[dict], margin: float, title: str, path: Path) ->
     figure, (axes,) = new_figure(title, 1.2 + 0.24 * len(rows))
     axes.axvspan(-margin, margin, color="0.92", label=f"within ± {margin:g} points")
     axes.axvline(0, color="0.5", linewidth=0.8)
-    places = range(len(rows))
-    axes.errorbar(
-        [row["mean"] for row in rows], places, xerr=[row["half"] for row in rows],
-        fmt="o", color=OURS, markersize=4, capsize=2, label="ours, 95 % interval",
-    )  # fmt: skip
-    claims = [(row["claimed"], place) for place, row in enumerate(rows) if row["claimed"] is not None]
-    axes.plot(*zip(*claims, strict=True), "D", color="#e69f00", markersize=4, label="the paper's difference")
-    axes.set(yticks=places, yticklabels=[row["name"] for row in rows], xlabel="points of accuracy")
+    names, means, halves, claims = ([row[key] for row in rows] for key in ("name", "mean", "half", "claimed"))
+    axes.errorbar(means, names, xerr=halves, color=OURS, label="ours, 95 % interval", **POINT)
+    axes.plot(claims, names, "D", color=MARK, markersize=4, label="the paper's difference")
+    axes.set(xlabel="points of accuracy")
     axes.tick_params(axis="y", labelsize=7)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="lower left")
@@ -148,14 +119,12 @@ def draw_rates(panels: dict[str, dict[str, dict[float, float]]], title: str, pat
 def draw_budgets(rows: list[dict], title: str, path: Path) -> None:
     """Trained parameters, and accuracy with its interval.  rows: name, hot, trainable, accuracy (an Estimate)"""
     figure, (left, right) = new_figure(title, 1.4 + 0.26 * len(rows), panels=2)
-    places = range(len(rows))
-    colors = [OURS if row["hot"] else "#e69f00" for row in rows]
-    left.barh(places, [row["trainable"] for row in rows], 0.6, color=colors)
+    for row in rows:
+        name, accuracy, color = row["name"], row["accuracy"], OURS if row["hot"] else MARK
+        left.barh(name, row["trainable"], 0.6, color=color)
+        right.errorbar(accuracy.mean, name, xerr=accuracy.half or 0.0, color=color, **POINT)
     left.set_xscale("log")
-    left.set(yticks=places, yticklabels=[row["name"] for row in rows], xlabel="trained parameters (blue: hot experts)")
-    for row, place, color in zip(rows, places, colors, strict=True):
-        accuracy = row["accuracy"]
-        right.errorbar(accuracy.mean, place, xerr=accuracy.half or 0.0, fmt="o", color=color, markersize=4, capsize=2)
+    left.set(xlabel="trained parameters (blue: hot experts)")
     right.grid(axis="x", color="0.9")
     right.set(xlabel="accuracy in %", xlim=(0, None))
     left.invert_yaxis()

@@ -44,15 +44,16 @@ def section() -> Section:
         by_choice, shown = sieve_accuracies(study), []
         lora, quarter = by_choice["full_lora"], by_choice["hotk15" if "qwen" in study else "hotk16"]
         for name in sorted(by_choice, key=lambda name: (name != "full_lora", len(name), name)):
-            differences = [score - lora[seed] for seed, score in by_choice[name].items()] if name != "full_lora" else []
-            judged = verdict(differences, None) if differences else ""
-            mean, difference = estimate(list(by_choice[name].values())), estimate(differences)
-            others = paired(by_choice[name], quarter) if by_choice[name] is not quarter else []
-            from_quarter = estimate(others)
-            texts = [mean_text(each, "+.2f", "") for each in (difference, from_quarter)]
-            shown.append([name, mean_text(mean), texts[0], judged, texts[1], verdict(others, None) if others else ""])
-            rows.append({"study": study, "row": name, "mean": mean.mean, "difference": difference, "verdict": judged})
-            rows[-1]["from_quarter"] = from_quarter
+            mean, numbers, texts = estimate(by_choice[name].values()), [], []
+            for other in (lora, quarter):
+                differences = paired(by_choice[name], other) if by_choice[name] is not other else []
+                numbers.append(estimate(differences))
+                texts += [mean_text(numbers[-1], "+.2f", ""), verdict(differences, None) if differences else ""]
+            shown.append([name, mean_text(mean), *texts])
+            rows.append({
+                "study": study, "row": name, "mean": mean.mean, "difference": numbers[0], "verdict": texts[1],
+                "from_quarter": numbers[1],
+            })  # fmt: skip
         heads = ["experts", "MoE-Sieve", "from LoRA", "verdict", "from the quarter", "verdict"]
         lines += ["", f"{title}, accuracy in %", "", *grid(heads, shown)]
     return Section("MoE-Sieve: all its choices of experts, at full size", lines, rows)

@@ -1,6 +1,6 @@
 """Why it should work: what the paper's reasons say, measured on runs (effects.py), and what is saved."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from statistics import mean
 
 from hub.config import PRESETS
@@ -9,7 +9,7 @@ from lab.paper.page import Section, mean_text
 from lab.paper.params import OLMOE, size
 from lab.paper.routing import real
 from lab.paper.runs import Records
-from lab.paper.table import Scale, Table, Tune
+from lab.paper.table import Column, Table, Tune
 from lab.paper.verdicts import estimate, paired, verdict
 from model import MoEConfig
 from recipes.methods import METHODS, Recipe
@@ -47,10 +47,23 @@ def forgotten(text_loss: dict[str, dict[str, float]]) -> float:
     return mean(text_loss["after"][kind] - before for kind, before in text_loss["before"].items())
 
 
-def section(table: Table, seeds: int, scale: Scale, records: Records, tune: Tune, **changes) -> Section:
+Values = dict[str, dict[str, dict[int, float]]]  # of each method, by measure and by seed
+
+
+def section(table: Table, records: Records, tune: Tune) -> Section:
     """The measures of a table's methods, task by task, and what double sparsity saves."""
-    lines, rows = measured(table, seeds, scale, records, tune, **changes)
-    lines = lines or ["", "not run"]
+    lines, rows = [], []
+    for column in {column.task: column for column in reversed(table.columns)}.values():  # the first of each task
+        values = measured(table, column, records, tune)
+        if not values:  # older runs have not been measured
+            continue
+        rate = "each row at its best learning rate" if column.tuned else column.note
+        title = f"{table.task(column)}{rate and f', {rate}'}"
+        lines += ["", title, "", *grid(["method", *MEASURES], means(values))]
+        if "LoRA" in values and len(values) > 1:
+            heads = [head for name in CLAIMED for head in (name, "verdict")]
+            lines += ["", f"{title}: difference from LoRA", "", *grid(["method", *heads], differences(values))]
+        rows += [{"task": table.task(column), "row": name, "by_seed": each} for name, each in values.items()]
     saved = sparsity()
     heads = ["method", "trained", "file, MB", "AdamW, MB", "adapter MFLOPs"]
     cells = [
@@ -58,71 +71,43 @@ def section(table: Table, seeds: int, scale: Scale, records: Records, tune: Tune
          f"{row['optimizer_bytes'] / 1e6:.1f}", f"{row['flops'] / 1e6:.1f}"]
         for row in saved
     ]  # fmt: skip
+    lines = lines or ["", "not run"]
     return Section(TITLE, [NOTE, *lines, "", SPARSITY, "", *grid(heads, cells)], [*rows, *saved])
 
 
-def measured(
-    table: Table, seeds: int, scale: Scale, records: Records, tune: Tune, **changes
-) -> tuple[list[str], list[dict]]:
-    """The measures of every method of a table, task by task.  -> lines, rows"""
-    lines, rows = [], []
-    for column in {column.task: column for column in reversed(table.columns)}.values():  # the first of each task
-        values = {}
-        for row in (row for row in table.rows if row.method != "base"):
-            done: dict[int, dict] = {}
-            for seed in range(seeds):
-                run = next(iter(table.runs(row, column, scale, seed, tune, **changes).values()))
-                _, record = (run and records.find(run)) or (None, {})
-                if "effects" in record:
-                    done[seed] = record["effects"]
+def measured(table: Table, column: Column, records: Records, tune: Tune) -> Values:
+    """The measures of every method of a table on the task of a column, without methods that have none."""
+    values = {}
+    for row in (row for row in table.rows if row.method != "base"):
+        found = map(records.record, table.first_runs(row, column, tune))
+        done = {seed: record["effects"] for seed, record in enumerate(found) if "effects" in record}
+        if done:
             values[row.name] = {name: {seed: of(each) for seed, each in done.items()} for name, of in MEASURES.items()}
-        values = {name: by_measure for name, by_measure in values.items() if by_measure[CLAIMED[0]]}
-        rate = "each row at its best learning rate" if column.tuned else column.note
-        title = f"{getattr(scale, column.task)}{rate and f', {rate}'}"
-        if not values:  # older runs have not been measured
-            continue
-        lines += ["", title, "", *grid(["method", *MEASURES], shown(values))]
-        if "LoRA" in values and len(values) > 1:
-            lines += ["", f"{title}: difference from LoRA", "", *grid(["method", *heads()], compared(values))]
-        rows += [
-            {"task": getattr(scale, column.task), "row": name, "by_seed": by_measure}
-            for name, by_measure in values.items()
-        ]
-    return lines, rows
+    return values
 
 
-def shown(values: dict[str, dict[str, dict[int, float]]]) -> list[list[str]]:
-    """A row of means for each method."""
+def text(values: Collection[float], form: str) -> str:
+    """0.071 ± 0.004 (5), with as many decimals of the interval as of the mean."""
+    return mean_text(estimate(values), form, half_form=form.lstrip("+"))
+
+
+def means(values: Values) -> list[list[str]]:
+    """A row for each method."""
     return [
-        [name, *(text(list(by_measure[measure].values()), FORMS[measure]) for measure in MEASURES)]
+        [name, *(text(by_measure[measure].values(), form) for measure, form in FORMS.items())]
         for name, by_measure in values.items()
     ]
 
 
-def text(values: list[float], form: str) -> str:
-    """0.071 ± 0.004 (5), with as many decimals of the interval as of the mean."""
-    interval = estimate(values)
-    if interval is None or interval.half is None:
-        return mean_text(interval, form)
-    return f"{interval.mean:{form}} ± {interval.half:{form.lstrip('+')}} ({interval.n})"
-
-
-def heads() -> list[str]:
-    return [head for name in CLAIMED for head in (name, "verdict")]
-
-
-def compared(values: dict[str, dict[str, dict[int, float]]]) -> list[list[str]]:
-    """Differences from LoRA, paired by seed, and whether they are negative."""
+def differences(values: Values) -> list[list[str]]:
+    """A row for each method but LoRA: the differences from it, paired by seed, and whether they are negative."""
     lines = []
-    for name, by_measure in values.items():
-        if name != "LoRA":
-            differences = [paired(by_measure[measure], values["LoRA"][measure]) for measure in CLAIMED]
-            texts = [
-                part
-                for measure, each in zip(CLAIMED, differences, strict=True)
-                for part in (text(each, f"+{FORMS[measure]}"), verdict(each, -1.0, margin=None))
-            ]
-            lines.append([name, *texts])
+    for name in (name for name in values if name != "LoRA"):
+        line = [name]
+        for measure in CLAIMED:
+            found = paired(values[name][measure], values["LoRA"][measure])
+            line += [text(found, f"+{FORMS[measure]}"), verdict(found, -1.0, margin=None)]
+        lines.append(line)
     return lines
 
 
@@ -133,10 +118,8 @@ def sparsity() -> list[dict]:
     rows = []
     for method in ("lora", "lori-d", "lori-s", "hellora", "hellori-d", "hellori-s"):
         k = 8 if METHODS[method].experts == "hot" else None
-        counts = size(config, method, k, "all")
-        flops = by_k[(k or config.num_experts) - 1].flops
-        rows.append({"row": method, "trainable": counts.trainable, "adapter_bytes": counts.adapter_bytes})
-        rows[-1] |= {"optimizer_bytes": counts.optimizer_bytes, "flops": flops}
+        counts = size(config, method, k, "all")._asdict()
+        rows.append({"row": method, **counts, "flops": by_k[(k or config.num_experts) - 1].flops})
     return rows
 
 
@@ -146,18 +129,18 @@ def sparsity() -> list[dict]:
 PAPER_COST, PAPER_NET = 16, 1.62  # % of a run that the warm-up adds; times LoRA's throughput after it (§4.4)
 
 
-def cost(table: Table, scale: Scale, seeds: int, records: Records, **changes) -> tuple[list[str], list[dict]]:
+def cost(table: Table, records: Records) -> tuple[list[str], list[dict]]:
     """What each way of counting adds to the training, in % of it.  -> lines, rows"""
-    column, shown, rows = table.columns[0], [], []
+    shown, rows = [], []
     for row in table.rows:
+        is_given = "profile" in row.change
         added = []
-        for seed in range(seeds):
-            run = table.run(row, column, scale, seed, **changes)
-            _, record = records.find(run) or (None, {})
-            if "seconds_profile" in record and "profile" not in row.change:
+        for seed in range(table.seeds):
+            record = records.record(table.run(row, table.columns[0], seed))
+            if "seconds_profile" in record and not is_given:
                 counting = record["seconds_profile"]
                 added.append(100 * counting / (record["seconds"]["train"] - counting))
-        missing = "a whole LoRA run, and a count on all data" if "profile" in row.change else "not timed"
+        missing = "a whole LoRA run, and a count on all data" if is_given else "not timed"
         shown.append([row.name, mean_text(estimate(added), missing=missing)])
         rows.append({"way": row.name, "cost": added})
     note = (

@@ -1,10 +1,9 @@
 """Runs made one after the other or several at once, each by the commands that a user types: train.py, evaluate.py.
 
 needed = {Run("tiny-math", "hellora"): {"tiny-math"}, ...}     # runs, and the tasks that each is scored on
-make(pending(needed, records), workplace)                      # Ctrl-C at any moment; the same call continues
+make(needed, workplace)                                        # Ctrl-C at any moment; the same call continues
 """
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -15,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,12 +29,6 @@ from run.folder import commit
 SAVE_EVERY = 50  # steps between checkpoints: what an interruption costs at most
 
 Needed = dict[Run, set[str]]  # a run, and the tasks that it is scored on
-
-
-def add(needed: Needed, more: Needed) -> None:
-    """Add the runs of another table to those that are needed."""
-    for run, tasks in more.items():
-        needed[run] = needed.get(run, set()) | tasks
 
 
 def pending(needed: Needed, records: Records) -> Needed:
@@ -84,15 +76,9 @@ class Workplace:
         began, start = time.perf_counter(), [sys.executable]
         if self.processes > 1:
             start += ["-m", "torch.distributed.run", "--nproc_per_node", str(self.processes)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command, environment = [*start, str(ROOT / script), *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
         with log.open("a", encoding="utf-8") as file:
-            child = subprocess.Popen(
-                [*start, str(ROOT / script), *arguments],
-                env=environment,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                close_fds=False,  # the child holds the lock of `alone` too
-            )
+            child = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
         self.children.add(child)
         if self.stopped.is_set():  # meanwhile
             child.terminate()
@@ -102,19 +88,6 @@ class Workplace:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise RunError(f"{script} ended with status {status}: {' '.join(last)} (see {log})")
         return time.perf_counter() - began
-
-
-@contextmanager
-def alone(scratch: Path) -> Iterator[None]:
-    """One command at a time makes runs in a folder. Raises InputError if another, or a child of it, still does."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as file:
-        os.set_inheritable(file.fileno(), True)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{scratch}: another reproduce.py makes runs there; wait until it ends") from None
-        yield
 
 
 def remove_old(folder: Path) -> None:
@@ -152,14 +125,16 @@ def make_run(run: Run, tasks: set[str], place: Workplace) -> dict:
 
 
 def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
-    """Make runs, `place.jobs` at a time, in their order.  -> what went wrong in those that failed
+    """Make the runs that are missing, `place.jobs` at a time, in their order.  -> what went wrong in those that failed
 
     An interruption stops them after their current step.
     """
+    left = pending(needed, place.records)
+    cli.say(plan_line(left, place.records, place.jobs))
     failed, pool, began = {}, ThreadPoolExecutor(place.jobs), time.perf_counter()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        futures = {pool.submit(make_run, run, tasks, place): run for run, tasks in needed.items()}
+        futures = {pool.submit(make_run, run, tasks, place): run for run, tasks in left.items()}
         for done, future in enumerate(as_completed(futures), 1):
             run = futures[future]
             try:
@@ -169,8 +144,8 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
                 cli.note(f"{run.title}: failed: {error}")
             else:
                 texts = [f"{task} {100 * next(iter(score.values())):.1f} %" for task, score in scores]
-                left = (time.perf_counter() - began) / done * (len(needed) - done)
-                cli.say(f"[{done}/{len(needed)}] {run.title}: {', '.join(texts)}  {left / 60:.0f} min left")
+                remaining = (time.perf_counter() - began) / done * (len(left) - done)
+                cli.say(f"[{done}/{len(left)}] {run.title}: {', '.join(texts)}  {remaining / 60:.0f} min left")
     except KeyboardInterrupt:
         place.stop()
         pool.shutdown(cancel_futures=True)
@@ -179,7 +154,7 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
     finally:
         signal.signal(signal.SIGTERM, before)
         pool.shutdown()
-    for run in pending(needed, place.records).keys() - failed:
+    for run in pending(left, place.records).keys() - failed:
         failed[run] = RunError(f"{run.title}: the code, the model or the data changed; give the command again")
     return failed
 

@@ -187,10 +187,15 @@ class Records:
                 return path, record
         return None
 
+    def record(self, run: Run | None) -> dict:
+        """The record of a run; empty if there is none, or no run."""
+        _, record = (run and self.find(run)) or (None, {})
+        return record
+
     def scores(self, run: Run, task: str) -> dict | None:
         """What evaluate.py found on a task, if on today's test problems."""
-        _, record = self.find(run) or (None, {"scores": {}})
-        if not (score := record["scores"].get(task)):
+        score = self.record(run).get("scores", {}).get(task)
+        if score is None:
             return None
         now = self.evaluated(run, task)
         same = all(now.get(name) == value for name, value in score["evaluation"].items())
@@ -219,8 +224,8 @@ def spent(record: dict) -> float | None:
 
 def outdated(run: Run, records: Records, folder: Path) -> set[str]:
     """The tasks whose scores in the run's record are of another training than the one in `folder`."""
-    _, earlier = records.find(run) or (None, {"scores": {}, "losses": None})
-    return set(earlier["scores"]) if earlier["losses"] != loss_curve(folder / "log.jsonl") else set()
+    earlier = records.record(run)
+    return set(earlier.get("scores", ())) if earlier.get("losses") != loss_curve(folder / "log.jsonl") else set()
 
 
 def check_content(run: Run, records: Records, config: dict) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lab.benchmarks.step import EXAMPLES, times_as_fast
+from lab.benchmarks.measure import times_as_fast
+from lab.benchmarks.step import EXAMPLES
 from lab.markdown import grid
 from lab.paper.page import Section, mean_text, number_text
 from lab.paper.pictures import draw_speeds
@@ -18,7 +19,9 @@ PAPER = {  # Table 6, samples per second on GSM8K with two A100; _pure: experts 
     "lora-gate": 11.97, "lori-d-gate": 10.98, "lori-s-gate": 10.91,
     "hellora-gate": 19.20, "hellori-d-gate": 19.03, "hellori-s-gate": 19.02,
 }  # fmt: skip
-BY_NUMBER = {2: 20.99, 4: 20.98, 8: 20.08, 16: 16.49}  # Table 7, samples per second by hot experts per layer
+# Table 7, samples per second with 2, 4, 8 and 16 hot experts per layer
+PAPER_BY_NUMBER = {"hellora-k2": 20.99, "hellora-k4": 20.98, "hellora": 20.08, "hellora-k16": 16.49}
+BATCHES = (8, 32)
 OURS = ("floor", *PAPER, "moe-sieve", "dora", "fft", "peft-all", "peft-attention")
 NOTE = (
     "Ours: `python bench.py step --names all --repeats 3 --json results/step.json`, "
@@ -47,69 +50,60 @@ def gains(rows: dict[str, dict], name: str, other: str) -> list[float]:
     return [100 * (times_as_fast(a[None], b[None]) - 1) for a, b in zip(mine, theirs, strict=True)]
 
 
+def compared(rows: dict[str, dict], name: str, other: str, paper: dict[str, float]) -> dict:
+    """A row beside another: samples per second in the paper, by how much that is more, in %, and the same for ours."""
+    faster = [] if name == other else gains(rows, name, other)
+    claimed = 100 * (paper[name] / paper[other] - 1) if name in paper and name != other else None
+    masked = name.startswith(("lori-s", "hellori-s"))  # in the paper, and not here: another thing is measured
+    return {
+        "row": name,
+        "paper": paper.get(name),
+        "paper_over": claimed,
+        "samples_per_s": rows[name]["samples_per_s"] if name in rows else None,
+        "over": estimate(faster),
+        "verdict": "-" if masked or name in ("floor", other) else verdict(faster, claimed, margin=None),
+    }
+
+
+def texts(found: dict) -> list[str]:
+    """The numbers of `compared`, and the verdict."""
+    missing = "not run" if found["samples_per_s"] is None else "-"
+    return [
+        number_text(found["paper"]),
+        number_text(found["paper_over"], "+.0f"),
+        number_text(found["samples_per_s"], missing=missing),
+        mean_text(found["over"], "+.0f", missing),
+        found["verdict"],
+    ]
+
+
+def heads(other: str) -> list[str]:
+    return ["", "paper: samples/s", f"over {other}, %", "ours: samples/s", f"over {other}, %"]
+
+
 def table6(out: Path) -> Section:
-    """The paper's speeds, ours, and both relative to LoRA and to the frozen base."""
+    """The paper's speeds, ours, and both relative to LoRA and to the frozen base; and those of Table 7."""
     lines, kept = [NOTE], []
-    for batch in (8, 32):
+    for batch in BATCHES:
         rows, shown = speeds(out / "step.json", batch), []
         for name in OURS:
-            row, lora = rows.get(name), lora_beside(name)
-            claimed = 100 * (PAPER[name] / PAPER[lora] - 1) if name in PAPER else None
-            faster = [] if name == lora else gains(rows, name, lora)
-            masked = name.startswith(("lori-s", "hellori-s"))  # in the paper, and not here: another thing is measured
-            judged = "-" if masked or name in ("floor", lora) else verdict(faster, claimed, margin=None)
-            missing = "-" if row else "not run"
-            shown.append([
-                named(name),
-                number_text(PAPER.get(name)),
-                number_text(claimed or None, "+.0f"),
-                number_text(row["samples_per_s"]) if row else missing,
-                mean_text(estimate(faster), "+.0f", missing),
-                number_text(row and row["over_floor"]),
-                number_text(row and row.get("over_peft-all")),
-                number_text(row and row["peak_bytes"] / 1e6, ",.0f"),
-                judged,
-            ])  # fmt: skip
-            kept.append({"batch": batch, "row": name, "paper": PAPER.get(name), "paper_over_lora": claimed})
-            kept[-1] |= {"over_lora": estimate(faster), "over_floor": row and row["over_floor"], "verdict": judged}
-        heads = ["", "paper: samples/s", "over LoRA, %", "ours: samples/s", "over LoRA, %"]
-        lines += [
-            "",
-            f"Batches of {batch}",
-            "",
-            *grid([*heads, "/ frozen base", "/ peft", "peak MB", "verdict"], shown),
-        ]
-    by_number, rows = table7(out)
-    return Section("Table 6: training speed", lines + by_number, kept + rows)
-
-
-def table7(out: Path) -> tuple[list[str], list[dict]]:
-    """Speed by the number of hot experts, relative to 8.  -> lines, rows"""
-    lines, kept = [], []
-    for batch in (8, 32):
+            found, row = compared(rows, name, lora_beside(name), PAPER), rows.get(name, {})
+            *numbers, judged = texts(found)
+            peak = row["peak_bytes"] / 1e6 if row else None
+            beside = [number_text(row.get("over_floor")), number_text(row.get("over_peft-all"))]
+            shown.append([named(name), *numbers, *beside, number_text(peak, ",.0f"), judged])
+            kept.append({"batch": batch, **found, "over_floor": row.get("over_floor")})
+        lines += ["", f"Batches of {batch}", ""]
+        lines += grid([*heads("LoRA"), "/ frozen base", "/ peft", "peak MB", "verdict"], shown)
+    for batch in BATCHES:
         rows, shown = speeds(out / "step.json", batch), []
-        for k, printed in BY_NUMBER.items():
-            row = rows.get(named_k(k))
-            claimed = None if k == 8 else 100 * (printed / BY_NUMBER[8] - 1)
-            faster = [] if k == 8 else gains(rows, named_k(k), named_k(8))
-            missing = "-" if k == 8 else "not run"
-            shown.append([
-                f"k = {k}",
-                number_text(printed),
-                number_text(claimed, "+.0f"),
-                number_text(row["samples_per_s"]) if row else "not run",
-                mean_text(estimate(faster), "+.0f", missing),
-                "-" if k == 8 else verdict(faster, claimed, margin=None),
-            ])  # fmt: skip
-            kept.append({"batch": batch, "row": f"k = {k}", "paper": printed, "over_k8": estimate(faster)})
-        heads = ["", "paper: samples/s", "over k = 8, %", "ours: samples/s", "over k = 8, %", "verdict"]
-        lines += ["", f"Table 7, throughput, batches of {batch}", "", *grid(heads, shown)]
-    return lines, kept
-
-
-def named_k(k: int) -> str:
-    """The row of bench.py step for HELLoRA with k hot experts."""
-    return "hellora" if k == 8 else f"hellora-k{k}"
+        for name in PAPER_BY_NUMBER:
+            found = compared(rows, name, "hellora", PAPER_BY_NUMBER)
+            label = f"k = {name.partition('-k')[2] or 8}"
+            shown.append([label, *texts(found)])
+            kept.append({"batch": batch, **found, "row": label})
+        lines += ["", f"Table 7, throughput, batches of {batch}", "", *grid([*heads("k = 8"), "verdict"], shown)]
+    return Section("Table 6: training speed", lines, kept)
 
 
 def lora_beside(name: str) -> str:
@@ -129,8 +123,8 @@ def figure5(out: Path) -> Section:
         rows.append({
             "name": named(name),
             "paper": PAPER[name] / PAPER["lora"] if name in PAPER else None,
-            "ours": 1 + over.mean / 100 if over else None,
-            "half": over.half / 100 if over and over.half else None,
+            "ours": 1 + over.mean / 100 if over.n else None,
+            "half": over.half / 100 if over.half else None,
             "memory": measured[name]["peak_bytes"] / measured["floor"]["peak_bytes"] if name in measured else None,
         })  # fmt: skip
     draw_speeds(rows, "Speed and memory of a training step", out / "fig5.png")

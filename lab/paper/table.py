@@ -3,6 +3,7 @@
 Table("Table 4: ...", columns=(Column("GSM8K", "math", "accuracy"),), rows=(Row("HELLoRA", "hellora"),))
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from lab.paper.page import Section, claim_text, mean_text, number_text
 from lab.paper.published import sieve_accuracies
 from lab.paper.runner import Needed
 from lab.paper.runs import Run, common_rate
-from lab.paper.verdicts import Estimate, estimate, paired, verdict
+from lab.paper.verdicts import estimate, paired, verdict
 
 Scores = Callable[[Run, str], dict | None]  # of a run on a task; None: not run
 Tune = Callable[[Run], Run | None]  # a run at the best rate of its sweep; None: the sweep is not complete
@@ -70,100 +71,99 @@ class Table:
     rows: tuple[Row, ...]
     model: str = "olmoe"  # field of Scale
     seeds: int = 3
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    scale: Scale = SCALES["tiny"]
     change: dict = field(default_factory=dict)  # other fields of every Run
 
-    def run(self, row: Row, column: Column, scale: Scale, seed: int, **changes) -> Run:
+    def task(self, column: Column) -> str:
+        """The task of a column."""
+        return getattr(self.scale, column.task)
+
+    def run(self, row: Row, column: Column, seed: int = 0) -> Run:
         """The run whose result stands in a cell, for one seed, at the common rate. The base model has no seed."""
-        fields = self.change | column.change | row.change | changes
-        task, model = getattr(scale, fields.pop("task", column.task)), getattr(scale, self.model)
+        fields = column.change | row.change | self.change
+        task, model = getattr(self.scale, fields.pop("task", column.task)), getattr(self.scale, self.model)
         if row.method == "base":
             return Run(task, "base", model=model)
         if row.method == "fft" and "lr" in fields:
             fields["lr"] = round(fields["lr"] / 10, 9)  # a tenth of the adapters' rate, as in Table 1
-        counted = fields.pop("count_on", scale.count_on if row.method.startswith("hellor") else "base")
+        counted = fields.pop("count_on", self.scale.count_on if row.method.startswith("hellor") else "base")
         fields["count_on"] = None if counted == "base" else counted  # train.py's default
         return Run(task, row.method, seed, model, **fields)
 
-    def runs(self, row: Row, column: Column, scale: Scale, seed: int, tune: Tune, **changes) -> dict[str, Run | None]:
+    def runs(self, row: Row, column: Column, seed: int, tune: Tune) -> dict[str, Run | None]:
         """The runs of a cell for one seed: at the best rate, where the column asks for it, and at the common one."""
-        run = self.run(row, column, scale, seed, **changes)
+        run = self.run(row, column, seed)
         return {BEST: tune(run), COMMON: run} if column.tuned else {COMMON: run}
 
-    def to_sweep(self, scale: Scale, **changes) -> list[Run]:
+    def first_runs(self, row: Row, column: Column, tune: Tune) -> list[Run | None]:
+        """The run of each seed at the best rate, or at the common one where the column has no other."""
+        return [next(iter(self.runs(row, column, seed, tune).values())) for seed in range(self.seeds)]
+
+    def to_sweep(self) -> list[Run]:
         """The runs, of one seed, that stand at the best rates of their sweeps."""
         columns = [column for column in self.columns if column.tuned]
-        return [self.run(row, column, scale, 0, **changes) for column in columns for row in self.rows]
+        return [self.run(row, column) for column in columns for row in self.rows]
 
-    def needed(self, scale: Scale, seeds: int, tune: Tune, **changes) -> Needed:
+    def needed(self, tune: Tune) -> Needed:
         """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
         needed: Needed = {}
-        for seed in range(seeds):
-            for column in self.columns:
-                for row in self.rows:
-                    for run in self.runs(row, column, scale, seed, tune, **changes).values():
-                        if run:
-                            needed.setdefault(run, set()).add(getattr(scale, column.task))
+        for seed, column, row in itertools.product(range(self.seeds), self.columns, self.rows):
+            for run in self.runs(row, column, seed, tune).values():
+                if run:
+                    needed.setdefault(run, set()).add(self.task(column))
         return needed
 
     # --------------------------------------------------------------------------------------------- what is printed
 
-    def section(self, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes) -> Section:
+    def section(self, scores: Scores, tune: Tune) -> Section:
         """The table with the paper's values, MoE-Sieve's and ours."""
         lines, rows = list(self.notes), []
-        for place, column in enumerate(self.columns):
-            ours = {row.name: self.values(row, column, scale, seeds, scores, tune, **changes) for row in self.rows}
-            cells = [self.cell(row, place, ours) for row in self.rows]
+        for column in self.columns:
+            ours = {row.name: self.values(row, column, scores, tune) for row in self.rows}
+            cells = [self.cell(row, column, ours) for row in self.rows]
             if column.tuned:
-                at_best = {row.name: tune(self.run(row, column, scale, 0, **changes)) for row in self.rows}
-                cells = [cell._replace(lr=learning_rate(at_best[cell.row.name])) for cell in cells]
-            title = f"{column.title}, ours: {getattr(scale, column.task)}, in %{column.note and f', {column.note}'}"
+                cells = [cell._replace(lr=learning_rate(tune(self.run(cell.row, column)))) for cell in cells]
+            title = f"{column.title}, ours: {self.task(column)}, in %{column.note and f', {column.note}'}"
             lines += ["", title, "", *show(cells)]
             rows += [cell.record(self.title, column) for cell in cells]
         return Section(self.title, lines[0 if self.notes else 1 :], rows)
 
-    def values(
-        self, row: Row, column: Column, scale: Scale, seeds: int, scores: Scores, tune: Tune, **changes
-    ) -> dict[str, dict[int, float]]:
+    def values(self, row: Row, column: Column, scores: Scores, tune: Tune) -> dict[str, dict[int, float]]:
         """Our scores in %, by rate and by seed, of the seeds that were run."""
         values: dict[str, dict[int, float]] = {}
-        for seed in range(seeds):
-            for rate, run in self.runs(row, column, scale, seed, tune, **changes).items():
+        for seed in range(self.seeds):
+            for rate, run in self.runs(row, column, seed, tune).items():
                 by_seed = values.setdefault(rate, {})
-                score = run and scores(run, getattr(scale, column.task))
+                score = run and scores(run, self.task(column))
                 if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
                     by_seed[seed] = 100 * value
         return values
 
-    def cell(self, row: Row, place: int, ours: dict[str, dict[str, dict[int, float]]]) -> "Cell":
-        """The numbers of a row in the column at `place`.  ours: of each row, by rate and by seed"""
+    def cell(self, row: Row, column: Column, ours: dict[str, dict[str, dict[int, float]]]) -> "Cell":
+        """The numbers of a row in a column.  ours: of each row, by rate and by seed"""
         other = next((each for each in self.rows if each.name == row.against), None)
-        column = self.columns[place]
-        theirs = sieve_accuracies() if self.model == "olmoe" and column.title == "GSM8K" else {}
         place = [each.metric for each in self.columns].index(column.metric)  # the paper has each metric once
         printed, reference = (each.paper[place] if each and place < len(each.paper) else None for each in (row, other))
         claimed = None if None in (printed, reference) else printed - reference
         claimed = row.claims[place] if place < len(row.claims) else claimed
         sides = {}
-        if theirs:
-            sides[SIEVE] = compared(*(theirs.get(each.sieve, {}) if each else {} for each in (row, other)))
+        if self.model == "olmoe" and column.title == "GSM8K":
+            theirs = sieve_accuracies()
+            values, others = (theirs.get(each.sieve, {}) if each else {} for each in (row, other))
+            sides[SIEVE] = Side(values, paired(values, others))
         for rate, by_seed in ours[row.name].items():
             if row.method == "base":  # for every seed the same
                 by_seed = dict(list(by_seed.items())[:1])
-            sides[rate] = compared(by_seed, ours[other.name][rate] if other else {})
+            sides[rate] = Side(by_seed, paired(by_seed, ours[other.name][rate] if other else {}))
         return Cell(row, printed, claimed, sides)
 
 
 class Side(NamedTuple):
     """What one study found, in %."""
 
-    values: list[float]  # by seed
+    values: dict[int, float]  # by seed
     differences: list[float]  # from the row that it is compared with, paired by seed
-
-
-def compared(values: dict[int, float], others: dict[int, float]) -> Side:
-    """The scores of a row by seed, beside those of the row that it is compared with."""
-    return Side(list(values.values()), paired(values, others))
 
 
 class Cell(NamedTuple):
@@ -186,15 +186,16 @@ class Cell(NamedTuple):
             "compared_with": self.row.against,
             "paper": self.paper,
             "paper_difference": self.claimed,
-            "sieve": sides.get(SIEVE) or self.as_dict(Side([], [])),
+            "sieve": sides.get(SIEVE) or self.as_dict(Side({}, [])),
             "ours": sides.get(BEST) or sides[COMMON],
             "lr": self.lr,
             "common": sides[COMMON],
         }
 
     def as_dict(self, side: Side) -> dict:
-        mean, difference = (as_dict(estimate(numbers)) for numbers in side)
-        return {"by_seed": side.values, **mean, "difference": difference, "verdict": self.verdict(side)}
+        values, difference = list(side.values.values()), estimate(side.differences)._asdict()
+        mean = estimate(values)._asdict()
+        return {"by_seed": values, **mean, "difference": difference, "verdict": self.verdict(side)}
 
     def verdict(self, side: Side) -> str:
         return verdict(side.differences, self.claimed) if self.row.against else "-"
@@ -202,7 +203,7 @@ class Cell(NamedTuple):
     def texts(self, name: str) -> list[str]:
         """Mean, difference and verdict of one side."""
         side, missing = self.sides[name], "-" if name == SIEVE else "not run"
-        mean = mean_text(estimate(side.values), missing=missing)
+        mean = mean_text(estimate(side.values.values()), missing=missing)
         if not self.row.against:
             return [mean, "", ""]
         judged = self.verdict(side) if side.values else missing
@@ -214,10 +215,6 @@ def learning_rate(run: Run | None) -> float | None:
     if run is None or run.method == "base":
         return None
     return run.lr or common_rate(run.task, run.method)
-
-
-def as_dict(interval: Estimate | None) -> dict:
-    return interval._asdict() if interval else {"mean": None, "half": None, "n": 0}
 
 
 def show(cells: list[Cell]) -> list[str]:

@@ -5,6 +5,7 @@ verdict([-4.9, -4.1, -5.3], claimed=+3.12)        # "opposite direction"
 """
 
 import math
+from collections.abc import Collection
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -23,10 +24,10 @@ RULE = (
 
 
 class Estimate(NamedTuple):
-    """A mean, and half the width of its 95 % interval; None for a single value."""
+    """A mean, and half the width of its 95 % interval."""
 
-    mean: float
-    half: float | None
+    mean: float | None  # None without values
+    half: float | None  # None for fewer than two
     n: int
 
 
@@ -35,12 +36,11 @@ def paired(values: dict[int, float], others: dict[int, float]) -> list[float]:
     return [values[seed] - others[seed] for seed in values if seed in others]
 
 
-def estimate(values: list[float]) -> Estimate | None:
-    """mean +- t s / sqrt(n) with the 97.5th percentile t of Student's distribution; None without values."""
-    if not values:
-        return None
+def estimate(values: Collection[float]) -> Estimate:
+    """mean +- t s / sqrt(n) with the 97.5th percentile t of Student's distribution."""
     n = len(values)
-    return Estimate(mean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None, n)
+    half = t_quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else None
+    return Estimate(mean(values) if values else None, half, n)
 
 
 def is_equivalent(differences: list[float], margin: float) -> bool:
@@ -57,7 +57,7 @@ def is_equivalent(differences: list[float], margin: float) -> bool:
 def verdict(differences: list[float], claimed: float | None, *, margin: float | None = MARGIN) -> str:
     """What the paired differences of a row say about the difference that is claimed (`RULE`).  margin None: no TOST"""
     interval = estimate(differences)
-    if interval is None:
+    if not interval.n:
         return "not run"
     if interval.n < LEAST_SEEDS or abs(interval.mean) <= interval.half:
         return "equivalent" if margin and is_equivalent(differences, margin) else "undecided"

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import random
 import statistics
 import sys
 import weakref
@@ -17,7 +16,7 @@ import data
 from command.cli import InputError
 from hub.weights import init_weights
 from lab.benchmarks import full, step, subjects
-from lab.benchmarks.measure import allocated_peak, saved_bytes
+from lab.benchmarks.measure import allocated_peak, saved_bytes, times_as_fast
 from lab.benchmarks.subjects import make_ours
 from lab.benchmarks.workload import make_batches
 
@@ -38,7 +37,7 @@ def test_drawn_lengths_have_the_deciles_they_are_drawn_from():
     from lab.benchmarks.generate import LENGTHS, draw_lengths
 
     for deciles in LENGTHS.values():
-        drawn = draw_lengths(deciles, 300_000, random.Random(0))
+        drawn = draw_lengths(deciles, 300_000, np.random.default_rng(0))
         assert min(drawn) >= deciles[0] and max(drawn) <= deciles[-1]
         assert statistics.quantiles(drawn, n=10) == pytest.approx(deciles[1:-1], abs=1)
 
@@ -82,7 +81,7 @@ def test_a_training_step_is_timed_beside_the_frozen_base_and_the_peers(tiny_step
 def test_a_ratio_is_that_of_the_speeds_over_all_batches_even_if_the_machine_slows_down_between_turns():
     seconds, others = np.array([1.0, 4.0]), np.array([3.0, 8.0])  # of two batches: 11 s to 5 s
     pace = np.array([[1.0], [2.0], [0.7]])  # of the machine in three turns
-    assert step.times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)
+    assert times_as_fast(pace * seconds, pace * others) == pytest.approx(11 / 5)
 
 
 def test_peers_have_our_weights_and_our_loss(tiny_step):
@@ -164,7 +163,9 @@ def test_models_that_train_adapters_share_the_frozen_weights_and_nothing_else(ti
 
 
 def test_at_full_size_every_row_has_the_device_to_itself_and_one_that_does_not_fit_says_so(tiny_step, monkeypatch):
-    monkeypatch.setattr(step, "make_ours", lambda name, *rest: make_ours(name, *rest) if name != "dora" else full_up())
+    monkeypatch.setattr(
+        subjects, "make_ours", lambda name, *rest: make_ours(name, *rest) if name != "dora" else full_up()
+    )
     flags = ["--shape", "full", "--k", "2", "--rank", "4", "--repeats", "1", "--names", "floor", "dora", "hellora"]
     rows = {row["name"]: row for row in bench.main(["step", *flags])}
     assert rows["dora"]["note"] == "out of memory" and rows["dora"]["samples_per_s"] is None

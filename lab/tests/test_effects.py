@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from lab.paper import effects, reasons, runner
 from lab.paper.command import Settings
 from lab.paper.effects import material, moved, read_through
 from lab.paper.runs import Records, Run
-from lab.paper.table import SCALES
 from lab.paper.tables import TABLES, TUNED
 from model import load_model, read_config
 from tiny.tasks import is_test
@@ -27,9 +27,6 @@ def few(monkeypatch):
     """Rows and texts enough for every branch."""
     monkeypatch.setattr(effects, "ROWS", 7)
     monkeypatch.setattr(effects, "TEXTS", 3)
-    effects.before.cache_clear()
-    yield
-    effects.before.cache_clear()
 
 
 def test_movements_of_routing_are_counted_by_hand():
@@ -49,12 +46,12 @@ def test_material_is_new_to_the_model_and_its_loss_is_that_of_single_sequences(t
     config, model = read_config(TINY), load_model(TINY)
     reader = data.Reader(task, TINY, config)
     read = material(task, reader)
-    assert len(read.seen) == 7 and 4 < len(read.unseen) <= 7
+    assert len(read["seen"]) == 7 and 4 < len(read["unseen"]) <= 7
     trained = prompts(reader.encode(reader.load("train")))
-    assert not trained & prompts(read.unseen)
-    assert trained >= prompts(read.seen)
-    items = [*read.unseen, *read.text["code"]]
-    assert [len(texts) for texts in read.text.values()] == [3, 3, 3]
+    assert not trained & prompts(read["unseen"])
+    assert trained >= prompts(read["seen"])
+    items = [*read["unseen"], *read["code"]]
+    assert [len(read[kind]) for kind in effects.TEXT] == [3, 3, 3]
     loss, experts = read_through(model, items)
     total, targets, tokens = 0.0, 0, 0
     for item in items:
@@ -73,7 +70,7 @@ def test_material_is_new_to_the_model_and_its_loss_is_that_of_single_sequences(t
 def test_held_out_text_has_no_test_problem():
     reader = data.Reader("tiny-math", TINY, read_config(TINY))
     questions = [text.split("\n")[0] for text in map(reader.tokenizer.decode, (
-        item.ids for item in effects.held_out_text(reader)["math"]))]  # fmt: skip
+        item.ids for item in effects.held_out_text("math", reader)))]  # fmt: skip
     asked = [q.partition(": ")[2] or q for q in questions if "How many" in q or "how many" in q]
     assert asked and not any(map(is_test, asked))
 
@@ -124,13 +121,13 @@ def finish(records: Records, run: Run, gap: float, after: float, moved: float, c
 
 
 def test_reasons_are_means_of_the_records_and_differences_from_lora_are_paired_by_seed(tmp_path):
-    records, scale, table = Records(tmp_path), SCALES["tiny"], TABLES["table2"]
+    records, table = Records(tmp_path), TABLES["table2"]
     column = table.columns[0]
     rows = {row.name: row for row in table.rows}
     for seed in range(3):
-        finish(records, table.run(rows["LoRA"], column, scale, seed), 0.01 * (seed + 1), 0.8, 0.2)
-        finish(records, table.run(rows["HELLoRA"], column, scale, seed), 0.01 * (seed + 1), 0.5 + 0.01 * seed, 0.3)
-    made = reasons.section(table, 3, scale, records, lambda run: run)
+        finish(records, table.run(rows["LoRA"], column, seed), 0.01 * (seed + 1), 0.8, 0.2)
+        finish(records, table.run(rows["HELLoRA"], column, seed), 0.01 * (seed + 1), 0.5 + 0.01 * seed, 0.3)
+    made = reasons.section(replace(table, seeds=3), records, lambda run: run)
     assert not any("tiny-code" in line for line in made.lines)  # nothing was measured there
     text = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
             for line in made.lines if line.startswith("| HELL")}  # fmt: skip
@@ -153,11 +150,11 @@ def test_double_sparsity_is_what_params_and_the_formula_of_flops_say():
 
 
 def test_what_counting_adds_is_relative_to_the_training_without_it(tmp_path):
-    records, scale, table = Records(tmp_path), SCALES["tiny"], TABLES["catcher"]
-    base, warm, *_ = (table.run(row, table.columns[0], scale, 0) for row in table.rows)
+    records, table = Records(tmp_path), TABLES["catcher"]
+    base, warm, *_ = (table.run(row, table.columns[0]) for row in table.rows)
     finish(records, base, 0, 0, 0, counting=4.0)
     finish(records, warm, 0, 0, 0, counting=14.0)
-    lines, rows = reasons.cost(table, scale, 5, records)
+    lines, rows = reasons.cost(table, records)
     assert [row["cost"] for row in rows] == [[pytest.approx(5)], [pytest.approx(20)], [], []]
     assert "16 %" in " ".join(lines) and "1.62 times" in " ".join(lines)
 

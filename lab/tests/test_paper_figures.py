@@ -77,28 +77,28 @@ def test_what_was_not_counted_says_so(sections):
 def test_a_speed_is_compared_with_lora_in_the_same_turns(sections):
     rows = {(row["batch"], row["row"]): row for row in sections["table6"].rows}
     found = rows[8, "hellora"]
-    assert found["over_lora"].mean == pytest.approx(100 * (2.0 / 1.6 - 1))
-    assert found["over_lora"].n == 3
+    assert found["over"].mean == pytest.approx(100 * (2.0 / 1.6 - 1))
+    assert found["over"].n == 3
     assert (found["verdict"], rows[8, "peft-all"]["verdict"]) == ("same direction", "lower")
     assert (rows[8, "floor"]["verdict"], rows[8, "dora"]["verdict"]) == ("-", "not run")
-    assert found["paper_over_lora"] == pytest.approx(82.76, abs=0.01)  # 19.08 / 10.44
+    assert found["paper_over"] == pytest.approx(82.76, abs=0.01)  # 19.08 / 10.44
     assert math.isclose(rows[32, "hellora"]["over_floor"], 1 / 1.6)
     pure = rows[8, "hellora-pure"]  # beside LoRA at the same places
-    assert pure["over_lora"].mean == pytest.approx(100) and pure["paper_over_lora"] == pytest.approx(95.80, abs=0.01)
+    assert pure["over"].mean == pytest.approx(100) and pure["paper_over"] == pytest.approx(95.80, abs=0.01)
     assert rows[8, "lora-pure"]["verdict"] == "-"
     assert speed.speeds(sections["folder"] / "none.json", 8) == {}
 
 
 def test_table_7_has_the_speed_of_every_k_beside_that_of_8(sections):
-    rows = {(row["batch"], row["row"]): row for row in sections["table6"].rows if "over_k8" in row}
+    rows = {(row["batch"], row["row"]): row for row in sections["table6"].rows if row["row"].startswith("k = ")}
     assert [row["paper"] for row in rows.values()] == [20.99, 20.98, 20.08, 16.49] * 2
-    assert rows[8, "k = 16"]["over_k8"].mean == pytest.approx(100 * (1.6 / 2.5 - 1))
+    assert rows[8, "k = 16"]["over"].mean == pytest.approx(100 * (1.6 / 2.5 - 1))
     lines = [line for line in sections["table6"].lines if line.startswith("| k = ")]
     assert "not run" in lines[0] and "same direction" in lines[3] and " -18 |" in lines[3]
 
 
 def test_one_command_measures_every_row_that_the_page_prints():
-    assert {*speed.OURS, *map(speed.named_k, speed.BY_NUMBER)} == {*step.EVERY}
+    assert {*speed.OURS, *speed.PAPER_BY_NUMBER} == {*step.EVERY}
 
 
 def test_counts_of_a_warm_up_are_not_used_after_its_settings_changed(tmp_path, monkeypatch):

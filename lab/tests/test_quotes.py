@@ -35,7 +35,7 @@ def in_the_paper() -> set[str]:
     """Every number with decimals that HELLoRA prints, the differences of its tables, and what follows from two."""
     rows = [row for table in TABLES.values() for row in table.rows]
     values = [value for row in rows for value in row.paper if value is not None]
-    values += [*speed.PAPER.values(), *speed.BY_NUMBER.values()]
+    values += [*speed.PAPER.values(), *speed.PAPER_BY_NUMBER.values()]
     values += [value for value in on_math() if value > 0]
     lora = {row.name: row.paper for row in TABLES["table2"].rows if row.paper}
     losses = [abs(b - a) for paper in lora.values() for a, b in zip(paper, lora["LoRA"], strict=True)]

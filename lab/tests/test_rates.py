@@ -17,7 +17,7 @@ from lab.paper import budget
 from lab.paper.page import Section
 from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, swept, validation_score, write_validation
 from lab.paper.runs import Run
-from lab.paper.table import SCALES, Row
+from lab.paper.table import Row
 from lab.paper.tables import K2, K8, TABLES
 from model import MoETransformer, read_config
 from recipes.methods import METHODS, flat_rank
@@ -108,24 +108,25 @@ def test_a_model_that_refuses_everything_is_half_right():
 
 
 def test_a_cell_has_the_score_at_the_best_rate_beside_that_at_the_common_rate():
-    table, scale = TABLES["table9"], SCALES["tiny"]
+    table = replace(TABLES["table9"], seeds=2)
     tune = lambda run: replace(run, lr=0.012)  # noqa: E731
     scores = lambda run, task: {"accuracy": run.lr or 0.006, "rates": {}}  # noqa: E731
-    section = table.section(scale, 2, scores, tune)
+    section = table.section(scores, tune)
     assert {(round(row["ours"]["mean"], 9), round(row["common"]["mean"], 9)) for row in section.rows} == {(1.2, 0.6)}
     assert {row["lr"] for row in section.rows} == {0.012}
     [line] = [line for line in section.lines if line.startswith("| 8 at random")]
     assert line.index("0.012") < line.index("1.2 ± 0.0 (2)") < line.index("0.6 ± 0.0 (2)")
-    rows = table.section(scale, 2, scores, lambda run: None).rows  # no sweep is complete
+    rows = table.section(scores, lambda run: None).rows  # no sweep is complete
     assert {(row["ours"]["n"], row["common"]["n"], row["lr"]) for row in rows} == {(0, 2, None)}
-    assert len(table.needed(scale, 2, lambda run: None)) == 2 * len(table.rows)
+    assert len(table.needed(lambda run: None)) == 2 * len(table.rows)
 
 
 def test_full_fine_tuning_has_a_tenth_of_the_rate_of_a_table():
-    table, scale = TABLES["table2"], SCALES["tiny"]
-    rates = {row.method: table.run(row, table.columns[0], scale, 0, lr=0.01).lr for row in table.rows}
+    table = TABLES["table2"]
+    fast = replace(table, change={"lr": 0.01})
+    rates = {row.method: fast.run(row, table.columns[0]).lr for row in table.rows}
     assert rates.pop("fft") == 0.001 and set(rates.values()) == {0.01}
-    code = {row.method: table.run(row, table.columns[1], scale, 0).lr for row in table.rows}  # at a constant rate
+    code = {row.method: table.run(row, table.columns[1]).lr for row in table.rows}  # at a constant rate
     assert code.pop("fft") == 3e-4 and set(code.values()) == {3e-3}
 
 
@@ -167,17 +168,17 @@ def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys, monkeyp
 class Finished:
     """Records in which a run trained as many parameters as its method has letters, and scored by its seed."""
 
-    def find(self, run: Run) -> tuple:
-        return "file", {"trainable": len(run.method)}
+    def record(self, run: Run) -> dict:
+        return {"trainable": len(run.method)}
 
     def scores(self, run: Run, task: str) -> dict:
         return {"accuracy": 0.1 * run.seed, "rates": {}}
 
 
 def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_point(tmp_path):
-    tables, scale = [(TABLES[name], 5) for name in ("table2", "table9")], SCALES["tiny"]
+    tables = [replace(TABLES[name], seeds=5) for name in ("table2", "table9")]
     tune = lambda run: replace(run, lr=0.012) if run.method == "lora" else run  # noqa: E731
-    rows = budget.points(tables, scale, Finished(), tune)
+    rows = budget.points(tables, Finished(), tune)
     sizes = [row["trainable"] for row in rows]
     assert sizes == sorted(sizes)
     names = [row["name"] for row in rows]
@@ -188,7 +189,7 @@ def test_methods_are_ordered_by_what_they_train_and_a_run_of_two_tables_is_one_p
     )
     assert {row["name"]: row["hot"] for row in rows}["MoE-Sieve"]
     assert {round(row["accuracy"].mean, 9) for row in rows} == {20.0}  # of seeds 0 to 4
-    budget.section(tables, scale, Finished(), tune, tmp_path)
+    budget.section(tables, Finished(), tune, tmp_path)
     assert (tmp_path / "budgets.png").stat().st_size > 10_000
 
 
@@ -214,7 +215,7 @@ def test_committed_sweeps_are_read_in_a_new_clone(tmp_path, monkeypatch, capsys)
 
 
 def test_the_base_model_is_one_run_whatever_the_rate_of_a_table():
-    table, scale = TABLES["table8"], SCALES["tiny"]
-    base = [table.run(table.rows[0], column, scale, 3) for column in table.columns]
+    table = TABLES["table8"]
+    base = [table.run(table.rows[0], column, 3) for column in table.columns]
     assert {(run.lr, run.schedule, run.lr_warmup, run.seed) for run in base} == {(None, None, None, 0)}
     assert Run("tiny-math", "base") in base

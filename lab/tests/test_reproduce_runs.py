@@ -14,8 +14,9 @@ import data
 import evaluate
 import reproduce
 from command.cli import InputError, RunError
+from command.files import claimed
 from lab.paper import command, runner, runs
-from lab.paper.runner import Workplace, alone
+from lab.paper.runner import Workplace
 from lab.paper.runs import Records, Run
 from lab.paper.table import SCALES
 from lab.paper.tables import TABLES
@@ -110,9 +111,9 @@ def test_a_setting_that_is_newer_than_a_record_does_not_make_the_run_again_but_a
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
-    records, models, seen = Records(tmp_path, limit=9, samples=10), SCALES[scale], set()
+    records, seen = Records(tmp_path, limit=9, samples=10), set()
     for table in TABLES.values():
-        for run, tasks in table.needed(models, 2, lambda run: run).items():
+        for run, tasks in replace(table, scale=SCALES[scale], seeds=2).needed(lambda run: run).items():
             if run.method != "base":
                 settings = parse_settings(run.train_flags("out"))
                 assert (settings.method, settings.seed, settings.model) == (run.method, run.seed, run.model)
@@ -126,16 +127,17 @@ def test_the_command_lines_of_every_table_are_accepted(scale, tmp_path):
 
 
 def test_at_the_papers_scale_its_own_methods_count_while_lora_trains_as_its_recipe_says():
-    rows, columns = {row.name: row for row in TABLES["table2"].rows}, TABLES["table2"].columns
+    rows, column = {row.name: row for row in TABLES["table2"].rows}, TABLES["table2"].columns[0]
     for scale, expected in (("tiny", "base"), ("paper", "lora")):
-        runs_ = {name: TABLES["table2"].run(rows[name], columns[0], SCALES[scale], 0) for name in rows}
+        table = replace(TABLES["table2"], scale=SCALES[scale])
+        runs_ = {name: table.run(rows[name], column) for name in rows}
         counted = {name: parse_settings(run.train_flags("out")).count_on for name, run in runs_.items()}
         assert {counted[name] for name in counted if name.startswith("HELLo")} == {expected}
         assert counted["MoE-Sieve"] == "base"
     recipe = parse_settings(["--recipe", "hellora", "--task", "gsm8k"])
-    assert recipe.count_on == "lora" and TABLES["catcher"].run(
-        TABLES["catcher"].rows[0], columns[0], SCALES["paper"], 0
-    ) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
+    catcher = replace(TABLES["catcher"], scale=SCALES["paper"])
+    assert recipe.count_on == "lora"
+    assert catcher.run(catcher.rows[0], column) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
 
 
 def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
@@ -187,7 +189,7 @@ def test_results_with_other_data_do_not_go_to_the_results_folder():
 
 def test_the_real_models_have_the_papers_ten_seeds_unless_a_flag_says_otherwise():
     seeds = {
-        flags: command.Settings(**dict(flags)).number_of_seeds(TABLES["table5"])
+        flags: command.Settings(**dict(flags)).table("table5").seeds
         for flags in (
             (),
             (("scale", "paper"),),
@@ -337,28 +339,16 @@ def test_a_failed_run_does_not_stop_the_others_and_is_reported(inline, capsys, m
 
     called = Workplace.call
     monkeypatch.setattr(Workplace, "call", lambda self, *a: (fail if "topup" in a[1] else called)(self, *a))
-    with pytest.raises(RunError, match="1 of 3 runs failed; the first: train.py ended with status 1: no space"):
+    with pytest.raises(RunError, match="runs that failed: 1; the first: train.py ended with status 1: no space"):
         reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
     assert len(list(Path("runs/quick/runs").glob("*.json"))) == 2
     assert "| not run" in capsys.readouterr().out
 
 
-def test_a_second_command_that_would_make_runs_is_refused(tmp_path):
-    with alone(tmp_path), pytest.raises(InputError, match="another reproduce.py makes runs there"), alone(tmp_path):
-        pass
-    with alone(tmp_path):  # the first has ended
-        pass
-
-
-def test_a_child_holds_the_folder_too_so_that_one_which_outlives_the_command_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
-    (tmp_path / "train.py").write_text(
-        "import os, sys\n"
-        "files = {os.path.realpath(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd')}\n"
-        "sys.exit(sys.argv[1] not in files)"
-    )
-    with alone(tmp_path):
-        Workplace(Records(tmp_path), tmp_path).call("train.py", [str(tmp_path.resolve() / "lock")], tmp_path / "log")
+def test_a_second_command_that_would_make_runs_is_refused(inline):
+    with claimed(Path("runs/reproduce")), pytest.raises(InputError, match="runs/reproduce is in use by process"):
+        reproduce.main(["topup", "--model", "olmoe", "--quick", "--seeds", "1"])
+    assert inline == []
 
 
 def test_a_child_that_fails_says_its_last_line(tmp_path, monkeypatch):

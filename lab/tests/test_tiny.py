@@ -12,7 +12,7 @@ import hellora
 import profile
 from hub.checkpoint import EMBEDDED, TINY
 from lab import make_tiny as make
-from lab.documents import pretraining_documents
+from lab.documents import HELD_OUT_SEED, pretraining_documents
 from model import load_model, read_config
 from routing import statistics
 from scoring import refusals
@@ -143,7 +143,7 @@ def test_an_embedded_model_knows_the_text_of_its_pre_training(name):
     """Most next tokens of held-out text are right; of 1,024 tokens a guess would meet one in a thousand."""
     model = load_model(EMBEDDED[name])
     tokenizer = data.load_tokenizer(EMBEDDED[name], model.config)
-    rows = next(make.token_rows(tokenizer, (text for _, text in pretraining_documents(make.HELD_OUT_SEED)), 8))
+    rows = next(make.token_rows(tokenizer, (text for _, text in pretraining_documents(HELD_OUT_SEED)), 8))
     with torch.no_grad():
         right = (model(rows[:, :-1])[0].argmax(-1) == rows[:, 1:]).double().mean()
     assert right > 0.8
