@@ -12,20 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model import MoETransformer
-
 # ------------------------------------------------------------------------------------------------------ one profile
-
-
-@torch.no_grad()
-def tally(selected: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """For each expert the number of tokens that chose it, and the sum of the routing weights that they gave it.
-
-    selected int64 [L, T, K], weights [L, T, K] -> float64 [2, L, E]
-    """
-    added = torch.stack((torch.ones_like(weights), weights)).double().flatten(2)  # [2, L, T * K]
-    index = selected.flatten(1).expand_as(added)
-    return added.new_zeros(2, len(selected), num_experts).scatter_add_(-1, index, added)
 
 
 def shares(counts: Tensor) -> Tensor:
@@ -92,39 +79,3 @@ def overlap_table(hot_a: Tensor, hot_b: Tensor) -> Iterator[str]:
     chance, same = chance_overlap(int(hot_a[0].sum()), E), int((overlap == 1).sum())
     yield f"Jaccard overlap {overlap.mean():.3f}, mean of the layers (by chance {chance:.3f})"
     yield f"the same set in {same} of {len(overlap)} layers"
-
-
-# ------------------------------------------------------------------------------------------------- during training
-
-
-class IdleExperts:
-    """The adapted experts that no token reached in a whole epoch, or in a shorter run: they have learnt nothing."""
-
-    def __init__(self, model: MoETransformer) -> None:
-        self.hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
-        for row, ids in zip(self.hot, model.adapter.hot if model.adapter else (), strict=False):
-            row[ids] = True
-        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
-        self.missed = torch.zeros_like(self.hot)  # [L, E] in at least one epoch
-        self.epochs = 0
-
-    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
-        """Add the counts [L, E] of one step."""
-        self.counts += counts
-        if end_of_epoch:
-            self.missed |= self.hot & (self.counts == 0)
-            self.counts.zero_()
-            self.epochs += 1
-
-    def names(self) -> list[str]:
-        """The idle experts found so far, each as "layer:expert"."""
-        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
-        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
-
-    def state_dict(self) -> dict:
-        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.counts.copy_(torch.tensor(state["counts"]))
-        self.missed.copy_(torch.tensor(state["missed"]))
-        self.epochs = state["epochs"]

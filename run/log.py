@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from command.cli import InputError, RunError, say
 from command.files import parse_json, write_text
 from machine.processes import Processes
 from model import MoETransformer
-from routing.statistics import IdleExperts
 from run.folder import remove_results
 from run.observer import Observer
 from run.validation import Losses, out_of_patience
@@ -39,6 +39,39 @@ class FiniteSteps(Observer):
                 "--on-nonfinite skip"
             )
         say(f"{values}: skipped")
+
+
+class IdleExperts:
+    """The adapted experts that no token reached in a whole epoch, or in a shorter run: they have learnt nothing."""
+
+    def __init__(self, model: MoETransformer) -> None:
+        self.hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+        for row, ids in zip(self.hot, model.adapter.hot if model.adapter else (), strict=False):
+            row[ids] = True
+        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
+        self.missed = torch.zeros_like(self.hot)  # [L, E] in at least one epoch
+        self.epochs = 0
+
+    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
+        """Add the counts [L, E] of one step."""
+        self.counts += counts
+        if end_of_epoch:
+            self.missed |= self.hot & (self.counts == 0)
+            self.counts.zero_()
+            self.epochs += 1
+
+    def names(self) -> list[str]:
+        """The idle experts found so far, each as "layer:expert"."""
+        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
+        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
+
+    def state_dict(self) -> dict:
+        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts.copy_(torch.tensor(state["counts"]))
+        self.missed.copy_(torch.tensor(state["missed"]))
+        self.epochs = state["epochs"]
 
 
 class Recorder(Observer):
