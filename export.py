@@ -35,9 +35,10 @@ from command import cli
 from command.cli import InputError, flag, note, say
 from command.files import atomic_folder, claimed, writable, write_json
 from diagnosis import report
-from diagnosis.findings import BASE, Finding, of_changes, of_layout, of_merged, of_order, of_pairs
+from diagnosis.changes import of_changes, of_merged
+from diagnosis.findings import AS_READ, BASE, REORDERED, Finding, of_layout, of_order, of_pairs
 from diagnosis.measure import adapter_changes, by_expert
-from diagnosis.merged import AS_READ, REORDERED, Comparison, compare
+from diagnosis.merged import Comparison, compare
 from hellora import SHARED, TARGETS, Adapter, folded
 from hub.checkpoint import (
     EMBEDDED,
@@ -66,8 +67,7 @@ from run.adapters import (
     readings_of,
     weights_of,
 )
-from run.subject import Subject, other_base
-from run.validation import BEST
+from run.subject import BEST, Subject, other_base
 from training_step import held_out_loss
 
 ROWS = 64  # of --data, whose loss is measured

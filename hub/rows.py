@@ -18,6 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
 
@@ -56,6 +57,32 @@ def unread(row: Row, used: Iterable[str]) -> list[str]:
             given = f"the column {name!r} ({row[name]!r:.40}) changes what a row means, and is not supported"
             raise InputError(f"{given}; remove the column, or put what it says into the text")
     return names
+
+
+GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
+
+
+def gold(answer: str) -> Decimal:
+    """The number behind "####" in an answer of the data set.
+
+    Raises InputError for anything that one of the rules would read as another number, such as ".5", "1/2" or "5 of 9".
+    """
+    _, marker, text = answer.partition("####")
+    found = GOLD.fullmatch(text.strip())
+    if not found:
+        given = repr(text.strip()[:40]) if marker else "no '####'"
+        expected = "'#### ' and a plain number such as 5, -5, 1,250 or 0.5, which all rules read alike"
+        raise InputError(f"'answer' has {given}; expected {expected}")
+    return Decimal((found[1] + found[2]).replace(",", ""))
+
+
+def label_of(row: dict) -> str | None:
+    """What a row of prompts is labelled: "safe", "unsafe", or None if it has no label. Raises InputError otherwise."""
+    label = row.get("label")
+    name = label.strip().lower() if isinstance(label, str) else label
+    if name not in (None, "", "safe", "unsafe"):
+        raise InputError(f"'label' is {label!r:.40}; expected safe or unsafe, or no label")
+    return name or None
 
 
 # -------------------------------------------------------------------------------------------------- downloads

@@ -1,9 +1,9 @@
-"""Statistics of routing counts: how skewed they are, how far two hot sets agree, which adapted experts saw no token.
+"""Statistics of routing counts: how skewed they are, and how far two hot sets agree.
 
     top_share(counts, 8)                        # share of the 8 hottest experts of each layer
     jaccard(hottest(a, 8), hottest(b, 8))       # overlap of two hot sets, layer by layer
 
-Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, S positions, T real tokens.
+Dimensions: L layers with experts, E experts per layer.
 """
 
 import math
@@ -12,12 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from neighbours.policies import shares
+
 # ------------------------------------------------------------------------------------------------------ one profile
-
-
-def shares(counts: Tensor) -> Tensor:
-    """counts / their sum over the layer.  [L, E] -> float64 [L, E]"""
-    return counts.double() / counts.double().sum(-1, keepdim=True)
 
 
 def top_share(counts: Tensor, n: int) -> Tensor:

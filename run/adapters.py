@@ -20,8 +20,7 @@ from torch import Tensor
 
 from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
-from diagnosis.findings import UNUSABLE, of_order, of_pairs
-from diagnosis.merged import AS_READ, REORDERED
+from diagnosis.findings import AS_READ, REORDERED, UNUSABLE, of_order, of_pairs
 from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
 from hub.checkpoint import Stored, stored
 from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified

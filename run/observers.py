@@ -28,7 +28,8 @@ from run.observer import Observer
 from run.output import save
 from run.report import Report
 from run.state import Checkpoints, pinned
-from run.validation import BEST, Validation
+from run.subject import BEST
+from run.validation import Validation
 from training_step import Step
 
 

@@ -23,10 +23,10 @@ from hub.peft import base_of
 from machine import memory
 from model import MoEConfig, MoETransformer, read_config
 from run.adapters import fill_adapter, place_adapter, read_any_adapter
-from run.validation import BEST
 from training_step import load_for_process
 
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
+BEST = {"adapter": "adapter-best", "model": "model-best"}  # what a run saves last, and the name of the best
 OF_ADAPTER = ("adapter.json", "adapter_config.json")  # ours, and PEFT's
 
 

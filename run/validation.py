@@ -16,7 +16,6 @@ from model import MoETransformer
 from run.observer import Observer
 from training_step import Step, held_out_loss
 
-BEST = {"adapter": "adapter-best", "model": "model-best"}  # what is saved last, and the name of the best
 Losses = list[tuple[int, float]]  # (step, validation loss)
 
 

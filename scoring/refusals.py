@@ -10,7 +10,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from command.cli import InputError
+from hub.rows import label_of
 from scoring.statistics import lori_as_published, rate, share
 from scoring.thoughts import without_thoughts
 
@@ -98,15 +98,6 @@ def refusal(rule: str, completion: str) -> str | None:
 def is_empty(completion: str) -> bool:
     """Whether a completion has no answer."""
     return not without_thoughts(completion).strip()
-
-
-def label_of(row: dict) -> str | None:
-    """What a row of prompts is labelled: "safe", "unsafe", or None if it has no label. Raises InputError otherwise."""
-    label = row.get("label")
-    name = label.strip().lower() if isinstance(label, str) else label
-    if name not in (None, "", "safe", "unsafe"):
-        raise InputError(f"'label' is {label!r:.40}; expected safe or unsafe, or no label")
-    return name or None
 
 
 def score(items: list[dict], rows: list[dict], rule: str) -> tuple[dict, list[dict]]:

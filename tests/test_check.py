@@ -38,9 +38,8 @@ from transformers import AutoModelForCausalLM
 import data
 import export
 from command.cli import InputError
-from diagnosis.findings import BASE, UNUSABLE, order_by_loss
+from diagnosis.findings import AS_READ, BASE, REORDERED, UNUSABLE, order_by_loss
 from diagnosis.measure import adapter_changes, by_expert, spread
-from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
 from hub.peft import Layout, PeftAdapter, Reading, write_peft

@@ -22,8 +22,8 @@ from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS
 from run import adapters
-from run.subject import Subject
-from run.validation import BEST, Validation, best_of, out_of_patience, split
+from run.subject import BEST, Subject
+from run.validation import Validation, best_of, out_of_patience, split
 from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
