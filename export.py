@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -63,7 +62,8 @@ from run.adapters import (
     from_peft,
     hub_shapes,
     place_adapter,
-    read_factors,
+    read_own_adapter,
+    reading_of,
     readings_of,
     weights_of,
 )
@@ -179,9 +179,8 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an adapter, given by matrix, for PEFT: a pair for every expert, or for the hot ones if `compact`."""
-    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
-    scales = dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r)
-    stored, _ = unified(Reading(adapter.kind, pairs, scales))  # one rank for experts and other modules
+    reading = reading_of(adapter, factors, config)
+    stored, _ = unified(reading)  # one rank for experts and other modules
     shapes = peft_shapes(adapter, config, compact)
     size = peft_bytes(stored.r, shapes, dtype, stored.dora)
     small = peft_bytes(stored.r, peft_shapes(adapter, config, compact=True), dtype, stored.dora)
@@ -193,7 +192,7 @@ def write_adapter(
     check_space(out, size)
     # Full names of MLPs if compact: with a pattern, transformers 5 would silently make a model without the experts.
     targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets] if path not in SHARED]
-    mlps = [key for key in pairs if ".experts." in key or ".shared_expert" in key]
+    mlps = [key for key in reading.pairs if ".experts." in key or ".shared_expert" in key]
     targets += mlps if compact else config.family.projections
     write_peft(out, stored, shapes, targets, base_name, dtype)
 
@@ -246,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     if subject.run["settings"]["method"] == "fft":
         raise InputError(f"{settings.run} is a run of fft and has no adapter; use its model/, a full checkpoint")
     folder, base, config = subject.adapter, subject.folder, subject.config
-    adapter, factors = read_factors(folder, config)
+    adapter, _, factors = read_own_adapter(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     stop_ids = subject.run.get("stop_ids", ())
     with new_folder(out) as part:
