@@ -267,13 +267,13 @@ def load(settings: Settings, job: Job, dtype: str, processes: Processes) -> MoET
     """The model, as each process is to hold it for the longest of the sequences."""
     batch = settings.batch or BATCH
     longest = max(map(len, [*job.prompts[: settings.limit], *(item.ids for item in job.items)]))
-    cached = batch * (longest + settings.decoding.max_new_tokens)
-
-    def choose_shard(plan_of: Callable[..., memory.Plan]) -> str:
-        plan_of = functools.partial(plan_of, tokens=batch * longest, cached=cached)
-        return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
-
-    return job.subject.load(getattr(torch, dtype), processes.device, choose_shard)
+    return job.subject.load(
+        getattr(torch, dtype),
+        processes,
+        shard=settings.shard,
+        tokens=batch * longest,
+        cached=batch * (longest + settings.decoding.max_new_tokens),
+    )
 
 
 def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None:

@@ -33,7 +33,7 @@ from command import cli, terminal
 from command.cli import InputError, flag, is_main_process, note, number
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP, tokenize
-from machine.processes import DTYPE_HELP, DTYPES, default_dtype
+from machine.processes import ALONE, DTYPE_HELP, DTYPES, default_dtype
 from model import KVCache, MoETransformer
 from run.subject import Subject, began
 from scoring.thoughts import without_thoughts
@@ -357,7 +357,7 @@ class Speaker:
         self.task, self.form = None if settings.plain or task == "own" else task, trained.get("prompt", "lori")
         self.is_chat = not settings.plain and task == "own" and self.reader.template.exists
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = subject.load(getattr(torch, settings.dtype or default_dtype()), device)
+        self.model = subject.load(getattr(torch, settings.dtype or default_dtype()), ALONE._replace(device=device))
         self.messages: list[dict[str, str]] = []
 
     def reset(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from command.cli import InputError, RunError, say
-from command.files import parse_json, write_text
+from command.files import parse_json, write_jsonl
 from machine.processes import Processes
 from model import MoETransformer
 from run.folder import remove_results
@@ -84,13 +84,14 @@ class Recorder(Observer):
 
     def __init__(
         self, folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, processes: Processes,
-        *, steps: int, steps_per_epoch: int,
+        *, steps: int, steps_per_epoch: int, title: str,
     ) -> None:  # fmt: skip
+        """title: of loss.png."""
         self.folder, self.optimizer, self.processes = folder, optimizer, processes
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+        self.steps, self.steps_per_epoch, self.title = steps, steps_per_epoch, title
         self.idle_experts = IdleExperts(model)
         self.totals = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
-        self.losses = []  # per step, None for a skipped one; after a resume complete on the main process alone
+        self.records = []  # of log.jsonl; after a resume complete on the main process alone
         self.log = None
 
     def start(self, first: int) -> None:
@@ -98,9 +99,10 @@ class Recorder(Observer):
         if self.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_results(self.folder, is_new=first == 1)
-            records = keep_records(self.folder / "log.jsonl", first - 1)
-            self.losses = [record["loss"] for record in records]
-            self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
+            path = self.folder / "log.jsonl"
+            self.records = read_records(path, first - 1)
+            write_jsonl(path, self.records)  # later steps are done again
+            self.log = path.open("a", encoding="utf-8")
         shown = self.processes.is_main and sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
         self.first, self.last, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
@@ -119,10 +121,10 @@ class Recorder(Observer):
         totals["tokens"] += done.tokens
         totals["skipped"] += not done.is_finite
         totals["seconds"] = seconds = time.perf_counter() - self.began
-        self.losses.append(done.loss.item() if done.is_finite else None)
         done.record = {
             "step": number,
-            "loss": self.losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
+            # nats per target token, mean over the global batch; None: the step was skipped
+            "loss": done.loss.item() if done.is_finite else None,
             "grad_norm": done.grad_norm if done.is_finite else None,  # before clipping
             "lr": self.optimizer.param_groups[0]["lr"],
             "target_tokens": done.target_tokens,
@@ -130,6 +132,7 @@ class Recorder(Observer):
             "tokens_per_s": totals["tokens"] / seconds,
             "seconds": seconds,
         } | done.record
+        self.records.append(done.record)
         if self.log:
             print(json.dumps(done.record), file=self.log, flush=True)
         self.show(done)
@@ -159,7 +162,7 @@ class Recorder(Observer):
 
     def result(self) -> dict:
         """For result.json: losses, speed, idle experts. Raises RunError if every step was skipped."""
-        losses = [loss for loss in self.losses if loss is not None]
+        losses = values(self.records, "loss")
         if self.processes.is_main and not losses:
             raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
         idle = self.idle_experts.names()
@@ -168,8 +171,8 @@ class Recorder(Observer):
         return {
             "steps": self.last,
             **({"planned_steps": self.steps} if self.last < self.steps else {}),
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
+            "first_loss": losses[0][1] if losses else None,
+            "last_loss": losses[-1][1] if losses else None,
             "samples_per_s": self.totals["examples"] / self.totals["seconds"],
             "tokens_per_s": self.totals["tokens"] / self.totals["seconds"],
             "seconds": self.totals["seconds"],
@@ -177,35 +180,21 @@ class Recorder(Observer):
             "idle_hot_experts": idle,
         }
 
-
-class LossPicture(Observer):
-    """loss.png: the loss of every step, its moving average, and the validation losses."""
-
-    def __init__(self, recorder: Recorder, validation: Observer | None, title: str) -> None:
-        self.recorder, self.validation, self.title = recorder, validation, title
-
     def draw(self) -> None:
-        if self.recorder.processes.is_main:
-            losses = [loss for loss in self.recorder.losses if loss is not None]
-            validated = self.validation.losses if self.validation else []
-            draw_loss(losses, validated, self.recorder.folder / "loss.png", self.title)
+        if self.processes.is_main:
+            losses = [loss for _, loss in values(self.records, "loss")]
+            draw_loss(losses, values(self.records, "valid_loss"), self.folder / "loss.png", self.title)
 
 
-def keep_records(path: Path, steps: int) -> list[dict]:
-    """Drop the records of log.jsonl after the first `steps`: their steps are done again.  -> those that stay
-
-    Raises InputError if it does not hold them.
-    """
-    records = read_records(path, steps)
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    return records
+def values(records: list[dict], name: str) -> list[tuple[int, float]]:
+    """(step, value) of every record that has a value of this name."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
 def check_records(path: Path, steps: int, patience: int | None) -> None:
     """Raise InputError if the log.jsonl of a stage D is neither of `steps` steps nor of a run out of patience."""
     records = read_records(path)
-    validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
-    if len(records) != steps and not out_of_patience(validated, patience):
+    if len(records) != steps and not out_of_patience(values(records, "valid_loss"), patience):
         raise InputError(
             f"stage D of this run did {len(records)} steps, and its choice of entries of B is of no use after {steps}; "
             f"expected --steps {len(records)}, or another --out"

@@ -23,7 +23,7 @@ from hellora import count_parameters
 from model import MoETransformer
 from neighbours.drlora import RankGrowth, draw_ranks
 from run.inputs import Run
-from run.log import FiniteSteps, LossPicture, Recorder, Signals
+from run.log import FiniteSteps, Recorder, Signals
 from run.observer import Observer
 from run.output import save
 from run.report import Report
@@ -84,15 +84,22 @@ class Observers:
                 every=s.valid_every or steps_per_epoch,
                 patience=s.patience,
             )
-        recorder = Recorder(out, model, optimizer, processes, steps=run.steps, steps_per_epoch=steps_per_epoch)
-        picture = LossPicture(recorder, validation, f"{s.method} on {s.task}")
+        recorder = Recorder(
+            out,
+            model,
+            optimizer,
+            processes,
+            steps=run.steps,
+            steps_per_epoch=steps_per_epoch,
+            title=f"{s.method} on {s.task}",
+        )
         reports = s.report_to != "none" and processes.is_main
         service = Report(s.report_to, out, asdict(s)) if reports else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
         self.signals = Signals(processes)
         # A step whose gradients are not finite ends the run before anything uses them. The recorder writes what growth
         # and validation put into the step's record, and the service sends what the recorder has made of it.
-        members = (self.signals, finite, growth, validation, recorder, picture, service)
+        members = (self.signals, finite, growth, validation, recorder, service)
         self.members: list[Observer] = [each for each in members if each is not None]
         planned = growth is not None or s.schedule != "constant" or s.lr_warmup
         self.checkpoints = Checkpoints(

@@ -61,9 +61,9 @@ def prompt(argv: list[str]) -> Tensor:
     if settings.plot and hot is None:
         raise InputError("--plot draws the share of hot experts; give --profile FILE, or a run as --model")
     plot = settings.plot and writable(settings.plot)
-    dtype, device = getattr(torch, settings.dtype or default_dtype()), torch.device("cpu")
-    experts = reached(subject.load(dtype, device), ids)
-    before = reached(load_model(subject.folder, dtype, device), ids) if subject.adapter else None
+    dtype = getattr(torch, settings.dtype or default_dtype())
+    experts = reached(subject.load(dtype), ids)
+    before = reached(load_model(subject.folder, dtype), ids) if subject.adapter else None
     say(*lines(tokenizer, ids, experts, hot, before))
     if plot:
         from routing import pictures  # here, since importing matplotlib takes long

@@ -304,7 +304,7 @@ OF_RUNS = {  # the name of a fault -> how a run of this project that has it is w
     "another-base": run_on_another_base,
 }
 USES = {
-    "evaluation": lambda folder, base: Subject(str(folder)).load(torch.float32, torch.device("cpu")),
+    "evaluation": lambda folder, base: Subject(str(folder)).load(torch.float32),
     "training": lambda folder, base: (
         content_of(base, str(folder)),
         read_start(str(folder), read_config(base), "lora", 0),

@@ -256,7 +256,7 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
         assert Subject(str(out)).adapter == out / name
         for asked, there in ((out, name), (out / "adapter", "adapter"), (out / "adapter-best", "adapter-best")):
             capsys.readouterr()
-            subject = Subject(str(asked)).load(torch.float32, torch.device("cpu"))
+            subject = Subject(str(asked)).load(torch.float32)
             want = load_model("base")
             adapters.load_adapter(want, out / there)
             ids = torch.arange(2, 14).view(2, 6)

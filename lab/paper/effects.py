@@ -104,7 +104,7 @@ class Reading(NamedTuple):
 
 
 def reading(subject: Subject, material: Material) -> Reading:
-    model = subject.load(torch.float32, torch.device("cpu"))
+    model = subject.load(torch.float32)
     text = {kind: read_through(model, items) for kind, items in material.text.items()}
     seen, _ = read_through(model, material.seen)
     unseen, task_experts = read_through(model, material.unseen)
