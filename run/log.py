@@ -17,6 +17,7 @@ from command.files import parse_json, write_jsonl
 from machine.processes import Processes
 from model import MoETransformer
 from run.folder import remove_results
+from run.inputs import Run
 from run.observer import Observer
 from run.validation import Losses, out_of_patience
 from training_step import Step
@@ -82,13 +83,8 @@ class Recorder(Observer):
 
     name = "totals"
 
-    def __init__(
-        self, folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, processes: Processes,
-        *, steps: int, steps_per_epoch: int, title: str,
-    ) -> None:  # fmt: skip
-        """title: of loss.png."""
-        self.folder, self.optimizer, self.processes = folder, optimizer, processes
-        self.steps, self.steps_per_epoch, self.title = steps, steps_per_epoch, title
+    def __init__(self, run: Run, model: MoETransformer, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        self.run, self.optimizer, self.folder = run, optimizer, folder
         self.idle_experts = IdleExperts(model)
         self.totals = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
         self.records = []  # of log.jsonl; after a resume complete on the main process alone
@@ -96,15 +92,15 @@ class Recorder(Observer):
 
     def start(self, first: int) -> None:
         """Open log.jsonl, whose records of steps before `first` stay. Start the clock and the progress bar."""
-        if self.processes.is_main:
+        if self.run.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_results(self.folder, is_new=first == 1)
             path = self.folder / "log.jsonl"
             self.records = read_records(path, first - 1)
             write_jsonl(path, self.records)  # later steps are done again
             self.log = path.open("a", encoding="utf-8")
-        shown = self.processes.is_main and sys.stderr.isatty()
-        self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
+        shown = self.run.processes.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=self.run.steps, initial=first - 1, disable=not shown, unit="step")
         self.first, self.last, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
 
     def close(self) -> None:
@@ -114,7 +110,7 @@ class Recorder(Observer):
 
     def after(self, number: int, done: Step) -> None:
         """Add the step to the log and to the totals."""
-        self.idle_experts.observe(done.counts, end_of_epoch=number % self.steps_per_epoch == 0)
+        self.idle_experts.observe(done.counts, end_of_epoch=number % self.run.steps_per_epoch == 0)
         totals = self.totals
         self.last = number
         totals["examples"] += len(done.examples)
@@ -143,10 +139,10 @@ class Recorder(Observer):
         number, speed = record["step"], f"{record['samples_per_s']:.1f} samples/s"
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.bar.update()
-        if self.bar.disable and (number == self.first or number % max(1, self.steps // 20) == 0):
-            left = record["seconds"] / number * (self.steps - number)
+        if self.bar.disable and (number == self.first or number % max(1, self.run.steps // 20) == 0):
+            left = record["seconds"] / number * (self.run.steps - number)
             say(
-                f"step {number:5d}/{self.steps}  loss {loss:.4f}  grad norm {done.grad_norm:.3f}  {speed}  "
+                f"step {number:5d}/{self.run.steps}  loss {loss:.4f}  grad norm {done.grad_norm:.3f}  {speed}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s  {left:.0f} s left"
             )
 
@@ -163,14 +159,14 @@ class Recorder(Observer):
     def result(self) -> dict:
         """For result.json: losses, speed, idle experts. Raises RunError if every step was skipped."""
         losses = values(self.records, "loss")
-        if self.processes.is_main and not losses:
+        if self.run.processes.is_main and not losses:
             raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
         idle = self.idle_experts.names()
         if idle:
             say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
         return {
             "steps": self.last,
-            **({"planned_steps": self.steps} if self.last < self.steps else {}),
+            **({"planned_steps": self.run.steps} if self.last < self.run.steps else {}),
             "first_loss": losses[0][1] if losses else None,
             "last_loss": losses[-1][1] if losses else None,
             "samples_per_s": self.totals["examples"] / self.totals["seconds"],
@@ -181,9 +177,10 @@ class Recorder(Observer):
         }
 
     def draw(self) -> None:
-        if self.processes.is_main:
+        if self.run.processes.is_main:
             losses = [loss for _, loss in values(self.records, "loss")]
-            draw_loss(losses, values(self.records, "valid_loss"), self.folder / "loss.png", self.title)
+            title = f"{self.run.settings.method} on {self.run.settings.task}"
+            draw_loss(losses, values(self.records, "valid_loss"), self.folder / "loss.png", title)
 
 
 def values(records: list[dict], name: str) -> list[tuple[int, float]]:

@@ -25,10 +25,8 @@ from neighbours.drlora import RankGrowth, draw_ranks
 from run.inputs import Run
 from run.log import FiniteSteps, Recorder, Signals
 from run.observer import Observer
-from run.output import save
 from run.report import Report
-from run.state import Checkpoints, pinned
-from run.subject import BEST
+from run.state import Checkpoints
 from run.validation import Validation
 from training_step import Step
 
@@ -69,50 +67,19 @@ class Observers:
     """All observers of one training, in the order in which they are called."""
 
     def __init__(self, run: Run, model: MoETransformer, optimizer: torch.optim.AdamW, out: Path) -> None:
-        s, processes = run.settings, run.processes
-        steps_per_epoch = -(-len(run.items) // s.batch)
+        s = run.settings
         growth = Growth(model, s.rank, run.steps, out) if run.method.grows else None
-        validation = None
-        if run.held_out:
-            validation = Validation(
-                run.held_out,
-                model,
-                processes,
-                out / BEST["adapter" if model.adapter else "model"],
-                lambda folder, validated: save(run, model, folder, validated),
-                micro_batch=s.micro_batch,
-                every=s.valid_every or steps_per_epoch,
-                patience=s.patience,
-            )
-        recorder = Recorder(
-            out,
-            model,
-            optimizer,
-            processes,
-            steps=run.steps,
-            steps_per_epoch=steps_per_epoch,
-            title=f"{s.method} on {s.task}",
-        )
-        reports = s.report_to != "none" and processes.is_main
+        validation = Validation(run, model, out) if run.held_out else None
+        reports = s.report_to != "none" and run.processes.is_main
         service = Report(s.report_to, out, asdict(s)) if reports else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
-        self.signals = Signals(processes)
+        self.signals = Signals(run.processes)
         # A step whose gradients are not finite ends the run before anything uses them. The recorder writes what growth
         # and validation put into the step's record, and the service sends what the recorder has made of it.
+        recorder = Recorder(run, model, optimizer, out)
         members = (self.signals, finite, growth, validation, recorder, service)
         self.members: list[Observer] = [each for each in members if each is not None]
-        planned = growth is not None or s.schedule != "constant" or s.lr_warmup
-        self.checkpoints = Checkpoints(
-            out / "checkpoint",
-            model,
-            optimizer,
-            self.members,
-            pinned=pinned(run.items, run.held_out, model, run.steps if planned else None),
-            steps=run.steps,
-            save_every=s.save_every,
-            keep=s.keep,
-            processes=processes,
-        )
+        self.checkpoints = Checkpoints(run, model, optimizer, out, self.members)
         self.members = [*self.members, self.checkpoints]  # last: it keeps what the others did in this step
         self.resumes = s.resume
 

@@ -22,8 +22,9 @@ from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS
 from run import adapters
+from run.inputs import split
 from run.subject import BEST, Subject
-from run.validation import Validation, best_of, out_of_patience, split
+from run.validation import Validation, best_of, out_of_patience
 from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
