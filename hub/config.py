@@ -6,8 +6,10 @@ To port another mixture of experts, start here: its `model_type` becomes a row o
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from command.cli import InputError
+from command.files import read_json
 
 
 @dataclass(frozen=True)
@@ -314,78 +316,11 @@ def check_values(hub: dict, family: Family) -> None:
             check_positive(key, hub[key])
 
 
-# config.json of the paper's backbones, for counting without weights (`reproduce.py params`).
-PRESETS = {
-    "olmoe-1b-7b": {
-        "model_type": "olmoe",
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-        "eos_token_id": 50279,
-        "pad_token_id": 1,
-    },
-    "mixtral-8x7b": {
-        "model_type": "mixtral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-5,
-        "eos_token_id": 2,
-    },
-    "qwen1.5-moe-a2.7b": {
-        "model_type": "qwen2_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": False,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 151643,
-    },
-    "deepseek-moe-16b": {
-        "model_type": "deepseek",
-        "vocab_size": 102400,
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": False,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 100001,
-    },
-}
-# Hub ids of the same models: their configs are known without a download.
-HUB_IDS = {
+HUB_IDS = {  # whose configs are known without a download
     "allenai/OLMoE-1B-7B-0924": "olmoe-1b-7b",
     "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
     "Qwen/Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b",
     "deepseek-ai/deepseek-moe-16b-base": "deepseek-moe-16b",
 }
+# config.json of the same models, for counting without weights (`reproduce.py params`).
+PRESETS = {name: read_json(Path(__file__).parent / "presets" / f"{name}.json") for name in HUB_IDS.values()}
