@@ -55,7 +55,7 @@ from hub.tokenizer import write_stop_ids
 from hub.weights import PROJECTIONS, as_stored, hub_key
 from machine.processes import ALONE, default_dtype
 from model import MoEConfig, load_model, read_config
-from routing.profiles import check_fits, load_profile
+from routing.profiles import load_profile
 from run.adapters import (
     adapted_matrices,
     fill_adapter,
@@ -320,9 +320,7 @@ def read_counts(settings: CheckSettings, config: MoEConfig) -> Tensor | None:
     path = settings.profile or (str(own) if os.path.isfile(own) else None)
     if path is None:
         return None
-    routing = load_profile(path)
-    check_fits(routing, config, path)
-    return routing.counts
+    return load_profile(path, config).counts
 
 
 def read_readings(settings: CheckSettings, subject: Subject, config: MoEConfig) -> dict[str, Reading]:

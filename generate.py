@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from command import cli, terminal
-from command.cli import InputError, flag, is_main_process, note, number
+from command.cli import POSITIVE, SHARE, InputError, flag, is_main_process, note, number
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP, tokenize
 from machine.processes import ALONE, DTYPE_HELP, DTYPES, default_dtype
@@ -59,7 +59,7 @@ class DecodingFlags:
     """The flags of evaluate.py and of generate.py that say how text is generated."""
 
     max_new_tokens: int | None = flag(
-        None, "longest answer, in tokens (default: 512; evaluate.py, tiny tasks: 160)", type=number(int, 1)
+        None, "longest answer, in tokens (default: 512; evaluate.py, tiny tasks: 160)", type=POSITIVE
     )
     temperature: float | None = flag(
         None, "sampling temperature; 0: greedy (default: 0; evaluate.py, code tasks: 0.2)", type=number(float, 0)
@@ -67,7 +67,7 @@ class DecodingFlags:
     top_p: float | None = flag(
         None,
         "probability mass of nucleus sampling (default: 1; evaluate.py, code tasks: 0.95)",
-        type=number(float, 0, 1, above=True),
+        type=SHARE,
     )
     seed: int | None = flag(None, "seed of sampling (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)

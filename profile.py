@@ -26,7 +26,7 @@ import torch
 
 import data
 from command import cli
-from command.cli import flag
+from command.cli import POSITIVE, SHARE, flag
 from command.files import writable
 from hub.checkpoint import REVISION_HELP, resolve, with_revision
 from hub.config import IGNORE_HELP, ignore_keys
@@ -37,7 +37,7 @@ from machine.processes import DTYPE_HELP, DTYPES, default_dtype, end_processes, 
 from model import read_config
 from recipes.methods import COUNT_ON_HELP, RECIPES, num_hot_experts
 from routing import statistics
-from routing.commands import K_HELP, PLOT_HELP, POSITIVE, SHARE, advise, compare
+from routing.commands import K_HELP, PLOT_HELP, advise, compare
 from routing.counting import Warmup, count_experts, count_task  # noqa: F401
 from routing.profiles import RoutingProfile, save_profile
 from run.prompt import prompt

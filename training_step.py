@@ -239,14 +239,19 @@ def held_out_loss(
 
     Every process must call it with the same items.
     """
-    was_training, device = model.training, model.embed_tokens.weight.device
+    was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=model.embed_tokens.weight.device)
     for part in data.micro_batches(items, micro_batch, processes.index, processes.count):
-        batch = data.collate(part, model.config.pad_token_id or 0)
-        total += model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0]
+        total += summed_loss(model, part)
     model.train(was_training)
     if processes.count > 1:
         dist.all_reduce(total)
     targets = sum(item.num_targets for item in items)
     return total.item() / targets, targets
+
+
+def summed_loss(model: MoETransformer, items: list[data.Encoded]) -> Tensor:
+    """The loss of one micro-batch, summed over its target tokens, in nats."""
+    batch, device = data.collate(items, model.config.pad_token_id or 0), model.embed_tokens.weight.device
+    return model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0]

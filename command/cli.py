@@ -252,6 +252,9 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return parse
 
 
+POSITIVE, SHARE = number(int, 1), number(float, 0, 1, above=True)
+
+
 def count_or_share(text: str) -> int | float:
     """An argparse type: 8 is a number of things, 0.25 a share of them."""
     try:

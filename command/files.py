@@ -208,3 +208,8 @@ def seal(content: dict, *files: Path) -> str:
     """SHA-256 over a JSON object and the files it describes: a changed bit in any of them changes the seal."""
     text = json.dumps([content, *map(sha256, files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where downloads and digests are kept: $HELLORA_CACHE or ~/.cache/hellora."""
+    return Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()

@@ -125,26 +125,28 @@ ONLY = {
     "quantization_config": None,
     "pruned_heads": {},
 }
-READ = {  # keys that `read_numbers` reads in every family
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "num_experts_per_tok", "rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "eos_token_id", "pad_token_id",
-}  # fmt: skip
-HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, defaults of generation
-    "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
-    "_experts_implementation", "use_cache", "bos_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
-    "mask_token_id", "decoder_start_token_id", "tokenizer_class", "attention_dropout", "initializer_range",
-    "max_position_embeddings", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "is_decoder",
-    "tie_encoder_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "output_attentions",
-    "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "gradient_checkpointing", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
-    "prefix", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
+READ = set(  # keys that `read_numbers` reads in every family
+    """
+    model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok
+    rope_theta rope_parameters rope_scaling rms_norm_eps tie_word_embeddings eos_token_id pad_token_id
+    """.split()
+)
+HARMLESS = set(  # keys that change nothing here: bookkeeping, training settings, defaults of generation
+    """
+    architectures auto_map transformers_version _name_or_path _commit_hash torch_dtype dtype attn_implementation
+    _attn_implementation _attn_implementation_autoset experts_implementation _experts_implementation use_cache
+    bos_token_id sep_token_id unk_token_id cls_token_id mask_token_id decoder_start_token_id tokenizer_class
+    attention_dropout initializer_range max_position_embeddings pretraining_tp output_router_logits
+    router_aux_loss_coef is_decoder tie_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward
+    output_attentions output_hidden_states return_dict use_return_dict torchscript use_bfloat16 tf_legacy_loss
+    gradient_checkpointing id2label label2id problem_type finetuning_task task_specific_params prefix max_length
+    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed
+    unsloth_version
+    """.split()
+)
 ignored: set[str] = set()  # the keys of --ignore-config-keys
 IGNORE_HELP = "unknown keys of config.json to ignore, separated by commas"
 

@@ -11,7 +11,6 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import re
 import tempfile
 import urllib.request
@@ -26,7 +25,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from command.cli import InputError, note
-from command.files import parse_json
+from command.errors import first_line
+from command.files import cache_folder, parse_json
 
 Row = dict[str, object]
 CHATS = ("messages", "conversations")  # columns that hold the turns of a chat
@@ -139,8 +139,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
             f"{data.name} is gated, and there is no token here that has access; {how}, or {instead}"
         ) from None
     except Exception as error:  # of the library, its HTTP client or the disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{page} cannot be downloaded ({reason}); {instead}") from None
+        raise InputError(f"{page} cannot be downloaded ({first_line(error)}); {instead}") from None
     path = folder if "*" in data.pattern else folder / data.pattern
     if not path.exists() or (path == folder and not any(folder.glob(data.pattern))):
         raise InputError(f"{page} has no {data.pattern} at commit {data.revision}; {instead}")
@@ -149,7 +148,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
 
 def fetch_file(file: Download, instead: str) -> Path:
     """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded unless it is there as pinned."""
-    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
+    folder = cache_folder()
     path = folder / f"{(file.sha256 or file.git_blob)[:8]}-{file.url.rsplit('/', 1)[-1]}"
     try:
         if path.exists() and file.holds(path.read_bytes()):

@@ -20,7 +20,7 @@ from machine.processes import Processes, start_processes
 from model import MoEConfig, read_config
 from neighbours import drlora
 from recipes.methods import METHODS, Method, flat_rank, num_hot_experts
-from routing.profiles import RoutingProfile, check_fits, load_profile
+from routing.profiles import RoutingProfile, load_profile
 from run import adapters
 from run.folder import check_out
 from run.report import package
@@ -127,9 +127,7 @@ def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:
     source = before if settings.resume and before.is_file() else settings.profile
     if not source:
         return None
-    counted = load_profile(source)
-    check_fits(counted, config, source)
-    return counted
+    return load_profile(source, config)
 
 
 def read_data(

@@ -17,14 +17,14 @@ from torch import Tensor
 import data
 import hellora
 from command import cli
-from command.cli import InputError, flag, say
+from command.cli import POSITIVE, InputError, flag, say
 from command.files import writable
 from hub.tokenizer import tokenize
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
 from model import MoETransformer, load_model
 from recipes.methods import num_hot_experts
-from routing.commands import K_HELP, PLOT_HELP, POSITIVE
-from routing.profiles import check_fits, load_profile
+from routing.commands import K_HELP, PLOT_HELP
+from routing.profiles import load_profile
 from run.adapters import hot_mask, read_any_adapter
 from run.subject import Subject
 
@@ -88,8 +88,7 @@ def hot_experts(settings: Settings, subject: Subject) -> Tensor | None:
     """The hot experts by --profile, or those of the run's adapter.  -> bool [L, E], None if nothing says which"""
     config = subject.config
     if settings.profile:
-        counted = load_profile(settings.profile)
-        check_fits(counted, config, settings.profile)
+        counted = load_profile(settings.profile, config)
         return hellora.hottest(
             counted.counts, num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
         )

@@ -12,7 +12,7 @@ import data
 import hellora
 import ops
 from command import cli
-from command.cli import InputError, count_or_share, flag, number, say
+from command.cli import POSITIVE, SHARE, InputError, count_or_share, flag, number, say
 from hub.checkpoint import REVISION_HELP, with_revision
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
@@ -24,7 +24,7 @@ from run.report import PACKAGES
 from run.schedule import SCHEDULES
 from run.subject import Subject
 
-POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+AMOUNT = number(float, 0, above=True)
 MODEL_HELP = (
     "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
     "--init-adapter)"
