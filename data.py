@@ -14,9 +14,7 @@ is marked by a line that starts with "DEVIATION from LoRI", and is in docs/choic
 Dimensions: B sequences, S positions.
 """
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -33,6 +31,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from command.cli import InputError, note
+from command.files import json_sha256
 from hub.chat import Chat, ChatTemplate, Message
 from hub.conversations import NAMES, OwnRows
 from hub.rows import Download, HubDataset, Row, fetch, gold, hexphi_rows, label_of, read_rows, text, unread
@@ -275,7 +274,7 @@ def prompt_of(task: str, question: str, prompt: str = "lori") -> str:
 def digest(examples: list[Example]) -> str:
     """SHA-256 over all prompts and answers, in order: whether two runs have the same training data."""
     texts = [(example.prompt, example.answer) for example in examples]
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return json_sha256(texts)
 
 
 NEXT_SHOT = "Question:"  # a model that was shown examples goes on with another one here: its answer has ended

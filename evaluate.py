@@ -16,7 +16,6 @@ score.json, items.jsonl and generations.jsonl. Repeating the command continues a
 import command.start  # noqa: F401
 
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -34,12 +33,12 @@ from torch.distributed.fsdp import FSDPModule
 import data
 from command import cli
 from command.cli import POSITIVE, InputError, flag, note, number, say
-from command.files import claimed, read_json, write_json, write_jsonl
+from command.files import claimed, json_sha256, read_json, write_json, write_jsonl
 from data import Example
 from generate import Decoding, DecodingFlags, complete, new_cache
 from hub.config import ignore_keys
 from machine import memory
-from machine.processes import ALONE, Processes, default_dtype, start_processes
+from machine.processes import ALONE, Processes, default_dtype, end_processes, start_processes
 from model import MoETransformer
 from recipes.papers import EVALUATION
 from run.subject import Subject, began
@@ -380,9 +379,9 @@ def identity(settings: Settings, job: Job, dtype: str) -> dict:
     del decoding["samples"]
     if settings.decoding.temperature == 0:
         del decoding["seed"], decoding["top_p"]
-    prompts = json.dumps([(example.id, ids) for example, ids in zip(job.examples, job.prompts, strict=True)])
+    prompts = [(example.id, ids) for example, ids in zip(job.examples, job.prompts, strict=True)]
     about = {"task": settings.task, "dtype": dtype, "stop_ids": list(job.reader.stop_ids)} | decoding
-    return about | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()} | job.subject.content
+    return about | {"prompts": json_sha256(prompts)} | job.subject.content
 
 
 # ------------------------------------------------------------------------------------------------ extract and score
@@ -487,9 +486,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     job = prepare(settings, subject, processes)
     with claimed(job.out) if job.out and processes.is_main else nullcontext():
         result = evaluate(settings, job, processes)
-    if processes.count > 1:
-        dist.barrier()  # a process that leaves while another still communicates would abort that one
-        dist.destroy_process_group()
+    end_processes()
     return result
 
 

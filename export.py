@@ -217,7 +217,10 @@ def check_space(folder: Path, size: int) -> None:
         raise InputError(f"{folder.parent} has {free:,} free bytes, {size:,} are needed; name another folder")
 
 
-def parse_flags(argv: list[str] | None = None) -> Settings:
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return check(argv[1:])
     settings = cli.parse(
         Settings,
         argv,
@@ -228,14 +231,6 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
     )
     if settings.compact and settings.to == "merged":
         raise InputError("--compact has no meaning with --to merged; leave it out")
-    return settings
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
-        return check(argv[1:])
-    settings = parse_flags(argv)
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)

@@ -193,7 +193,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     warmup = warmup_steps(s.lr_warmup, run.steps)
     observers = Observers(run, model, optimizer, out)
-    first = observers.resume()
+    first = observers.checkpoints.resume() if s.resume else 1
     run.processes.once(lambda: check_space(run, model))
     write_inputs(run)
     say(f"{run.steps:,} steps of {s.batch} examples, {run.processes.count} process{'es' * (run.processes.count > 1)}")
@@ -217,7 +217,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
                 on_gradients=observers.on_gradients,
             )
             observers.after(number, done)
-    observers.exit_if_interrupted()
+    observers.signals.exit_if_interrupted()  # the training is to be continued: there is no result
     return observers
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from command.cli import RunError
-from command.files import cache_folder, write_json
+from command.files import cache_folder, json_sha256, write_json
 from hub.checkpoint import DTYPES, files, headers, read_parts
 
 
@@ -29,14 +29,14 @@ def combined(paths: Iterable[Path]) -> str:
     with ThreadPoolExecutor() as pool:  # hashing and reading release Python's lock
         parts = list(pool.map(cached_digests, paths))
     tensors = sorted((name, digest) for part in parts for name, digest in part.items())
-    return hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+    return json_sha256(tensors)
 
 
 def cached_digests(path: Path) -> dict[str, str]:
     """tensor_digests(path), from the cache ($HELLORA_CACHE or ~/.cache/hellora) if the file has not changed since."""
     stat = path.stat()
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-    name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
+    name = json_sha256(state)[:32]
     kept = cache_folder() / "digests" / f"{name}.json"
     try:
         return dict(json.loads(kept.read_text(encoding="utf-8")))

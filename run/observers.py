@@ -1,7 +1,7 @@
 """The observers of a training: rank growth, validation, log and pictures, reports, checkpoints, signals.
 
 observers = Observers(run, model, optimizer, out)
-first = observers.resume()                # continue from the newest checkpoint, if asked for
+first = observers.checkpoints.resume()    # continue from the newest checkpoint
 with observers.watching(first):
     for number, ... in ...:
         if observers.ended: break
@@ -81,11 +81,6 @@ class Observers:
         self.members: list[Observer] = [each for each in members if each is not None]
         self.checkpoints = Checkpoints(run, model, optimizer, out, self.members)
         self.members = [*self.members, self.checkpoints]  # last: it keeps what the others did in this step
-        self.resumes = s.resume
-
-    def resume(self) -> int:
-        """Continue from the newest checkpoint, if the run is to.  -> the first step to do"""
-        return self.checkpoints.resume() if self.resumes else 1
 
     @contextmanager
     def watching(self, first: int) -> Iterator[None]:
@@ -110,10 +105,6 @@ class Observers:
     def after(self, number: int, done: Step) -> None:
         for each in self.members:
             each.after(number, done)
-
-    def exit_if_interrupted(self) -> None:
-        """End the program if a signal ended the training, which is to be continued: there is no result."""
-        self.signals.exit_if_interrupted()
 
     def result(self) -> dict:
         return {key: value for each in self.members for key, value in each.result().items()}
