@@ -199,6 +199,8 @@ def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Ro
             place = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
                 raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
+            if columns is None and is_header(row):
+                raise InputError(f"{place}: the names of the columns once more, as in files put together; remove it")
             rows.append((place, row))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None
@@ -214,6 +216,11 @@ def check_header(path: Path, columns: list[str]) -> None:
         raise InputError(f"{path}, line 1: a column occurs twice in {', '.join(names)}; expected each once")
     if len(names) == 1 and any(sign in names[0] for sign in ";\t|"):
         raise InputError(f"{path}, line 1: {names[0]!r:.60} is one column; expected names separated by commas")
+
+
+def is_header(row: Row) -> bool:
+    """Whether a record repeats the names of its columns, perhaps after a byte order mark."""
+    return all(value.strip("\ufeff ").lower() == name.strip().lower() for name, value in row.items())
 
 
 def json_rows(path: Path) -> list[tuple[str, Row]]:

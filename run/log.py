@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ from run.validation import Losses, out_of_patience
 from training_step import Step
 
 
+@dataclass
 class FiniteSteps(Observer):
     """The rule of --on-nonfinite: a step whose loss or gradient is not finite ends the run, or is skipped."""
 
-    def __init__(self, skips: bool) -> None:
-        self.skips = skips
+    skips: bool
 
     def after(self, number: int, done: Step) -> None:
         """Raises RunError, which names the examples."""

@@ -12,7 +12,7 @@ observers.draw()
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,36 +31,31 @@ from run.validation import Validation
 from training_step import Step
 
 
-class Growth(Observer):
+class Growth(RankGrowth, Observer):
     """DR-LoRA: the ranks of the experts grow."""
 
     name = "growth"
 
     def __init__(self, model: MoETransformer, rank: int, steps: int, folder: Path) -> None:
-        self.model, self.ranks, self.folder = model, RankGrowth(model, rank, steps), folder
+        super().__init__(model, rank, steps)
+        self.folder = folder
 
     def on_gradients(self, done: Step) -> None:
-        self.ranks.observe(done.counts.float())
+        self.observe(done.counts.float())
 
     def after(self, number: int, done: Step) -> None:
         if not done.is_finite:
-            self.ranks.forget()
-        self.ranks.grow(number)
-        done.record |= self.ranks.spent()
+            self.forget()
+        self.grow(number)
+        done.record |= self.spent()
 
     def result(self) -> dict:
-        trainable, total = (size - self.ranks.unused() for size in count_parameters(self.model))
+        trainable, total = (size - self.unused() for size in count_parameters(self.model))
         return {"trainable": trainable, "trainable_percent": 100 * trainable / total}
 
     def draw(self) -> None:
         if is_main_process():
-            draw_ranks(self.ranks.history, self.folder / "ranks.png")
-
-    def state_dict(self) -> dict:
-        return self.ranks.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.ranks.load_state_dict(state)
+            draw_ranks(self.history, self.folder / "ranks.png")
 
 
 class Observers:
@@ -84,15 +79,11 @@ class Observers:
 
     @contextmanager
     def watching(self, first: int) -> Iterator[None]:
-        started = []
-        try:
+        with ExitStack() as started:
             for each in self.members:
                 each.start(first)
-                started.append(each)
+                started.callback(each.close)
             yield
-        finally:
-            for each in started:
-                each.close()
 
     @property
     def ended(self) -> bool:

@@ -142,6 +142,7 @@ half a character   | saferpaca test a.jsonl  | {"prompt": "\\ud83d"} | line 1 | 
 broken inside      | gsm8k train a.json      | GOOD ¶ { ¶ "question": 1, ¶ } | line 2 | not readable as JSON
 key twice          | own train a.jsonl       | {"text": "a", "text": "b"} | the key 'text' has two values
 key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "?"}]}] | the key 'role' has two
+header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | once more
 in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | names of the columns
 after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | names of
 semicolons         | own train a.csv         | prompt;completion ¶ a;b ¶ | line 1 | names separated by commas
