@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import ops
 from command import cli
 from command.cli import InputError
 from hub.checkpoint import resolve
@@ -128,17 +127,10 @@ def pass_bytes(model: MoETransformer, tokens: int, trains: bool, checkpointing: 
     measured = []
     for n in range(1, min(2, num_moe) + 1):
         model.layers = layers[: num_dense + n]
-        with ops.using({"attend": flash_attention}):
-            measured.append(train_on_meta(model, tokens, checkpointing) if trains else read_on_meta(model, tokens))
+        measured.append(train_on_meta(model, tokens, checkpointing) if trains else read_on_meta(model, tokens))
     model.layers = layers
     kept_by_one, (kept, peak) = measured[0][0], measured[-1]
     return kept + (num_moe - len(measured)) * (kept - kept_by_one), peak - kept
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """ops.attend as every device computes it. On the meta device torch would hold all S * M scores."""
-    attend = aten._scaled_dot_product_flash_attention_for_cpu
-    return attend(q, k, v, 0.0, mask is None, attn_mask=mask, scale=scale)[0]
 
 
 def train_on_meta(model: MoETransformer, tokens: int, checkpointing: bool) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from command.errors import InputError, first_line
 from ops import attention, experts, head, lora
 
 OPTIMISED = {
+    "attend": attention.attend,
     "attend_to_batch": attention.attend_to_batch,
     "grouped_linear": experts.grouped_linear,
     "lora_down": lora.lora_down,
