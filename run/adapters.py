@@ -219,7 +219,7 @@ def dense_factors(
     for name, factor in list(model.named_parameters()):
         if "lora_" in name:
             module, _, leaf = name.rpartition(".")
-            unknown = torch.full_like(factor, torch.nan, device="cpu")
+            unknown = torch.full_like(factor, torch.nan, device="cpu")  # what a file lacks is then noticed
             setattr(model.get_submodule(module), leaf, nn.Parameter(unknown, factor.requires_grad))
     if adapter.kind == "lori":
         init_factors(model)
@@ -227,7 +227,7 @@ def dense_factors(
     by_matrix = {}
     for name, matrices in adapted_matrices(adapter, config).items():
         module = model.get_submodule(name)
-        factors = {factor: getattr(module, factor) for factor in FACTORS if hasattr(module, factor)}
+        factors = {factor: getattr(module, factor).detach() for factor in FACTORS if hasattr(module, factor)}
         if matrices == [name]:
             by_matrix[name] = factors
         else:  # those of hot experts are stacked
