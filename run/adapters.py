@@ -165,13 +165,17 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
     Raises InputError, naming `source`, if one does not fit.
     """
     ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
-    for name in sorted(ours.keys() ^ state.keys()):
-        if not (name in ours and name.endswith("lora_m")):
-            raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
+    advice = "is the adapter damaged, or of another model?"
+    for name, parameter in ours.items():
+        held = state.get(name)
+        if held is None and name.endswith("lora_m"):
+            continue
+        if held is None or held.shape != parameter.shape:
+            what = "missing" if held is None else f"of shape {tuple(held.shape)}"
+            raise InputError(f"{source}: {name} is {what}, expected {tuple(parameter.shape)}; {advice}")
+    if unexpected := sorted(state.keys() - ours.keys()):
+        raise InputError(f"{source}: {unexpected[0]} is unexpected; {advice}")
     for name, tensor in state.items():
-        if ours[name].shape != tensor.shape:
-            expected = tuple(ours[name].shape)
-            raise InputError(f"{source}: {name} is {tuple(tensor.shape)}, expected {expected}")
         fill(ours[name], tensor)
 
 
