@@ -166,7 +166,7 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
     """
     ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
     advice = "is the adapter damaged, or of another model?"
-    for name, parameter in ours.items():
+    for name, parameter in sorted(ours.items()):
         held = state.get(name)
         if held is None and name.endswith("lora_m"):
             continue
