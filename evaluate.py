@@ -16,7 +16,6 @@ score.json, items.jsonl and generations.jsonl. Repeating the command continues a
 import command.start  # noqa: F401
 
 import functools
-import hashlib
 import json
 import sys
 import time
@@ -33,20 +32,21 @@ from torch.distributed.fsdp import FSDPModule
 
 import data
 from command import cli
-from command.cli import InputError, flag, note, number, say
-from command.files import claimed, read_json, write_json, write_jsonl
+from command.cli import POSITIVE, InputError, flag, note, number, say
+from command.files import claimed, json_sha256, read_json, write_json, write_jsonl
 from data import Example
 from generate import Decoding, DecodingFlags, complete, new_cache
 from hub.config import ignore_keys
 from machine import memory
-from machine.processes import ALONE, Processes, default_dtype, start_processes
+from machine.processes import ALONE, Processes, default_dtype, end_processes, start_processes
 from model import MoETransformer
-from recipes.papers import evaluation_of
+from recipes.papers import EVALUATION
 from run.subject import Subject, began
 from scoring import code, gsm8k, loss, refusals, sandbox
 from scoring.comparison import compare, problems_digest
 from scoring.completions import check_folder, claim, read_completions, remove_score, write_generations
 from scoring.statistics import describe
+from training_step import summed_loss
 
 # DEVIATION from LoRI: HumanEval has 512 new tokens; LoRI's 512 include the prompt.
 DECODING = {  # by benchmark, else as in LoRI's scripts
@@ -72,12 +72,12 @@ class Settings(DecodingFlags):
     )
     task: str | None = flag(None, "task to score (default: that of the run)", choices=list(data.TASKS))
     eval_data: str | None = flag(None, "your rows, or the task's test file", metavar="FILE")
-    limit: int | None = flag(None, "only the first N examples (default: all)", metavar="N", type=number(int, 1))
+    limit: int | None = flag(None, "only the first N examples (default: all)", metavar="N", type=POSITIVE)
     out: str | None = flag(None, OUT_HELP, metavar="DIR")
     completions: str | None = flag(None, 'score this file of {"id": ..., "completion": "..."} lines', metavar="FILE")
     partial: bool = flag(False, "accept --completions that leave examples out")
-    batch: int | None = flag(None, f"sequences decoded at once (default: {BATCH})", type=number(int, 1))
-    samples: int | None = flag(None, "completions per problem (default: code tasks 20, else 1)", type=number(int, 1))
+    batch: int | None = flag(None, f"sequences decoded at once (default: {BATCH})", type=POSITIVE)
+    samples: int | None = flag(None, "completions per problem (default: code tasks 20, else 1)", type=POSITIVE)
     shots: int | None = flag(
         None, "solved training problems before each problem (default: by recipe, or 0)", type=number(int, 0)
     )
@@ -93,7 +93,7 @@ class Settings(DecodingFlags):
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
     allow_code_execution: bool = flag(False, "run model-written code even if the sandbox only limits resources")
     timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, 3600, above=True))
-    workers: int | None = flag(None, "programs run at once (default: one per core)", type=number(int, 1))
+    workers: int | None = flag(None, "programs run at once (default: one per core)", type=POSITIVE)
 
     @property
     def benchmark(self) -> str:
@@ -158,7 +158,7 @@ def as_trained(settings: Settings, trained: dict) -> Settings:
     benchmark = data.TASKS[task].benchmark if task in list(data.TASKS) else None
     chosen |= {"max_length": trained.get("max_length", 512)} if benchmark == "own" else {}
     chosen |= {"prompt": trained.get("prompt", "lori")} if benchmark == "gsm8k" else {}
-    by_recipe = evaluation_of(trained.get("recipe"), task) if benchmark else {}
+    by_recipe = EVALUATION.get((trained.get("recipe"), task), {}) if benchmark else {}
     if by_recipe:
         note(f"as the recipe {trained['recipe']} evaluates, unless a flag says otherwise: {by_recipe}")
     return replace(settings, **{name: v for name, v in (chosen | by_recipe).items() if getattr(settings, name) is None})
@@ -267,13 +267,13 @@ def load(settings: Settings, job: Job, dtype: str, processes: Processes) -> MoET
     """The model, as each process is to hold it for the longest of the sequences."""
     batch = settings.batch or BATCH
     longest = max(map(len, [*job.prompts[: settings.limit], *(item.ids for item in job.items)]))
-    cached = batch * (longest + settings.decoding.max_new_tokens)
-
-    def choose_shard(plan_of: Callable[..., memory.Plan]) -> str:
-        plan_of = functools.partial(plan_of, tokens=batch * longest, cached=cached)
-        return memory.choose_shard(settings.shard, processes.device, processes.count, plan_of)
-
-    return job.subject.load(getattr(torch, dtype), processes.device, choose_shard)
+    return job.subject.load(
+        getattr(torch, dtype),
+        processes,
+        shard=settings.shard,
+        tokens=batch * longest,
+        cached=batch * (longest + settings.decoding.max_new_tokens),
+    )
 
 
 def decode(settings: Settings, job: Job, processes: Processes) -> Answers | None:
@@ -344,10 +344,9 @@ def row_losses(
     model: MoETransformer, items: list[data.Encoded], processes: Processes
 ) -> dict[str, loss.RowLoss] | None:
     """The loss of each row by itself, by id; None on every process but the main one."""
-    device, losses = model.embed_tokens.weight.device, {}
+    losses = {}
     for part in data.micro_batches(items, 1, processes.index, processes.count):
-        batch = data.collate(part, model.config.pad_token_id or 0)
-        nats = model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0].item()
+        nats = summed_loss(model, part).item()
         losses |= {item.example: (nats, item.num_targets) for item in part}
     return gather(losses, processes)
 
@@ -380,9 +379,9 @@ def identity(settings: Settings, job: Job, dtype: str) -> dict:
     del decoding["samples"]
     if settings.decoding.temperature == 0:
         del decoding["seed"], decoding["top_p"]
-    prompts = json.dumps([(example.id, ids) for example, ids in zip(job.examples, job.prompts, strict=True)])
+    prompts = [(example.id, ids) for example, ids in zip(job.examples, job.prompts, strict=True)]
     about = {"task": settings.task, "dtype": dtype, "stop_ids": list(job.reader.stop_ids)} | decoding
-    return about | {"prompts": hashlib.sha256(prompts.encode()).hexdigest()} | job.subject.content
+    return about | {"prompts": json_sha256(prompts)} | job.subject.content
 
 
 # ------------------------------------------------------------------------------------------------ extract and score
@@ -487,9 +486,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     job = prepare(settings, subject, processes)
     with claimed(job.out) if job.out and processes.is_main else nullcontext():
         result = evaluate(settings, job, processes)
-    if processes.count > 1:
-        dist.barrier()  # a process that leaves while another still communicates would abort that one
-        dist.destroy_process_group()
+    end_processes()
     return result
 
 

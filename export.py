@@ -24,7 +24,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -35,9 +34,10 @@ from command import cli
 from command.cli import InputError, flag, note, say
 from command.files import atomic_folder, claimed, writable, write_json
 from diagnosis import report
-from diagnosis.findings import BASE, Finding, of_changes, of_layout, of_merged, of_order, of_pairs
+from diagnosis.changes import of_changes, of_merged
+from diagnosis.findings import AS_READ, BASE, REORDERED, Finding, of_layout, of_order, of_pairs
 from diagnosis.measure import adapter_changes, by_expert
-from diagnosis.merged import AS_READ, REORDERED, Comparison, compare
+from diagnosis.merged import Comparison, compare
 from hellora import SHARED, TARGETS, Adapter, folded
 from hub.checkpoint import (
     EMBEDDED,
@@ -55,19 +55,19 @@ from hub.tokenizer import write_stop_ids
 from hub.weights import PROJECTIONS, as_stored, hub_key
 from machine.processes import ALONE, default_dtype
 from model import MoEConfig, load_model, read_config
-from routing.profiles import check_fits, load_profile
+from routing.profiles import load_profile
 from run.adapters import (
     adapted_matrices,
     fill_adapter,
     from_peft,
     hub_shapes,
     place_adapter,
-    read_factors,
+    read_own_adapter,
+    reading_of,
     readings_of,
     weights_of,
 )
-from run.subject import Subject, other_base
-from run.validation import BEST
+from run.subject import BEST, Subject, other_base
 from training_step import held_out_loss
 
 ROWS = 64  # of --data, whose loss is measured
@@ -179,9 +179,8 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write an adapter, given by matrix, for PEFT: a pair for every expert, or for the hot ones if `compact`."""
-    pairs = {hub_key(matrix, config.family): pair for matrix, pair in factors.items()}
-    scales = dict.fromkeys(pairs, Fraction(adapter.alpha) / adapter.r)
-    stored, _ = unified(Reading(adapter.kind, pairs, scales))  # one rank for experts and other modules
+    reading = reading_of(adapter, factors, config)
+    stored, _ = unified(reading)  # one rank for experts and other modules
     shapes = peft_shapes(adapter, config, compact)
     size = peft_bytes(stored.r, shapes, dtype, stored.dora)
     small = peft_bytes(stored.r, peft_shapes(adapter, config, compact=True), dtype, stored.dora)
@@ -193,7 +192,7 @@ def write_adapter(
     check_space(out, size)
     # Full names of MLPs if compact: with a pattern, transformers 5 would silently make a model without the experts.
     targets = [path.rpartition(".")[2] for path in TARGETS[adapter.targets] if path not in SHARED]
-    mlps = [key for key in pairs if ".experts." in key or ".shared_expert" in key]
+    mlps = [key for key in reading.pairs if ".experts." in key or ".shared_expert" in key]
     targets += mlps if compact else config.family.projections
     write_peft(out, stored, shapes, targets, base_name, dtype)
 
@@ -218,7 +217,10 @@ def check_space(folder: Path, size: int) -> None:
         raise InputError(f"{folder.parent} has {free:,} free bytes, {size:,} are needed; name another folder")
 
 
-def parse_flags(argv: list[str] | None = None) -> Settings:
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["check"]:
+        return check(argv[1:])
     settings = cli.parse(
         Settings,
         argv,
@@ -229,14 +231,6 @@ def parse_flags(argv: list[str] | None = None) -> Settings:
     )
     if settings.compact and settings.to == "merged":
         raise InputError("--compact has no meaning with --to merged; leave it out")
-    return settings
-
-
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["check"]:
-        return check(argv[1:])
-    settings = parse_flags(argv)
     if not cli.is_main_process():
         return
     ignore_keys(settings.ignore_config_keys)
@@ -246,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     if subject.run["settings"]["method"] == "fft":
         raise InputError(f"{settings.run} is a run of fft and has no adapter; use its model/, a full checkpoint")
     folder, base, config = subject.adapter, subject.folder, subject.config
-    adapter, factors = read_factors(folder, config)
+    adapter, _, factors = read_own_adapter(folder, config)
     dtype = getattr(torch, settings.dtype) if settings.dtype else None
     stop_ids = subject.run.get("stop_ids", ())
     with new_folder(out) as part:
@@ -321,9 +315,7 @@ def read_counts(settings: CheckSettings, config: MoEConfig) -> Tensor | None:
     path = settings.profile or (str(own) if os.path.isfile(own) else None)
     if path is None:
         return None
-    routing = load_profile(path)
-    check_fits(routing, config, path)
-    return routing.counts
+    return load_profile(path, config).counts
 
 
 def read_readings(settings: CheckSettings, subject: Subject, config: MoEConfig) -> dict[str, Reading]:

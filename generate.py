@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 import data
 from command import cli, terminal
-from command.cli import InputError, flag, is_main_process, note, number
+from command.cli import POSITIVE, SHARE, InputError, flag, is_main_process, note, number
 from hub.config import IGNORE_HELP, ignore_keys
 from hub.tokenizer import BOS_HELP, tokenize
-from machine.processes import DTYPE_HELP, DTYPES, default_dtype
+from machine.processes import ALONE, DTYPE_HELP, DTYPES, default_dtype
 from model import KVCache, MoETransformer
 from run.subject import Subject, began
 from scoring.thoughts import without_thoughts
@@ -59,7 +59,7 @@ class DecodingFlags:
     """The flags of evaluate.py and of generate.py that say how text is generated."""
 
     max_new_tokens: int | None = flag(
-        None, "longest answer, in tokens (default: 512; evaluate.py, tiny tasks: 160)", type=number(int, 1)
+        None, "longest answer, in tokens (default: 512; evaluate.py, tiny tasks: 160)", type=POSITIVE
     )
     temperature: float | None = flag(
         None, "sampling temperature; 0: greedy (default: 0; evaluate.py, code tasks: 0.2)", type=number(float, 0)
@@ -67,7 +67,7 @@ class DecodingFlags:
     top_p: float | None = flag(
         None,
         "probability mass of nucleus sampling (default: 1; evaluate.py, code tasks: 0.95)",
-        type=number(float, 0, 1, above=True),
+        type=SHARE,
     )
     seed: int | None = flag(None, "seed of sampling (default: 0)", type=number(int, 0))
     dtype: str | None = flag(None, DTYPE_HELP, choices=DTYPES)
@@ -357,7 +357,7 @@ class Speaker:
         self.task, self.form = None if settings.plain or task == "own" else task, trained.get("prompt", "lori")
         self.is_chat = not settings.plain and task == "own" and self.reader.template.exists
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = subject.load(getattr(torch, settings.dtype or default_dtype()), device)
+        self.model = subject.load(getattr(torch, settings.dtype or default_dtype()), ALONE._replace(device=device))
         self.messages: list[dict[str, str]] = []
 
     def reset(self) -> None:

@@ -111,10 +111,6 @@ class Adapter:
     ranks: list[list[int]] | None = None  # of every expert where they grew (drlora.py); the tensors are `truncate`d
     expert_rank: int | None = None  # of the experts' pairs, if it is not r; their scale is alpha / r all the same
 
-    def rank_of(self, name: str) -> int:
-        """The rank of a pair, by the name of its module or matrix."""
-        return self.expert_rank or self.r if ".experts." in name else self.r
-
 
 def largest_rank(config) -> int:
     """The largest rank of a LoRA pair: the smaller side of an expert's matrices."""

@@ -438,10 +438,8 @@ class MoETransformer(nn.Module):
         result = self.head(x, layout, labels, last_only)
         if not output_routing:
             return result, selected_experts
-        weights = torch.stack([routing.weights for routing in routings])
-        probs = torch.stack([routing.probs for routing in routings])
-        logits = torch.stack([routing.logits for routing in routings])
-        return result, selected_experts, Routing(weights, probs, logits)
+        stacked = [torch.stack(of_layers) for of_layers in zip(*routings, strict=True)]
+        return result, selected_experts, Routing(*stacked)
 
     def head(self, x: Tensor, layout: Layout, labels: Tensor | None, last_only: bool) -> Tensor:
         """Final norm and LM head, only where their result is used.  x [T, D] -> see `forward`"""

@@ -23,7 +23,6 @@ from torch import Tensor
 import data
 import hellora
 import ops
-import profile
 from command import cli
 from command.cli import say
 from command.files import claimed, write_json
@@ -33,6 +32,7 @@ from machine.processes import end_processes, freed_memory_kept
 from model import MoETransformer
 from neighbours import drlora
 from recipes.methods import num_hot_experts
+from routing.counting import Warmup, count_task
 from routing.profiles import RoutingProfile, note_origin
 from run import adapters
 from run.folder import earlier_result
@@ -103,9 +103,9 @@ def count(run: Run) -> RoutingProfile:
     s, sample = run.settings, data.sample(run.items, run.settings.sample, run.settings.seed)
     counted_model = {"lora": "LoRA warm-up", "base": "base model"}[s.count_on]
     say(f"counting tokens per expert on {len(sample):,} examples ({counted_model})")
-    warmup = profile.Warmup(s.rank, s.alpha, s.lr, s.batch) if s.count_on == "lora" else None
+    warmup = Warmup(s.rank, s.alpha, s.lr, s.batch) if s.count_on == "lora" else None
     dtype = getattr(torch, s.dtype)
-    return profile.count_task(
+    return count_task(
         run.folder, sample, s.micro_batch, run.processes, dtype=dtype, shard=s.shard, warmup=warmup, seed=s.seed
     )
 
@@ -193,7 +193,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
     optimizer = torch.optim.AdamW(trained, lr=s.lr, weight_decay=s.weight_decay, fused=True)
     warmup = warmup_steps(s.lr_warmup, run.steps)
     observers = Observers(run, model, optimizer, out)
-    first = observers.resume()
+    first = observers.checkpoints.resume() if s.resume else 1
     run.processes.once(lambda: check_space(run, model))
     write_inputs(run)
     say(f"{run.steps:,} steps of {s.batch} examples, {run.processes.count} process{'es' * (run.processes.count > 1)}")
@@ -217,7 +217,7 @@ def fit(run: Run, model: MoETransformer, out: Path) -> Observers:
                 on_gradients=observers.on_gradients,
             )
             observers.after(number, done)
-    observers.exit_if_interrupted()
+    observers.signals.exit_if_interrupted()  # the training is to be continued: there is no result
     return observers
 
 

@@ -32,8 +32,6 @@ import hellora
 from hub.weights import full_tensor, shard_dim
 from machine.processes import Processes, processes_per_machine
 from model import MoETransformer, load_model
-from routing.balance import load_balancing_loss
-from routing.statistics import tally
 
 # ------------------------------------------------------------------------------------------------------------ wrapping
 
@@ -189,6 +187,39 @@ def batch_gradients(
     return Step(losses[0], losses[1], counts, gate_mass, targets, tokens, [item.example for item in items])
 
 
+@torch.no_grad()
+def tally(selected: Tensor, weights: Tensor, num_experts: int) -> Tensor:
+    """For each expert the number of tokens that chose it, and the sum of the routing weights that they gave it.
+
+    selected int64 [L, T, K], weights [L, T, K] -> float64 [2, L, E]
+    """
+    added = torch.stack((torch.ones_like(weights), weights)).double().flatten(2)  # [2, L, T * K]
+    index = selected.flatten(1).expand_as(added)
+    return added.new_zeros(2, len(selected), num_experts).scatter_add_(-1, index, added)
+
+
+def load_balancing_loss(probs: Tensor, selected: Tensor, lengths: Tensor, form: str = "layer") -> Tensor:
+    """Sum over the sequences s of len_s * balance_s; divided by all tokens, the mean balance of a token's sequence.
+
+    probs [L, T, E], selected [L, T, K], lengths [B] -> []. Within a sequence, f_le is the number of selections of
+    expert e in layer l per token, and P_le its mean probability.
+    "layer": balance = mean_l E sum_e (f_le / K) P_le, which is 1 under uniform routing (Switch; HELLoRA, eq. 1).
+    "concat": balance = E sum_e f_e P_e with f and P averaged over the layers, which is K under uniform routing (the
+    form of the hub and of OLMoE's pre-training, in which layers may cancel each other).
+    A sum over sequences does not depend on how a batch is cut into micro-batches.
+    """
+    (L, _, E), K = probs.shape, selected.shape[-1]
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths.cpu()).to(probs.device)  # [T]
+    lengths = lengths.to(probs.device)
+    chosen = torch.zeros_like(probs).scatter(-1, selected, 1.0)  # [L, T, E]
+    f, P = (
+        x.new_zeros(L, len(lengths), E).index_add(1, sequence, x) / lengths.clamp(min=1)[:, None]  # [L, B, E]
+        for x in (chosen, probs)
+    )
+    balance = E * (f.mean(0) * P.mean(0) if form == "concat" else (f * P).mean(0) / K).sum(-1)  # [B]
+    return (lengths * balance).sum()
+
+
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Replace every gradient by its sum over the processes, all in one message."""
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
@@ -208,14 +239,19 @@ def held_out_loss(
 
     Every process must call it with the same items.
     """
-    was_training, device = model.training, model.embed_tokens.weight.device
+    was_training = model.training
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=model.embed_tokens.weight.device)
     for part in data.micro_batches(items, micro_batch, processes.index, processes.count):
-        batch = data.collate(part, model.config.pad_token_id or 0)
-        total += model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0]
+        total += summed_loss(model, part)
     model.train(was_training)
     if processes.count > 1:
         dist.all_reduce(total)
     targets = sum(item.num_targets for item in items)
     return total.item() / targets, targets
+
+
+def summed_loss(model: MoETransformer, items: list[data.Encoded]) -> Tensor:
+    """The loss of one micro-batch, summed over its target tokens, in nats."""
+    batch, device = data.collate(items, model.config.pad_token_id or 0), model.embed_tokens.weight.device
+    return model(batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device))[0]

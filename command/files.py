@@ -204,7 +204,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: object) -> str:
+    """SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def seal(content: dict, *files: Path) -> str:
     """SHA-256 over a JSON object and the files it describes: a changed bit in any of them changes the seal."""
     text = json.dumps([content, *map(sha256, files)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where downloads and digests are kept: $HELLORA_CACHE or ~/.cache/hellora."""
+    return Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()

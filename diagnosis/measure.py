@@ -123,12 +123,11 @@ class Table(NamedTuple):
 def by_expert(matrices: dict[str, Matrix], config: MoEConfig) -> Table:
     """The changes of the experts' matrices, by layer and expert."""
     L, E = len(config.moe_layers), config.num_experts
-    row = {layer: i for i, layer in enumerate(config.moe_layers)}
     has_pair, moved = torch.zeros(2, L, E, dtype=torch.bool)
     change, weight = torch.zeros(2, L, E, dtype=torch.float64)
     for matrix in matrices.values():
         if matrix.place.part == EXPERTS and matrix.state != EMPTY:
-            at = row[matrix.place.layer], matrix.place.expert
+            at = config.moe_layers.index(matrix.place.layer), matrix.place.expert
             has_pair[at] = True
             moved[at] |= matrix.state == MOVED
             change[at] += matrix.change**2

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from diagnosis.findings import AS_READ
 from diagnosis.measure import EMPTY, EXPERTS, MOVED, NOT_FINITE, UNMOVED, Matrix, place_of, state_of
 from hellora import folded
 from hub.checkpoint import WHOLE, Stored, read_slices
@@ -21,7 +22,7 @@ from hub.config import Family
 from hub.peft import Reading
 from model import MoEConfig
 
-AS_READ, REORDERED, TRANSPOSED = "as read", "reordered", "transposed"
+TRANSPOSED = "transposed"  # beside AS_READ and REORDERED
 
 
 @dataclass

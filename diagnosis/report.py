@@ -14,7 +14,7 @@ from torch import Tensor
 from diagnosis.findings import Finding
 from diagnosis.measure import ATTENTION, EMPTY, OTHER, ROUTER, Matrix, Table, by_expert
 from model import MoEConfig
-from routing.statistics import shares
+from neighbours.policies import shares
 
 
 def table(matrices: dict[str, Matrix], config: MoEConfig, counts: Tensor | None) -> Iterator[str]:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from command.cli import InputError, did_you_mean, note
+from command.errors import first_line
 from command.files import read_json, write_json, write_text
 from hub.config import Family, read_numbers, token_ids
 
@@ -53,11 +54,10 @@ def resolve(path: str | Path, wanted: tuple[str, ...] = CHECKPOINT) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # of the library, its HTTP client or the disk; a partial file is never used
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         embedded = " or ".join(map(repr, EMBEDDED))
         parent = os.path.dirname(path)
         beside = [str(each) for each in Path(parent).iterdir()] if os.path.isdir(parent or ".") else ()
-        unknown = f"the hub has no such model or cannot be reached ({reason})"
+        unknown = f"the hub has no such model or cannot be reached ({first_line(error)})"
         hub = "not a hub id (NAME/NAME)" if isinstance(error, HFValidationError) else unknown
         raise InputError(
             f"no such run or model: {str(path)!r} is not {embedded}, not a folder, and {hub}"

@@ -6,8 +6,10 @@ To port another mixture of experts, start here: its `model_type` becomes a row o
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from command.cli import InputError
+from command.files import read_json
 
 
 @dataclass(frozen=True)
@@ -123,26 +125,28 @@ ONLY = {
     "quantization_config": None,
     "pruned_heads": {},
 }
-READ = {  # keys that `read_numbers` reads in every family
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "num_experts_per_tok", "rope_theta", "rope_parameters", "rope_scaling", "rms_norm_eps", "tie_word_embeddings",
-    "eos_token_id", "pad_token_id",
-}  # fmt: skip
-HARMLESS = {  # keys that change nothing here: bookkeeping, training settings, defaults of generation
-    "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
-    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "experts_implementation",
-    "_experts_implementation", "use_cache", "bos_token_id", "sep_token_id", "unk_token_id", "cls_token_id",
-    "mask_token_id", "decoder_start_token_id", "tokenizer_class", "attention_dropout", "initializer_range",
-    "max_position_embeddings", "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "is_decoder",
-    "tie_encoder_decoder", "cross_attention_hidden_size", "chunk_size_feed_forward", "output_attentions",
-    "output_hidden_states", "return_dict", "use_return_dict", "torchscript", "use_bfloat16", "tf_legacy_loss",
-    "gradient_checkpointing", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params",
-    "prefix", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
-    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "unsloth_fixed", "unsloth_version",
-}  # fmt: skip
+READ = set(  # keys that `read_numbers` reads in every family
+    """
+    model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok
+    rope_theta rope_parameters rope_scaling rms_norm_eps tie_word_embeddings eos_token_id pad_token_id
+    """.split()
+)
+HARMLESS = set(  # keys that change nothing here: bookkeeping, training settings, defaults of generation
+    """
+    architectures auto_map transformers_version _name_or_path _commit_hash torch_dtype dtype attn_implementation
+    _attn_implementation _attn_implementation_autoset experts_implementation _experts_implementation use_cache
+    bos_token_id sep_token_id unk_token_id cls_token_id mask_token_id decoder_start_token_id tokenizer_class
+    attention_dropout initializer_range max_position_embeddings pretraining_tp output_router_logits
+    router_aux_loss_coef is_decoder tie_encoder_decoder cross_attention_hidden_size chunk_size_feed_forward
+    output_attentions output_hidden_states return_dict use_return_dict torchscript use_bfloat16 tf_legacy_loss
+    gradient_checkpointing id2label label2id problem_type finetuning_task task_specific_params prefix max_length
+    min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens unsloth_fixed
+    unsloth_version
+    """.split()
+)
 ignored: set[str] = set()  # the keys of --ignore-config-keys
 IGNORE_HELP = "unknown keys of config.json to ignore, separated by commas"
 
@@ -314,78 +318,11 @@ def check_values(hub: dict, family: Family) -> None:
             check_positive(key, hub[key])
 
 
-# config.json of the paper's backbones, for counting without weights (`reproduce.py params`).
-PRESETS = {
-    "olmoe-1b-7b": {
-        "model_type": "olmoe",
-        "vocab_size": 50304,
-        "hidden_size": 2048,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 64,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": False,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-5,
-        "eos_token_id": 50279,
-        "pad_token_id": 1,
-    },
-    "mixtral-8x7b": {
-        "model_type": "mixtral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-5,
-        "eos_token_id": 2,
-    },
-    "qwen1.5-moe-a2.7b": {
-        "model_type": "qwen2_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "moe_intermediate_size": 1408,
-        "shared_expert_intermediate_size": 5632,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_experts": 60,
-        "num_experts_per_tok": 4,
-        "norm_topk_prob": False,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 151643,
-    },
-    "deepseek-moe-16b": {
-        "model_type": "deepseek",
-        "vocab_size": 102400,
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "n_routed_experts": 64,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": False,
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
-        "eos_token_id": 100001,
-    },
-}
-# Hub ids of the same models: their configs are known without a download.
-HUB_IDS = {
+HUB_IDS = {  # whose configs are known without a download
     "allenai/OLMoE-1B-7B-0924": "olmoe-1b-7b",
     "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
     "Qwen/Qwen1.5-MoE-A2.7B": "qwen1.5-moe-a2.7b",
     "deepseek-ai/deepseek-moe-16b-base": "deepseek-moe-16b",
 }
+# config.json of the same models, for counting without weights (`reproduce.py params`).
+PRESETS = {name: read_json(Path(__file__).parent / "presets" / f"{name}.json") for name in HUB_IDS.values()}

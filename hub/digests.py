@@ -8,17 +8,15 @@ cache folder, under the file's size, times and inode, and are computed again onc
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from command.cli import RunError
-from command.files import write_json
-from hub.checkpoint import files, headers, read_parts
+from command.files import cache_folder, json_sha256, write_json
+from hub.checkpoint import DTYPES, files, headers, read_parts
 
 
 def weights_digest(folder: Path) -> str:
@@ -31,15 +29,15 @@ def combined(paths: Iterable[Path]) -> str:
     with ThreadPoolExecutor() as pool:  # hashing and reading release Python's lock
         parts = list(pool.map(cached_digests, paths))
     tensors = sorted((name, digest) for part in parts for name, digest in part.items())
-    return hashlib.sha256(json.dumps(tensors).encode()).hexdigest()
+    return json_sha256(tensors)
 
 
 def cached_digests(path: Path) -> dict[str, str]:
     """tensor_digests(path), from the cache ($HELLORA_CACHE or ~/.cache/hellora) if the file has not changed since."""
     stat = path.stat()
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-    name = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:32]
-    kept = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser() / "digests" / f"{name}.json"
+    name = json_sha256(state)[:32]
+    kept = cache_folder() / "digests" / f"{name}.json"
     try:
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -57,12 +55,11 @@ def tensor_digests(path: Path) -> dict[str, str]:
 
     Raises InputError for a file that is damaged or of another format.
     """
-    weights = dict(headers(path))
-    with safe_open(path, framework="pt") as file:
-        kinds = [json.dumps([file.get_slice(name).get_dtype(), weights[name].shape]) for name in weights]
+    weights, names = dict(headers(path)), {dtype: name for name, dtype in DTYPES.items()}
     tensors = read_parts(path, ((name, weight.index()) for name, weight in weights.items()))
     digests = {}
-    for name, kind, tensor in zip(weights, kinds, tensors, strict=True):
+    for (name, weight), tensor in zip(weights.items(), tensors, strict=True):
+        kind = json.dumps([names.get(weight.dtype, weight.dtype), weight.shape])
         digest = hashlib.sha256(kind.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         digests[name] = digest.hexdigest()

@@ -105,14 +105,15 @@ ONLY = {  # settings of PEFT that change what the factors mean, with the only va
     "layer_replication": None,
     "alora_invocation_tokens": None,
 }
-KNOWN = {  # keys of adapter_config.json that are read, or that change nothing once the factors are trained
-    *ONLY, "r", "lora_alpha", "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "target_modules",
-    "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path",
-    "revision", "task_type", "auto_mapping", "inference_mode", "lora_dropout", "peft_version", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying", "trainable_token_indices", "lora_B_layout", "moe_sieve_selection", "moe_sieve_version",
-}  # fmt: skip
+KNOWN = ONLY.keys() | set(  # keys that are read, or that change nothing once the factors are trained
+    """
+    r lora_alpha use_dora use_rslora rank_pattern alpha_pattern init_lora_weights target_modules target_parameters
+    exclude_modules layers_to_transform layers_pattern base_model_name_or_path revision task_type auto_mapping
+    inference_mode lora_dropout peft_version loftq_config eva_config corda_config lora_ga_config megatron_config
+    megatron_core qalora_group_size ensure_weight_tying trainable_token_indices lora_B_layout moe_sieve_selection
+    moe_sieve_version
+    """.split()
+)
 OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base model's weights
 # Parts of names that FSDP, torch.compile, activation checkpointing and an adapter's own name leave in a raw state dict.
 WRAPPERS = r"_fsdp_wrapped_module\.|_orig_mod\.|_checkpoint_wrapped_module\.|(?<=lora_[AB]\.)default\."

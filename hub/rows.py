@@ -11,13 +11,13 @@ import csv
 import gzip
 import hashlib
 import io
-import os
 import re
 import tempfile
 import urllib.request
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from http.client import HTTPException
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from command.cli import InputError, note
-from command.files import parse_json
+from command.errors import first_line
+from command.files import cache_folder, parse_json
 
 Row = dict[str, object]
 CHATS = ("messages", "conversations")  # columns that hold the turns of a chat
@@ -56,6 +57,32 @@ def unread(row: Row, used: Iterable[str]) -> list[str]:
             given = f"the column {name!r} ({row[name]!r:.40}) changes what a row means, and is not supported"
             raise InputError(f"{given}; remove the column, or put what it says into the text")
     return names
+
+
+GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
+
+
+def gold(answer: str) -> Decimal:
+    """The number behind "####" in an answer of the data set.
+
+    Raises InputError for anything that one of the rules would read as another number, such as ".5", "1/2" or "5 of 9".
+    """
+    _, marker, text = answer.partition("####")
+    found = GOLD.fullmatch(text.strip())
+    if not found:
+        given = repr(text.strip()[:40]) if marker else "no '####'"
+        expected = "'#### ' and a plain number such as 5, -5, 1,250 or 0.5, which all rules read alike"
+        raise InputError(f"'answer' has {given}; expected {expected}")
+    return Decimal((found[1] + found[2]).replace(",", ""))
+
+
+def label_of(row: dict) -> str | None:
+    """What a row of prompts is labelled: "safe", "unsafe", or None if it has no label. Raises InputError otherwise."""
+    label = row.get("label")
+    name = label.strip().lower() if isinstance(label, str) else label
+    if name not in (None, "", "safe", "unsafe"):
+        raise InputError(f"'label' is {label!r:.40}; expected safe or unsafe, or no label")
+    return name or None
 
 
 # -------------------------------------------------------------------------------------------------- downloads
@@ -112,8 +139,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
             f"{data.name} is gated, and there is no token here that has access; {how}, or {instead}"
         ) from None
     except Exception as error:  # of the library, its HTTP client or the disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{page} cannot be downloaded ({reason}); {instead}") from None
+        raise InputError(f"{page} cannot be downloaded ({first_line(error)}); {instead}") from None
     path = folder if "*" in data.pattern else folder / data.pattern
     if not path.exists() or (path == folder and not any(folder.glob(data.pattern))):
         raise InputError(f"{page} has no {data.pattern} at commit {data.revision}; {instead}")
@@ -122,7 +148,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
 
 def fetch_file(file: Download, instead: str) -> Path:
     """The file in the cache ($HELLORA_CACHE or ~/.cache/hellora), downloaded unless it is there as pinned."""
-    folder = Path(os.environ.get("HELLORA_CACHE") or "~/.cache/hellora").expanduser()
+    folder = cache_folder()
     path = folder / f"{(file.sha256 or file.git_blob)[:8]}-{file.url.rsplit('/', 1)[-1]}"
     try:
         if path.exists() and file.holds(path.read_bytes()):

@@ -65,16 +65,17 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" not in name}
 
 
-def expert_ids(model: nn.Module) -> ExpertIds:
-    """Which expert each row of each stack holds, by the path of the stack's module."""
-    return {name: module.expert_ids for name, module in model.named_modules() if hasattr(module, "expert_ids")}
+def hub_matrices(model: nn.Module, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor, Part]]:
+    """Some parameters of a model, by name, as `matrices`, each with the hub's key."""
+    ids = {name: module.expert_ids for name, module in model.named_modules() if hasattr(module, "expert_ids")}
+    for name, parameter in parameters:
+        for matrix, view, part in matrices(name, parameter, ids):
+            yield hub_key(matrix, model.config.family), view, part
 
 
 def hub_views(model: nn.Module) -> dict[str, Tensor]:
     """The keys of the family's matrices, each with the view of our parameters that holds it."""
-    ids, family = expert_ids(model), model.config.family
-    named = (of for name, parameter in base_parameters(model).items() for of in matrices(name, parameter, ids))
-    return {hub_key(matrix, family): view for matrix, view, _ in named}
+    return {key: view for key, view, _ in hub_matrices(model, base_parameters(model).items())}
 
 
 def as_stored(tensors: Iterable[tuple[str, Tensor]], family: Family, num_experts: int) -> Iterator[tuple[str, Tensor]]:
@@ -151,13 +152,10 @@ def init_weights(model: nn.Module, std: float, seed: int = 0) -> None:
 
 def read_weights(model: nn.Module, weights: dict[str, Stored]) -> None:
     """Fill the model from the files, one matrix at a time. Each process reads only what it holds."""
-    destinations, parts, ids = {}, {}, expert_ids(model)
-    for name, parameter in base_parameters(model).items():
-        for matrix, view, part in matrices(name, parameter, ids):
-            key = hub_key(matrix, model.config.family)
-            destinations[key], parts[key] = view, part
-    for key, tensor in read_slices(weights, parts):
-        destinations[key].copy_(tensor)
+    held = list(hub_matrices(model, base_parameters(model).items()))
+    views = {key: view for key, view, _ in held}
+    for key, tensor in read_slices(weights, {key: part for key, _, part in held}):
+        views[key].copy_(tensor)
 
 
 def write_weights(folder: Path, model: nn.Module, *, hub: dict, dtype: torch.dtype, shard_bytes: int) -> None:
@@ -165,20 +163,18 @@ def write_weights(folder: Path, model: nn.Module, *, hub: dict, dtype: torch.dty
 
     Every process must call it: one parameter after the other is gathered, and the main process writes.
     """
-    family, E = model.config.family, model.config.num_experts
+    family, E, base = model.config.family, model.config.num_experts, base_parameters(model)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in base_parameters(model).items():
-            for matrix, view, _ in matrices(name, full_tensor(parameter), expert_ids(model)):
-                yield hub_key(matrix, family), view.to("cpu", dtype, copy=True).contiguous()
+        gathered = ((name, full_tensor(parameter)) for name, parameter in base.items())
+        for key, view, _ in hub_matrices(model, gathered):
+            yield key, view.to("cpu", dtype, copy=True).contiguous()
 
     if not is_main_process():
         for _ in tensors():
             pass
         return
-    empty = ((name, torch.empty(p.shape, device="meta")) for name, p in base_parameters(model).items())
-    views = (
-        (hub_key(matrix, family), view) for each in empty for matrix, view, _ in matrices(*each, expert_ids(model))
-    )
+    empty = ((name, torch.empty(parameter.shape, device="meta")) for name, parameter in base.items())
+    views = ((key, view) for key, view, _ in hub_matrices(model, empty))
     sizes = {key: tensor.numel() * dtype.itemsize for key, tensor in as_stored(views, family, E)}
     write_checkpoint(folder, sizes, as_stored(tensors(), family, E), hub, shard_bytes)

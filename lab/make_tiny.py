@@ -39,9 +39,9 @@ from hub.weights import init_weights
 from lab.documents import held_out, pretraining_documents
 from machine.processes import Processes, start_processes
 from model import MoETransformer, load_model, read_config, save_model
-from routing.balance import load_balancing_loss
 from routing.statistics import jaccard, top_share
 from tiny import tasks
+from training_step import load_balancing_loss
 
 FOLDERS = {"olmoe": TINY, "mixtral": TINY / "mixtral"}  # each has the config.json of its model
 SPECIAL = ["<|endoftext|>", "<|padding|>"]  # ids 0 and 1

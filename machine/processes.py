@@ -117,7 +117,10 @@ def start_processes(backend: str | None = None, timeout: timedelta | None = None
 
 
 def end_processes() -> None:
-    """Leave the process group, if there is one, after all processes have come to this point."""
+    """Leave the process group, if there is one, after all processes have come to this point.
+
+    A process that leaves while another still communicates would abort that one.
+    """
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from command.cli import InputError
+from hub.sharded import full_tensor
 from model import MoETransformer
 from neighbours.ranks import trains
 
@@ -154,8 +155,7 @@ class RankGrowth:
             layers.append(sum(scores) / len(scores))
             for pair in pairs:
                 pair.lora_B.grad.mul_(mask)
-        score = torch.stack(layers)  # [L, E]
-        score = score.full_tensor() if isinstance(score, DTensor) else score
+        score = full_tensor(torch.stack(layers))  # [L, E]
         self.score = self.score.lerp(score, 1 - DECAY)
 
     def forget(self) -> None:

@@ -40,22 +40,25 @@ def topped_up(counts: Tensor, num_hot: int, seed: int) -> Tensor:
     return chance.masked_fill(place < num_hot // 2, math.inf)
 
 
+def shares(counts: Tensor) -> Tensor:
+    """counts / their sum over the layer.  [L, E] -> float64 [L, E]"""
+    return counts.double() / counts.double().sum(-1, keepdim=True)
+
+
 def covering(counts: Tensor, coverage: float) -> Tensor:
     """Set: per layer the fewest experts whose share of the counts reaches `coverage`.  -> bool [L, E]
 
     Of counts this is ESFT-Token (arXiv 2407.01906) and MoE-Sieve's ablation, of gate mass ESFT-Gate. The share is of
     the layer's sum; ESFT's released script divides by the sum over layers, which is not what its paper says.
     """
-    share = counts.double() / counts.double().sum(-1, keepdim=True)
-    share, order = share.sort(dim=-1, descending=True, stable=True)
+    share, order = shares(counts).sort(dim=-1, descending=True, stable=True)
     share_of_hotter = share.cumsum(-1) - share
     return torch.zeros_like(counts, dtype=torch.bool).scatter(-1, order, share_of_hotter < coverage - 1e-12)
 
 
 def greedy(counts: Tensor, num_hot: int) -> Tensor:
     """Set: num_hot experts per layer on average, where their shares are largest (MoE-Sieve's ablation).  -> [L, E]"""
-    share = counts.double() / counts.double().sum(-1, keepdim=True)
-    order = share.flatten().argsort(descending=True, stable=True)
+    order = shares(counts).flatten().argsort(descending=True, stable=True)
     chosen = torch.zeros(counts.numel(), dtype=torch.bool)
     chosen[order[: num_hot * len(counts)]] = True
     return chosen.view(counts.shape)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from command.errors import InputError
+from command.errors import InputError, first_line
 from ops import attention, experts, head, lora
 
 OPTIMISED = {
@@ -54,8 +54,9 @@ def compile_elementwise(device: torch.device, dtype: torch.dtype) -> dict[str, C
             formula(*example).sum().backward()
     except Exception as error:  # of any kind: compilers fail in many ways
         needed = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
-        [why, *_] = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"--compile needs {needed}, which does not work here ({why}); leave it out") from None
+        raise InputError(
+            f"--compile needs {needed}, which does not work here ({first_line(error)}); leave it out"
+        ) from None
     return compiled
 
 

@@ -12,7 +12,7 @@ from recipes.methods import METHODS
 
 FILES = {tuple(path.stem.rsplit("-", 1)): path for path in sorted(Path(__file__).parent.glob("*.txt"))}
 PAPERS = tuple(dict.fromkeys(paper for paper, benchmark in FILES))
-EVALUATION = {  # recipe, task: by the names of evaluate.py's settings
+EVALUATION = {  # recipe, task -> how its paper evaluates, by the names of evaluate.py's settings
     ("dr-lora", "gsm8k"): {"shots": 8, "temperature": 0.2},
     ("dr-lora", "tiny-math"): {"shots": 8, "temperature": 0.2},
     ("moe-sieve", "gsm8k"): {"max_new_tokens": 1024},  # as in its code
@@ -42,8 +42,3 @@ def recipe_flags(given: dict, argv: list[str]) -> tuple[list[str], list[str]]:
     pairs = [shlex.split(line, comments=True) for line in lines]
     flags = [part for pair in pairs if pair and pair[0] not in excluded for part in pair]
     return flags, [line.removeprefix("# ") for line in lines if line.startswith("#")]
-
-
-def evaluation_of(name: str | None, task: str) -> dict:
-    """How the paper of a recipe evaluates a task, by the names of evaluate.py's settings."""
-    return EVALUATION.get((name, task), {})

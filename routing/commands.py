@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import hellora
 from command import cli
-from command.cli import InputError, flag
+from command.cli import POSITIVE, SHARE, InputError, flag
 from command.files import writable
 from hub.config import PRESETS
 from machine.memory import config_of
@@ -16,7 +16,6 @@ from recipes.methods import RECIPES, Recipe, num_hot_experts
 from routing import advice, statistics
 from routing.profiles import check_fits, load_profile
 
-POSITIVE, SHARE = cli.number(int, 1), cli.number(float, 0, 1, above=True)
 K_HELP = "hot experts per layer (default: experts per token)"
 PLOT_HELP = f"where to draw it ({', '.join(cli.PICTURE_FORMATS)})"
 

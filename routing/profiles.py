@@ -44,14 +44,20 @@ def save_profile(profile: RoutingProfile, path: str | Path) -> None:
     write_text(writable(path), json.dumps(content, default=Tensor.tolist) + "\n")
 
 
-def load_profile(path: str | Path) -> RoutingProfile:
-    """Read profile.json. Raises InputError, which names the file, for values that counting cannot have written."""
+def load_profile(path: str | Path, config: MoEConfig | None = None) -> RoutingProfile:
+    """Read profile.json. Raises InputError, which names the file, for values that counting cannot have written.
+
+    config: if given, of the model that it must have been counted on.
+    """
     try:
-        return checked(parse_json(Path(path).read_bytes(), "the file"))
+        profile = checked(parse_json(Path(path).read_bytes(), "the file"))
     except InputError as error:
         raise InputError(f"{path}: {error}; write it again with profile.py") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); profile.py --out makes such a file") from None
+    if config is not None:
+        check_fits(profile, config, path)
+    return profile
 
 
 def checked(content: object) -> RoutingProfile:

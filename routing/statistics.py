@@ -1,9 +1,9 @@
-"""Statistics of routing counts: how skewed they are, how far two hot sets agree, which adapted experts saw no token.
+"""Statistics of routing counts: how skewed they are, and how far two hot sets agree.
 
     top_share(counts, 8)                        # share of the 8 hottest experts of each layer
     jaccard(hottest(a, 8), hottest(b, 8))       # overlap of two hot sets, layer by layer
 
-Dimensions: L layers with experts, E experts per layer, K experts per token, B sequences, S positions, T real tokens.
+Dimensions: L layers with experts, E experts per layer.
 """
 
 import math
@@ -12,25 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from model import MoETransformer
+from neighbours.policies import shares
 
 # ------------------------------------------------------------------------------------------------------ one profile
-
-
-@torch.no_grad()
-def tally(selected: Tensor, weights: Tensor, num_experts: int) -> Tensor:
-    """For each expert the number of tokens that chose it, and the sum of the routing weights that they gave it.
-
-    selected int64 [L, T, K], weights [L, T, K] -> float64 [2, L, E]
-    """
-    added = torch.stack((torch.ones_like(weights), weights)).double().flatten(2)  # [2, L, T * K]
-    index = selected.flatten(1).expand_as(added)
-    return added.new_zeros(2, len(selected), num_experts).scatter_add_(-1, index, added)
-
-
-def shares(counts: Tensor) -> Tensor:
-    """counts / their sum over the layer.  [L, E] -> float64 [L, E]"""
-    return counts.double() / counts.double().sum(-1, keepdim=True)
 
 
 def top_share(counts: Tensor, n: int) -> Tensor:
@@ -92,39 +76,3 @@ def overlap_table(hot_a: Tensor, hot_b: Tensor) -> Iterator[str]:
     chance, same = chance_overlap(int(hot_a[0].sum()), E), int((overlap == 1).sum())
     yield f"Jaccard overlap {overlap.mean():.3f}, mean of the layers (by chance {chance:.3f})"
     yield f"the same set in {same} of {len(overlap)} layers"
-
-
-# ------------------------------------------------------------------------------------------------- during training
-
-
-class IdleExperts:
-    """The adapted experts that no token reached in a whole epoch, or in a shorter run: they have learnt nothing."""
-
-    def __init__(self, model: MoETransformer) -> None:
-        self.hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
-        for row, ids in zip(self.hot, model.adapter.hot if model.adapter else (), strict=False):
-            row[ids] = True
-        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
-        self.missed = torch.zeros_like(self.hot)  # [L, E] in at least one epoch
-        self.epochs = 0
-
-    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
-        """Add the counts [L, E] of one step."""
-        self.counts += counts
-        if end_of_epoch:
-            self.missed |= self.hot & (self.counts == 0)
-            self.counts.zero_()
-            self.epochs += 1
-
-    def names(self) -> list[str]:
-        """The idle experts found so far, each as "layer:expert"."""
-        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
-        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
-
-    def state_dict(self) -> dict:
-        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.counts.copy_(torch.tensor(state["counts"]))
-        self.missed.copy_(torch.tensor(state["missed"]))
-        self.epochs = state["epochs"]

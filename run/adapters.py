@@ -6,7 +6,6 @@
 Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -14,22 +13,23 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from command.cli import InputError, note
 from command.files import parse_json, read_json, seal
-from diagnosis.findings import UNUSABLE, of_order, of_pairs
-from diagnosis.merged import AS_READ, REORDERED
-from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill
+from diagnosis.findings import AS_READ, REORDERED, UNUSABLE, of_order, of_pairs
+from hellora import TARGETS, Adapter, adapted_linears, adapted_paths, attach, count_parameters, fill, init_factors
 from hub.checkpoint import Stored, stored
 from hub.peft import Factors, Layout, PeftAdapter, Reading, Shapes, read_pairs, unified
 from hub.weights import PROJECTIONS, full_tensor, hub_key, hub_views
-from lora import init_A
 from lori import Scatter, positions_of, sparsify
 from model import MoEConfig, MoETransformer
 from neighbours.ranks import pad
+
+FACTORS = ("lora_A", "lora_B", "lora_m")  # of a pair; the last one of DoRA
 
 
 def adapter_state(model: MoETransformer) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ def place_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tens
 def fill_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
     """Set what `place_adapter` placed. Raises InputError, naming `folder`, unless every tensor fits."""
     if model.adapter != adapter:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has a checksum mismatch; a damaged adapter?")
+        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
     fill_factors(model, {name: tensor for name, tensor in state.items() if not name.endswith("positions")}, folder)
 
 
@@ -165,13 +165,17 @@ def fill_factors(model: MoETransformer, state: dict[str, Tensor], source: str | 
     Raises InputError, naming `source`, if one does not fit.
     """
     ours = {name: p for name, p in model.named_parameters() if "lora_" in name and p.requires_grad}
-    for name in sorted(ours.keys() ^ state.keys()):
-        if not (name in ours and name.endswith("lora_m")):
-            raise InputError(f"{source}: {name} is {'missing' if name in ours else 'unexpected'}; a damaged adapter?")
+    advice = "is the adapter damaged, or of another model?"
+    for name, parameter in sorted(ours.items()):
+        held = state.get(name)
+        if held is None and name.endswith("lora_m"):
+            continue
+        if held is None or held.shape != parameter.shape:
+            what = "missing" if held is None else f"of shape {tuple(held.shape)}"
+            raise InputError(f"{source}: {name} is {what}, expected {tuple(parameter.shape)}; {advice}")
+    if unexpected := sorted(state.keys() - ours.keys()):
+        raise InputError(f"{source}: {unexpected[0]} is unexpected; {advice}")
     for name, tensor in state.items():
-        if ours[name].shape != tensor.shape:
-            expected = tuple(ours[name].shape)
-            raise InputError(f"{source}: {name} is {tuple(tensor.shape)}, expected {expected}")
         fill(ours[name], tensor)
 
 
@@ -205,14 +209,6 @@ def adapted_matrices(adapter: Adapter, config: MoEConfig) -> dict[str, list[str]
     return modules
 
 
-def drawn_A(seed: int, matrices: list[str], r: int, fan_in: int) -> Tensor:
-    """The initial lora_A of some matrices.  -> [n, r, in]"""
-    A = torch.empty(len(matrices), r, fan_in)
-    for matrix, A_of_matrix in zip(matrices, A, strict=True):
-        init_A(A_of_matrix, seed, matrix)
-    return A
-
-
 @torch.no_grad()
 def dense_factors(
     adapter: Adapter, state: dict[str, Tensor], config: MoEConfig, folder: str | Path
@@ -221,46 +217,26 @@ def dense_factors(
 
     Raises InputError, naming `folder`, for an adapter that is damaged or does not fit the model.
     """
-    hot_mask(adapter.hot, config)
-    state, shapes, digest = dict(state), hub_shapes(config), hashlib.sha256()
-    by_matrix: dict[str, Factors] = {}
-    is_sparse = any(name.endswith("positions") for name in state)
-
-    def take(name: str, *shape: int) -> Tensor:
-        tensor = state.pop(name, None)
-        if tensor is None or tensor.shape != shape:
-            what = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise InputError(f"{folder}: {name} is {what}, expected {shape}; is it damaged, or of another model?")
-        return tensor.float()
-
-    def spread(module: str, *shape: int) -> Tensor:
-        """LoRI-S' B. A matrix of which no entry was kept is not in the file."""
-        name = f"{module}.parametrizations.lora_B"
-        positions = state.pop(f"{name}.0.positions", torch.empty(0, dtype=torch.int64))
-        values = take(f"{name}.original", len(positions)) if len(positions) else torch.empty(0)
-        return Scatter(positions, torch.Size(shape))(values)
-
-    for module, matrices in sorted(adapted_matrices(adapter, config).items()):
-        fan_out, fan_in = shapes[hub_key(matrices[0], config.family)]
-        r = adapter.rank_of(module)
-        n = () if matrices == [module] else (len(matrices),)  # hot experts are stacked
-        if adapter.kind == "lori":
-            A = drawn_A(adapter.seed, matrices, r, fan_in).view(*n, r, fan_in)
-            digest.update(A.numpy().astype("<f4").tobytes())
-        else:
-            A = take(f"{module}.lora_A", *n, r, fan_in)
-        B = spread(module, *n, fan_out, r) if is_sparse else take(f"{module}.lora_B", *n, fan_out, r)
-        factors = {"lora_A": A, "lora_B": B}
-        if adapter.kind == "dora":
-            factors["lora_m"] = take(f"{module}.lora_m", *n, fan_out)
-        for j, matrix in enumerate(matrices):
-            by_matrix[matrix] = {name: factor[j] if n else factor for name, factor in factors.items()}
-    if state:
-        raise InputError(f"{folder}: {next(iter(state))} is unexpected; is the adapter damaged?")
-    if adapter.kind == "lori" and digest.hexdigest() != adapter.sha256_A:
-        raise InputError(
-            f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; is the adapter damaged?"
-        )
+    with torch.device("meta"):
+        model = MoETransformer(config)
+    place_adapter(model, adapter, state)
+    for name, factor in list(model.named_parameters()):
+        if "lora_" in name:
+            module, _, leaf = name.rpartition(".")
+            unknown = torch.full_like(factor, torch.nan, device="cpu")  # what a file lacks is then noticed
+            setattr(model.get_submodule(module), leaf, nn.Parameter(unknown, factor.requires_grad))
+    if adapter.kind == "lori":
+        init_factors(model)
+    fill_adapter(model, adapter, state, folder)
+    by_matrix = {}
+    for name, matrices in adapted_matrices(adapter, config).items():
+        module = model.get_submodule(name)
+        factors = {factor: getattr(module, factor).detach() for factor in FACTORS if hasattr(module, factor)}
+        if matrices == [name]:
+            by_matrix[name] = factors
+        else:  # those of hot experts are stacked
+            for i, matrix in enumerate(matrices):
+                by_matrix[matrix] = {factor: stack[i] for factor, stack in factors.items()}
     return by_matrix
 
 
@@ -299,12 +275,12 @@ def check_usable(readings: dict[str, Reading], config: MoEConfig, folder: str | 
             note(f"{folder}: {finding.what}. {finding.means}")
 
 
-def read_factors(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Factors]]:
-    """The adapter of a run, and its factors by matrix, dense. Raises InputError for one that cannot be used."""
+def read_own_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor], dict[str, Factors]]:
+    """The adapter of a run as of `read_adapter`, and its `dense_factors`. Raises InputError for one of no use."""
     adapter, state = read_adapter(folder)
     factors = dense_factors(adapter, state, config, folder)
     check_usable({AS_READ: reading_of(adapter, factors, config)}, config, folder)
-    return adapter, factors
+    return adapter, state, factors
 
 
 def from_peft(loaded: PeftAdapter, config: MoEConfig) -> tuple[Adapter, dict[str, Tensor]]:
@@ -356,10 +332,8 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        place = folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
-        adapter, state = read_adapter(place)
-        factors = dense_factors(adapter, state, config, place)
-        check_usable({AS_READ: reading_of(adapter, factors, config)}, config, folder)
+        inside = folder / "adapter"
+        adapter, state, _ = read_own_adapter(inside if (inside / "adapter.json").is_file() else folder, config)
         return adapter, state
     readings = readings_of(folder, config)
     check_usable(readings, config, folder)

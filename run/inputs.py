@@ -13,21 +13,20 @@ from torch import Tensor
 import data
 import hellora
 from command import cli
-from command.cli import note, say
+from command.cli import InputError, note, say
 from hub.checkpoint import resolve
 from hub.config import ignore_keys
 from machine.processes import Processes, start_processes
 from model import MoEConfig, read_config
 from neighbours import drlora
 from recipes.methods import METHODS, Method, flat_rank, num_hot_experts
-from routing.profiles import RoutingProfile, check_fits, load_profile
+from routing.profiles import RoutingProfile, load_profile
 from run import adapters
 from run.folder import check_out
 from run.report import package
 from run.schedule import warmup_steps
 from run.settings import Settings
 from run.subject import began, content_of, run_config
-from run.validation import split
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,10 @@ class Run:
     @property
     def out(self) -> Path:
         return Path(self.settings.out)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.items) // self.settings.batch)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
@@ -124,9 +127,7 @@ def read_counts(settings: Settings, config: MoEConfig) -> RoutingProfile | None:
     source = before if settings.resume and before.is_file() else settings.profile
     if not source:
         return None
-    counted = load_profile(source)
-    check_fits(counted, config, source)
-    return counted
+    return load_profile(source, config)
 
 
 def read_data(
@@ -163,3 +164,14 @@ def read_data(
     begin += f"; {len(held_out):,} examples held out for validation" if held_out else ""
     say(f"{settings.task}: {len(items):,} examples, {tokens}; answers end with {reader.endings(items)}{begin}")
     return described, items, held_out
+
+
+def split(items: list, share: float, seed: int) -> tuple[list, list]:
+    """All items but a random share, and that share; both at least one. Raises InputError for a single item."""
+    held_out = set(data.sample(range(len(items)), share, seed))
+    rest = [item for i, item in enumerate(items) if i not in held_out]
+    if not rest:
+        raise InputError(
+            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; expected more examples"
+        )
+    return rest, [items[i] for i in sorted(held_out)]

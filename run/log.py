@@ -5,28 +5,30 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from command.cli import InputError, RunError, say
-from command.files import parse_json, write_text
+from command.files import parse_json, write_jsonl
 from machine.processes import Processes
 from model import MoETransformer
-from routing.statistics import IdleExperts
 from run.folder import remove_results
+from run.inputs import Run
 from run.observer import Observer
 from run.validation import Losses, out_of_patience
 from training_step import Step
 
 
+@dataclass
 class FiniteSteps(Observer):
     """The rule of --on-nonfinite: a step whose loss or gradient is not finite ends the run, or is skipped."""
 
-    def __init__(self, skips: bool) -> None:
-        self.skips = skips
+    skips: bool
 
     def after(self, number: int, done: Step) -> None:
         """Raises RunError, which names the examples."""
@@ -41,6 +43,39 @@ class FiniteSteps(Observer):
         say(f"{values}: skipped")
 
 
+class IdleExperts:
+    """The adapted experts that no token reached in a whole epoch, or in a shorter run: they have learnt nothing."""
+
+    def __init__(self, model: MoETransformer) -> None:
+        self.hot = torch.zeros(len(model.config.moe_layers), model.config.num_experts, dtype=torch.bool)
+        for row, ids in zip(self.hot, model.adapter.hot if model.adapter else (), strict=False):
+            row[ids] = True
+        self.counts = torch.zeros(self.hot.shape, dtype=torch.float64)  # [L, E] since the epoch began
+        self.missed = torch.zeros_like(self.hot)  # [L, E] in at least one epoch
+        self.epochs = 0
+
+    def observe(self, counts: Tensor, end_of_epoch: bool) -> None:
+        """Add the counts [L, E] of one step."""
+        self.counts += counts
+        if end_of_epoch:
+            self.missed |= self.hot & (self.counts == 0)
+            self.counts.zero_()
+            self.epochs += 1
+
+    def names(self) -> list[str]:
+        """The idle experts found so far, each as "layer:expert"."""
+        missed = self.missed if self.epochs else self.hot & (self.counts == 0)
+        return [f"{layer}:{e}" for layer, e in missed.nonzero().tolist()]
+
+    def state_dict(self) -> dict:
+        return {"counts": self.counts.tolist(), "missed": self.missed.tolist(), "epochs": self.epochs}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.counts.copy_(torch.tensor(state["counts"]))
+        self.missed.copy_(torch.tensor(state["missed"]))
+        self.epochs = state["epochs"]
+
+
 class Recorder(Observer):
     """One line of log.jsonl per step, the progress bar, and the totals of the run.
 
@@ -49,27 +84,24 @@ class Recorder(Observer):
 
     name = "totals"
 
-    def __init__(
-        self, folder: Path, model: MoETransformer, optimizer: torch.optim.Optimizer, processes: Processes,
-        *, steps: int, steps_per_epoch: int,
-    ) -> None:  # fmt: skip
-        self.folder, self.optimizer, self.processes = folder, optimizer, processes
-        self.steps, self.steps_per_epoch = steps, steps_per_epoch
+    def __init__(self, run: Run, model: MoETransformer, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        self.run, self.optimizer, self.folder = run, optimizer, folder
         self.idle_experts = IdleExperts(model)
         self.totals = {"examples": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
-        self.losses = []  # per step, None for a skipped one; after a resume complete on the main process alone
+        self.records = []  # of log.jsonl; after a resume complete on the main process alone
         self.log = None
 
     def start(self, first: int) -> None:
         """Open log.jsonl, whose records of steps before `first` stay. Start the clock and the progress bar."""
-        if self.processes.is_main:
+        if self.run.processes.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_results(self.folder, is_new=first == 1)
-            records = keep_records(self.folder / "log.jsonl", first - 1)
-            self.losses = [record["loss"] for record in records]
-            self.log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
-        shown = self.processes.is_main and sys.stderr.isatty()
-        self.bar = tqdm(total=self.steps, initial=first - 1, disable=not shown, unit="step")
+            path = self.folder / "log.jsonl"
+            self.records = read_records(path, first - 1)
+            write_jsonl(path, self.records)  # later steps are done again
+            self.log = path.open("a", encoding="utf-8")
+        shown = self.run.processes.is_main and sys.stderr.isatty()
+        self.bar = tqdm(total=self.run.steps, initial=first - 1, disable=not shown, unit="step")
         self.first, self.last, self.began = first, first - 1, time.perf_counter() - self.totals["seconds"]
 
     def close(self) -> None:
@@ -79,17 +111,17 @@ class Recorder(Observer):
 
     def after(self, number: int, done: Step) -> None:
         """Add the step to the log and to the totals."""
-        self.idle_experts.observe(done.counts, end_of_epoch=number % self.steps_per_epoch == 0)
+        self.idle_experts.observe(done.counts, end_of_epoch=number % self.run.steps_per_epoch == 0)
         totals = self.totals
         self.last = number
         totals["examples"] += len(done.examples)
         totals["tokens"] += done.tokens
         totals["skipped"] += not done.is_finite
         totals["seconds"] = seconds = time.perf_counter() - self.began
-        self.losses.append(done.loss.item() if done.is_finite else None)
         done.record = {
             "step": number,
-            "loss": self.losses[-1],  # nats per target token, mean over the global batch; None: the step was skipped
+            # nats per target token, mean over the global batch; None: the step was skipped
+            "loss": done.loss.item() if done.is_finite else None,
             "grad_norm": done.grad_norm if done.is_finite else None,  # before clipping
             "lr": self.optimizer.param_groups[0]["lr"],
             "target_tokens": done.target_tokens,
@@ -97,6 +129,7 @@ class Recorder(Observer):
             "tokens_per_s": totals["tokens"] / seconds,
             "seconds": seconds,
         } | done.record
+        self.records.append(done.record)
         if self.log:
             print(json.dumps(done.record), file=self.log, flush=True)
         self.show(done)
@@ -107,10 +140,10 @@ class Recorder(Observer):
         number, speed = record["step"], f"{record['samples_per_s']:.1f} samples/s"
         self.bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
         self.bar.update()
-        if self.bar.disable and (number == self.first or number % max(1, self.steps // 20) == 0):
-            left = record["seconds"] / number * (self.steps - number)
+        if self.bar.disable and (number == self.first or number % max(1, self.run.steps // 20) == 0):
+            left = record["seconds"] / number * (self.run.steps - number)
             say(
-                f"step {number:5d}/{self.steps}  loss {loss:.4f}  grad norm {done.grad_norm:.3f}  {speed}  "
+                f"step {number:5d}/{self.run.steps}  loss {loss:.4f}  grad norm {done.grad_norm:.3f}  {speed}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s  {left:.0f} s left"
             )
 
@@ -126,17 +159,17 @@ class Recorder(Observer):
 
     def result(self) -> dict:
         """For result.json: losses, speed, idle experts. Raises RunError if every step was skipped."""
-        losses = [loss for loss in self.losses if loss is not None]
-        if self.processes.is_main and not losses:
+        losses = values(self.records, "loss")
+        if self.run.processes.is_main and not losses:
             raise RunError("every step was skipped: nothing has been learnt; lower --lr, or look at the data")
         idle = self.idle_experts.names()
         if idle:
             say(f"{len(idle)} adapted experts (layer:expert) saw no token in an epoch, or in the run: {' '.join(idle)}")
         return {
             "steps": self.last,
-            **({"planned_steps": self.steps} if self.last < self.steps else {}),
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
+            **({"planned_steps": self.run.steps} if self.last < self.run.steps else {}),
+            "first_loss": losses[0][1] if losses else None,
+            "last_loss": losses[-1][1] if losses else None,
             "samples_per_s": self.totals["examples"] / self.totals["seconds"],
             "tokens_per_s": self.totals["tokens"] / self.totals["seconds"],
             "seconds": self.totals["seconds"],
@@ -144,35 +177,22 @@ class Recorder(Observer):
             "idle_hot_experts": idle,
         }
 
-
-class LossPicture(Observer):
-    """loss.png: the loss of every step, its moving average, and the validation losses."""
-
-    def __init__(self, recorder: Recorder, validation: Observer | None, title: str) -> None:
-        self.recorder, self.validation, self.title = recorder, validation, title
-
     def draw(self) -> None:
-        if self.recorder.processes.is_main:
-            losses = [loss for loss in self.recorder.losses if loss is not None]
-            validated = self.validation.losses if self.validation else []
-            draw_loss(losses, validated, self.recorder.folder / "loss.png", self.title)
+        if self.run.processes.is_main:
+            losses = [loss for _, loss in values(self.records, "loss")]
+            title = f"{self.run.settings.method} on {self.run.settings.task}"
+            draw_loss(losses, values(self.records, "valid_loss"), self.folder / "loss.png", title)
 
 
-def keep_records(path: Path, steps: int) -> list[dict]:
-    """Drop the records of log.jsonl after the first `steps`: their steps are done again.  -> those that stay
-
-    Raises InputError if it does not hold them.
-    """
-    records = read_records(path, steps)
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-    return records
+def values(records: list[dict], name: str) -> list[tuple[int, float]]:
+    """(step, value) of every record that has a value of this name."""
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
 def check_records(path: Path, steps: int, patience: int | None) -> None:
     """Raise InputError if the log.jsonl of a stage D is neither of `steps` steps nor of a run out of patience."""
     records = read_records(path)
-    validated = [(record["step"], record["valid_loss"]) for record in records if record.get("valid_loss") is not None]
-    if len(records) != steps and not out_of_patience(validated, patience):
+    if len(records) != steps and not out_of_patience(values(records, "valid_loss"), patience):
         raise InputError(
             f"stage D of this run did {len(records)} steps, and its choice of entries of B is of no use after {steps}; "
             f"expected --steps {len(records)}, or another --out"

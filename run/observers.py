@@ -1,7 +1,7 @@
 """The observers of a training: rank growth, validation, log and pictures, reports, checkpoints, signals.
 
 observers = Observers(run, model, optimizer, out)
-first = observers.resume()                # continue from the newest checkpoint, if asked for
+first = observers.checkpoints.resume()    # continue from the newest checkpoint
 with observers.watching(first):
     for number, ... in ...:
         if observers.ended: break
@@ -12,7 +12,7 @@ observers.draw()
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,106 +23,67 @@ from hellora import count_parameters
 from model import MoETransformer
 from neighbours.drlora import RankGrowth, draw_ranks
 from run.inputs import Run
-from run.log import FiniteSteps, LossPicture, Recorder, Signals
+from run.log import FiniteSteps, Recorder, Signals
 from run.observer import Observer
-from run.output import save
 from run.report import Report
-from run.state import Checkpoints, pinned
-from run.validation import BEST, Validation
+from run.state import Checkpoints
+from run.validation import Validation
 from training_step import Step
 
 
-class Growth(Observer):
+class Growth(RankGrowth, Observer):
     """DR-LoRA: the ranks of the experts grow."""
 
     name = "growth"
 
     def __init__(self, model: MoETransformer, rank: int, steps: int, folder: Path) -> None:
-        self.model, self.ranks, self.folder = model, RankGrowth(model, rank, steps), folder
+        super().__init__(model, rank, steps)
+        self.folder = folder
 
     def on_gradients(self, done: Step) -> None:
-        self.ranks.observe(done.counts.float())
+        self.observe(done.counts.float())
 
     def after(self, number: int, done: Step) -> None:
         if not done.is_finite:
-            self.ranks.forget()
-        self.ranks.grow(number)
-        done.record |= self.ranks.spent()
+            self.forget()
+        self.grow(number)
+        done.record |= self.spent()
 
     def result(self) -> dict:
-        trainable, total = (size - self.ranks.unused() for size in count_parameters(self.model))
+        trainable, total = (size - self.unused() for size in count_parameters(self.model))
         return {"trainable": trainable, "trainable_percent": 100 * trainable / total}
 
     def draw(self) -> None:
         if is_main_process():
-            draw_ranks(self.ranks.history, self.folder / "ranks.png")
-
-    def state_dict(self) -> dict:
-        return self.ranks.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.ranks.load_state_dict(state)
+            draw_ranks(self.history, self.folder / "ranks.png")
 
 
 class Observers:
     """All observers of one training, in the order in which they are called."""
 
     def __init__(self, run: Run, model: MoETransformer, optimizer: torch.optim.AdamW, out: Path) -> None:
-        s, processes = run.settings, run.processes
-        steps_per_epoch = -(-len(run.items) // s.batch)
+        s = run.settings
         growth = Growth(model, s.rank, run.steps, out) if run.method.grows else None
-        validation = None
-        if run.held_out:
-            validation = Validation(
-                run.held_out,
-                model,
-                processes,
-                out / BEST["adapter" if model.adapter else "model"],
-                lambda folder, validated: save(run, model, folder, validated),
-                micro_batch=s.micro_batch,
-                every=s.valid_every or steps_per_epoch,
-                patience=s.patience,
-            )
-        recorder = Recorder(out, model, optimizer, processes, steps=run.steps, steps_per_epoch=steps_per_epoch)
-        picture = LossPicture(recorder, validation, f"{s.method} on {s.task}")
-        reports = s.report_to != "none" and processes.is_main
+        validation = Validation(run, model, out) if run.held_out else None
+        reports = s.report_to != "none" and run.processes.is_main
         service = Report(s.report_to, out, asdict(s)) if reports else None
         finite = FiniteSteps(skips=s.on_nonfinite == "skip")
-        self.signals = Signals(processes)
+        self.signals = Signals(run.processes)
         # A step whose gradients are not finite ends the run before anything uses them. The recorder writes what growth
         # and validation put into the step's record, and the service sends what the recorder has made of it.
-        members = (self.signals, finite, growth, validation, recorder, picture, service)
+        recorder = Recorder(run, model, optimizer, out)
+        members = (self.signals, finite, growth, validation, recorder, service)
         self.members: list[Observer] = [each for each in members if each is not None]
-        planned = growth is not None or s.schedule != "constant" or s.lr_warmup
-        self.checkpoints = Checkpoints(
-            out / "checkpoint",
-            model,
-            optimizer,
-            self.members,
-            pinned=pinned(run.items, run.held_out, model, run.steps if planned else None),
-            steps=run.steps,
-            save_every=s.save_every,
-            keep=s.keep,
-            processes=processes,
-        )
+        self.checkpoints = Checkpoints(run, model, optimizer, out, self.members)
         self.members = [*self.members, self.checkpoints]  # last: it keeps what the others did in this step
-        self.resumes = s.resume
-
-    def resume(self) -> int:
-        """Continue from the newest checkpoint, if the run is to.  -> the first step to do"""
-        return self.checkpoints.resume() if self.resumes else 1
 
     @contextmanager
     def watching(self, first: int) -> Iterator[None]:
-        started = []
-        try:
+        with ExitStack() as started:
             for each in self.members:
                 each.start(first)
-                started.append(each)
+                started.callback(each.close)
             yield
-        finally:
-            for each in started:
-                each.close()
 
     @property
     def ended(self) -> bool:
@@ -135,10 +96,6 @@ class Observers:
     def after(self, number: int, done: Step) -> None:
         for each in self.members:
             each.after(number, done)
-
-    def exit_if_interrupted(self) -> None:
-        """End the program if a signal ended the training, which is to be continued: there is no result."""
-        self.signals.exit_if_interrupted()
 
     def result(self) -> dict:
         return {key: value for each in self.members for key, value in each.result().items()}

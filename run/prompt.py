@@ -17,14 +17,14 @@ from torch import Tensor
 import data
 import hellora
 from command import cli
-from command.cli import InputError, flag, say
+from command.cli import POSITIVE, InputError, flag, say
 from command.files import writable
 from hub.tokenizer import tokenize
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
 from model import MoETransformer, load_model
 from recipes.methods import num_hot_experts
-from routing.commands import K_HELP, PLOT_HELP, POSITIVE
-from routing.profiles import check_fits, load_profile
+from routing.commands import K_HELP, PLOT_HELP
+from routing.profiles import load_profile
 from run.adapters import hot_mask, read_any_adapter
 from run.subject import Subject
 
@@ -61,9 +61,9 @@ def prompt(argv: list[str]) -> Tensor:
     if settings.plot and hot is None:
         raise InputError("--plot draws the share of hot experts; give --profile FILE, or a run as --model")
     plot = settings.plot and writable(settings.plot)
-    dtype, device = getattr(torch, settings.dtype or default_dtype()), torch.device("cpu")
-    experts = reached(subject.load(dtype, device), ids)
-    before = reached(load_model(subject.folder, dtype, device), ids) if subject.adapter else None
+    dtype = getattr(torch, settings.dtype or default_dtype())
+    experts = reached(subject.load(dtype), ids)
+    before = reached(load_model(subject.folder, dtype), ids) if subject.adapter else None
     say(*lines(tokenizer, ids, experts, hot, before))
     if plot:
         from routing import pictures  # here, since importing matplotlib takes long
@@ -88,8 +88,7 @@ def hot_experts(settings: Settings, subject: Subject) -> Tensor | None:
     """The hot experts by --profile, or those of the run's adapter.  -> bool [L, E], None if nothing says which"""
     config = subject.config
     if settings.profile:
-        counted = load_profile(settings.profile)
-        check_fits(counted, config, settings.profile)
+        counted = load_profile(settings.profile, config)
         return hellora.hottest(
             counted.counts, num_hot_experts(settings.k, config.num_experts, config.num_experts_per_tok)
         )

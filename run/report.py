@@ -4,6 +4,7 @@ In Weights & Biases, a resumed run is a second run of the same name. In TensorBo
 """
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -23,11 +24,13 @@ def package(report_to: str) -> ModuleType:
         raise InputError(f"--report-to {report_to}: the package {report_to} is not installed; {how}") from None
 
 
+@dataclass
 class Report(Observer):
     """The report of a run that is named after its folder."""
 
-    def __init__(self, report_to: str, folder: Path, settings: dict) -> None:
-        self.report_to, self.folder, self.settings = report_to, folder, settings
+    report_to: str  # key of PACKAGES
+    folder: Path
+    settings: dict
 
     def start(self, first: int) -> None:
         service = package(self.report_to)

@@ -12,19 +12,19 @@ import data
 import hellora
 import ops
 from command import cli
-from command.cli import InputError, count_or_share, flag, number, say
+from command.cli import POSITIVE, SHARE, InputError, count_or_share, flag, number, say
 from hub.checkpoint import REVISION_HELP, with_revision
 from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from machine.memory import CHOSEN, SHARD_HELP
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
-from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, defaults_by_task, experts_flag
+from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, defaults_by_task, experts_flag
 from recipes.papers import PAPERS, recipe_flags
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
 from run.subject import Subject
 
-POSITIVE, SHARE, AMOUNT = number(int, 1), number(float, 0, 1, above=True), number(float, 0, above=True)
+AMOUNT = number(float, 0, above=True)
 MODEL_HELP = (
     "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
     "--init-adapter)"
@@ -68,9 +68,7 @@ class Settings:
     scores: str | None = flag(None, "what ranks experts (default: counts)", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
     sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
-    count_on: str = flag(
-        "base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup", **CHOICE
-    )
+    count_on: str = flag("base", COUNT_ON_HELP, choices=("base", "lora"), **CHOICE)
     targets: str | None = flag(None, TARGETS_HELP, choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "rank r of a LoRA pair (default: by task, below)", type=POSITIVE, **ADAPTER)
     expert_rank: int | None = flag(None, "rank of the experts' pairs (default: --rank)", type=POSITIVE, **ADAPTER)

@@ -19,18 +19,23 @@ from command.files import atomic_folder, read_json, remove_folder, seal, sha256
 from data import Encoded
 from hub.checkpoint import SHARD_BYTES, read_slices, stored, write_shards
 from hub.weights import full_tensor, held_part
-from machine.processes import Processes
 from model import MoETransformer
 from run.adapters import placement_digest
+from run.inputs import Run
 from run.observer import Observer
 from training_step import Step
 
 
-def pinned(items: list[Encoded], held_out: list[Encoded], model: MoETransformer, planned: int | None) -> dict:
-    """By name, what must be the same when a run continues. planned: the steps, if something is planned for them."""
-    kept = {"data": amount(items)} | ({"validation": amount(held_out)} if held_out else {})
-    kept |= {"steps": planned} if planned else {}
-    return kept | ({"experts or entries of B": placement_digest(model)} if model.adapter else {})
+def pinned(run: Run, model: MoETransformer) -> dict:
+    """By name, what must be the same when a run continues: also the steps, if something is planned for them."""
+    s, kept = run.settings, {"data": amount(run.items)}
+    if run.held_out:
+        kept["validation"] = amount(run.held_out)
+    if run.method.grows or s.schedule != "constant" or s.lr_warmup:
+        kept["steps"] = run.steps
+    if model.adapter:
+        kept["experts or entries of B"] = placement_digest(model)
+    return kept
 
 
 def amount(items: list[Encoded]) -> str:
@@ -41,28 +46,24 @@ class Checkpoints(Observer):
     """The checkpoints of one training: `resume` continues from the newest, and new ones replace old ones."""
 
     def __init__(
-        self, folder: Path, model: MoETransformer, optimizer: torch.optim.AdamW, observers: list[Observer],
-        *, pinned: dict[str, object], steps: int, save_every: int | None, keep: int, processes: Processes,
-    ) -> None:  # fmt: skip
-        """observers: those of the training, whose states are kept too.
-
-        pinned: by name, what must be the same when a run continues, as JSON can hold it.
-        """
+        self, run: Run, model: MoETransformer, optimizer: torch.optim.AdamW, out: Path, observers: list[Observer]
+    ) -> None:
+        """observers: those of the training, whose states are kept too."""
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.folder, self.optimizer, self.observers = folder, optimizer, observers
-        self.pinned, self.steps, self.save_every, self.keep, self.processes = pinned, steps, save_every, keep, processes
+        self.run, self.optimizer, self.observers = run, optimizer, observers
+        self.folder, self.pinned = out / "checkpoint", pinned(run, model)
 
     def after(self, number: int, done: Step) -> None:
-        is_last = number == self.steps or any(each.ended for each in self.observers)
-        is_due = self.save_every and (is_last or number % self.save_every == 0)
+        is_last = number == self.run.steps or any(each.ended for each in self.observers)
+        is_due = self.run.settings.save_every and (is_last or number % self.run.settings.save_every == 0)
         if is_due or any(each.interrupted for each in self.observers):
             self.save(number)
 
     def save(self, number: int) -> None:
         """Write the state after step `number`. Every process must call it."""
-        state = {"steps": self.steps} | self.pinned
+        state = {"steps": self.run.steps} | self.pinned
         state |= {each.name: each.state_dict() for each in self.observers if each.name}
-        save_state(self.folder, number, self.trained, self.optimizer, state, self.keep)
+        save_state(self.folder, number, self.trained, self.optimizer, state, self.run.settings.keep)
 
     def resume(self) -> int:
         """Continue from the newest checkpoint, if there is one. Every process must call it.  -> the first step to do
@@ -73,9 +74,9 @@ class Checkpoints(Observer):
         last = last_state(self.folder)
         state = read_state(last) if last else {"step": 0}
         first = state["step"] + 1
-        if self.processes.count > 1:  # before anything is loaded, for which they may have to wait for each other
+        if self.run.processes.count > 1:  # before anything is loaded, for which they may have to wait for each other
             # The maxima are the last step, and minus the first one.
-            furthest = torch.tensor([first, -first], device=self.processes.device)
+            furthest = torch.tensor([first, -first], device=self.run.processes.device)
             dist.all_reduce(furthest, dist.ReduceOp.MAX)
             if furthest.sum():
                 raise InputError(
@@ -94,8 +95,10 @@ class Checkpoints(Observer):
 
     def check(self, state: dict, path: Path) -> None:
         """Raise InputError if the state read from `path` is not one of this run."""
-        if self.steps < state["step"]:
-            raise InputError(f"{self.steps} steps are fewer than the {state['step']} that {path} has done; give more")
+        if self.run.steps < state["step"]:
+            raise InputError(
+                f"{self.run.steps} steps are fewer than the {state['step']} that {path} has done; give more"
+            )
         for name, value in self.pinned.items():
             if state.get(name) != value:
                 raise InputError(f"{path} was saved with {name} {state.get(name)}, now it is {value}; give the same")

@@ -1,13 +1,12 @@
 """What a name on the command line stands for: a run folder of train.py, a checkpoint, a PEFT adapter, or a hub id.
 
 subject = Subject("runs/tiny-math-hellora")      # the run; its base and its adapter
-model = subject.load(torch.float32, device)
+model = subject.load(torch.float32)
 
 A command makes one Subject and hands it on, so that a file of the run or of the base is read once.
 """
 
 import os
-from collections.abc import Callable
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,12 +20,13 @@ from hub import digests
 from hub.checkpoint import EMBEDDED, resolve
 from hub.peft import base_of
 from machine import memory
+from machine.processes import ALONE, Processes
 from model import MoEConfig, MoETransformer, read_config
 from run.adapters import fill_adapter, place_adapter, read_any_adapter
-from run.validation import BEST
 from training_step import load_for_process
 
 DECIDING = ("config.json", "generation_config.json", "tokenizer.json")  # besides the weights
+BEST = {"adapter": "adapter-best", "model": "model-best"}  # what a run saves last, and the name of the best
 OF_ADAPTER = ("adapter.json", "adapter_config.json")  # ours, and PEFT's
 
 
@@ -90,12 +90,15 @@ class Subject:
     def load(
         self,
         dtype: torch.dtype,
-        device: torch.device,
-        choose_shard: Callable[[Callable[..., memory.Plan]], str] | None = None,
+        processes: Processes = ALONE,
+        *,
+        shard: str | None = None,
+        tokens: int = 1,
+        cached: int = 0,
     ) -> MoETransformer:
         """The model with its adapter, for decoding.
 
-        choose_shard(plan_of): how the processes hold the model, see `memory.choose_shard`; None: each holds all of it.
+        shard: as of `memory.choose_shard`. tokens, cached: as of `memory.plan`, to choose by.
         In float32 the adapter is then merged, which is faster and is how LoRI evaluates. In bfloat16 merging would
         round the update off, so the adapter stays apart.
         """
@@ -108,9 +111,9 @@ class Subject:
             if stored:
                 place_adapter(model, *stored)
 
-        plan_of = partial(memory.plan, self.config, attach, dtype=dtype, trains=False)
-        shard = choose_shard(plan_of) if choose_shard else "none"
-        model = load_for_process(self.folder, dtype, device, shard=shard, attach=attach)
+        plan_of = partial(memory.plan, self.config, attach, dtype=dtype, trains=False, tokens=tokens, cached=cached)
+        shard = memory.choose_shard(shard, processes.device, processes.count, plan_of)
+        model = load_for_process(self.folder, dtype, processes.device, shard=shard, attach=attach)
         if stored:
             fill_adapter(model, *stored, self.adapter)
             if dtype == torch.float32 and shard == "none":

@@ -5,18 +5,17 @@ loss, and its validation.json names this step. RUN/adapter/ is what has been lea
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-import data
-from command.cli import InputError, note, say
+from command.cli import note, say
 from command.files import read_json, remove_folder
-from machine.processes import Processes
 from model import MoETransformer
+from run.inputs import Run
 from run.observer import Observer
+from run.output import save
+from run.subject import BEST
 from training_step import Step, held_out_loss
 
-BEST = {"adapter": "adapter-best", "model": "model-best"}  # what is saved last, and the name of the best
 Losses = list[tuple[int, float]]  # (step, validation loss)
 
 
@@ -33,19 +32,8 @@ def out_of_patience(losses: Losses, patience: int | None) -> bool:
     return sum(step > (best[0] if best else 0) for step, _ in losses) >= patience
 
 
-def split(items: list, share: float, seed: int) -> tuple[list, list]:
-    """All items but a random share, and that share; both at least one. Raises InputError for a single item."""
-    held_out = set(data.sample(range(len(items)), share, seed))
-    rest = [item for i, item in enumerate(items) if i not in held_out]
-    if not rest:
-        raise InputError(
-            f"--valid-share {share:g} of {len(items)} examples leaves none to train on; expected more examples"
-        )
-    return rest, [items[i] for i in sorted(held_out)]
-
-
 class Validation(Observer):
-    """The validations of one training. Every process must call its methods, with the same arguments.
+    """The validations of one training, whose run holds out examples. Every process must call its methods alike.
 
     They are due every `every` steps, wherever the training ends: then an extended run is the same as a straight one.
     What is learnt at a last step in between is validated for result.json alone.
@@ -53,17 +41,14 @@ class Validation(Observer):
 
     name = "validations"
 
-    def __init__(
-        self, items: list[data.Encoded], model: MoETransformer, processes: Processes, folder: Path,
-        save: Callable[[Path, dict], object], *, micro_batch: int, every: int, patience: int | None,
-    ) -> None:  # fmt: skip
-        """folder: of the best result. save(folder, validation): writes what has been learnt so far."""
-        self.items, self.model, self.processes, self.folder, self.save = items, model, processes, folder, save
-        self.micro_batch, self.every, self.patience = micro_batch, every, patience
+    def __init__(self, run: Run, model: MoETransformer, out: Path) -> None:
+        self.run, self.model, self.patience = run, model, run.settings.patience
+        self.every = run.settings.valid_every or run.steps_per_epoch
+        self.folder = out / BEST["adapter" if model.adapter else "model"]  # of the best result
         self.losses: Losses = []
         self.kept: tuple[int, float] | None = None  # step and loss of what is in the folder
         self.in_checkpoint: tuple[int, float] | None = None  # those that the newest checkpoint names
-        self.earlier = folder.with_name(f".{folder.name}.in-checkpoint")  # holds that result, once there is a better
+        self.earlier = out / f".{self.folder.name}.in-checkpoint"  # holds that result, once there is a better
         self.step = 0
 
     @property
@@ -89,19 +74,20 @@ class Validation(Observer):
 
     def measure(self) -> float:
         """The validation loss now."""
-        return held_out_loss(self.model, self.items, self.micro_batch, self.processes)[0]
+        run = self.run
+        return held_out_loss(self.model, run.held_out, run.settings.micro_batch, run.processes)[0]
 
     def keep(self, number: int, loss: float) -> None:
         """Save the best result so far. The one that the newest checkpoint names stays, for who continues from there."""
-        if self.processes.is_main and self.kept and self.kept == self.in_checkpoint:
+        if self.run.processes.is_main and self.kept and self.kept == self.in_checkpoint:
             remove_folder(self.earlier)
             self.folder.rename(self.earlier)
         self.kept = (number, loss)
-        self.save(self.folder, {"step": number, "valid_loss": loss})
+        save(self.run, self.model, self.folder, {"step": number, "valid_loss": loss})
 
     def result(self) -> dict[str, float | int | None]:
         """For result.json: the validation losses of the last result and of the best, and the step of the best."""
-        if self.processes.is_main:
+        if self.run.processes.is_main:
             remove_folder(self.earlier)
         is_validated = self.losses and self.losses[-1][0] == self.step
         last = self.losses[-1][1] if is_validated else self.measure()
@@ -119,7 +105,7 @@ class Validation(Observer):
         self.step = state["step"]
         self.losses = [(step, loss) for step, loss in state["losses"]]
         best = best_of(self.losses)
-        if self.processes.once(lambda: self.restore(best)):
+        if self.run.processes.once(lambda: self.restore(best)):
             self.kept = self.in_checkpoint = best
 
     def restore(self, best: tuple[int, float] | None) -> bool:

@@ -1,13 +1,12 @@
 """Two evaluations of the same examples: is the difference more than chance?"""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from command import cli
 from command.cli import InputError, flag, say
-from command.files import read_json
+from command.files import json_sha256, read_json
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
 
@@ -78,7 +77,7 @@ def read_values(folder: Path, is_loss: bool) -> dict[str, float]:
 def problems_digest(problems: dict[str, dict]) -> str:
     """SHA-256 of problems and their solutions by id, however they are put into prompts."""
     texts = sorted((name, json.dumps(row, default=str)) for name, row in problems.items())  # str: a date in Parquet
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    return json_sha256(texts)
 
 
 def read_about(folder: Path) -> tuple[str, str]:

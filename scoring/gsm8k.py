@@ -10,6 +10,7 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
+from hub.rows import gold
 from scoring.statistics import lori_as_published, share
 from scoring.thoughts import without_thoughts
 
@@ -64,20 +65,6 @@ SPELLING |= {  # 3\u00bd as 3\\frac{1}{2}
     for i in (*range(0xBC, 0xBF), *range(0x2150, 0x215F))
 }
 FRACTION = re.compile(r"\\[cdt]?frac\s*(?:\{\s*(-?[\d.]+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII)
-GOLD = re.compile(r"\$?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?)", re.ASCII)
-
-
-def gold(answer: str) -> Decimal:
-    """The number behind "####" in an answer of the data set.
-
-    Raises ValueError for anything that one of the rules would read as another number, such as ".5", "1/2" or "5 of 9".
-    """
-    _, marker, text = answer.partition("####")
-    found = GOLD.fullmatch(text.strip())
-    if not found:
-        given = repr(text.strip()[:40]) if marker else "no '####'"
-        raise ValueError(f"'answer' has {given}; expected '#### ' and a plain number such as 5, -5, 1,250 or 0.5")
-    return Decimal((found[1] + found[2]).replace(",", ""))
 
 
 def first_marked(completion: str) -> str | None:

@@ -68,18 +68,16 @@ class Level(NamedTuple):
     command: list[str]  # what comes before the interpreter
 
 
-def run_programs(
-    programs: list[Program], timeout: float = 3.0, workers: int | None = None, progress: bool = True
-) -> list[Verdict]:
+def run_programs(programs: list[Program], timeout: float = 3.0, workers: int | None = None) -> list[Verdict]:
     """Run each program in its own sandbox, for `timeout` seconds, `workers` (default: all cores) at a time.
 
-    `progress`: a bar on stderr if that is a terminal. Raises RuntimeError if no sandbox starts on this system.
+    A bar on stderr shows how far it is, if that is a terminal. Raises RuntimeError if no sandbox starts on this system.
     """
     level = _level()
     pool = ThreadPoolExecutor(workers or (len(os.sched_getaffinity(0)) if LINUX else os.cpu_count()))
     try:
         verdicts = pool.map(lambda program: _run(level, program, timeout), programs)
-        return list(tqdm(verdicts, "running programs", len(programs), disable=None if progress else True))
+        return list(tqdm(verdicts, "running programs", len(programs), disable=None))
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -38,9 +38,8 @@ from transformers import AutoModelForCausalLM
 import data
 import export
 from command.cli import InputError
-from diagnosis.findings import BASE, UNUSABLE, order_by_loss
+from diagnosis.findings import AS_READ, BASE, REORDERED, UNUSABLE, order_by_loss
 from diagnosis.measure import adapter_changes, by_expert, spread
-from diagnosis.merged import AS_READ, REORDERED
 from diagnosis.report import rank_correlation
 from hub.config import FAMILIES
 from hub.peft import Layout, PeftAdapter, Reading, write_peft
@@ -305,7 +304,7 @@ OF_RUNS = {  # the name of a fault -> how a run of this project that has it is w
     "another-base": run_on_another_base,
 }
 USES = {
-    "evaluation": lambda folder, base: Subject(str(folder)).load(torch.float32, torch.device("cpu")),
+    "evaluation": lambda folder, base: Subject(str(folder)).load(torch.float32),
     "training": lambda folder, base: (
         content_of(base, str(folder)),
         read_start(str(folder), read_config(base), "lora", 0),

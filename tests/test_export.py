@@ -103,7 +103,7 @@ def change_config(folder: Path, changes: dict) -> None:
 
 def merged(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
-    adapter, factors = adapters.read_factors(run / "adapter", read_config(base))
+    adapter, _, factors = adapters.read_own_adapter(run / "adapter", read_config(base))
     export.write_merged(out, adapter, factors, base, **options)
     return out
 
@@ -111,7 +111,7 @@ def merged(base: Path, run: Path, out: Path, **options) -> Path:
 def peft_folder(base: Path, run: Path, out: Path, **options) -> Path:
     out.mkdir()
     config = read_config(base)
-    adapter, factors = adapters.read_factors(run / "adapter", config)
+    adapter, _, factors = adapters.read_own_adapter(run / "adapter", config)
     export.write_adapter(out, adapter, factors, config, "somewhere/base", **options)
     return out
 
@@ -443,7 +443,7 @@ def test_a_damaged_adapter_is_refused_before_anything_is_written(change, said, o
     change(state)
     adapters.save_adapter(state, tmp_path / "adapter", adapter)
     with pytest.raises(InputError, match=said):
-        adapters.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+        adapters.read_own_adapter(tmp_path / "adapter", read_config(olmoe.folder))
 
 
 def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_path):
@@ -451,10 +451,10 @@ def test_lori_with_another_seed_than_it_was_trained_with_is_refused(olmoe, tmp_p
     adapter, state = adapters.read_adapter(tmp_path / "adapter")
     adapters.save_adapter(state, tmp_path / "adapter", replace(adapter, seed=4))
     with pytest.raises(InputError, match="another checksum"):
-        adapters.read_factors(tmp_path / "adapter", read_config(olmoe.folder))
+        adapters.read_own_adapter(tmp_path / "adapter", read_config(olmoe.folder))
 
 
-@pytest.mark.parametrize("read", [adapters.read_factors, adapters.read_any_adapter])
+@pytest.mark.parametrize("read", [adapters.read_own_adapter, adapters.read_any_adapter])
 def test_an_adapter_that_holds_nan_or_infinity_is_refused_by_the_name_of_its_matrix(read, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     adapter, state = adapters.read_adapter(tmp_path / "adapter")

@@ -127,7 +127,7 @@ BAD_FILES = """
 broken line        | gsm8k train a.jsonl     | GOOD ¶  ¶ {"question": "And | line 3 | GSM8K rows
 cut list           | codealpaca train a.json | [ ¶ {"instruction": "x"}, ¶ {"instr | line 3 | Alpaca rows
 other columns      | gsm8k test a.jsonl      | ALPACA | line 1 | 'question' | GSM8K rows
-no number          | gsm8k train a.jsonl     | GOOD ¶ {"question": "Q?", "answer": "####"} | line 2 | '#### number'
+no number          | gsm8k train a.jsonl     | GOOD ¶ {"question": "Q?", "answer": "####"} | line 2 | a plain number
 no output          | saferpaca train a.json  | {"instructions": ["x"]} | entry 1 | Alpaca rows
 blank              | saferpaca test a.csv    | prompt,type ¶ x,y ¶ " ",y ¶ | line 3 | 'prompt'
 not an object      | gsm8k train a.jsonl     | GOOD ¶ 7 | line 2 | GSM8K rows

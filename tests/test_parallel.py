@@ -16,8 +16,7 @@ import hub.weights
 from hub import config
 from machine.processes import ALONE, Processes, end_processes, start_processes
 from model import load_model, save_model
-from routing.balance import load_balancing_loss
-from training_step import batch_gradients, load_for_process
+from training_step import batch_gradients, load_balancing_loss, load_for_process
 
 WORLD = 3  # divides neither the experts nor the heads nor the ranks of the fixtures
 R, ALPHA = 5, 7.0

@@ -36,7 +36,7 @@ def experts_printed(text: str) -> list[list[list[tuple[int, bool]]]]:
 
 def expected_experts(name: str) -> torch.Tensor:
     subject = Subject(name)
-    model = subject.load(torch.float32, torch.device("cpu"))
+    model = subject.load(torch.float32)
     (ids,) = tokenize([TEXT], data.load_tokenizer(subject.folder, subject.config))
     return model(torch.tensor([ids]))[1][:, 0]  # [L, T, K]
 

@@ -10,11 +10,11 @@ import torch
 
 import data
 import hellora
-import profile
 from hub.config import PRESETS
 from lora import LoRALinear
 from model import MoEConfig, load_model
-from routing import advice, pictures, statistics
+from routing import advice, counting, pictures, statistics
+from run import log
 
 
 def test_top_share_and_entropy_have_their_closed_forms():
@@ -92,7 +92,7 @@ def test_parameters_and_flops_of_every_k_are_those_of_a_model_with_these_adapter
     folder, r = make_checkpoint(family).folder, 3
     ids = torch.randint(2, 50, (5, 9), generator=torch.Generator().manual_seed(2))
     batch = data.Batch(ids, torch.tensor([9, 4, 7, 9, 2]), torch.full_like(ids, -100))
-    counted = profile.profile_routing(load_model(folder), [batch])
+    counted = counting.profile_routing(load_model(folder), [batch])
     config = load_model(folder).config
     choices = advice.choices(counted.counts, counted.num_experts_per_tok, advice.adapter_sizes(config, r, targets))
     assert [choice.k for choice in choices] == list(range(1, config.num_experts + 1))
@@ -147,7 +147,7 @@ def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_col
     hot = torch.zeros(L, E, dtype=torch.bool)
     hot[0, [1, 5]] = hot[2, 3] = True
     hellora.attach(model, hot, r=2, alpha=3.0)
-    idle, counts = statistics.IdleExperts(model), torch.ones(L, E)
+    idle, counts = log.IdleExperts(model), torch.ones(L, E)
     without = counts.clone()
     without[0, 5] = without[2, 3] = without[1, 1] = 0
     idle.observe(without, end_of_epoch=False)
@@ -156,7 +156,7 @@ def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_col
     assert idle.names() == []  # the second step of the epoch reached them
     idle.observe(without, end_of_epoch=True)
     idle.observe(counts, end_of_epoch=True)
-    again = statistics.IdleExperts(model)
+    again = log.IdleExperts(model)
     again.load_state_dict(json.loads(json.dumps(idle.state_dict())))
     assert again.names() == idle.names() == ["0:5", "2:3"]  # not reached in the second of three epochs
 
@@ -164,7 +164,7 @@ def test_an_adapted_expert_without_a_token_in_any_whole_epoch_is_named_and_a_col
 def test_counts_of_an_unfinished_epoch_survive_a_resume(olmoe):
     model = load_model(olmoe.folder)
     hellora.attach(model, torch.arange(28).view(4, 7) % 3 == 0, r=2, alpha=3.0)
-    before, after = statistics.IdleExperts(model), statistics.IdleExperts(model)
+    before, after = log.IdleExperts(model), log.IdleExperts(model)
     before.observe(torch.ones(4, 7), end_of_epoch=False)
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     after.observe(torch.zeros(4, 7), end_of_epoch=True)

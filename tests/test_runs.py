@@ -149,15 +149,14 @@ def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
 
 def test_processes_that_see_other_checkpoints_say_so_before_one_waits_for_the_others(tmp_path, monkeypatch):
     trained = {"layers.0.lora_A": torch.nn.Parameter(torch.ones(2, 3))}
-    model, optimizer = Mock(named_parameters=trained.items), torch.optim.AdamW(trained.values())
-    save_state(tmp_path, 3, trained, optimizer, {}, keep=1)
+    model = Mock(named_parameters=trained.items, adapter=None)
+    optimizer = torch.optim.AdamW(trained.values())
+    save_state(tmp_path / "checkpoint", 3, trained, optimizer, {}, keep=1)
     observer = Mock()
     # The other process begins with step 1.
     monkeypatch.setattr("torch.distributed.all_reduce", lambda x, op: x.copy_(x.maximum(torch.tensor([1, -1]))))
-    checkpoints = Checkpoints(
-        tmp_path, model, optimizer, [observer], pinned={}, steps=5, save_every=1, keep=1,
-        processes=Processes(0, 2, torch.device("cpu")),
-    )  # fmt: skip
+    run = Mock(items=[], held_out=[], steps=5, processes=Processes(0, 2, torch.device("cpu")))
+    checkpoints = Checkpoints(run, model, optimizer, tmp_path, [observer])
     with pytest.raises(InputError, match="resume from steps 1 to 4; expected one --out for all"):
         checkpoints.resume()
     assert not observer.load_state_dict.called

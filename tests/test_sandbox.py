@@ -41,7 +41,7 @@ def outcomes(codes: dict | list, test: str | None = None, timeout: float = 10.0,
     codes = codes if isinstance(codes, dict) else {code: code for code in codes}
     pairs = [(code, CHECK) if isinstance(code, str) else code for code in codes.values()]
     programs = [Program(dedent(code), test or its_test, "f") for code, its_test in pairs]
-    verdicts = sandbox.run_programs(programs, timeout, workers, progress=False)
+    verdicts = sandbox.run_programs(programs, timeout, workers)
     assert all(verdict.passed == (verdict.outcome == "passed") for verdict in verdicts)
     return {name: verdict.outcome for name, verdict in zip(codes, verdicts, strict=True)}
 
@@ -167,7 +167,7 @@ sys.__stdout__.write(json.dumps(result))"""
 def test_verdicts_are_those_of_exec_in_one_interpreter(level):
     expected = dict(zip(HONEST, reference([*HONEST.values()]), strict=True))
     assert 8 < sum(expected.values()) < len(HONEST) - 8
-    verdicts = sandbox.run_programs([Program(*pair, "f") for pair in HONEST.values()], 10.0, progress=False)
+    verdicts = sandbox.run_programs([Program(*pair, "f") for pair in HONEST.values()], 10.0)
     got = {name: verdict for name, verdict in zip(HONEST, verdicts, strict=True)}
     assert {name: verdict.passed for name, verdict in got.items()} == expected, got
 
@@ -656,7 +656,7 @@ def test_a_sandbox_that_dies_takes_one_verdict_with_it(monkeypatch):
     killer = "import ctypes, os\nctypes.CDLL(None).kill(os.getppid(), 9)\n" + right
     level = LEVELS[-1]
     monkeypatch.setattr(sandbox, "_level", lambda: level)
-    got = sandbox.run_programs([Program(code, CHECK, "f") for code in (right, killer, right)], progress=False)
+    got = sandbox.run_programs([Program(code, CHECK, "f") for code in (right, killer, right)])
     assert got[0].passed and got[2].passed
     if level.tool or os.geteuid() == 0:  # its supervisor is out of reach
         assert got[1].passed

@@ -284,21 +284,20 @@ def test_a_disk_without_room_for_the_results_is_named_before_the_first_step(flag
 
 
 def test_a_disk_that_is_full_during_the_run_is_one_line_that_names_the_last_checkpoint(tmp_path, monkeypatch):
-    real = run.log.keep_records
+    real = run.log.write_jsonl
 
-    def on_a_full_disk(path: Path, steps: int) -> list[dict]:
-        records = real(path, steps)
+    def on_a_full_disk(path: Path, records: list[dict]) -> None:
+        real(path, records)
         path.rename(tmp_path / "log.jsonl")
         path.symlink_to("/dev/full")
-        return records
 
     flags = [*SMALL, "--save-every", "1", "--out", str(tmp_path / "run")]
     train.main([*flags, "--steps", "2"])
-    monkeypatch.setattr(run.log, "keep_records", on_a_full_disk)
+    monkeypatch.setattr(run.log, "write_jsonl", on_a_full_disk)
     says = "log.jsonl cannot be written .No space left on device.; the last good checkpoint is .*step-00000002$"
     with pytest.raises(RunError, match=says):
         train.main([*flags, "--resume"])
-    monkeypatch.setattr(run.log, "keep_records", real)
+    monkeypatch.setattr(run.log, "write_jsonl", real)
     (tmp_path / "log.jsonl").rename(tmp_path / "run/log.jsonl")
     assert train.main([*flags, "--resume"])["steps"] == 3
 

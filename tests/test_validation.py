@@ -22,8 +22,9 @@ from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS
 from run import adapters
-from run.subject import Subject
-from run.validation import BEST, Validation, best_of, out_of_patience, split
+from run.inputs import split
+from run.subject import BEST, Subject
+from run.validation import Validation, best_of, out_of_patience
 from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
@@ -256,7 +257,7 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
         assert Subject(str(out)).adapter == out / name
         for asked, there in ((out, name), (out / "adapter", "adapter"), (out / "adapter-best", "adapter-best")):
             capsys.readouterr()
-            subject = Subject(str(asked)).load(torch.float32, torch.device("cpu"))
+            subject = Subject(str(asked)).load(torch.float32)
             want = load_model("base")
             adapters.load_adapter(want, out / there)
             ids = torch.arange(2, 14).view(2, 6)

@@ -84,7 +84,7 @@ def moved(before: Tensor, after: Tensor, num_experts: int) -> dict[str, float]:
 
 
 def reading(subject: Subject, material: Material) -> Reading:
-    model = subject.load(torch.float32, torch.device("cpu"))
+    model = subject.load(torch.float32)
     return {name: read_through(model, items) for name, items in material.items()}
 
 
