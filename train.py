@@ -31,8 +31,8 @@ from lori import sparsify, top_entries
 from machine.processes import end_processes, freed_memory_kept
 from model import MoETransformer
 from neighbours import drlora
+from profile import Warmup, count_task
 from recipes.methods import num_hot_experts
-from routing.counting import Warmup, count_task
 from routing.profiles import RoutingProfile, note_origin
 from run import adapters
 from run.folder import earlier_result

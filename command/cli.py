@@ -134,7 +134,8 @@ def flag(default: Any = MISSING, help: str = "", **options: Any) -> Any:
     """A dataclass field that is a flag of the command line. options: as for argparse's add_argument.
 
     False as default makes a switch. positional=True makes an argument without dashes. group="..." names the section of
-    `--help` in which the flag is shown. Without a default it is required.
+    `--help` in which the flag is shown. alias="..." is an older name of the flag, which the help does not show. Without
+    a default it is required.
     """
     return field(default=default, metadata={"help": help} | options)
 
@@ -150,7 +151,7 @@ def parse(settings: type[T], argv: list[str] | None, *, example: str = "", **opt
         parser.epilog += f"example:\n  {example}"
     for f in fields(settings):
         argument = dict(f.metadata)
-        group, positional = argument.pop("group", None), argument.pop("positional", None)
+        group, positional, alias = (argument.pop(key, None) for key in ("group", "positional", "alias"))
         place = groups.setdefault(group, parser.add_argument_group(group)) if group else parser
         if f.default is False:
             argument["action"] = "store_true"
@@ -161,6 +162,10 @@ def parse(settings: type[T], argv: list[str] | None, *, example: str = "", **opt
         name = f.name if positional else f"--{f.name.replace('_', '-')}"
         place.add_argument(name, **argument)
         flags.append(name)
+        if alias:
+            hidden = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+            parser.add_argument(alias, dest=f.name, **argument | hidden)
+            flags.append(alias)
     argv = sys.argv[1:] if argv is None else argv
     parser.check_flags(argv, flags)
     may_follow = any(f.metadata.get("nargs") == "?" for f in fields(settings))  # a prompt, after the flags

@@ -119,3 +119,8 @@ def experts_flag(text: str) -> str:
 
 
 COUNT_ON_HELP = "base: count with the base model; lora: while LoRA on all experts trains (the paper's warm-up)"
+
+
+def count_on_flag(text: str) -> str:
+    """An argparse type: base or lora. `--warmup none` is the older name of `--count-on base`."""
+    return "base" if text == "none" else text

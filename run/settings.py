@@ -18,7 +18,7 @@ from hub.config import IGNORE_HELP
 from hub.tokenizer import BOS_HELP
 from machine.memory import CHOSEN, SHARD_HELP
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype
-from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, defaults_by_task, experts_flag
+from recipes.methods import COUNT_ON_HELP, METHODS, RECIPES, count_on_flag, defaults_by_task, experts_flag
 from recipes.papers import PAPERS, recipe_flags
 from run.report import PACKAGES
 from run.schedule import SCHEDULES
@@ -68,7 +68,9 @@ class Settings:
     scores: str | None = flag(None, "what ranks experts (default: counts)", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
     sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
-    count_on: str = flag("base", COUNT_ON_HELP, choices=("base", "lora"), **CHOICE)
+    count_on: str = flag(
+        "base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup", **CHOICE
+    )
     targets: str | None = flag(None, TARGETS_HELP, choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "rank r of a LoRA pair (default: by task, below)", type=POSITIVE, **ADAPTER)
     expert_rank: int | None = flag(None, "rank of the experts' pairs (default: --rank)", type=POSITIVE, **ADAPTER)

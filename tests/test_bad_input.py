@@ -351,7 +351,7 @@ train --init-adapter lori --method hellori-s         | starts from zero
 train --init-adapter run --rank 4                    | --rank contradicts --init-adapter
 train --steps 3 --epochs 1                           | contradict
 train --router-aux-form layer                        | both or neither
-train --profile profile.json --count-on lora           | --count-on lora | --profile
+train --profile profile.json --count-on lora       | --count-on lora | --profile
 train --init-adapter notes                           | --init-adapter notes holds no adapter
 train --init-adapter run --k 8                       | contradicts --init-adapter
 train --init-adapter lori                            | kind lori | lora

@@ -195,6 +195,14 @@ def test_an_argument_that_may_be_left_out_may_stand_before_the_flags_and_after_t
     assert cli.parse(generate.Settings, ["--adapter", "none", "RUN"]).prompt is None
 
 
+def test_an_older_name_of_a_flag_is_accepted_and_not_shown(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        train.main(["--help"])
+    assert "--warmup" not in capsys.readouterr().out
+    assert train.parse_settings(["--warmup", "lora"]).count_on == "lora"
+    assert train.parse_settings(["--warmup", "none"]) == train.parse_settings(["--count-on", "base"])
+
+
 @pytest.mark.parametrize(
     "text, says",
     [

@@ -21,7 +21,7 @@ from command import cli
 from hub.config import FAMILIES
 from machine.processes import end_processes, start_processes
 from model import MoEConfig, MoETransformer, load_model, read_config
-from routing import counting, profiles, statistics
+from routing import profiles, statistics
 
 LENGTHS = (5, 2, 11, 3, 8, 1, 7)  # of the sequences; 7 sequences do not divide evenly by 2 batches or 2 processes
 WARMUP = dict(r=3, alpha=7.0, lr=0.05)  # a rate at which routing has changed by the second step
@@ -60,24 +60,24 @@ def test_counts_and_gate_mass_are_those_of_transformers_router(make_checkpoint, 
     checkpoint = make_checkpoint(family)
     config = read_config(checkpoint.folder)
     items = make_items(config.vocab_size)
-    counted = counting.profile_routing(load_model(checkpoint.folder), make_batches(items, 3))
+    counted = profile.profile_routing(load_model(checkpoint.folder), make_batches(items, 3))
     counts, mass = plain_routing(checkpoint.hf, items, config)
     assert counted.counts.dtype == torch.int64 and counted.counts.tolist() == counts
     assert counted.gate_mass.dtype == torch.float64
     torch.testing.assert_close(counted.gate_mass, torch.tensor(mass, dtype=torch.float64), rtol=1e-4, atol=1e-5)
     assert (counted.num_tokens, counted.num_experts_per_tok) == (sum(LENGTHS), config.num_experts_per_tok)
-    assert counting.count_experts(load_model(checkpoint.folder), make_batches(items, 3)).tolist() == counts
+    assert profile.count_experts(load_model(checkpoint.folder), make_batches(items, 3)).tolist() == counts
 
 
 def test_padding_is_never_counted_whatever_its_token_id(olmoe):
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
-    alone = counting.profile_routing(model, make_batches(items, 1))
+    alone = profile.profile_routing(model, make_batches(items, 1))
     for pad_id in (1, 37):
         (batch,) = make_batches(items, len(items), pad_id)
         wider = data.Batch(F.pad(batch.input_ids, (0, 6), value=pad_id), batch.lengths, F.pad(batch.labels, (0, 6)))
         for padded in (batch, wider):
-            counted = counting.profile_routing(model, [padded])
+            counted = profile.profile_routing(model, [padded])
             assert counted.counts.equal(alone.counts) and counted.num_tokens == alone.num_tokens
             torch.testing.assert_close(counted.gate_mass, alone.gate_mass, rtol=1e-5, atol=1e-5)
 
@@ -89,7 +89,7 @@ def test_counting_leaves_the_model_as_it_was_and_runs_no_lm_head(olmoe, training
     model.norm.register_forward_pre_hook(
         lambda head, args: calls.append((len(args[0]), head.training, torch.is_grad_enabled()))
     )
-    counting.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
+    profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
     assert set(calls) == {(0, False, False)}
     assert all(module.training is training for module in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -98,9 +98,9 @@ def test_counting_leaves_the_model_as_it_was_and_runs_no_lm_head(olmoe, training
 def test_no_token_at_all_is_an_input_error(olmoe):
     model = load_model(olmoe.folder)
     with pytest.raises(cli.InputError, match="no token"):
-        counting.profile_routing(model, [])
+        profile.profile_routing(model, [])
     with pytest.raises(cli.InputError, match="no token"):
-        counting.profile_warmup(with_lora(model), [], 3, **STEPS)
+        profile.profile_warmup(with_lora(model), [], 3, **STEPS)
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e38])  # finite, but the router's logits overflow
@@ -108,7 +108,7 @@ def test_non_finite_routing_weights_are_an_error_that_names_the_layer(olmoe, val
     model = load_model(olmoe.folder)
     model.layers[2].mlp.gate.weight.data[3] = value
     with pytest.raises(cli.RunError, match="routing weights of layer 2 are NaN or infinite"):
-        counting.count_experts(model, make_batches(make_items(model.config.vocab_size), 3))
+        profile.count_experts(model, make_batches(make_items(model.config.vocab_size), 3))
 
 
 # ----------------------------------------------------------------------------------------------------- warm-up
@@ -148,12 +148,12 @@ def test_warmup_counts_what_is_chosen_while_lora_on_every_expert_trains(olmoe):
     items = make_items(model.config.vocab_size)
     order = data.global_batches(len(items), 2, STEPS["seed"], epoch=0)
     batches = [data.collate([items[i] for i in chosen], 1) for chosen in order]
-    before = counting.profile_routing(model, batches)
-    warm = counting.profile_warmup(with_lora(model), items, 2, **STEPS)
+    before = profile.profile_routing(model, batches)
+    warm = profile.profile_warmup(with_lora(model), items, 2, **STEPS)
     assert warm.counts.tolist() == plain_warmup(load_model(olmoe.folder), batches, **WARMUP, seed=STEPS["seed"])
     assert warm.counts.sum(-1).equal(before.counts.sum(-1)) and not warm.counts.equal(before.counts)
     fresh = with_lora(load_model(olmoe.folder))  # nothing is learnt yet when the first step counts
-    first = counting.profile_warmup(fresh, items, len(items), **STEPS)
+    first = profile.profile_warmup(fresh, items, len(items), **STEPS)
     assert first.counts.equal(before.counts)
 
 
@@ -161,7 +161,7 @@ def test_a_warmup_with_a_nan_loss_stops_and_counts_nothing(olmoe):
     model = with_lora(load_model(olmoe.folder))
     model.layers[1].mlp.experts.lora["up_proj"].lora_A.data[0] = float("nan")
     with pytest.raises(cli.RunError, match="warm-up: loss nan, .*; use --count-on base"):
-        counting.profile_warmup(model, make_items(model.config.vocab_size), 3, **STEPS)
+        profile.profile_warmup(model, make_items(model.config.vocab_size), 3, **STEPS)
 
 
 # ----------------------------------------------------------------------------------------------- two processes
@@ -172,13 +172,13 @@ def count_in_process(folder, out) -> None:
     processes = start_processes(timeout=timedelta(minutes=3))  # who waits for what never comes fails, and does not hang
     model = load_model(folder)
     items = make_items(model.config.vocab_size)
-    base = counting.profile_routing(model, make_batches(items, 2)[processes.index :: 2])
-    warm = counting.profile_warmup(with_lora(model), items, 3, processes=processes, **STEPS)
+    base = profile.profile_routing(model, make_batches(items, 2)[processes.index :: 2])
+    warm = profile.profile_warmup(with_lora(model), items, 3, processes=processes, **STEPS)
     counted = [base, warm]
     for shard in ("none", "full"):  # seven examples: the last step leaves one process without any
-        for warmup in (None, counting.Warmup(**WARMUP, batch=3)):
+        for warmup in (None, profile.Warmup(**WARMUP, batch=3)):
             counted.append(
-                counting.count_task(
+                profile.count_task(
                     folder, items, 3, processes, dtype=torch.float32, shard=shard, warmup=warmup, seed=STEPS["seed"]
                 )
             )
@@ -190,8 +190,8 @@ def test_two_processes_get_the_totals_of_one_process_sharded_or_not(olmoe, tmp_p
     on_processes(2, count_in_process, olmoe.folder, tmp_path)
     model = load_model(olmoe.folder)
     items = make_items(model.config.vocab_size)
-    base = counting.profile_routing(model, make_batches(items, 2))
-    warm = counting.profile_warmup(with_lora(model), items, 3, **STEPS)
+    base = profile.profile_routing(model, make_batches(items, 2))
+    warm = profile.profile_warmup(with_lora(model), items, 3, **STEPS)
     for index in (0, 1):
         for one, two in zip((base, warm) * 3, torch.load(tmp_path / f"{index}.pt"), strict=True):
             assert two["counts"].equal(one.counts) and two["num_tokens"] == one.num_tokens == sum(LENGTHS)
@@ -208,7 +208,7 @@ GOOD = {
 
 def test_a_saved_profile_loads_as_it_was_and_holds_the_documented_keys(olmoe, tmp_path):
     model = load_model(olmoe.folder)
-    counted = counting.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
+    counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
     path = tmp_path / "new folder" / "profile.json"
     profiles.save_profile(replace(counted, model="a model", task="a task"), path)
     loaded = profiles.load_profile(path)

@@ -10,10 +10,11 @@ import torch
 
 import data
 import hellora
+import profile
 from hub.config import PRESETS
 from lora import LoRALinear
 from model import MoEConfig, load_model
-from routing import advice, counting, pictures, statistics
+from routing import advice, pictures, statistics
 from run import log
 
 
@@ -92,7 +93,7 @@ def test_parameters_and_flops_of_every_k_are_those_of_a_model_with_these_adapter
     folder, r = make_checkpoint(family).folder, 3
     ids = torch.randint(2, 50, (5, 9), generator=torch.Generator().manual_seed(2))
     batch = data.Batch(ids, torch.tensor([9, 4, 7, 9, 2]), torch.full_like(ids, -100))
-    counted = counting.profile_routing(load_model(folder), [batch])
+    counted = profile.profile_routing(load_model(folder), [batch])
     config = load_model(folder).config
     choices = advice.choices(counted.counts, counted.num_experts_per_tok, advice.adapter_sizes(config, r, targets))
     assert [choice.k for choice in choices] == list(range(1, config.num_experts + 1))

@@ -13,13 +13,14 @@ import data
 import export
 import hellora
 import ops
+import profile
 import train
 from command.cli import InputError
 from hub.checkpoint import TINY
 from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS, num_hot_experts
-from routing import counting, profiles
+from routing import profiles
 from run import adapters
 from training_step import batch_gradients
 
@@ -99,7 +100,7 @@ def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch()
     assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))
     assert done.loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
     batches = [data.collate([item], 1) for item in items]
-    assert torch.equal(done.counts.long(), counting.count_experts(model, batches))  # B is zero: as the base routes
+    assert torch.equal(done.counts.long(), profile.count_experts(model, batches))  # B is zero: as the base routes
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name

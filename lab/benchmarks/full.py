@@ -42,7 +42,7 @@ from lab.benchmarks.workload import make_batches
 from machine import memory
 from machine.processes import ALONE, freed_memory_kept
 from model import MoEConfig, MoETransformer, read_config
-from routing.counting import count_task
+from profile import count_task
 from training_step import batch_gradients, load_for_process
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer

@@ -47,7 +47,7 @@ from lab.benchmarks.workload import SHAPES, make_batches
 from lab.markdown import grid
 from machine.processes import DTYPE_HELP, DTYPES, default_dtype, freed_memory_kept
 from model import MoEConfig
-from routing.counting import profile_routing
+from profile import profile_routing
 
 NAMES = ("floor", *OURS, "fft", *PEERS)
 RANKS, BATCHES = {"small": 8, "full": 32}, {"small": [8, 32], "full": [16]}

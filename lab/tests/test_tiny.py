@@ -9,11 +9,12 @@ import torch
 
 import data
 import hellora
+import profile
 from hub.checkpoint import EMBEDDED, TINY
 from lab import make_tiny as make
 from lab.documents import HELD_OUT_SEED, pretraining_documents
 from model import load_model, read_config
-from routing import counting, statistics
+from routing import statistics
 from scoring import refusals
 from tiny import tasks
 
@@ -155,7 +156,7 @@ def test_routing_is_skewed_within_every_layer_and_the_tasks_have_hot_sets_of_the
     hot = []
     for task in KINDS:
         items = data.encode(data.load_examples(task, "train", limit=40), tokenizer, model.config.eos_token_id)
-        counts = counting.count_experts(model, [data.collate(items, model.config.pad_token_id)])
+        counts = profile.count_experts(model, [data.collate(items, model.config.pad_token_id)])
         assert statistics.top_share(counts, 8).min() > 0.25
         hot.append(hellora.select_experts("hot", counts, 8))
     math, code, safety = hot

@@ -11,13 +11,13 @@ import data
 import hellora
 import lori
 import model as transformer
+import profile
 from hellora import KINDS
 from hub.config import FAMILIES
 from hub.peft import Layout, unstack
 from lora import init_A as fill_A
 from machine.processes import Processes
 from neighbours.drlora import RankGrowth
-from routing import counting
 from scoring import gsm8k, refusals
 from scoring.statistics import pass_at_k  # noqa: F401
 from training_step import batch_gradients, tally
@@ -272,7 +272,7 @@ def forward(folder, input_ids, lengths, change=lambda model: None):
 
 def counts(folder, input_ids, lengths):
     batch = data.Batch(tensor(input_ids), tensor(lengths), torch.full(input_ids.shape, -100))
-    return counting.count_experts(transformer.load_model(folder), [batch]).numpy()
+    return profile.count_experts(transformer.load_model(folder), [batch]).numpy()
 
 
 def adapted_model(folder, factors, alpha) -> transformer.MoETransformer:
