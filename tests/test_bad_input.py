@@ -64,6 +64,7 @@ WORDS = {  # what stands for what in the tables below
     "LONG": "long" * 80,  # no file system takes such a name
     "MANY": "1" + "0" * 400,
     "MARK": "\ufdd00\ufdd1",
+    "HALF": "\ud800",
     " ¶ ": "\n",
 }
 
@@ -125,6 +126,8 @@ run-bare/config.json | {"model": "tiny"}
 run-list/config.json | {"model": "tiny", "settings": []}
 run-task/config.json | {"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}
 run-model/config.json | {"model": 7, "settings": {"task": "tiny-math"}}
+fft/config.json      | {"model": "tiny", "settings": {}}
+fft/model/config.json | {}
 evaluation/items.jsonl | {"id": "0", "correct": true}
 evaluation/score.json | {"problems": "d", "settings": {"task": "tiny-math"}}
 evaluation-ids/items.jsonl | {"id": "1", "correct": true}
@@ -269,7 +272,7 @@ def make(name: str, made: SimpleNamespace) -> None:
     path = Path(name)
     for inside in TEXTS:
         if inside == name or inside.startswith(f"{name}/"):
-            Path(inside).parent.mkdir(exist_ok=True)
+            Path(inside).parent.mkdir(parents=True, exist_ok=True)
             Path(inside).write_text(TEXTS[inside] + "\n")
     if name in PROFILES:
         path.write_text(profile_of(**json.loads(PROFILES[name])))
@@ -301,7 +304,20 @@ train --model file                                   | model 'file' | config.jso
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong
 train --model ''                                     | empty
-train extra                                          | extra
+train --model tinny                                  | did you mean tiny?
+train --model tiny --revision v2                     | --revision v2 is one of a hub id, and the model is tiny
+train --model a/b@v1 --revision v2                   | and the model is a/b@v1
+train --model run                                    | 'run' has no config.json of a model | merge its adapter first
+train --model run/adapter                            | the adapter of a run of train.py; name the model that it was
+train --model fft                                    | it is a run of train.py; name fft/model
+train extra                                          | extra (see train.py --help)
+train --epoch 3                                      | unknown flag --epoch; did you mean --epochs? (see train.py --help)
+train --savevery=3                                   | unknown flag --savevery; did you mean --save-every?
+train -k 3                                           | unknown flag -k; did you mean --k?
+train --xyz                                          | unknown flag --xyz (see
+train --method helora                                | did you mean hellora?
+train --steps                                        | --steps: expected one argument (see train.py --help)
+train --steps 0                                      | got '0'; expected a whole number at least 1 (see train.py --help)
 train --k 0                                          | '0' | at least 1
 train --k 1.5                                        | '1.5' | between 0 and 1
 train --k 65                                         | 65 | 1..64
@@ -537,6 +553,17 @@ export run --to merged --out new --model weights-nan    | not the base
 export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
 export run --to merged --out new --compact           | --compact
+export run --too peft --out new                      | unknown flag --too; did you mean --to?
+export check peft-base --base nowhere/at-all         | nowhere/at-all
+export check nowhere/at-all --base tiny              | nowhere/at-all
+export check peft-base --base tiny --adapter peft-base | --adapter has no meaning with the adapter
+export check tiny --base tiny --adapter tiny         | holds no adapter
+export check tiny-mixtral --base tiny                | of another model
+export check peft-base --base tiny --profile absent.json | absent.json
+generate                                             | the following arguments are required: model
+generate tiny a --top-p 0.5                          | greedy decoding does not sample
+generate tiny a --max-new-tokens 0                   | got '0'
+generate tiny HALF                                   | the prompt is not text in UTF-8
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
 evaluate --task own --completions answers.jsonl      | measured by the loss

@@ -542,24 +542,6 @@ def test_the_picture_at_the_end_of_a_run_is_drawn_for_a_family_with_biases_too(m
     assert (tmp_path / "adapter.png").is_file()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["adapter", "--base", "nowhere/at-all"], "nowhere/at-all"),
-        (["nowhere/at-all", "--base", "BASE"], "nowhere/at-all"),
-        (["adapter", "--base", "BASE", "--adapter", "adapter"], "--adapter has no meaning with the adapter"),
-        (["BASE", "--base", "BASE", "--adapter", "BASE"], "holds no adapter"),
-        (["BASE", "--base", "tiny"], "of another model"),
-        (["adapter", "--base", "BASE", "--profile", "none.json"], "none.json"),
-    ],
-)
-def test_wrong_input_of_the_check_is_an_input_error(flags, message, base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_one_by_one(base, Path("adapter"), factors_of(base, [1]))
-    with pytest.raises(InputError, match=message):
-        export.main(["check", *(str(base) if flag == "BASE" else flag for flag in flags)])
-
-
 def trained_by_peft(base: Path, out: Path, rows: Path) -> peft.PeftModel:
     """PEFT's own training of all experts on the rows of a file, saved."""
     reader = data.Reader("own", base, read_config(base))

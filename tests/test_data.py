@@ -310,18 +310,6 @@ def test_a_tokenizer_that_is_missing_broken_or_of_another_model_is_a_wrong_input
         data.load_tokenizer(words, config(vocab_size=size - 1))
 
 
-def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_model_does_not(words):
-    size = Tokenizer.from_file(str(words / "tokenizer.json")).get_vocab_size()
-    for eos in (None, size):
-        without = config(vocab_size=size + 5, eos_token_id=eos)
-        tokenizer = data.load_tokenizer(words, without)
-        [item] = data.encode([Example("0", "a", "b", {})], tokenizer, None)
-        assert len(item.ids) == 2 and item.spans == ((1, 2),)
-        with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training needs one"):
-            data.end_token(tokenizer, without)
-    assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == 1
-
-
 def test_an_eos_token_that_is_text_is_an_error_where_the_tokenizer_names_another(words):
     tokenizer = data.load_tokenizer(words, config())
     text = tokenizer.token_to_id("!")

@@ -79,25 +79,6 @@ def test_saliency_is_share_of_use_times_share_of_importance_over_a_power_of_the_
     assert ours.tolist() == [pytest.approx(row, rel=1e-4) for row in by_hand]
 
 
-@pytest.mark.parametrize(
-    "quota, cap, free, grown",
-    [
-        (5, 2, [9, 9, 9, 9], [0, 2, 2, 1]),  # by falling saliency, at most 2 each
-        (5, 2, [9, 1, 0, 9], [2, 1, 0, 2]),  # what is full is passed over
-        (11, 2, [3, 3, 3, 3], [2, 3, 3, 3]),  # all capped: a second round
-        (9, 2, [1, 0, 2, 0], [1, 0, 2, 0]),  # more than fits
-        (0, 2, [9, 9, 9, 9], [0, 0, 0, 0]),
-    ],
-)
-def test_a_quota_goes_to_the_most_salient_experts_within_cap_and_room(quota, cap, free, grown):
-    saliency = torch.tensor([0.1, 0.9, 0.5, 0.3])
-    assert drlora.allocate(saliency, quota, cap, torch.tensor(free)).tolist() == grown
-
-
-def test_equal_saliency_goes_to_the_lower_id():
-    assert drlora.allocate(torch.ones(4), 3, 2, torch.full((4,), 9)).tolist() == [2, 1, 0, 0]
-
-
 # ------------------------------------------------------------------------------------------------- the budget
 
 
@@ -134,45 +115,6 @@ def test_a_long_run_spends_the_same_at_every_growth_and_caps_every_expert():
 
 
 # ------------------------------------------------------------------------------------------------- in training
-
-
-def test_scores_equal_a_plain_loop_over_layers_experts_projections_and_dimensions():
-    """The method as written: scores of A and of B per dimension, decayed; a grown dimension begins at zero."""
-    model = adapted()
-    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
-    usage = [[0.0] * E for _ in range(L)]
-    score = {(i, e, name, j): 0.0 for i, name in pairs_of(model) for e in range(E) for j in range(R_MAX)}
-    for step in range(1, 6):
-        counts = backward(model, step)
-        for (i, name), pair in pairs_of(model).items():
-            A, B = (p.tolist() for p in (pair.lora_A, pair.lora_B))
-            gA, gB = (p.grad.tolist() for p in (pair.lora_A, pair.lora_B))
-            for e in range(E):
-                for j in range(int(growth.ranks()[i, e])):
-                    s_A = abs(sum(g * a for g, a in zip(gA[e][j], A[e][j], strict=True)))
-                    s_B = abs(sum(g[j] * b[j] for g, b in zip(gB[e], B[e], strict=True)))
-                    score[i, e, name, j] = 0.9 * score[i, e, name, j] + 0.1 * (s_A + s_B) / 2
-        usage = [[0.9 * u + int(c) for u, c in zip(*rows, strict=True)] for rows in zip(usage, counts, strict=True)]
-        growth.observe(counts)
-        ranks = growth.ranks().tolist()
-        names = ("gate_proj", "up_proj", "down_proj")
-        for i in range(L):
-            importance = [
-                sum(score[i, e, name, j] for name in names for j in range(ranks[i][e])) / ranks[i][e] / 3
-                for e in range(E)
-            ]
-            f = [u / sum(usage[i]) + 1e-6 for u in usage[i]]
-            g = [s / max(sum(importance), 1e-30) + 1e-6 for s in importance]
-            expected = [f[e] * g[e] / (ranks[i][e] + 1) ** 1.2 for e in range(E)]
-            assert growth.saliency()[i].tolist() == pytest.approx(expected, rel=1e-4), (step, i)
-        optimizer.step()
-        optimizer.zero_grad()
-        before = growth.ranks()
-        growth.grow(step)
-        for i, e, name, j in score:
-            if before[i, e] <= j < growth.ranks()[i, e]:
-                score[i, e, name, j] = 0.0
-    assert len(growth.ranks().unique()) > 2
 
 
 def test_what_has_not_grown_never_changes_and_the_rest_trains_as_plain_lora_of_its_rank():

@@ -290,20 +290,6 @@ def test_a_prompt_is_answered_on_the_command_line_and_each_line_of_a_pipe_by_its
     assert capsys.readouterr().out == alone and alone.count("\n") >= 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["tiny", "a", "--top-p", "0.5"], "greedy decoding does not sample"),
-        (["tiny", "\ud800"], "the prompt is not text in UTF-8"),
-        (["tiny", "a", "--max-new-tokens", "0"], "got '0'"),
-        ([], "the following arguments are required: model"),
-    ],
-)
-def test_wrong_flags_are_one_error(flags, message):
-    with pytest.raises(InputError, match=message):
-        command.main(flags)
-
-
 class Terminal:
     """A process in a terminal of its own."""
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from command.cli import InputError
-from hub.checkpoint import TINY, resolve
 from hub.config import FAMILIES, MULTIPLIERS
 from hub.weights import init_weights
 from model import (
@@ -312,11 +311,6 @@ def test_transformers_loads_what_save_model_wrote(make_checkpoint, tmp_path, fam
     torch.testing.assert_close(hf(ids).logits, checkpoint.hf(ids).logits, atol=1e-4, rtol=0)
 
 
-def test_tied_embeddings_stay_one_parameter(make_checkpoint):
-    model = load_model(make_checkpoint("olmoe", tie_word_embeddings=True).folder)
-    assert model.lm_head.weight is model.embed_tokens.weight
-
-
 def test_saving_beside_the_shards_of_another_checkpoint_is_refused(olmoe, tmp_path):
     olmoe.hf.save_pretrained(tmp_path, max_shard_size="40KB")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -410,11 +404,6 @@ def test_a_missing_shard_and_a_weight_that_two_shards_hold_are_named(olmoe, tmp_
     assert second.name in message and "missing" in message
 
 
-def test_a_folder_without_weights_is_refused(copied):
-    (copied / "model.safetensors").unlink()
-    assert "model.safetensors" in error_of(load_model, copied)
-
-
 @pytest.mark.parametrize(
     "change, parts",
     [
@@ -495,20 +484,3 @@ def test_nested_values_of_the_rotary_embedding_are_checked_beside_those_at_the_t
     assert list(inner)[0] in error_of(read_config, copied)
 
 
-def test_a_path_that_is_no_checkpoint_folder_is_refused(tmp_path):
-    assert str(tmp_path) in error_of(load_model, tmp_path)
-    file = tmp_path / "weights.bin"
-    file.write_bytes(b"")
-    assert "weights.bin" in error_of(load_model, file)
-    assert "config.json" in error_of(load_model, str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-folder", "./a/b/c", "two words", ""])
-def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    assert repr(name) in error_of(load_model, name)
-
-
-def test_resolve_knows_the_embedded_models_and_local_folders(olmoe):
-    assert (resolve("tiny"), resolve("tiny-mixtral")) == (TINY, TINY / "mixtral")
-    assert resolve(olmoe.folder) == resolve(str(olmoe.folder)) == olmoe.folder

@@ -89,6 +89,9 @@ def test_every_method_and_every_choice_of_targets_trains_what_it_says(
     tensors = load_file(tmp_path / "run/adapter/adapter.safetensors")
     values = {name: t for name, t in tensors.items() if t.is_floating_point()}
     assert sum(t.numel() for t in values.values()) == expected(method, targets)
+    if FACTORS.get(method) == "b":  # where they stand: a bit for every entry of B
+        bits = sum(t.nbytes for t in tensors.values()) - 4 * expected(method, targets)
+        assert bits <= 10 * expected(method, targets) // 8 + len(tensors)
 
     # It trains what it says, where it says.
     model = trained_models[-1]

@@ -5,7 +5,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -111,14 +110,6 @@ def test_a_command_does_its_work_or_ends_with_one_line(command, surrounding, fin
     assert errors == (err.splitlines()[-1:] if status else [])
     assert any((tmp_path / "out").iterdir()) if status == 0 else not list(tmp_path.rglob("*.part"))
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}  # nothing half-written beside it
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_where_nothing_can_be_written_the_place_is_named(command, finished, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file/out", Path("/proc/nothing/out")):
-        status, err = outcome(command, place, finished, monkeypatch, capsys)
-        assert status == 2 and str(place) in err and err.count("\n") == 1, err
 
 
 # --------------------------------------------------------------------------------------------- processes of a group
@@ -337,23 +328,6 @@ def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------- what is written
 
 
-def test_full_fine_tuning_writes_the_dtype_that_is_asked_for(tmp_path):
-    flags = [*SMALL[:6], "--steps", "2", "--method", "fft"]
-    train.main([*flags, "--out", str(tmp_path / "float32")])
-    train.main([*flags, "--save-dtype", "bfloat16", "--out", str(tmp_path / "bfloat16")])
-    whole, half = (load_file(tmp_path / name / "model/model.safetensors") for name in ("float32", "bfloat16"))
-    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
-    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
-    assert json.loads((tmp_path / "bfloat16/model/config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_config_json_names_the_versions_of_what_a_run_rests_on(tmp_path):
-    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
-    versions = json.loads((tmp_path / "run/config.json").read_text())["versions"]
-    assert versions.keys() == {"python", "torch", "numpy", "tokenizers", "jinja2", "safetensors"}
-    assert all(re.match(r"\d+\.\d+", number) for number in versions.values())
-
-
 def test_a_sparse_run_is_extended_in_its_first_stage_and_not_in_the_second(tmp_path, monkeypatch):
     flags = [*SMALL[:-2], "--method", "hellori-s", "--save-every", "1", "--out"]  # without --steps 3
     step, numbers = train.train_step, itertools.count(1)
@@ -412,29 +386,6 @@ def test_the_revision_of_a_hub_id_is_asked_for_and_recorded(tmp_path, monkeypatc
     config = json.loads(Path("adapter/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("a/b", "v2")
     assert Subject("adapter").base == "a/b@v2"
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--model", "tiny", "--revision", "v2"], "--revision v2 is one of a hub id, and the model is tiny"),
-        (["--model", "a/b@v1", "--revision", "v2"], "and the model is a/b@v1"),
-        (["--model", "run"], "'run' has no config.json of a model; it is a run of train.py; merge its adapter first"),
-        (["--model", "fft"], "it is a run of train.py; name fft/model"),
-        (["--model", "run/adapter"], "it is the adapter of a run of train.py; name the model that it was trained on"),
-        (["--model", "runn"], "no such run or model: .* not a folder, and the hub has no such .*; did you mean run?"),
-        (["--model", "tinny"], "did you mean tiny?"),
-    ],
-)
-def test_a_model_that_is_something_else_is_named_with_what_to_do(flags, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("run", "fft", "fft/model"):
-        Path(name).mkdir()
-        Path(name, "config.json").write_text('{"model": "tiny", "settings": {}}')
-    Path("run/adapter").mkdir()
-    Path("run/adapter/adapter.json").write_text("{}")
-    with pytest.raises(InputError, match=says):
-        train.main([*SMALL, *flags])
 
 
 def test_an_adapter_brings_the_base_that_it_was_trained_on(tmp_path):
