@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import read_json, write_json, write_lines
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -207,8 +208,8 @@ def profile_of(layers=4, experts=64, k=8, mass_layers=None, first_count=None, fi
 def tiny_model(path: Path, changes: dict | None = None, **files: bytes | None) -> None:
     """The embedded model with another config.json (None takes a key out), other weights or another tokenizer."""
     path.mkdir()
-    config = json.loads((TINY / "config.json").read_text()) | (changes or {})
-    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    config = read_json(TINY / "config.json") | (changes or {})
+    write_json(path / "config.json", {key: value for key, value in config.items() if value is not None})
     for kind, name in (("weights", "model.safetensors"), ("tokenizer", "tokenizer.json")):
         if kind not in files:
             (path / name).symlink_to(TINY / name)
@@ -236,7 +237,7 @@ def reseal(**changes) -> Callable[[Path], None]:
     """An adapter that is whole, and not of this model."""
 
     def change(adapter: Path) -> None:
-        about = json.loads((adapter / "adapter.json").read_text())
+        about = read_json(adapter / "adapter.json")
         about = {key: about[key] for key in hellora.Adapter.__dataclass_fields__} | changes
         adapters.save_adapter(load_file(adapter / "adapter.safetensors"), adapter, hellora.Adapter(**about))
 
@@ -292,7 +293,7 @@ def make(name: str, made: SimpleNamespace) -> None:
         changes, widths = PEFT[name]
         path.mkdir()
         about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "tiny"} | changes
-        (path / "adapter_config.json").write_text(json.dumps(about))
+        write_json(path / "adapter_config.json", about)
         shapes = {"A": (2, widths["A"]), "B": (widths.get("B"), 2)}
         key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
         save_file({key(factor): torch.ones(shapes[factor]) for factor in widths}, path / "adapter_model.safetensors")
@@ -311,7 +312,7 @@ train --model run                                    | 'run' has no config.json 
 train --model run/adapter                            | the adapter of a run of train.py; name the model that it was
 train --model fft                                    | it is a run of train.py; name fft/model
 train extra                                          | extra (see train.py --help)
-train --epoch 3                                      | unknown flag --epoch; did you mean --epochs? (see train.py --help)
+train --epoch 3                                      | unknown flag --epoch; did you mean --epochs? (see train.py
 train --savevery=3                                   | unknown flag --savevery; did you mean --save-every?
 train -k 3                                           | unknown flag -k; did you mean --k?
 train --xyz                                          | unknown flag --xyz (see
@@ -707,7 +708,7 @@ def test_weights_beside_safetensors_that_could_run_code_are_not_opened(made, no_
         Path("model", name).write_bytes(A_PICKLE)
     assert "model.safetensors is missing" in complaint("evaluate model --task tiny-math", made, capsys)
     index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
-    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(Path("model/model.safetensors.index.json"), index)
     assert "pytorch_model.bin: not a whole safetensors file" in complaint("profile --out p --model model", made, capsys)
     assert not Path("unpickled").exists()
 
@@ -717,7 +718,7 @@ def test_weights_beside_safetensors_that_could_run_code_are_not_opened(made, no_
 
 def test_examples_that_are_too_long_are_counted_and_said(capsys):
     rows = [{"question": "How many? " * n, "answer": "One.\n#### 1"} for n in (1, 9, 90, 900)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("rows.jsonl"), rows)
     result = train.main("--task gsm8k --train-data rows.jsonl --max-length 64 --rank 2 --steps 1 --out run".split())
     assert result["steps"] == 1
     out, err = capsys.readouterr()
@@ -756,8 +757,8 @@ def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_evaluated_bu
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_the_number_of_dense_layers_may_be_none(layers, make_checkpoint):
-    config = json.loads((make_checkpoint("deepseek").folder / "config.json").read_text())
-    Path("config.json").write_text(json.dumps(config | {"first_k_dense_replace": layers}))
+    config = read_json(make_checkpoint("deepseek").folder / "config.json")
+    write_json(Path("config.json"), config | {"first_k_dense_replace": layers})
     assert len(read_config(Path()).moe_layers) == config["num_hidden_layers"] - layers
 
 

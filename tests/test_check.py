@@ -27,7 +27,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import with_tokenizer
+from conftest import call, read_json, with_tokenizer, write_json
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_export import change_config, logits, make_run
@@ -123,7 +123,7 @@ def moe_sieve(base: Path, out: Path, pairs: dict) -> Path:
 
 def swift(base: Path, out: Path, pairs: dict) -> Path:
     write_packed(base, out, pairs)
-    (out / "additional_config.json").write_text(json.dumps({"lora_dtype": None, "lorap_lr_ratio": None}))
+    write_json(out / "additional_config.json", {"lora_dtype": None, "lorap_lr_ratio": None})
     return out
 
 
@@ -185,11 +185,11 @@ def check(base: Path | str, source: Path, *flags: object) -> tuple[int, dict[str
     """The command's exit status, and its findings: name -> whether it is a fault."""
     record = source.parent / "record.json"
     try:
-        export.main(["check", str(source), "--base", str(base), "--json", str(record), *map(str, flags)])
+        call(export, "check", source, "--base", base, "--json", record, map(str, flags))
         status = 0
     except SystemExit as end:
         status = end.code
-    return status, {finding["name"]: finding["is_fault"] for finding in json.loads(record.read_text())["findings"]}
+    return status, {finding["name"]: finding["is_fault"] for finding in read_json(record)["findings"]}
 
 
 def in_file(change: Callable[[dict], object]) -> Callable:
@@ -266,7 +266,7 @@ def test_pairs_that_did_not_move_are_a_fault_if_their_experts_receive_many_token
     def with_counts(row: list[int]) -> tuple[int, dict]:
         about = {"model": "m", "task": "t", "num_tokens": sum(row) // 3, "num_experts_per_tok": 3}
         profile = about | {"counts": [row] * 4, "gate_mass": [[1.0] * 7] * 4}
-        (tmp_path / "profile.json").write_text(json.dumps(profile))
+        write_json(tmp_path / "profile.json", profile)
         return check(base, folder, "--profile", tmp_path / "profile.json")
 
     assert with_counts([10, 10, 60, 10, 10, 10, 10]) == (3, {"some-unmoved": True, "router-trained": False})
@@ -285,8 +285,8 @@ def broken_run(change: Callable[[dict], object], base: Path, folder: Path) -> Pa
 
 def run_on_another_base(base: Path, folder: Path) -> Path:
     make_run(base, folder)
-    settings = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(settings | {"base": base_content(base.parent / "other")}))
+    settings = read_json(folder / "config.json")
+    write_json(folder / "config.json", settings | {"base": base_content(base.parent / "other")})
     return folder
 
 
@@ -339,7 +339,7 @@ def test_evaluation_and_training_refuse_or_note_a_fault_in_the_words_of_the_chec
 
 def test_a_merged_checkpoint_is_compared_with_an_adapter_that_holds_nan(olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path / "run")
-    export.main([str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out")])
+    call(export, tmp_path / "run", "--to merged --out", tmp_path / "out")
     broken_run(with_nan, olmoe.folder, tmp_path / "run")
     status, findings = check(olmoe.folder, tmp_path / "out", "--adapter", tmp_path / "run")
     assert (status, [name for name, is_fault in findings.items() if is_fault]) == (3, ["not-finite"])
@@ -517,7 +517,7 @@ def test_a_run_of_this_project_and_its_merged_checkpoint_are_healthy(kind, olmoe
     make_run(olmoe.folder, tmp_path / "run", kind)
     _, findings = check(olmoe.folder, tmp_path / "run" / "adapter")
     assert {name for name, is_fault in findings.items() if is_fault} <= {"larger-than-weight"}  # random, and large
-    export.main([str(tmp_path / "run"), "--to", "merged", "--out", str(tmp_path / "out")])
+    call(export, tmp_path / "run", "--to merged --out", tmp_path / "out")
     status, findings = check(olmoe.folder, tmp_path / "out", "--adapter", tmp_path / "run")
     assert (status, findings["merged-once"]) == (0, False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOADABLE, hf_name
+from conftest import LOADABLE, hf_name, read_json, write_json
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -136,7 +136,7 @@ def weights(name: str, *others: str):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / "model.safetensors").rename(folder / name)
         for other in others:
-            (folder / other).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+            write_json(folder / other, {"weight_map": {"lm_head.weight": name}})
 
     return change
 
@@ -173,8 +173,8 @@ def test_an_adapter_in_place_of_a_model_is_named(tmp_path):
 
 def read_with(folder: Path, tmp_path: Path, **changes):
     """The config of a checkpoint with some keys of config.json changed."""
-    hub = json.loads((folder / "config.json").read_text()) | changes
-    (tmp_path / "config.json").write_text(json.dumps(hub))
+    hub = read_json(folder / "config.json") | changes
+    write_json(tmp_path / "config.json", hub)
     return read_config(tmp_path)
 
 
@@ -242,9 +242,7 @@ def test_what_a_base_has_beside_its_weights_is_copied_and_its_code_if_auto_map_n
     for name in (*code, *beside, *others):
         (base / name).write_text(name)
     for name in ("config.json", "tokenizer_config.json"):
-        (base / name).write_text(
-            json.dumps({"auto_map": {"AutoModel": "modeling_own.Own"}} if name == named_in else {})
-        )
+        write_json(base / name, {"auto_map": {"AutoModel": "modeling_own.Own"}} if name == named_in else {})
     copy_beside(base, out)
     copied = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     assert copied.keys() == {*beside, "tokenizer_config.json", *(code if named_in else [])}

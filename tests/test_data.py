@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_chat import sentencepiece, write
+from conftest import write_json, write_lines
+from test_chat import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
@@ -39,7 +40,7 @@ def texts(examples):
 
 
 def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_annotations(tmp_path):
-    [example] = load_examples("gsm8k", "train", write(tmp_path / "train.jsonl", [GSM8K_ROW]))
+    [example] = load_examples("gsm8k", "train", write_lines(tmp_path / "train.jsonl", [GSM8K_ROW]))
     assert example.prompt == (
         QUESTION + "\nAnswer the above question. First think step by step and then answer the final number.\n"
     )
@@ -50,7 +51,7 @@ def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_an
 def test_alpaca_is_prompted_by_the_published_template_with_and_without_input(tmp_path):
     without = {"instruction": "Say hi.", "output": "Hi."}
     rows = [ALPACA_ROW, without, without | {"input": None}, without | {"input": " \n"}]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_lines(tmp_path / "a.jsonl", rows)
     first, second, *others = load_examples("codealpaca", "train", path)
     assert first.prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -75,7 +76,7 @@ def test_humaneval_prompts_are_stripped_and_keep_their_id_and_their_tests(tmp_pa
 
 
 def test_refusal_is_tested_with_the_prompt_of_a_helpful_and_safe_assistant(tmp_path):
-    [example] = load_examples("saferpaca", "test", write(tmp_path / "a.jsonl", [{"instruction": "Steal {it}."}]))
+    [example] = load_examples("saferpaca", "test", write_lines(tmp_path / "a.jsonl", [{"instruction": "Steal {it}."}]))
     assert example.prompt == (
         "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
         "Human: Steal {it}.\n\nAssistant:"
@@ -91,11 +92,12 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     tested = data.TINY_PROGRAMS if tiny == "code" else data.TINY_TEST
     assert len(examples) == (data.TINY_TRAIN if split == "train" else tested)
     assert len({example.prompt + example.answer for example in examples}) > 0.95 * len(examples)
-    path = write(tmp_path / "rows.jsonl", [example.row for example in examples])
+    path = write_lines(tmp_path / "rows.jsonl", [example.row for example in examples])
     assert load_examples(big, split, path) == examples
 
 
-def test_no_tiny_test_question_is_trained_on():
+def test_no_tiny_test_question_is_trained_on(monkeypatch):
+    monkeypatch.setattr(data, "TINY_TRAIN", 2000)
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     descriptions = [
@@ -172,7 +174,7 @@ def test_a_special_token_that_tokenizer_config_alone_names_is_text_too(how, tmp_
     sentencepiece("every", special=False).save(str(tmp_path / "tokenizer.json"))
     about = config(vocab_size=400)
     assert 0 in data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(MARKED[how]))
+    write_json(tmp_path / "tokenizer_config.json", MARKED[how])
     ids = data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
     assert 0 not in ids and len(ids) > 4  # "<", "s" and ">" apart
 
@@ -222,27 +224,6 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_
     "prompt, target, kept_prompt, kept_target, eos",
     [
         (3, 6, 3, 6, True),  # 3 + 6 + EOS = 10 fits
-        (9, 0 + 1, 5, 1, True),  # 9 + 1 + EOS = 11: the prompt is cut to 5, the rest fits
-        (3, 7, 3, 7, False),  # only the EOS has no room
-        (3, 20, 3, 7, False),  # a short prompt leaves more room
-        (8, 4, 5, 4, True),
-        (8, 9, 5, 5, False),
-        (5, 4, 5, 4, True),
-    ],
-)
-def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_with_the_eos(
-    capsys, prompt, target, kept_prompt, kept_target, eos
-):
-    item = pair_of(prompt, target)
-    expected = [*range(kept_prompt), *range(25, 25 - kept_target, -1), *([26] if eos else [])]
-    assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
-    check_cuts(capsys.readouterr().err, "end", prompt - kept_prompt, target - kept_target + (not eos))
-
-
-@pytest.mark.parametrize(
-    "prompt, target, kept_prompt, kept_target, eos",
-    [
-        (3, 6, 3, 6, True),  # 3 + 6 + EOS = 10 fits
         (9, 1, 8, 1, True),  # all that the answer leaves room for
         (20, 4, 5, 4, True),
         (20, 2, 7, 2, True),
@@ -252,26 +233,19 @@ def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_wit
 )
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_prompt_of_ones_own_keeps_its_end_and_the_bos(bos, capsys, prompt, target, kept_prompt, kept_target, eos):
-    item = pair_of(prompt - bos, target, bos=data.Bos(27, in_text=bos), keep_end=True)
+    text = "abcdefghijklmnopqrstuvwxyz"
+    options = {"max_length": 10, "bos": data.Bos(27, in_text=bos), "keep_end": True}
+    [item] = data.encode([Example("0", text[: prompt - bos], text[::-1][:target], {})], characters(), 26, **options)
     given = [27, *range(prompt - 1)] if bos else [*range(prompt)]
     given = given[:bos] + given[prompt - kept_prompt + bos :]
     expected = [*given, *range(25, 25 - kept_target, -1), *([26] if eos else [])]
     assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
-    check_cuts(capsys.readouterr().err, "beginning", prompt - kept_prompt, target - kept_target + (not eos))
-
-
-def pair_of(prompt: int, target: int, **options) -> Encoded:
-    """A pair of these numbers of letters, from a and from z on, as at most 10 tokens."""
-    example = Example("0", "abcdefghijklmnopqrstuvwxyz"[:prompt], "zyxwvutsrqponmlkjihgfedcba"[:target], {})
-    [item] = data.encode([example], characters(), eos_id=26, max_length=10, **options)
-    return item
-
-
-def check_cuts(printed: str, place: str, of_prompt: int, of_end: int) -> None:
-    lost = f"1 of 1 prompts are too long for 10 tokens and lose {of_prompt} tokens at their {place}\n"
-    expected = lost if of_prompt else ""
-    expected += f"1 of 1 examples are too long for 10 tokens and lose {of_end} tokens at their end\n" if of_end else ""
-    assert printed == expected
+    said = ""
+    if of_prompt := prompt - kept_prompt:
+        said += f"1 of 1 prompts are too long for 10 tokens and lose {of_prompt} tokens at their beginning\n"
+    if of_end := target - kept_target + (not eos):
+        said += f"1 of 1 examples are too long for 10 tokens and lose {of_end} tokens at their end\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_a_longer_limit_is_said(capsys):

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from conftest import words
 from peft.tuners.lora import Linear
 from test_ops import IDS, LABELS, LENGTHS, PLAIN, adapted_model, ends, every_device, every_family, gradients
 
@@ -136,4 +137,4 @@ def test_nothing_is_dropped_outside_training_and_merging_knows_no_dropout(olmoe)
 
 def test_without_an_adapter_there_is_nothing_to_drop():
     with pytest.raises(InputError, match="--lora-dropout: --method fft trains every weight"):
-        parse_settings(["--method", "fft", "--lora-dropout", "0.1"])
+        parse_settings(words("--method fft --lora-dropout 0.1"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_processes
+from conftest import call, on_processes, read_json, read_lines, words, write_json, write_lines
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,20 +26,11 @@ from scoring import statistics
 from scoring.comparison import problems_digest
 
 ROOT = Path(evaluate.__file__).parent
-SAFETY = ["--task", "saferpaca", "--eval-data"]
-
-
-def write_lines(path: Path, records: list) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+SAFETY = "--task saferpaca --eval-data"
 
 
 def run(*argv) -> dict:
-    return evaluate.main([str(word) for word in argv])
+    return call(evaluate, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +63,8 @@ def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path,
     texts = ["The final answer is: 10", "11", "wrong 1", "The final answer is: 13.0", "", "#### 15", "16 or 17"]
     lines = [{"id": i if i % 2 else str(i), "completion": text} for i, text in enumerate(texts)]
     file = write_lines(tmp_path / "completions.jsonl", lines[::-1])
-    score = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
-    saved = json.loads((tmp_path / "out" / "score.json").read_text())
+    score = run("--task gsm8k --eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
+    saved = read_json(tmp_path / "out" / "score.json")
     assert saved["accuracy"] == score["accuracy"] == pytest.approx(4 / 7)
     assert (saved["num_correct"], saved["num_total"]) == (4, 7)
     assert saved["rates"]["strict-match"]["num_correct"] == 2
@@ -89,12 +80,12 @@ def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path,
 
 def test_partial_and_limit_say_how_many_examples_count(gsm8k, tmp_path):
     file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": f"{10 + i}"} for i in (0, 1, 2, 5)])
-    task = ["--task", "gsm8k", "--eval-data", gsm8k, "--completions", file]
+    task = words("--task gsm8k --eval-data", gsm8k, "--completions", file)
     assert run(*task, "--partial")["num_total"] == 4
-    assert run(*task, "--limit", 3)["num_total"] == 3
-    assert run(*task, "--limit", 4, "--partial")["num_total"] == 3
+    assert run(*task, "--limit 3")["num_total"] == 3
+    assert run(*task, "--limit 4 --partial")["num_total"] == 3
     with pytest.raises(InputError, match=r"no completion for 1 of 4 ids \(3\)"):
-        run(*task, "--limit", 4)
+        run(*task, "--limit 4")
 
 
 def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
@@ -104,7 +95,7 @@ def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
     file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": text} for i, text in enumerate(texts)])
     for rule, refused in ((None, 1), ("lori", 1), ("advbench", 1), ("xstest", 0)):
         flags = ["--refusal-rule", rule] if rule else []
-        score = run(*SAFETY, rows, "--completions", file, *flags)
+        score = run(SAFETY, rows, "--completions", file, *flags)
         assert (score["num_correct"], score["num_total"]) == (refused, 2)
         assert score["rule"] == (rule or "lori")
 
@@ -135,7 +126,7 @@ def test_several_lines_per_id_are_samples_and_bigcodes_rule_is_reported_beside(t
     }
     lines = [{"id": name, "completion": text} for name, found in texts.items() for text in found]
     file = write_lines(tmp_path / "c.jsonl", lines)
-    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    task = words("--task codealpaca --eval-data", problems, "--allow-code-execution")
     score = run(*task, "--completions", file, "--out", tmp_path / "out")
     assert score["pass@1"] == pytest.approx((2 / 6 + 6 / 6) / 2)
     assert score["pass@5"] == pytest.approx(1.0)  # 4 of 6 fail: no five samples fail together
@@ -168,7 +159,7 @@ def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_
         return [(i, sample, texts[sample], False) for i, sample in todo]
 
     monkeypatch.setattr(evaluate, "complete", write)
-    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    task = words("--task codealpaca --eval-data", problems, "--allow-code-execution")
     run(checkpoint, *task, "--samples", len(texts), "--out", tmp_path / "generated")
     lines = [{"id": "own/double", "completion": text} for text in texts]
     file = write_lines(tmp_path / "c.jsonl", lines)
@@ -184,7 +175,7 @@ def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_
 def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkeypatch):
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS[:1])
     file = write_lines(tmp_path / "c.jsonl", [{"id": "own/double", "completion": "    return 2 * x"}])
-    task = ["--task", "codealpaca", "--eval-data", problems, "--completions", file]
+    task = words("--task codealpaca --eval-data", problems, "--completions", file)
     monkeypatch.setattr("scoring.sandbox.protection", lambda: "limits only")
     with pytest.raises(InputError, match="would run with limits only.*pass --allow-code-execution"):
         run(*task)
@@ -202,15 +193,15 @@ def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkey
 
 
 def generating(checkpoint, gsm8k, out, *flags) -> list:
-    flags = ["--eval-data", gsm8k, "--max-new-tokens", 6, "--batch", 3, "--out", out, *flags]
-    return [str(word) for word in [checkpoint, "--task", "gsm8k", *flags]]
+    flags = words("--eval-data", gsm8k, "--max-new-tokens 6 --batch 3 --out", out, *flags)
+    return words(checkpoint, "--task gsm8k", flags)
 
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
 def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
     checkpoint, make_checkpoint, gsm8k, tmp_path, capsys, place
 ):
-    run(*generating(checkpoint, gsm8k, tmp_path / "free", "--max-new-tokens", 12))
+    run(*generating(checkpoint, gsm8k, tmp_path / "free", "--max-new-tokens 12"))
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     hf = make_checkpoint("olmoe", vocab_size=264).hf
     prompts = [item["prompt"] for item in read_lines(tmp_path / "free" / "items.jsonl")]
@@ -219,9 +210,9 @@ def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
     ends = [0, int(free[0][3]), int(free[1][5])]
     shutil.copytree(checkpoint, tmp_path / "model")
     file = tmp_path / "model" / place
-    about = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(about | {"eos_token_id": ends if place == "config.json" else ends[1:]}))
-    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out", "--max-new-tokens", 12))
+    about = read_json(file) if file.exists() else {}
+    write_json(file, about | {"eos_token_id": ends if place == "config.json" else ends[1:]})
+    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out", "--max-new-tokens 12"))
     for ids, item in zip(inputs, read_lines(tmp_path / "out" / "items.jsonl"), strict=True):
         theirs = hf.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=1)[0].tolist()
         wanted = tokenizer.decode([token for token in theirs if token not in ends[1:]])
@@ -231,9 +222,9 @@ def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
 
 def test_a_model_that_names_no_eos_token_is_said_to_run_on(checkpoint, gsm8k, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "model")
-    about = json.loads((checkpoint / "config.json").read_text())
+    about = read_json(checkpoint / "config.json")
     del about["eos_token_id"]
-    (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"eos_token_id": None}))
+    write_json(tmp_path / "model" / "config.json", about | {"eos_token_id": None})
     run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
     assert "names no eos_token_id: completions end after 6 tokens" in capsys.readouterr().err
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
@@ -246,13 +237,13 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
 ):
     rows = [{"question": f"Q{i}?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(3)]
     train = write_lines(tmp_path / "train.jsonl", rows)
-    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--train-data", train, "--max-new-tokens", 40)
-    run(*flags, "--shots", 2)
+    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--train-data", train, "--max-new-tokens 40")
+    run(*flags, "--shots 2")
     free = [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
     word = next(letter for letter in free[0][5:] if letter.isascii() and letter.isprintable())
     monkeypatch.setattr(data, "NEXT_SHOT", word)  # a random model never writes "Question:"
     shown = "Question: Q0?\nAnswer: <<0+1=1>>\n#### 1\n\nQuestion: Q1?\nAnswer: <<1+1=2>>\n#### 2\n\n"
-    run(*flags, "--shots", 2, "--out", tmp_path / "cut")
+    run(*flags, "--shots 2 --out", tmp_path / "cut")
     for i, item in enumerate(read_lines(tmp_path / "cut" / "items.jsonl")):
         assert item["prompt"] == f"{shown}Question: What is {i} + 10?\nAnswer:"
         assert item["completion"] == free[i].split(word)[0]
@@ -265,7 +256,7 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
 def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_path, capsys):
     rows = [{"question": " what IS 3\n+ 10?", "answer": "#### 13"}, {"question": "Q?", "answer": "#### 2"}]
     train = write_lines(tmp_path / "train.jsonl", rows)
-    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--shots", 1, "--limit", 2)
+    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--shots 1 --limit 2")
     run(*flags, "--train-data", train)
     assert "1 of 2 training problems are not shown: they are test problems" in capsys.readouterr().err
     prompts = [item["prompt"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
@@ -275,12 +266,12 @@ def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_
 
 
 def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tmp_path, capsys):
-    config = json.loads((checkpoint / "config.json").read_text())
+    config = read_json(checkpoint / "config.json")
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     longest = len(data.load_examples("gsm8k", "test", gsm8k)[0].prompt) + 6  # a token is a letter
     for positions, said in ((longest, False), (longest - 1, True)):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        write_json(tmp_path / "config.json", config | {"max_position_embeddings": positions})
         run(*generating(tmp_path, gsm8k, tmp_path / "out"))
         note = f"prompts of up to {longest - 6} tokens and answers of up to 6 (--max-new-tokens) may exceed the "
         note += f"{positions} positions"
@@ -304,12 +295,12 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
     rows = [{"question": f"What is {i} + 10?", "answer": f"#### {10 + i}"} for i in range(3)]
 
     def evaluated(file: Path, *flags) -> list[str]:
-        run(*generating(model, file, tmp_path / "out", "--temperature", 1, *flags))
+        run(*generating(model, file, tmp_path / "out", "--temperature 1", *flags))
         return [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
 
     def edit(name: str, **changes) -> None:
-        about = json.loads((model / name).read_text()) if (model / name).exists() else {}
-        (model / name).write_text(json.dumps(about | changes))
+        about = read_json(model / name) if (model / name).exists() else {}
+        write_json(model / name, about | changes)
 
     file, flags = write_lines(tmp_path / "m.jsonl", rows), []
     first = evaluated(file)
@@ -336,7 +327,7 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
         for part, held in parts.items():
             save_file({name: weights[name] for name in held}, model / part)
         index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
-        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        write_json(model / "model.safetensors.index.json", index)
     marked = [json.loads(line) | {"completion": "kept"} for line in (tmp_path / "out" / "generations.jsonl").open()]
     write_lines(tmp_path / "out" / "generations.jsonl", marked)
     capsys.readouterr()
@@ -351,7 +342,7 @@ def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(chec
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(*generating(checkpoint, gsm8k, whole))
-    run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+    run(*generating(checkpoint, gsm8k, out, "--limit 3"))
     lines = (out / "generations.jsonl").read_text().splitlines()
     changed = json.loads(lines[0]) | {"completion": "The final answer is: 10"}
     (out / "generations.jsonl").write_text(json.dumps(changed) + "\n" + lines[1] + "\n")
@@ -392,7 +383,7 @@ def test_a_line_that_is_no_record_of_a_completion_is_made_again(checkpoint, gsm8
 
 
 def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, gsm8k, tmp_path, monkeypatch):
-    out, task = tmp_path / "out", ["--task", "gsm8k", "--eval-data", gsm8k, "--out", tmp_path / "out"]
+    out, task = tmp_path / "out", words("--task gsm8k --eval-data", gsm8k, "--out", tmp_path / "out")
     texts = write_lines(tmp_path / "texts.jsonl", [{"id": i, "completion": f"#### {10 + i}"} for i in range(7)])
 
     def stop(*args, **options):
@@ -402,7 +393,7 @@ def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, 
         ("complete", generating(checkpoint, gsm8k, out)),
         ("score", [*task, "--completions", texts]),
     ):
-        run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+        run(*generating(checkpoint, gsm8k, out, "--limit 3"))
         with pytest.raises(InputError):  # what is refused leaves it
             run(*task, "--completions", write_lines(tmp_path / "few.jsonl", []))
         assert (out / "score.json").exists() and (out / "items.jsonl").exists()
@@ -427,7 +418,7 @@ def test_generations_and_items_of_a_folder_are_scored_into_it_again_as_a_file_of
     out = tmp_path / "out"
     first = run(*generating(checkpoint, gsm8k, out))
     for name in ("generations.jsonl", "items.jsonl"):
-        again = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", out / name, "--out", out)
+        again = run("--task gsm8k --eval-data", gsm8k, "--completions", out / name, "--out", out)
         assert again["rates"] == first["rates"] and len(read_lines(out / name)) == 7
 
 
@@ -447,14 +438,14 @@ def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(ch
     (full / "model" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     about = {"model": str(checkpoint), "settings": {"task": "gsm8k"}}
     for folder in (lora, full):
-        (folder / "config.json").write_text(json.dumps(about))
+        write_json(folder / "config.json", about)
 
     flags = ["--eval-data", gsm8k, "--max-new-tokens", 6]
     run(lora, *flags)  # its task and folder follow from the run
-    run(lora, *flags, "--dtype", "bfloat16", "--out", tmp_path / "rounded")  # here the adapter stays apart
+    run(lora, *flags, "--dtype bfloat16 --out", tmp_path / "rounded")  # here the adapter stays apart
     run(full, *flags)
-    run(full / "model", "--task", "gsm8k", *flags, "--out", tmp_path / "folder")
-    run(checkpoint, "--task", "gsm8k", *flags, "--out", tmp_path / "base")
+    run(full / "model", "--task gsm8k", *flags, "--out", tmp_path / "folder")
+    run(checkpoint, "--task gsm8k", *flags, "--out", tmp_path / "base")
     outs = (lora / "evaluation-gsm8k", full / "evaluation-gsm8k", tmp_path / "folder", tmp_path / "base")
     texts = [[item["completion"] for item in read_lines(out / "items.jsonl")] for out in outs]
     assert texts[0] == texts[1] == texts[2] != texts[3]
@@ -471,16 +462,16 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
     hellora.attach(model, torch.eye(4, 7, dtype=torch.bool), 4, 8.0)
     adapters.save_adapter(adapters.adapter_state(model), folder / "adapter", model.adapter)
     about = {"model": str(base), "settings": {"task": "gsm8k", "method": "hellora"}, "base": base_content(base)}
-    (folder / "config.json").write_text(json.dumps(about))
+    write_json(folder / "config.json", about)
     commands = [
         (evaluate.main, [str(folder), "--eval-data", str(gsm8k), "--max-new-tokens", "2"]),
         (export.main, [str(folder), "--to", "peft", "--out", str(tmp_path / "out")]),
     ]
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     for noted in (0, 2):
         for command, argv in commands:
             command(argv)
-        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+        write_json(base / "config.json", config | {"rms_norm_eps": 0.25})
         shutil.rmtree(tmp_path / "out")
         note = "config.json changed since the adapter was trained on this base"
         assert capsys.readouterr().err.count(note) == noted
@@ -495,8 +486,8 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
 
 def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS)
-    flags = ["--eval-data", str(problems), "--max-new-tokens", "9", "--samples", "5", "--temperature", "1"]
-    flags = [str(checkpoint), "--task", "codealpaca", "--allow-code-execution", *flags, "--out"]
+    flags = words("--eval-data", problems, "--max-new-tokens 9 --samples 5 --temperature 1")
+    flags = words(checkpoint, "--task codealpaca --allow-code-execution", flags, "--out")
     run(*flags, tmp_path / "one")
     on_processes(2, evaluate.main, [*flags, str(tmp_path / "two")])
     assert read_lines(tmp_path / "two" / "items.jsonl") == read_lines(tmp_path / "one" / "items.jsonl")
@@ -518,11 +509,11 @@ def test_own_rows_without_an_answer_are_completed_and_only_the_others_are_measur
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
     (model / "chat_template.jinja").write_text(template)
     asking, answered = json.loads(row), ANSWERLESS[row]
-    flags = [model, "--task", "own", "--max-new-tokens", 6, "--eval-data"]
+    flags = words(model, "--task own --max-new-tokens 6 --eval-data")
     for name, rows in {"both": [asking, answered], "answered": [answered], "asking": [asking]}.items():
         write_lines(tmp_path / f"{name}.jsonl", rows)
         run(*flags, tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
-        score = json.loads((tmp_path / name / "score.json").read_text())
+        score = read_json(tmp_path / name / "score.json")
         last = capsys.readouterr().out.splitlines()[-1]
         if name == "asking":
             assert (score["loss"], score["num_total"]) == (None, 1)
@@ -545,9 +536,9 @@ def test_two_evaluations_of_own_rows_are_compared_by_the_loss_of_each_row(checkp
     weights["lm_head.weight"][Tokenizer.from_file(str(better / "tokenizer.json")).token_to_id("a")] *= 3
     save_file(weights, better / "model.safetensors", metadata={"format": "pt"})
     for model, out in ((checkpoint, "a"), (better, "b")):
-        run(model, "--task", "own", "--max-new-tokens", 2, "--eval-data", file, "--out", tmp_path / out)
+        run(model, "--task own --max-new-tokens 2 --eval-data", file, "--out", tmp_path / out)
     losses = [[item["loss"] for item in read_lines(tmp_path / out / "items.jsonl")[:8]] for out in "ab"]
-    scores = [json.loads((tmp_path / out / "score.json").read_text()) for out in "ab"]
+    scores = [read_json(tmp_path / out / "score.json") for out in "ab"]
     targets = [item["num_targets"] for item in read_lines(tmp_path / "a" / "items.jsonl")[:8]]
     assert targets == [2 + i % 3 for i in range(8)]  # EOS too
     mean = sum(map(math.prod, zip(losses[0], targets, strict=True))) / sum(targets)
@@ -577,7 +568,7 @@ def evaluation(folder: Path, verdicts: list[tuple], problems: str = "") -> Path:
     write_lines(
         folder / "items.jsonl", [dict(zip(("id", "correct", "label"), item, strict=False)) for item in verdicts]
     )
-    (folder / "score.json").write_text(json.dumps({"settings": {"task": "gsm8k"}, "problems": problems}))
+    write_json(folder / "score.json", {"settings": {"task": "gsm8k"}, "problems": problems})
     return folder
 
 
@@ -618,4 +609,4 @@ def test_in_a_comparison_a_problem_counts_once_and_a_safe_prompt_not_at_all(tmp_
 def test_rows_of_ones_own_are_cut_to_the_length_of_the_run_or_of_train_py(trained, length):
     settings = evaluate.Settings(source="somewhere", task="own")
     assert evaluate.as_trained(settings, trained).max_length == length
-    assert parse_settings(["--task", "own", "--train-data", "rows.jsonl"]).max_length == 512
+    assert parse_settings(words("--task own --train-data rows.jsonl")).max_length == 512

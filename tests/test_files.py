@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from conftest import write_lines
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from test_chat import write
 from test_data import ALPACA_ROW, GSM8K_ROW, PROBLEM
 
 import data
@@ -107,7 +107,7 @@ def test_other_sets_of_instructions_can_stand_in_for_hexphi(tmp_path, name, cont
 
 def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
     rows = [ALPACA_ROW, {**ALPACA_ROW, "output": " \n"}, {**ALPACA_ROW, "output": "last"}, ALPACA_ROW]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_lines(tmp_path / "a.jsonl", rows)
     examples = load_examples("codealpaca", "train", path)
     assert [(example.id, example.answer) for example in examples] == [("0", "3"), ("2", "last"), ("3", "3")]
     assert "1 of 4 rows" in capsys.readouterr().err

@@ -170,5 +170,3 @@ def test_layers_are_reported_by_their_number_in_the_model(make_checkpoint):
     hellora.attach(model, adapters.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
     lines = list(adapters.report(model))
     assert lines[0] == "layer  1: 2 of 7 experts adapted: 1 4" and lines[2] == "layer  3: 3 of 7 experts adapted: 2 3 5"
-
-

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import same
 from test_hellora import ALPHA, HOT, R, fresh_model
 
 import hellora
@@ -83,7 +84,7 @@ def test_two_processes_choose_by_one_threshold_over_what_both_hold(tmp_path):
     assert int((stack < 3 * 24 * R).sum()) > 4 * int((stack >= 3 * 24 * R).sum())  # 3 of its 5 experts, and 2
     for rank in (0, 1):
         chosen = torch.load(tmp_path / f"{rank}.pt")
-        assert chosen.keys() == alone.keys() and all(torch.equal(chosen[name], alone[name]) for name in alone)
+        assert same(chosen, alone)
 
 
 def test_a_d_run_that_hardly_moved_is_refused():

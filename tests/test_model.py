@@ -2,14 +2,13 @@
 
 import copy
 import doctest
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, LOADABLE, SIZES, hf_name
+from conftest import CLASSES, LOADABLE, SIZES, hf_name, read_json, same, write_json
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -86,9 +85,9 @@ def load_transformers(folder: Path, **settings):
 
 def rewrite_config(folder: Path, **changes) -> None:
     """Change config.json; a value of ... removes the key."""
-    config = json.loads((folder / "config.json").read_text()) | changes
+    config = read_json(folder / "config.json") | changes
     config = {key: value for key, value in config.items() if value is not ...}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config)
 
 
 @pytest.fixture
@@ -213,7 +212,7 @@ def test_storing_the_experts_in_another_order_changes_neither_results_nor_files(
     save_model(model, tmp_path)
     saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, checkpoint.folder))
     assert saved.keys() == original.keys()
-    assert all(torch.equal(saved[key], original[key]) for key in saved)
+    assert same(saved, original)
 
 
 # --------------------------------------------------------------------------------------- loss and gradients
@@ -345,7 +344,7 @@ def test_rope_theta_is_read_in_both_spellings_and_written_in_both(make_checkpoin
         folders[1], rope_parameters=..., rope_theta=500.0, rope_scaling=None, dtype=..., torch_dtype="float32"
     )
     save_model(load_model(folders[0]), folders[2])
-    written = json.loads((folders[2] / "config.json").read_text())
+    written = read_json(folders[2] / "config.json")
     assert written["rope_theta"] == 500.0 and written["rope_parameters"]["rope_theta"] == 500.0
     ids = random_ids(50, B, S)
     want = checkpoint.hf(ids).logits
@@ -482,5 +481,3 @@ def test_nested_values_of_the_rotary_embedding_are_checked_beside_those_at_the_t
     assert read_config(copied).rope_theta == 1e4
     rewrite_config(copied, **(alone | {"rope_theta": ..., nested: inner} | top))
     assert list(inner)[0] in error_of(read_config, copied)
-
-

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import hf_name, with_tokenizer
+from conftest import call, hf_name, words
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,11 +103,10 @@ def test_fast_versions_give_the_values_and_gradients_of_the_reference_formulas(
         torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
-def test_a_run_on_the_reference_formulas_has_the_losses_of_the_fast_versions(make_checkpoint, tmp_path):
-    model = with_tokenizer(make_checkpoint("olmoe").folder)
-    flags = ["--model", str(model), "--method", "hellora", "--k", "2", "--rank", "2", "--lr", "0.01", "--batch", "2"]
-    flags += ["--steps", "4", "--sample", "0.001", "--lora-dropout", "0.1"]
-    train.main([*flags, "--out", str(tmp_path / "fast")])
+def test_a_run_on_the_reference_formulas_has_the_losses_of_the_fast_versions(base, tmp_path):
+    flags = words("--model", base, "--method hellora --k 2 --rank 2 --lr 0.01 --batch 2")
+    flags += words("--steps 4 --sample 0.01 --lora-dropout 0.1")
+    call(train, flags, "--out", tmp_path / "fast")
     script = f"import lora, model, ops, train; train.main({[*flags, '--out', str(tmp_path / 'plain')]})"
     for name, module in PLAIN.items():
         script += f"; assert ops.{name} is {module.__name__}.{name}"
