@@ -437,8 +437,8 @@ train --model weights-cut                            | model.safetensors | downl
 train --model weights-none                           | tokenizer.json
 train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
-train --task gsm8k --train-data absent.jsonl         | absent.jsonl | GSM8K rows
-train --task gsm8k --train-data notes                | notes | GSM8K rows
+train --task gsm8k --train-data absent.jsonl         | absent.jsonl | No such file | GSM8K rows | --task own
+train --task gsm8k --train-data notes                | notes is a folder, not a file of rows | GSM8K rows
 train --task gsm8k --train-data nothing.jsonl        | nothing.jsonl: no rows
 train --task gsm8k --train-data columns.jsonl        | 'question' | GSM8K rows
 train --task gsm8k --train-data blank.jsonl          | 'question'

@@ -154,6 +154,12 @@ def mask(item: data.Encoded) -> list[int]:
     return [int(any(start <= i < end for start, end in item.spans)) for i in range(len(item.ids))]
 
 
+@pytest.fixture
+def config(tmp_path) -> SimpleNamespace:
+    """Of a folder with one of these tokenizers, whose template writes BOS and ends turns with EOS."""
+    return save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+
+
 # ------------------------------------------------------------------------------------------- beside transformers
 
 
@@ -333,8 +339,7 @@ def test_a_template_that_rewrites_what_came_before_is_an_error_that_names_the_ro
 # ------------------------------------------------------------------------------------------------ rows and formats
 
 
-def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_out(tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_out(config, tmp_path):
     chats = list(CHATS.values())
     _, want = read(tmp_path, config, [{"messages": chat} for chat in chats])
     names = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -346,8 +351,7 @@ def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_ou
     assert read(tmp_path, config, rows)[1] == want
 
 
-def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(config, tmp_path):
     rows = [{"messages": turns("a", "b", "c", "d"), "tools": [], "tags": ["sums"]}]
     assert [example.row for example in read(tmp_path, config, rows)[0]] == rows
 
@@ -370,8 +374,7 @@ MEANING = {
 
 @pytest.mark.parametrize("column", MEANING)
 @pytest.mark.parametrize("kind", ALL)
-def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(kind, column, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(config, kind, column, tmp_path):
     rows = [ALL[kind] | {column: empty} for empty in (None, "", [], {})]
     assert len(read(tmp_path, config, rows)[0]) == 4
     rows.append(ALL[kind] | {column: MEANING[column]})
@@ -390,8 +393,7 @@ def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_pat
         data.load_examples(task, "train", write_lines(tmp_path / "rows.jsonl", [row | {"history": [["a", "b"]]}]))
 
 
-def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_other_columns_are_named_once_as_not_read(config, tmp_path, capsys):
     further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}, "context_length": 9})
     read(tmp_path, config, [ALL["prompt"] | columns for columns in further])
     assert (
@@ -403,15 +405,13 @@ def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("system", [["Be brief."], 7, " "])
-def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(system, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(config, system, tmp_path):
     with pytest.raises(InputError, match="line 1: no text as 'system'"):
         read(tmp_path, config, [ALL["messages"] | {"system": system}])
 
 
 @pytest.mark.parametrize("bos", ["no", "yes"])
-def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(bos, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(config, bos, tmp_path):
     sizes = ((3, 2), (50, 2), (50, 50), (3, 50))
     pairs = [{"prompt": "x" * n + "\n2?", "completion": "4" * m} for n, m in sizes]
     chats = [{"messages": turns("a", "b", "x" * n + "\n2?", "4" * m)} for n, m in sizes]

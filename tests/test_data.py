@@ -17,7 +17,7 @@ import data
 from command.cli import InputError
 from data import Encoded, Example, load_examples
 from hub.checkpoint import TINY
-from model import load_model, read_config
+from model import read_config
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"
 ANSWER = "3 + 4 = <<3+4=7>>7 coins. Half is 7/2 = $<<7/2=3.5>>3.5.\n#### 7"
@@ -322,22 +322,6 @@ def test_a_batch_equals_that_of_transformers_with_labels_shifted_by_one(words):
     assert torch.equal(batch.lengths, wanted["attention_mask"].sum(1))
     assert torch.equal(batch.labels[:, :-1], wanted["labels"][:, 1:]) and (batch.labels[:, -1] == -100).all()
     assert {t.dtype for t in (batch.input_ids, batch.lengths, batch.labels)} == {torch.int64}
-
-
-def test_the_loss_of_a_batch_is_that_of_transformers_and_does_not_depend_on_the_padding(olmoe):
-    items = items_of([7, 3, 11])
-    model = load_model(olmoe.folder)
-    one, other = (data.collate(items, pad_id) for pad_id in (1, 6))
-    loss, again = (model(batch.input_ids, batch.lengths, labels=batch.labels)[0] for batch in (one, other))
-    real = torch.arange(11) < one.lengths[:, None]
-    ids = torch.where(real, one.input_ids, 1)
-    labels = torch.full_like(ids, -100)
-    for b, item in enumerate(items):
-        labels[b, : len(item.ids)] = torch.tensor(learnt(item))
-    wanted = olmoe.hf(input_ids=ids, attention_mask=real.long(), labels=labels).loss
-    targets = sum(item.num_targets for item in items)
-    torch.testing.assert_close(loss / targets, wanted)
-    assert torch.equal(loss, again)
 
 
 def test_one_token_without_target_makes_a_batch_without_labels():

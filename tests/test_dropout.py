@@ -46,9 +46,10 @@ def test_fast_versions_drop_what_the_reference_formulas_drop(make_checkpoint, mo
     assert (backward(attached(folder, kind), step=4)[0] - loss).abs() > 1e-3 * loss  # other masks
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @every_family
-def test_activation_checkpointing_drops_the_same_again(make_checkpoint, family):
-    model = attached(make_checkpoint(family).folder)
+def test_activation_checkpointing_changes_neither_loss_nor_gradients_and_drops_the_same(make_checkpoint, family, kind):
+    model = attached(make_checkpoint(family).folder, kind)
     loss, grads = backward(model)
     grads = {name: grad.clone() for name, grad in grads.items()}
     model.zero_grad()

@@ -291,46 +291,25 @@ def test_an_adapter_comes_back_from_peft_as_it_went(family, layout, make_checkpo
     assert same(tensors, state)
 
 
+ELSEWHERE = {f"base_model.model.model.layers.9.mlp.gate.lora_{x}.weight": torch.ones(R, R) for x in "AB"}
+
+
 @pytest.mark.parametrize(
-    "change, said",
+    "settings, tensors, said",
     [
-        (
-            lambda settings, state: settings.update(use_dora=True),
-            "has lora_A, lora_B alone, expected lora_A and lora_B and lora_m",
-        ),
-        (
-            lambda settings, state: settings.update(arrow_config={"top_k": 2}, other=0),
-            "arrow_config {'top_k': 2}: unknown",
-        ),
-        (lambda settings, state: settings.update(peft_type="IA3"), "peft_type is 'IA3'"),
-        (
-            lambda settings, state: settings.update(rank_pattern={"q_proj": 3}),
-            "q_proj: lora_A has rank 5, but .* says 3",
-        ),
-        (lambda settings, state: settings.update(rank_pattern={"q_proj": 0}), "rank_pattern is .'q_proj': 0."),
-        (
-            lambda settings, state: settings.update(alpha_pattern={"(q": 3}),
-            "alpha_pattern has '.q', not a regular expression",
-        ),
-        (lambda settings, state: settings.pop("lora_alpha"), "not a PEFT adapter"),
-        (lambda settings, state: state.pop(next(key for key in state if "lora_B" in key)), "lora_A alone"),
-        (lambda settings, state: [tensor.zero_() for tensor in state.values()], "adapts nothing"),
-        (
-            lambda settings, state: state.update(
-                {f"base_model.model.model.layers.9.mlp.gate.lora_{x}.weight": torch.ones(R, R) for x in "AB"}
-            ),
-            "layers.9.mlp.gate",
-        ),
+        ({"arrow_config": {"top_k": 2}, "other": 0}, {}, "arrow_config {'top_k': 2}: unknown"),
+        ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'"),
+        ({"rank_pattern": {"q_proj": 3}}, {}, "q_proj: lora_A has rank 5, but .* says 3"),
+        ({"rank_pattern": {"q_proj": 0}}, {}, "rank_pattern is .'q_proj': 0."),
+        ({"alpha_pattern": {"(q": 3}}, {}, "alpha_pattern has '.q', not a regular expression"),
+        ({}, ELSEWHERE, "layers.9.mlp.gate"),
     ],
 )
-def test_what_has_no_place_here_is_refused_by_name(change, said, olmoe, tmp_path):
+def test_what_has_no_place_here_is_refused_by_name(settings, tensors, said, olmoe, tmp_path):
     make_run(olmoe.folder, tmp_path)
     out = peft_folder(olmoe.folder, tmp_path, tmp_path / "out")
-    settings = read_json(out / "adapter_config.json")
-    state = load_file(out / "adapter_model.safetensors")
-    change(settings, state)
-    write_json(out / "adapter_config.json", settings)
-    save_file(state, out / "adapter_model.safetensors")
+    change_config(out, settings)
+    save_file(load_file(out / "adapter_model.safetensors") | tensors, out / "adapter_model.safetensors")
     with pytest.raises(InputError, match=said):
         read_any_adapter(out, read_config(olmoe.folder))
 

@@ -170,11 +170,7 @@ def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(t
     assert all(part.strip() in message for part in parts), message
 
 
-def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):
-    with pytest.raises(InputError, match="absent.jsonl.*No such file.*expected GSM8K rows.*--task own"):
-        load_examples("gsm8k", "train", tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="is a folder, not a file of rows; expected GSM8K rows"):
-        load_examples("gsm8k", "train", tmp_path)
+def test_a_folder_that_is_none_of_hexphi_or_has_an_empty_file_is_a_wrong_input(tmp_path):
     with pytest.raises(InputError, match="folder without category_N.csv.*expected a HEx-PHI folder"):
         load_examples("saferpaca", "test", tmp_path)
     (tmp_path / "category_1.csv").write_text("x\n", encoding="utf-8")

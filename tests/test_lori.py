@@ -130,12 +130,3 @@ def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
     other = fresh_model()
     with pytest.raises(InputError, match="another checksum"):
         adapters.load_adapter(other, tmp_path)
-
-
-def test_a_run_whose_training_has_not_ended_is_said_to_have_no_adapter_yet(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="has no adapter: its training has not ended; wait for it, or continue it"):
-        adapters.read_adapter(tmp_path / "adapter")
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(InputError, match="adapter.json is missing; expected the adapter/ folder of a run"):
-        adapters.read_adapter(tmp_path / "adapter")

@@ -393,24 +393,6 @@ def test_an_adapter_does_not_keep_the_rows_of_hot_experts():
     assert saved_floats(attached()) - saved_floats(frozen) < L * T * 3.5 * D
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients_and_keeps_less(kind):
-    results = []
-    for checkpointing in (False, True):
-        model = attached(kind)
-        for layer in model.layers:
-            layer.activation_checkpointing = checkpointing
-        loss, selected = model(TEXT, TEXT_LENGTHS, labels=TEXT)
-        loss.backward()
-        kept = saved_floats(model)
-        results.append((loss, selected, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}, kept))
-    (loss, selected, grads, kept), (other_loss, other_selected, other_grads, kept_less) = results
-    assert loss == other_loss and selected.equal(other_selected)
-    assert grads.keys() == other_grads.keys()
-    assert all(grads[name].equal(other_grads[name]) for name in grads)
-    assert kept_less < kept / 5
-
-
 def test_compiled_formulas_give_the_same_loss_and_gradients_and_are_not_compiled_again_for_other_sizes():
     def results(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         model, ids = attached(), TEXT[: len(lengths), : max(lengths)]

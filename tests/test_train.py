@@ -9,20 +9,16 @@ import torch
 from conftest import call, on_processes, read_json, read_lines, same, words, write_json
 from safetensors.torch import load_file
 
-import data
 import export
 import hellora
 import ops
-import profile
 import train
 from command.cli import InputError
 from hub.checkpoint import TINY
-from machine.processes import ALONE
 from model import load_model, read_config
 from recipes.methods import METHODS, num_hot_experts
 from routing import profiles
 from run import adapters
-from training_step import batch_gradients
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,32 +72,6 @@ def test_a_run_learns_and_its_folder_holds_what_is_documented(tmp_path):
     model = load_model(TINY)
     adapters.load_adapter(model, tmp_path / "run/adapter")
     assert sum(t.numel() for t in adapters.adapter_state(model).values()) == result["trainable"]
-
-
-def test_the_loss_is_the_mean_over_the_target_tokens_of_the_whole_global_batch():
-    """Against torch's cross-entropy on the full logits, one example at a time; the gradients likewise."""
-    model = load_model(TINY)
-    tokenizer = data.load_tokenizer(TINY, model.config)
-    items = data.encode(data.load_examples("tiny-math", "train", limit=5), tokenizer, model.config.eos_token_id)
-    hellora.attach(model, torch.ones(4, 64, dtype=torch.bool), r=4, alpha=6)
-    done = batch_gradients(model, items, micro_batch=2, processes=ALONE)
-    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad()
-    nll, count = 0.0, 0
-    for item in items:
-        logits, _ = model(torch.tensor([item.ids]))
-        [(start, _)] = item.spans
-        written = torch.tensor(item.ids[start:])
-        nll = nll + torch.nn.functional.cross_entropy(logits[0, start - 1 : -1], written, reduction="sum")
-        count += len(written)
-    (nll / count).backward()
-    assert (done.target_tokens, done.tokens) == (count, sum(len(item.ids) for item in items))
-    assert done.loss.item() == pytest.approx(nll.item() / count, abs=1e-5)
-    batches = [data.collate([item], 1) for item in items]
-    assert torch.equal(done.counts.long(), profile.count_experts(model, batches))  # B is zero: as the base routes
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert torch.allclose(ours[name], p.grad, atol=1e-6 + 1e-4 * p.grad.abs().max().item()), name
 
 
 def test_the_paper_s_table_1_is_the_default_of_the_real_tasks():
