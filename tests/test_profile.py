@@ -227,7 +227,7 @@ def test_compare_prints_and_draws_the_overlap_of_two_profiles(two_profiles, tmp_
 
 def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_path, capsys):
     out = tmp_path / "p.json"
-    counted = call(profile, "--sample 0.004 --batch 4 --out", out)
+    counted = call(profile, "--sample 0.03 --batch 4 --out", out)
     capsys.readouterr()
     call(profile, "advise", out, "--coverage 0.5 1 --targets pure")
     head, _, *rows = capsys.readouterr().out.splitlines()
