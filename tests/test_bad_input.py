@@ -498,7 +498,7 @@ evaluate run-pickle                                  | run-pickle/adapter
 evaluate run-experts                                 | expert 64
 evaluate run-k                                       | (3,
 evaluate peft-other --task tiny-math                 | another model or rank
-evaluate peft-base --task tiny-math                  | base model
+evaluate peft-base --task tiny-math                  | does not name a base model | base_model_name_or_path
 evaluate tiny --task tiny-math --temperature -1      | -1
 evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
 evaluate tiny --task tiny-math --top-p 0.9           | 0.9 | --temperature
