@@ -6,12 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is first i
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: small matrices gain nothing from threads
 
 import json  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
-from types import SimpleNamespace  # noqa: E402
+from types import ModuleType, SimpleNamespace  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -131,7 +132,7 @@ class DeepSeek(nn.Module):
             if ".experts." not in name:
                 tensors[name] = tensor
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(self.hub))
+        write_json(folder / "config.json", self.hub)
 
 
 def with_tokenizer(folder: Path) -> Path:
@@ -163,6 +164,49 @@ def on_processes(count: int, work: Callable[..., object], *args, per_machine: in
         work(*args)
 
     torch.multiprocessing.start_processes(start, nprocs=count, start_method="fork")
+
+
+def words(*parts) -> list[str]:
+    """A command line: a text is split at its spaces, a list is taken as it is, a path or a number is one word."""
+    found = []
+    for part in parts:
+        one_word = isinstance(part, Path | int | float)
+        found += part.split() if isinstance(part, str) else map(str, [part] if one_word else part)
+    return found
+
+
+def call(command: ModuleType, *parts):
+    """What the main function of a command returns: call(train, "--steps 3 --out", folder)."""
+    return command.main(words(*parts))
+
+
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a .jsonl file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of every step of a run."""
+    return [record["loss"] for record in read_lines(run / "log.jsonl")]
+
+
+def write_json(path: Path, content) -> Path:
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def write_lines(path: Path, rows: Iterable) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two adapters or models have the same tensors, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @dataclass(frozen=True)
@@ -204,6 +248,14 @@ def empty_pictures(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", save)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_rows():
+    """Few rows of the embedded tasks: they are made and encoded for every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.TINY_TRAIN", 300)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory) -> Callable[..., Checkpoint]:
     """make_checkpoint("olmoe", clip_qkv=0.5): that change of SIZES as a Checkpoint, made once a session."""
@@ -229,3 +281,10 @@ def olmoe(make_checkpoint) -> Checkpoint:
 @pytest.fixture(scope="session")
 def mixtral(make_checkpoint) -> Checkpoint:
     return make_checkpoint("mixtral")
+
+
+@pytest.fixture(scope="session")
+def base(olmoe, tmp_path_factory) -> Path:
+    """The checkpoint of `olmoe`, with a tokenizer. Shared: copy it to change it."""
+    folder = tmp_path_factory.mktemp("base")
+    return with_tokenizer(shutil.copytree(olmoe.folder, folder, dirs_exist_ok=True))

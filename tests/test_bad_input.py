@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import read_json, write_json, write_lines
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -64,6 +65,7 @@ WORDS = {  # what stands for what in the tables below
     "LONG": "long" * 80,  # no file system takes such a name
     "MANY": "1" + "0" * 400,
     "MARK": "\ufdd00\ufdd1",
+    "HALF": "\ud800",
     " ¶ ": "\n",
 }
 
@@ -125,6 +127,8 @@ run-bare/config.json | {"model": "tiny"}
 run-list/config.json | {"model": "tiny", "settings": []}
 run-task/config.json | {"model": "tiny", "settings": {"task": "chess", "method": "hellora"}}
 run-model/config.json | {"model": 7, "settings": {"task": "tiny-math"}}
+fft/config.json      | {"model": "tiny", "settings": {}}
+fft/model/config.json | {}
 evaluation/items.jsonl | {"id": "0", "correct": true}
 evaluation/score.json | {"problems": "d", "settings": {"task": "tiny-math"}}
 evaluation-ids/items.jsonl | {"id": "1", "correct": true}
@@ -204,8 +208,8 @@ def profile_of(layers=4, experts=64, k=8, mass_layers=None, first_count=None, fi
 def tiny_model(path: Path, changes: dict | None = None, **files: bytes | None) -> None:
     """The embedded model with another config.json (None takes a key out), other weights or another tokenizer."""
     path.mkdir()
-    config = json.loads((TINY / "config.json").read_text()) | (changes or {})
-    (path / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    config = read_json(TINY / "config.json") | (changes or {})
+    write_json(path / "config.json", {key: value for key, value in config.items() if value is not None})
     for kind, name in (("weights", "model.safetensors"), ("tokenizer", "tokenizer.json")):
         if kind not in files:
             (path / name).symlink_to(TINY / name)
@@ -233,7 +237,7 @@ def reseal(**changes) -> Callable[[Path], None]:
     """An adapter that is whole, and not of this model."""
 
     def change(adapter: Path) -> None:
-        about = json.loads((adapter / "adapter.json").read_text())
+        about = read_json(adapter / "adapter.json")
         about = {key: about[key] for key in hellora.Adapter.__dataclass_fields__} | changes
         adapters.save_adapter(load_file(adapter / "adapter.safetensors"), adapter, hellora.Adapter(**about))
 
@@ -269,7 +273,7 @@ def make(name: str, made: SimpleNamespace) -> None:
     path = Path(name)
     for inside in TEXTS:
         if inside == name or inside.startswith(f"{name}/"):
-            Path(inside).parent.mkdir(exist_ok=True)
+            Path(inside).parent.mkdir(parents=True, exist_ok=True)
             Path(inside).write_text(TEXTS[inside] + "\n")
     if name in PROFILES:
         path.write_text(profile_of(**json.loads(PROFILES[name])))
@@ -289,7 +293,7 @@ def make(name: str, made: SimpleNamespace) -> None:
         changes, widths = PEFT[name]
         path.mkdir()
         about = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "tiny"} | changes
-        (path / "adapter_config.json").write_text(json.dumps(about))
+        write_json(path / "adapter_config.json", about)
         shapes = {"A": (2, widths["A"]), "B": (widths.get("B"), 2)}
         key = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format
         save_file({key(factor): torch.ones(shapes[factor]) for factor in widths}, path / "adapter_model.safetensors")
@@ -301,7 +305,20 @@ train --model file                                   | model 'file' | config.jso
 train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong
 train --model ''                                     | empty
-train extra                                          | extra
+train --model tinny                                  | did you mean tiny?
+train --model tiny --revision v2                     | --revision v2 is one of a hub id, and the model is tiny
+train --model a/b@v1 --revision v2                   | and the model is a/b@v1
+train --model run                                    | 'run' has no config.json of a model | merge its adapter first
+train --model run/adapter                            | the adapter of a run of train.py; name the model that it was
+train --model fft                                    | it is a run of train.py; name fft/model
+train extra                                          | extra (see train.py --help)
+train --epoch 3                                      | unknown flag --epoch; did you mean --epochs? (see train.py
+train --savevery=3                                   | unknown flag --savevery; did you mean --save-every?
+train -k 3                                           | unknown flag -k; did you mean --k?
+train --xyz                                          | unknown flag --xyz (see
+train --method helora                                | did you mean hellora?
+train --steps                                        | --steps: expected one argument (see train.py --help)
+train --steps 0                                      | got '0'; expected a whole number at least 1 (see train.py --help)
 train --k 0                                          | '0' | at least 1
 train --k 1.5                                        | '1.5' | between 0 and 1
 train --k 65                                         | 65 | 1..64
@@ -420,8 +437,8 @@ train --model weights-cut                            | model.safetensors | downl
 train --model weights-none                           | tokenizer.json
 train --model tokenizer-big                          | tokenizer.json | vocab_size 1000
 train --model tokenizer-cut                          | tokenizer.json
-train --task gsm8k --train-data absent.jsonl         | absent.jsonl | GSM8K rows
-train --task gsm8k --train-data notes                | notes | GSM8K rows
+train --task gsm8k --train-data absent.jsonl         | absent.jsonl | No such file | GSM8K rows | --task own
+train --task gsm8k --train-data notes                | notes is a folder, not a file of rows | GSM8K rows
 train --task gsm8k --train-data nothing.jsonl        | nothing.jsonl: no rows
 train --task gsm8k --train-data columns.jsonl        | 'question' | GSM8K rows
 train --task gsm8k --train-data blank.jsonl          | 'question'
@@ -481,7 +498,7 @@ evaluate run-pickle                                  | run-pickle/adapter
 evaluate run-experts                                 | expert 64
 evaluate run-k                                       | (3,
 evaluate peft-other --task tiny-math                 | another model or rank
-evaluate peft-base --task tiny-math                  | base model
+evaluate peft-base --task tiny-math                  | does not name a base model | base_model_name_or_path
 evaluate tiny --task tiny-math --temperature -1      | -1
 evaluate tiny --task tiny-math --top-p 1.1           | '1.1' | at most 1
 evaluate tiny --task tiny-math --top-p 0.9           | 0.9 | --temperature
@@ -537,6 +554,17 @@ export run --to merged --out new --model weights-nan    | not the base
 export run --to merged --out new --model config-scaling | logits_scaling
 export run --to merged --out new --model weights-cut    | model.safetensors
 export run --to merged --out new --compact           | --compact
+export run --too peft --out new                      | unknown flag --too; did you mean --to?
+export check peft-base --base nowhere/at-all         | nowhere/at-all
+export check nowhere/at-all --base tiny              | nowhere/at-all
+export check peft-base --base tiny --adapter peft-base | --adapter has no meaning with the adapter
+export check tiny --base tiny --adapter tiny         | holds no adapter
+export check tiny-mixtral --base tiny                | of another model
+export check peft-base --base tiny --profile absent.json | absent.json
+generate                                             | the following arguments are required: model
+generate tiny a --top-p 0.5                          | greedy decoding does not sample
+generate tiny a --max-new-tokens 0                   | got '0'
+generate tiny HALF                                   | the prompt is not text in UTF-8
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
 evaluate --task own --completions answers.jsonl      | measured by the loss
@@ -680,7 +708,7 @@ def test_weights_beside_safetensors_that_could_run_code_are_not_opened(made, no_
         Path("model", name).write_bytes(A_PICKLE)
     assert "model.safetensors is missing" in complaint("evaluate model --task tiny-math", made, capsys)
     index = {"weight_map": {"lm_head.weight": "pytorch_model.bin"}}
-    Path("model/model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(Path("model/model.safetensors.index.json"), index)
     assert "pytorch_model.bin: not a whole safetensors file" in complaint("profile --out p --model model", made, capsys)
     assert not Path("unpickled").exists()
 
@@ -690,7 +718,7 @@ def test_weights_beside_safetensors_that_could_run_code_are_not_opened(made, no_
 
 def test_examples_that_are_too_long_are_counted_and_said(capsys):
     rows = [{"question": "How many? " * n, "answer": "One.\n#### 1"} for n in (1, 9, 90, 900)]
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("rows.jsonl"), rows)
     result = train.main("--task gsm8k --train-data rows.jsonl --max-length 64 --rank 2 --steps 1 --out run".split())
     assert result["steps"] == 1
     out, err = capsys.readouterr()
@@ -729,8 +757,8 @@ def test_a_model_without_an_end_of_text_or_with_unknown_keys_can_be_evaluated_bu
 
 @pytest.mark.parametrize("layers", [0, 1])
 def test_the_number_of_dense_layers_may_be_none(layers, make_checkpoint):
-    config = json.loads((make_checkpoint("deepseek").folder / "config.json").read_text())
-    Path("config.json").write_text(json.dumps(config | {"first_k_dense_replace": layers}))
+    config = read_json(make_checkpoint("deepseek").folder / "config.json")
+    write_json(Path("config.json"), config | {"first_k_dense_replace": layers})
     assert len(read_config(Path()).moe_layers) == config["num_hidden_layers"] - layers
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import with_tokenizer
+from conftest import call, losses, read_json, with_tokenizer, words
 from torch import Tensor
 
 import data
@@ -151,26 +151,22 @@ def base(make_checkpoint, tmp_path_factory) -> Path:
     return with_tokenizer(folder)
 
 
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 def test_the_losses_of_a_hundred_steps_are_those_of_float32_within_one_percent(base, tmp_path):
     sums = [{"question": f"{a} + {b} =", "answer": f"{a} + {b} is #### {a + b}"} for a in range(5) for b in range(5)]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, sums)))
-    flags = ["--model", str(base), "--task", "gsm8k", "--train-data", str(tmp_path / "sums.jsonl"), "--rank", "4"]
-    flags += ["--alpha", "8", "--batch", "3", "--steps", "100", "--lr", "0.0005"]
+    flags = words("--model", base, "--task gsm8k --train-data", tmp_path / "sums.jsonl", "--rank 4")
+    flags += words("--alpha 8 --batch 3 --steps 100 --lr 0.0005")
     for dtype in DTYPES:
-        train.main([*flags, "--dtype", dtype, "--out", str(tmp_path / dtype)])
+        call(train, flags, "--dtype", dtype, "--out", tmp_path / dtype)
     want, got = (losses(tmp_path / dtype) for dtype in DTYPES)
     assert len(got) == 100 and sum(want[-10:]) < 0.6 * sum(want[:10]) and got != want
     assert got == pytest.approx(want, rel=0.01)
-    assert json.loads((tmp_path / "bfloat16/config.json").read_text())["settings"]["dtype"] == "bfloat16"
+    assert read_json(tmp_path / "bfloat16/config.json")["settings"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("warmup", ["base", "lora"])
 def test_profiling_in_bfloat16_counts_what_float32_counts_but_for_near_ties(base, tmp_path, warmup):
-    flags = ["--model", str(base), "--sample", "0.01", "--count-on", warmup]
-    want, got = (profile.main([*flags, "--dtype", d, "--out", str(tmp_path / d)]).counts for d in DTYPES)
+    flags = words("--model", base, "--sample 0.07 --count-on", warmup)
+    want, got = (call(profile, flags, "--dtype", d, "--out", tmp_path / d).counts for d in DTYPES)
     assert got.sum() == want.sum() and not got.equal(want)
     assert (got - want).abs().sum() < 0.05 * want.sum()

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import call, read_json, read_lines, write_json, write_lines
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -120,7 +121,7 @@ def save(folder: Path, tokenizer: Tokenizer, template: object = None, **about) -
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"} | about
     named |= {} if template is None else {"chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    write_json(folder / "tokenizer_config.json", named)
     hub = {"bos_token_id": 0, "eos_token_id": 1}
     return SimpleNamespace(vocab_size=500, eos_token_id=1, eos_token_ids=(1,), pad_token_id=None, hub=hub)
 
@@ -142,20 +143,21 @@ CHATS = {
 }
 
 
-def write(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def read(folder: Path, config: SimpleNamespace, rows: list, **options) -> tuple[list[data.Example], list[data.Encoded]]:
     """The examples of rows of one's own, and their items."""
     reader = Reader("own", folder, config, **options)
-    examples = reader.load("train", write(folder / "rows.jsonl", rows))
+    examples = reader.load("train", write_lines(folder / "rows.jsonl", rows))
     return examples, reader.encode(examples)
 
 
 def mask(item: data.Encoded) -> list[int]:
     return [int(any(start <= i < end for start, end in item.spans)) for i in range(len(item.ids))]
+
+
+@pytest.fixture
+def config(tmp_path) -> SimpleNamespace:
+    """Of a folder with one of these tokenizers, whose template writes BOS and ends turns with EOS."""
+    return save(tmp_path, byte_level(), TEMPLATES["olmoe"])
 
 
 # ------------------------------------------------------------------------------------------- beside transformers
@@ -230,7 +232,7 @@ def test_decoding_continues_the_ids_of_the_generation_prompt(tmp_path):
     config = save(tmp_path, byte_level(), TEMPLATES["qwen2"])
     hf, reader = AutoTokenizer.from_pretrained(tmp_path), Reader("own", tmp_path, config)
     chats = list(CHATS.values())
-    examples = reader.load("test", write(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats]))
+    examples = reader.load("test", write_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in chats]))
     for chat, prompt in zip(chats, reader.prompts(examples), strict=True):
         assert prompt == hf.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
 
@@ -256,10 +258,10 @@ def test_the_template_and_its_tokens_are_found_where_transformers_finds_them(how
     about = {"bos_token": {"content": "<s>", "special": True, "__type": "AddedToken"}} if "objects" in how else {}
     config = save(tmp_path, byte_level(), "both say this" if how == "both" else given.get(how, template), **about)
     if how == "in the older file":
-        named = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        named = read_json(tmp_path / "tokenizer_config.json")
         older = {"bos_token": named.pop("bos_token")}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-        (tmp_path / "special_tokens_map.json").write_text(json.dumps(older))
+        write_json(tmp_path / "tokenizer_config.json", named)
+        write_json(tmp_path / "special_tokens_map.json", older)
     if how in ("a file", "both"):
         (tmp_path / "chat_template.jinja").write_text(template)
     reader, hf = Reader("own", tmp_path, config), AutoTokenizer.from_pretrained(tmp_path)
@@ -295,12 +297,12 @@ def test_what_ends_an_answer_is_named_and_ends_decoding(kind, tmp_path):
     """Beside eos_token_id 1, </s>, that of config.json."""
     config = save(tmp_path, byte_level(), TEMPLATES[kind])
     reader, ends = Reader("own", tmp_path, config), {"qwen2": 4, "qwen3": 4}.get(kind, 1)
-    path = write(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS.values()])
+    path = write_lines(tmp_path / "rows.jsonl", [{"messages": chat} for chat in CHATS.values()])
     items = reader.encode(reader.load("train", path))
     assert {item.ids[end - 1] for item in items for _, end in item.spans} == {ends}
     assert reader.endings(items) == {1: "'</s>' (id 1)", 4: "'<|im_end|>' (id 4)"}[ends]
     assert reader.stop_ids == {1: (1,), 4: (1, 4)}[ends]
-    pairs = reader.load("train", write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}]))
+    pairs = reader.load("train", write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}]))
     assert reader.endings(reader.encode(pairs) + items[:1]) in (
         "'</s>' (id 1)",
         "'</s>' (id 1) and '<|im_end|>' (id 4)",
@@ -337,8 +339,7 @@ def test_a_template_that_rewrites_what_came_before_is_an_error_that_names_the_ro
 # ------------------------------------------------------------------------------------------------ rows and formats
 
 
-def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_out(tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_out(config, tmp_path):
     chats = list(CHATS.values())
     _, want = read(tmp_path, config, [{"messages": chat} for chat in chats])
     names = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -350,8 +351,7 @@ def test_sharegpt_rows_are_the_same_chats_and_a_last_turn_of_the_user_is_left_ou
     assert read(tmp_path, config, rows)[1] == want
 
 
-def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_file_of_one_chat_and_lists_of_other_things_is_one_row(config, tmp_path):
     rows = [{"messages": turns("a", "b", "c", "d"), "tools": [], "tags": ["sums"]}]
     assert [example.row for example in read(tmp_path, config, rows)[0]] == rows
 
@@ -374,8 +374,7 @@ MEANING = {
 
 @pytest.mark.parametrize("column", MEANING)
 @pytest.mark.parametrize("kind", ALL)
-def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(kind, column, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(config, kind, column, tmp_path):
     rows = [ALL[kind] | {column: empty} for empty in (None, "", [], {})]
     assert len(read(tmp_path, config, rows)[0]) == 4
     rows.append(ALL[kind] | {column: MEANING[column]})
@@ -389,13 +388,12 @@ def test_a_column_that_changes_what_a_row_means_is_an_error_that_names_it(kind, 
 @pytest.mark.parametrize("task", ["gsm8k", "codealpaca"])
 def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_path):
     row = {"question": "a?", "answer": "#### 1", "instruction": "a", "output": "b", "id": 7}
-    data.load_examples(task, "train", write(tmp_path / "rows.jsonl", [row]))
+    data.load_examples(task, "train", write_lines(tmp_path / "rows.jsonl", [row]))
     with pytest.raises(InputError, match="line 1: the column 'history'"):
-        data.load_examples(task, "train", write(tmp_path / "rows.jsonl", [row | {"history": [["a", "b"]]}]))
+        data.load_examples(task, "train", write_lines(tmp_path / "rows.jsonl", [row | {"history": [["a", "b"]]}]))
 
 
-def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_other_columns_are_named_once_as_not_read(config, tmp_path, capsys):
     further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}, "context_length": 9})
     read(tmp_path, config, [ALL["prompt"] | columns for columns in further])
     assert (
@@ -407,21 +405,19 @@ def test_other_columns_are_named_once_as_not_read(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("system", [["Be brief."], 7, " "])
-def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(system, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_a_system_message_beside_the_turns_that_is_not_text_is_an_error(config, system, tmp_path):
     with pytest.raises(InputError, match="line 1: no text as 'system'"):
         read(tmp_path, config, [ALL["messages"] | {"system": system}])
 
 
 @pytest.mark.parametrize("bos", ["no", "yes"])
-def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(bos, tmp_path):
-    config = save(tmp_path, byte_level(), TEMPLATES["olmoe"])
+def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(config, bos, tmp_path):
     sizes = ((3, 2), (50, 2), (50, 50), (3, 50))
     pairs = [{"prompt": "x" * n + "\n2?", "completion": "4" * m} for n, m in sizes]
     chats = [{"messages": turns("a", "b", "x" * n + "\n2?", "4" * m)} for n, m in sizes]
     reader = Reader("own", tmp_path, config, max_length=20, bos=bos)
     for rows in (pairs, chats):
-        examples = reader.load("test", write(tmp_path / "rows.jsonl", rows))
+        examples = reader.load("test", write_lines(tmp_path / "rows.jsonl", rows))
         prompts = [item.ids[: item.spans[-1][0]] for item in reader.encode(examples)]
         assert reader.prompts(examples) == prompts
         assert [len(prompt) for prompt in prompts[1:3]] == [20 - 2 - 1, 10]
@@ -432,7 +428,7 @@ def test_evaluation_prompts_with_what_training_has_seen_of_a_long_pair(bos, tmp_
 
 def test_long_prompts_without_an_answer_are_counted(tmp_path, capsys):
     reader = Reader("own", tmp_path, save(tmp_path, byte_level(), TEMPLATES["olmoe"]), max_length=20)
-    examples = reader.load("test", write(tmp_path / "rows.jsonl", [{"prompt": "x" * n} for n in (9, 23, 30)]))
+    examples = reader.load("test", write_lines(tmp_path / "rows.jsonl", [{"prompt": "x" * n} for n in (9, 23, 30)]))
     assert list(map(len, reader.prompts(examples))) == [9, 19, 19]  # and room for a token
     said = "2 of 3 prompts without an answer are too long for 20 tokens and lose 15 tokens at their beginning\n"
     assert capsys.readouterr().err == said
@@ -454,7 +450,7 @@ FORMATS = {
 def test_a_row_of_each_format_has_the_ids_of_its_prompt_and_of_its_answer_and_then_eos(kind, tmp_path):
     row, prompt, target = FORMATS[kind]
     reader = Reader("own", tmp_path, save(tmp_path, byte_level()))  # without a chat template
-    [example] = reader.load("train", write(tmp_path / "rows.jsonl", [row]))
+    [example] = reader.load("train", write_lines(tmp_path / "rows.jsonl", [row]))
     assert (example.prompt, example.answer) == (prompt, target)
     [item] = reader.encode([example])
     ids = [reader.tokenizer.encode(text).ids for text in (prompt, target)]
@@ -510,7 +506,7 @@ def test_the_tasks_of_the_paper_have_no_bos_unless_asked_for(tmp_path):
     tokenizer = byte_level()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     config = save(tmp_path, tokenizer)
-    path = write(tmp_path / "rows.jsonl", [{"question": "a?", "answer": "#### 1"}])
+    path = write_lines(tmp_path / "rows.jsonl", [{"question": "a?", "answer": "#### 1"}])
     for bos, there in (("auto", False), ("no", False), ("yes", True)):
         reader = Reader("gsm8k", tmp_path, config, bos=bos)
         [item], [prompt] = reader.encode(reader.load("train", path)), reader.prompts(reader.load("test", path))
@@ -527,7 +523,7 @@ def test_completions_are_kept_only_if_their_prompts_have_the_same_bos(kind, adde
     config = save(tmp_path, tokenizer, TEMPLATES[kind])
     settings = evaluate.Settings(source="model", task="own")
     for rows in ([{"messages": turns("a", "b")}], [{"prompt": "a", "completion": "b"}]):
-        path, prompts = write(tmp_path / "rows.jsonl", rows), {}
+        path, prompts = write_lines(tmp_path / "rows.jsonl", rows), {}
         for bos in ("auto", "yes", "no"):
             reader = Reader("own", tmp_path, config, bos=bos)
             examples = reader.load("test", path)
@@ -569,25 +565,25 @@ def dated(tmp_path, monkeypatch) -> Path:
     template = "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content + '\n' }}"
     template += "{% else %}{{ m.content + '<|padding|>' }}{% endif %}{% endfor %}"
     Path("model/chat_template.jinja").write_text(template)
-    write(tmp_path / "rows.jsonl", [{"messages": turns(f"{i} + 1?", f"It is {i + 1}.")} for i in range(4)])
+    write_lines(tmp_path / "rows.jsonl", [{"messages": turns(f"{i} + 1?", f"It is {i + 1}.")} for i in range(4)])
     return tmp_path
 
 
 @pytest.mark.parametrize("method", ["hellora", "fft"])
 def test_a_run_keeps_its_date_and_what_it_serves_stops_where_its_answers_ended(method, dated, capsys):
-    flags = "--model model --task own --train-data rows.jsonl --batch 2 --save-every 1 --out run --method".split()
-    train.main([*flags, method, "--steps", "2"])
+    flags = "--model model --task own --train-data rows.jsonl --batch 2 --save-every 1 --out run --method"
+    call(train, flags, method, "--steps 2")
     assert "answers end with '<|padding|>' (id 1)" in capsys.readouterr().out
-    train.main([*flags, method, "--steps", "3", "--resume"])  # the rows of another moment would be refused
-    about = json.loads(Path("run/config.json").read_text())
+    call(train, flags, method, "--steps 3 --resume")  # the rows of another moment would be refused
+    about = read_json(Path("run/config.json"))
     moment = datetime.fromisoformat(about["began"])
     assert about["stop_ids"] == [0, 1] and datetime.now() - moment < timedelta(minutes=5)
-    evaluate.main("run --eval-data rows.jsonl --max-new-tokens 2 --out scores".split())
-    items = [json.loads(line) for line in Path("scores/items.jsonl").read_text().splitlines()]
+    call(evaluate, "run --eval-data rows.jsonl --max-new-tokens 2 --out scores")
+    items = read_lines(Path("scores/items.jsonl"))
     assert {item["prompt"] for item in items} == {f"{moment:%H:%M:%S.%f}{i} + 1?\n" for i in range(4)}
     if method == "hellora":
-        export.main("run --to merged --out merged".split())
-        export.main("run --to peft --out adapter".split())
+        call(export, "run --to merged --out merged")
+        call(export, "run --to peft --out adapter")
         assert "serve it with the stop tokens [0, 1]" in capsys.readouterr().err
     served = GenerationConfig.from_pretrained("merged" if method == "hellora" else "run/model")
     assert (served.eos_token_id, served.pad_token_id) == ([0, 1], 1)
@@ -595,32 +591,32 @@ def test_a_run_keeps_its_date_and_what_it_serves_stops_where_its_answers_ended(m
 
 def test_an_evaluation_of_a_model_keeps_its_date_until_another_model_is_evaluated(dated, capsys):
     def prompts(model: str) -> list[str]:
-        evaluate.main(f"{model} --task own --eval-data rows.jsonl --max-new-tokens 2 --out scores".split())
-        return [json.loads(line)["prompt"] for line in Path("scores/items.jsonl").read_text().splitlines()]
+        call(evaluate, f"{model} --task own --eval-data rows.jsonl --max-new-tokens 2 --out scores")
+        return [record["prompt"] for record in read_lines(Path("scores/items.jsonl"))]
 
     first = prompts("model")
     kept = Path("scores/generations.jsonl").read_text().splitlines()
     Path("scores/generations.jsonl").write_text("".join(line + "\n" for line in kept[:2]))  # as if interrupted
     assert prompts("model") == first and "starting over" not in capsys.readouterr().err
     shutil.copytree("model", "other")
-    edit = json.loads(Path("other/config.json").read_text()) | {"rms_norm_eps": 1e-3}
-    Path("other/config.json").write_text(json.dumps(edit))
+    edit = read_json(Path("other/config.json")) | {"rms_norm_eps": 1e-3}
+    write_json(Path("other/config.json"), edit)
     assert prompts("other") != first and "other config.json, prompts: starting over" in capsys.readouterr().err
 
 
 def test_a_profile_brings_its_date_to_the_run_that_is_given_it(dated, capsys):
-    flags = "--model model --task own --train-data rows.jsonl".split()
-    profile.main([*flags, "--sample", "1", "--out", "counts.json"])
-    counted = json.loads(Path("counts.json").read_text())
-    train.main([*flags, "--profile", "counts.json", "--batch", "2", "--steps", "1", "--out", "run"])
-    about = json.loads(Path("run/config.json").read_text())
+    flags = "--model model --task own --train-data rows.jsonl"
+    call(profile, flags, "--sample 1 --out counts.json")
+    counted = read_json(Path("counts.json"))
+    call(train, flags, "--profile counts.json --batch 2 --steps 1 --out run")
+    about = read_json(Path("run/config.json"))
     assert (about["began"], about["data"]) == (counted["began"], counted["data"])
-    assert json.loads(Path("run/profile.json").read_text()) == counted
+    assert read_json(Path("run/profile.json")) == counted
     assert "note: the profile" not in capsys.readouterr().out
 
 
 def test_decoding_ends_at_the_token_that_ends_a_turn(dated, monkeypatch):
     asked = []
     monkeypatch.setattr("generate.stream", lambda *_, eos_ids, **__: asked.append(eos_ids) or iter(()))
-    evaluate.main("model --task own --eval-data rows.jsonl --out scores".split())
+    call(evaluate, "model --task own --eval-data rows.jsonl --out scores")
     assert asked == [(0, 1)]

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_chat import sentencepiece, write
+from conftest import write_json, write_lines
+from test_chat import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast
 
@@ -16,7 +17,7 @@ import data
 from command.cli import InputError
 from data import Encoded, Example, load_examples
 from hub.checkpoint import TINY
-from model import load_model, read_config
+from model import read_config
 
 QUESTION = "Ann has 3 coins. She finds 4. How many?"
 ANSWER = "3 + 4 = <<3+4=7>>7 coins. Half is 7/2 = $<<7/2=3.5>>3.5.\n#### 7"
@@ -39,7 +40,7 @@ def texts(examples):
 
 
 def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_annotations(tmp_path):
-    [example] = load_examples("gsm8k", "train", write(tmp_path / "train.jsonl", [GSM8K_ROW]))
+    [example] = load_examples("gsm8k", "train", write_lines(tmp_path / "train.jsonl", [GSM8K_ROW]))
     assert example.prompt == (
         QUESTION + "\nAnswer the above question. First think step by step and then answer the final number.\n"
     )
@@ -50,7 +51,7 @@ def test_gsm8k_is_prompted_as_in_lori_with_one_space_before_the_answer_and_no_an
 def test_alpaca_is_prompted_by_the_published_template_with_and_without_input(tmp_path):
     without = {"instruction": "Say hi.", "output": "Hi."}
     rows = [ALPACA_ROW, without, without | {"input": None}, without | {"input": " \n"}]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_lines(tmp_path / "a.jsonl", rows)
     first, second, *others = load_examples("codealpaca", "train", path)
     assert first.prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
@@ -75,7 +76,7 @@ def test_humaneval_prompts_are_stripped_and_keep_their_id_and_their_tests(tmp_pa
 
 
 def test_refusal_is_tested_with_the_prompt_of_a_helpful_and_safe_assistant(tmp_path):
-    [example] = load_examples("saferpaca", "test", write(tmp_path / "a.jsonl", [{"instruction": "Steal {it}."}]))
+    [example] = load_examples("saferpaca", "test", write_lines(tmp_path / "a.jsonl", [{"instruction": "Steal {it}."}]))
     assert example.prompt == (
         "You are a helpful assistant. Always answer as helpfully as possible, while being safe.\n\n"
         "Human: Steal {it}.\n\nAssistant:"
@@ -91,11 +92,12 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     tested = data.TINY_PROGRAMS if tiny == "code" else data.TINY_TEST
     assert len(examples) == (data.TINY_TRAIN if split == "train" else tested)
     assert len({example.prompt + example.answer for example in examples}) > 0.95 * len(examples)
-    path = write(tmp_path / "rows.jsonl", [example.row for example in examples])
+    path = write_lines(tmp_path / "rows.jsonl", [example.row for example in examples])
     assert load_examples(big, split, path) == examples
 
 
-def test_no_tiny_test_question_is_trained_on():
+def test_no_tiny_test_question_is_trained_on(monkeypatch):
+    monkeypatch.setattr(data, "TINY_TRAIN", 2000)
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     descriptions = [
@@ -172,7 +174,7 @@ def test_a_special_token_that_tokenizer_config_alone_names_is_text_too(how, tmp_
     sentencepiece("every", special=False).save(str(tmp_path / "tokenizer.json"))
     about = config(vocab_size=400)
     assert 0 in data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(MARKED[how]))
+    write_json(tmp_path / "tokenizer_config.json", MARKED[how])
     ids = data.tokenize(["a <s>"], data.load_tokenizer(tmp_path, about))[0]
     assert 0 not in ids and len(ids) > 4  # "<", "s" and ">" apart
 
@@ -222,27 +224,6 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_
     "prompt, target, kept_prompt, kept_target, eos",
     [
         (3, 6, 3, 6, True),  # 3 + 6 + EOS = 10 fits
-        (9, 0 + 1, 5, 1, True),  # 9 + 1 + EOS = 11: the prompt is cut to 5, the rest fits
-        (3, 7, 3, 7, False),  # only the EOS has no room
-        (3, 20, 3, 7, False),  # a short prompt leaves more room
-        (8, 4, 5, 4, True),
-        (8, 9, 5, 5, False),
-        (5, 4, 5, 4, True),
-    ],
-)
-def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_with_the_eos(
-    capsys, prompt, target, kept_prompt, kept_target, eos
-):
-    item = pair_of(prompt, target)
-    expected = [*range(kept_prompt), *range(25, 25 - kept_target, -1), *([26] if eos else [])]
-    assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
-    check_cuts(capsys.readouterr().err, "end", prompt - kept_prompt, target - kept_target + (not eos))
-
-
-@pytest.mark.parametrize(
-    "prompt, target, kept_prompt, kept_target, eos",
-    [
-        (3, 6, 3, 6, True),  # 3 + 6 + EOS = 10 fits
         (9, 1, 8, 1, True),  # all that the answer leaves room for
         (20, 4, 5, 4, True),
         (20, 2, 7, 2, True),
@@ -252,26 +233,19 @@ def test_a_long_pair_loses_its_prompt_beyond_half_then_the_end_of_its_target_wit
 )
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_prompt_of_ones_own_keeps_its_end_and_the_bos(bos, capsys, prompt, target, kept_prompt, kept_target, eos):
-    item = pair_of(prompt - bos, target, bos=data.Bos(27, in_text=bos), keep_end=True)
+    text = "abcdefghijklmnopqrstuvwxyz"
+    options = {"max_length": 10, "bos": data.Bos(27, in_text=bos), "keep_end": True}
+    [item] = data.encode([Example("0", text[: prompt - bos], text[::-1][:target], {})], characters(), 26, **options)
     given = [27, *range(prompt - 1)] if bos else [*range(prompt)]
     given = given[:bos] + given[prompt - kept_prompt + bos :]
     expected = [*given, *range(25, 25 - kept_target, -1), *([26] if eos else [])]
     assert (item.ids, item.spans) == (expected, ((kept_prompt, len(expected)),))
-    check_cuts(capsys.readouterr().err, "beginning", prompt - kept_prompt, target - kept_target + (not eos))
-
-
-def pair_of(prompt: int, target: int, **options) -> Encoded:
-    """A pair of these numbers of letters, from a and from z on, as at most 10 tokens."""
-    example = Example("0", "abcdefghijklmnopqrstuvwxyz"[:prompt], "zyxwvutsrqponmlkjihgfedcba"[:target], {})
-    [item] = data.encode([example], characters(), eos_id=26, max_length=10, **options)
-    return item
-
-
-def check_cuts(printed: str, place: str, of_prompt: int, of_end: int) -> None:
-    lost = f"1 of 1 prompts are too long for 10 tokens and lose {of_prompt} tokens at their {place}\n"
-    expected = lost if of_prompt else ""
-    expected += f"1 of 1 examples are too long for 10 tokens and lose {of_end} tokens at their end\n" if of_end else ""
-    assert printed == expected
+    said = ""
+    if of_prompt := prompt - kept_prompt:
+        said += f"1 of 1 prompts are too long for 10 tokens and lose {of_prompt} tokens at their beginning\n"
+    if of_end := target - kept_target + (not eos):
+        said += f"1 of 1 examples are too long for 10 tokens and lose {of_end} tokens at their end\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_example_beyond_the_positions_of_the_model_is_an_error_and_a_longer_limit_is_said(capsys):
@@ -308,18 +282,6 @@ def test_a_tokenizer_that_is_missing_broken_or_of_another_model_is_a_wrong_input
     data.load_tokenizer(words, config(vocab_size=size))
     with pytest.raises(InputError, match=f"ids go up to {size - 1}.*vocab_size {size - 1}"):
         data.load_tokenizer(words, config(vocab_size=size - 1))
-
-
-def test_training_needs_an_end_of_text_that_the_tokenizer_has_and_running_a_model_does_not(words):
-    size = Tokenizer.from_file(str(words / "tokenizer.json")).get_vocab_size()
-    for eos in (None, size):
-        without = config(vocab_size=size + 5, eos_token_id=eos)
-        tokenizer = data.load_tokenizer(words, without)
-        [item] = data.encode([Example("0", "a", "b", {})], tokenizer, None)
-        assert len(item.ids) == 2 and item.spans == ((1, 2),)
-        with pytest.raises(InputError, match=f"eos_token_id is {eos}, not a token of the model; training needs one"):
-            data.end_token(tokenizer, without)
-    assert data.end_token(data.load_tokenizer(words, config(size)), config(size)) == 1
 
 
 def test_an_eos_token_that_is_text_is_an_error_where_the_tokenizer_names_another(words):
@@ -360,22 +322,6 @@ def test_a_batch_equals_that_of_transformers_with_labels_shifted_by_one(words):
     assert torch.equal(batch.lengths, wanted["attention_mask"].sum(1))
     assert torch.equal(batch.labels[:, :-1], wanted["labels"][:, 1:]) and (batch.labels[:, -1] == -100).all()
     assert {t.dtype for t in (batch.input_ids, batch.lengths, batch.labels)} == {torch.int64}
-
-
-def test_the_loss_of_a_batch_is_that_of_transformers_and_does_not_depend_on_the_padding(olmoe):
-    items = items_of([7, 3, 11])
-    model = load_model(olmoe.folder)
-    one, other = (data.collate(items, pad_id) for pad_id in (1, 6))
-    loss, again = (model(batch.input_ids, batch.lengths, labels=batch.labels)[0] for batch in (one, other))
-    real = torch.arange(11) < one.lengths[:, None]
-    ids = torch.where(real, one.input_ids, 1)
-    labels = torch.full_like(ids, -100)
-    for b, item in enumerate(items):
-        labels[b, : len(item.ids)] = torch.tensor(learnt(item))
-    wanted = olmoe.hf(input_ids=ids, attention_mask=real.long(), labels=labels).loss
-    targets = sum(item.num_targets for item in items)
-    torch.testing.assert_close(loss / targets, wanted)
-    assert torch.equal(loss, again)
 
 
 def test_one_token_without_target_makes_a_batch_without_labels():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_processes
+from conftest import call, on_processes, read_json, read_lines, words
 from test_hellora import fresh_model
 
 import hellora
@@ -79,25 +79,6 @@ def test_saliency_is_share_of_use_times_share_of_importance_over_a_power_of_the_
     assert ours.tolist() == [pytest.approx(row, rel=1e-4) for row in by_hand]
 
 
-@pytest.mark.parametrize(
-    "quota, cap, free, grown",
-    [
-        (5, 2, [9, 9, 9, 9], [0, 2, 2, 1]),  # by falling saliency, at most 2 each
-        (5, 2, [9, 1, 0, 9], [2, 1, 0, 2]),  # what is full is passed over
-        (11, 2, [3, 3, 3, 3], [2, 3, 3, 3]),  # all capped: a second round
-        (9, 2, [1, 0, 2, 0], [1, 0, 2, 0]),  # more than fits
-        (0, 2, [9, 9, 9, 9], [0, 0, 0, 0]),
-    ],
-)
-def test_a_quota_goes_to_the_most_salient_experts_within_cap_and_room(quota, cap, free, grown):
-    saliency = torch.tensor([0.1, 0.9, 0.5, 0.3])
-    assert drlora.allocate(saliency, quota, cap, torch.tensor(free)).tolist() == grown
-
-
-def test_equal_saliency_goes_to_the_lower_id():
-    assert drlora.allocate(torch.ones(4), 3, 2, torch.full((4,), 9)).tolist() == [2, 1, 0, 0]
-
-
 # ------------------------------------------------------------------------------------------------- the budget
 
 
@@ -134,45 +115,6 @@ def test_a_long_run_spends_the_same_at_every_growth_and_caps_every_expert():
 
 
 # ------------------------------------------------------------------------------------------------- in training
-
-
-def test_scores_equal_a_plain_loop_over_layers_experts_projections_and_dimensions():
-    """The method as written: scores of A and of B per dimension, decayed; a grown dimension begins at zero."""
-    model = adapted()
-    growth, optimizer = drlora.RankGrowth(model, R_TARGET, steps=12), optimizer_of(model)
-    usage = [[0.0] * E for _ in range(L)]
-    score = {(i, e, name, j): 0.0 for i, name in pairs_of(model) for e in range(E) for j in range(R_MAX)}
-    for step in range(1, 6):
-        counts = backward(model, step)
-        for (i, name), pair in pairs_of(model).items():
-            A, B = (p.tolist() for p in (pair.lora_A, pair.lora_B))
-            gA, gB = (p.grad.tolist() for p in (pair.lora_A, pair.lora_B))
-            for e in range(E):
-                for j in range(int(growth.ranks()[i, e])):
-                    s_A = abs(sum(g * a for g, a in zip(gA[e][j], A[e][j], strict=True)))
-                    s_B = abs(sum(g[j] * b[j] for g, b in zip(gB[e], B[e], strict=True)))
-                    score[i, e, name, j] = 0.9 * score[i, e, name, j] + 0.1 * (s_A + s_B) / 2
-        usage = [[0.9 * u + int(c) for u, c in zip(*rows, strict=True)] for rows in zip(usage, counts, strict=True)]
-        growth.observe(counts)
-        ranks = growth.ranks().tolist()
-        names = ("gate_proj", "up_proj", "down_proj")
-        for i in range(L):
-            importance = [
-                sum(score[i, e, name, j] for name in names for j in range(ranks[i][e])) / ranks[i][e] / 3
-                for e in range(E)
-            ]
-            f = [u / sum(usage[i]) + 1e-6 for u in usage[i]]
-            g = [s / max(sum(importance), 1e-30) + 1e-6 for s in importance]
-            expected = [f[e] * g[e] / (ranks[i][e] + 1) ** 1.2 for e in range(E)]
-            assert growth.saliency()[i].tolist() == pytest.approx(expected, rel=1e-4), (step, i)
-        optimizer.step()
-        optimizer.zero_grad()
-        before = growth.ranks()
-        growth.grow(step)
-        for i, e, name, j in score:
-            if before[i, e] <= j < growth.ranks()[i, e]:
-                score[i, e, name, j] = 0.0
-    assert len(growth.ranks().unique()) > 2
 
 
 def test_what_has_not_grown_never_changes_and_the_rest_trains_as_plain_lora_of_its_rank():
@@ -263,12 +205,14 @@ def test_the_budget_is_spent_to_the_last_rank_whatever_steps_are_skipped(tmp_pat
         return done
 
     monkeypatch.setattr(training_step, "batch_gradients", sometimes)
-    flags = ["--method", "dr-lora", "--rank", "4", "--steps", str(steps), "--batch", "1", "--sample", "0.005"]
+    flags = words("--method dr-lora --rank 4 --steps", steps, "--batch 1 --sample 0.005")
     flags += ["--save-every", str(steps)]
-    result = train.main([*flags, "--on-nonfinite", "skip", "--out", str(tmp_path / "run")])
+    result = call(train, flags, "--on-nonfinite skip --out", tmp_path / "run")
     assert result["skipped_steps"] == len(skipped)
-    ranks = torch.tensor(json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"])
+    ranks = torch.tensor(read_json(tmp_path / "run/adapter/adapter.json")["ranks"])
     assert ranks.sum(-1).tolist() == [64 * 4] * 4  # 64 experts in each of 4 layers
+    logged = [(record["active_ranks"], record["rank_budget"]) for record in read_lines(tmp_path / "run/log.jsonl")]
+    assert logged == sorted(logged) and logged[-1] == (4 * 64 * 4, 4 * 64 * 4)
     state = (tmp_path / f"run/checkpoint/step-{steps:08d}/state.json").read_text()
     json.loads(state, parse_constant=pytest.fail)  # no NaN is left in the scores
 
@@ -323,9 +267,6 @@ def test_a_truncated_adapter_has_the_size_of_plain_lora_and_computes_the_same(tr
     assert {name: tensor.numel() for name, tensor in small.items()} == {n: t.numel() for n, t in plain.items()}
     restored, largest = pad(small, growth.ranks()), int(growth.ranks().max())
     assert R_TARGET < largest <= R_MAX
-    for stem in (name.removesuffix(".lora_B") for name in state if name.endswith("lora_B")):
-        after, before = (of[f"{stem}.lora_B"] @ of[f"{stem}.lora_A"] for of in (restored, state))  # zeros were added
-        assert torch.allclose(after, before, atol=1e-6), stem
     for (i, name), pair in pairs_of(model).items():
         stem, ranks = f"layers.{i}.mlp.experts.lora.{name}", growth.ranks()[i].tolist()
         A, B = small[f"{stem}.lora_A"].split(ranks), small[f"{stem}.lora_B"].split(ranks, dim=1)
@@ -361,16 +302,6 @@ def test_ranks_are_drawn_at_the_start_at_the_end_and_between(trained, tmp_path):
     drlora.draw_ranks(trained[1].history[:1], tmp_path / "first.png")
     four, one = (imread(tmp_path / name) for name in ("ranks.png", "first.png"))
     assert four.shape[1] > 3 * one.shape[1] > 0 and four.std() > 0.1
-
-
-def test_the_log_says_after_every_step_how_much_of_the_budget_is_active(tmp_path):
-    flags = ["--method", "dr-lora", "--rank", "4", "--steps", "4", "--batch", "2", "--sample", "0.005"]
-    train.main([*flags, "--out", str(tmp_path / "run")])
-    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert {record["rank_budget"] for record in records} == {4 * 64 * 4}  # 4 layers of 64 experts, rank 4 on average
-    first, second, third, fourth = (record["active_ranks"] for record in records)  # three growths, then none
-    assert 4 * 64 * 2 < first < second < third == fourth == 4 * 64 * 4
-    assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["ranks"] != [[4] * 64] * 4
 
 
 def test_an_adapter_whose_ranks_are_still_below_the_target_keeps_attention_and_router_whole(tmp_path):

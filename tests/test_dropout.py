@@ -1,20 +1,17 @@
 """LoRA's dropout: PEFT's in expectation, off outside training, drawn again alike by a resumed run."""
 
 import copy
-import json
 
 import peft
 import pytest
 import torch
-from conftest import with_tokenizer
+from conftest import words
 from peft.tuners.lora import Linear
-from safetensors.torch import load_file
 from test_ops import IDS, LABELS, LENGTHS, PLAIN, adapted_model, ends, every_device, every_family, gradients
 
 import hellora
 import lora
 import ops
-import train
 from command.cli import InputError
 from model import MoETransformer
 from run.settings import parse_settings
@@ -49,9 +46,10 @@ def test_fast_versions_drop_what_the_reference_formulas_drop(make_checkpoint, mo
     assert (backward(attached(folder, kind), step=4)[0] - loss).abs() > 1e-3 * loss  # other masks
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @every_family
-def test_activation_checkpointing_drops_the_same_again(make_checkpoint, family):
-    model = attached(make_checkpoint(family).folder)
+def test_activation_checkpointing_changes_neither_loss_nor_gradients_and_drops_the_same(make_checkpoint, family, kind):
+    model = attached(make_checkpoint(family).folder, kind)
     loss, grads = backward(model)
     grads = {name: grad.clone() for name, grad in grads.items()}
     model.zero_grad()
@@ -138,19 +136,6 @@ def test_nothing_is_dropped_outside_training_and_merging_knows_no_dropout(olmoe)
     torch.testing.assert_close(model(IDS, LENGTHS)[0], logits, rtol=0, atol=1e-4)
 
 
-def test_a_resumed_run_drops_what_an_uninterrupted_one_does(make_checkpoint, tmp_path):
-    model = with_tokenizer(make_checkpoint("olmoe").folder)
-    flags = ["--model", str(model), "--rank", "2", "--batch", "2", "--sample", "0.001", "--count-on", "base"]
-    flags += ["--lora-dropout", "0.3", "--save-every", "2", "--schedule", "constant", "--lr-warmup", "0"]
-    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "whole")])
-    train.main([*flags, "--steps", "2", "--out", str(tmp_path / "parts")])
-    train.main([*flags, "--steps", "4", "--out", str(tmp_path / "parts"), "--resume"])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
-    assert len(set(losses)) == 4
-    whole, parts = (load_file(tmp_path / run / "adapter/adapter.safetensors") for run in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
 def test_without_an_adapter_there_is_nothing_to_drop():
     with pytest.raises(InputError, match="--lora-dropout: --method fft trains every weight"):
-        parse_settings(["--method", "fft", "--lora-dropout", "0.1"])
+        parse_settings(words("--method fft --lora-dropout 0.1"))

@@ -4,7 +4,6 @@ cProfile imports `profile`, and torch imports cProfile in its optimizers, torch.
 ours whenever this folder comes first on sys.path.
 """
 
-import json
 import os
 import runpy
 import shutil
@@ -119,18 +118,3 @@ def test_whatever_needs_the_standard_librarys_profile_works_beside_ours(tmp_path
     by_path = start(tmp_path / "needs_profile.py", folder=tmp_path / "tiny")
     under_cprofile = start("-m", "cProfile", "-o", "stats", "needs_profile.py", "nested", folder=tmp_path)
     assert "all of it works" in printed(by_path) and "all of it works" in printed(under_cprofile)
-
-
-def test_profile_counts_the_embedded_model_alone_and_under_torchrun(tmp_path):
-    flags = ["--model", "tiny", "--task", "tiny-code", "--sample", "0.01", "--k", "8", "--batch", "3"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    alone = printed(start("profile.py", *flags, "--out", tmp_path / "1.json", "--plot", tmp_path / "1.png"))
-    together = printed(start(*torchrun, "profile.py", *flags, "--out", tmp_path / "2.json"))
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("1.json", "2.json"))
-    assert one["counts"] == two["counts"] and one["num_tokens"] == two["num_tokens"]
-    assert [sum(row) for row in one["counts"]] == [one["num_tokens"] * one["num_experts_per_tok"]] * len(one["counts"])
-    placed, *shared = together.splitlines()
-    assert placed.startswith("base replicated on 2 processes (")
-    assert alone.splitlines()[1:] == shared[1:]  # but for the line that names the files
-    assert alone.splitlines()[-1].startswith("top 8 of 64: ")
-    assert (tmp_path / "1.png").read_bytes().startswith(b"\x89PNG")

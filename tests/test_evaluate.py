@@ -5,11 +5,12 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_processes
+from conftest import call, on_processes, read_json, read_lines, words, write_json, write_lines
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,20 +27,11 @@ from scoring import statistics
 from scoring.comparison import problems_digest
 
 ROOT = Path(evaluate.__file__).parent
-SAFETY = ["--task", "saferpaca", "--eval-data"]
-
-
-def write_lines(path: Path, records: list) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+SAFETY = "--task saferpaca --eval-data"
 
 
 def run(*argv) -> dict:
-    return evaluate.main([str(word) for word in argv])
+    return call(evaluate, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +64,8 @@ def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path,
     texts = ["The final answer is: 10", "11", "wrong 1", "The final answer is: 13.0", "", "#### 15", "16 or 17"]
     lines = [{"id": i if i % 2 else str(i), "completion": text} for i, text in enumerate(texts)]
     file = write_lines(tmp_path / "completions.jsonl", lines[::-1])
-    score = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
-    saved = json.loads((tmp_path / "out" / "score.json").read_text())
+    score = run("--task gsm8k --eval-data", gsm8k, "--completions", file, "--out", tmp_path / "out")
+    saved = read_json(tmp_path / "out" / "score.json")
     assert saved["accuracy"] == score["accuracy"] == pytest.approx(4 / 7)
     assert (saved["num_correct"], saved["num_total"]) == (4, 7)
     assert saved["rates"]["strict-match"]["num_correct"] == 2
@@ -89,12 +81,12 @@ def test_a_file_in_any_order_is_scored_in_the_order_of_the_task(gsm8k, tmp_path,
 
 def test_partial_and_limit_say_how_many_examples_count(gsm8k, tmp_path):
     file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": f"{10 + i}"} for i in (0, 1, 2, 5)])
-    task = ["--task", "gsm8k", "--eval-data", gsm8k, "--completions", file]
+    task = words("--task gsm8k --eval-data", gsm8k, "--completions", file)
     assert run(*task, "--partial")["num_total"] == 4
-    assert run(*task, "--limit", 3)["num_total"] == 3
-    assert run(*task, "--limit", 4, "--partial")["num_total"] == 3
+    assert run(*task, "--limit 3")["num_total"] == 3
+    assert run(*task, "--limit 4 --partial")["num_total"] == 3
     with pytest.raises(InputError, match=r"no completion for 1 of 4 ids \(3\)"):
-        run(*task, "--limit", 4)
+        run(*task, "--limit 4")
 
 
 def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
@@ -104,7 +96,7 @@ def test_every_rule_can_be_the_one_that_counts_for_refusals(tmp_path):
     file = write_lines(tmp_path / "c.jsonl", [{"id": i, "completion": text} for i, text in enumerate(texts)])
     for rule, refused in ((None, 1), ("lori", 1), ("advbench", 1), ("xstest", 0)):
         flags = ["--refusal-rule", rule] if rule else []
-        score = run(*SAFETY, rows, "--completions", file, *flags)
+        score = run(SAFETY, rows, "--completions", file, *flags)
         assert (score["num_correct"], score["num_total"]) == (refused, 2)
         assert score["rule"] == (rule or "lori")
 
@@ -135,7 +127,7 @@ def test_several_lines_per_id_are_samples_and_bigcodes_rule_is_reported_beside(t
     }
     lines = [{"id": name, "completion": text} for name, found in texts.items() for text in found]
     file = write_lines(tmp_path / "c.jsonl", lines)
-    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    task = words("--task codealpaca --eval-data", problems, "--allow-code-execution")
     score = run(*task, "--completions", file, "--out", tmp_path / "out")
     assert score["pass@1"] == pytest.approx((2 / 6 + 6 / 6) / 2)
     assert score["pass@5"] == pytest.approx(1.0)  # 4 of 6 fail: no five samples fail together
@@ -168,7 +160,7 @@ def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_
         return [(i, sample, texts[sample], False) for i, sample in todo]
 
     monkeypatch.setattr(evaluate, "complete", write)
-    task = ["--task", "codealpaca", "--eval-data", problems, "--allow-code-execution"]
+    task = words("--task codealpaca --eval-data", problems, "--allow-code-execution")
     run(checkpoint, *task, "--samples", len(texts), "--out", tmp_path / "generated")
     lines = [{"id": "own/double", "completion": text} for text in texts]
     file = write_lines(tmp_path / "c.jsonl", lines)
@@ -184,7 +176,7 @@ def test_a_text_has_one_score_whether_it_was_generated_or_comes_from_a_file_and_
 def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkeypatch):
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS[:1])
     file = write_lines(tmp_path / "c.jsonl", [{"id": "own/double", "completion": "    return 2 * x"}])
-    task = ["--task", "codealpaca", "--eval-data", problems, "--completions", file]
+    task = words("--task codealpaca --eval-data", problems, "--completions", file)
     monkeypatch.setattr("scoring.sandbox.protection", lambda: "limits only")
     with pytest.raises(InputError, match="would run with limits only.*pass --allow-code-execution"):
         run(*task)
@@ -201,16 +193,30 @@ def test_without_isolation_code_runs_only_if_the_user_allows_it(tmp_path, monkey
 # -------------------------------------------------------------------------------------------------------- a model
 
 
-def generating(checkpoint, gsm8k, out, *flags) -> list:
-    flags = ["--eval-data", gsm8k, "--max-new-tokens", 6, "--batch", 3, "--out", out, *flags]
-    return [str(word) for word in [checkpoint, "--task", "gsm8k", *flags]]
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def generated(checkpoint, gsm8k, out) -> Callable[..., dict]:
+    """generated("--limit 3"): the score of what the model itself answers to the seven problems."""
+
+    def answer(*flags, model: Path = checkpoint) -> dict:
+        return run(model, "--task gsm8k --eval-data", gsm8k, "--max-new-tokens 6 --batch 3 --out", out, *flags)
+
+    return answer
+
+
+def completions(folder: Path) -> list[str]:
+    return [item["completion"] for item in read_lines(folder / "items.jsonl")]
 
 
 @pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
 def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
-    checkpoint, make_checkpoint, gsm8k, tmp_path, capsys, place
+    generated, checkpoint, make_checkpoint, tmp_path, capsys, place
 ):
-    run(*generating(checkpoint, gsm8k, tmp_path / "free", "--max-new-tokens", 12))
+    generated("--max-new-tokens 12", "--out", tmp_path / "free")
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     hf = make_checkpoint("olmoe", vocab_size=264).hf
     prompts = [item["prompt"] for item in read_lines(tmp_path / "free" / "items.jsonl")]
@@ -219,9 +225,9 @@ def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
     ends = [0, int(free[0][3]), int(free[1][5])]
     shutil.copytree(checkpoint, tmp_path / "model")
     file = tmp_path / "model" / place
-    about = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(about | {"eos_token_id": ends if place == "config.json" else ends[1:]}))
-    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out", "--max-new-tokens", 12))
+    about = read_json(file) if file.exists() else {}
+    write_json(file, about | {"eos_token_id": ends if place == "config.json" else ends[1:]})
+    generated("--max-new-tokens 12", model=tmp_path / "model")
     for ids, item in zip(inputs, read_lines(tmp_path / "out" / "items.jsonl"), strict=True):
         theirs = hf.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=1)[0].tolist()
         wanted = tokenizer.decode([token for token in theirs if token not in ends[1:]])
@@ -229,30 +235,30 @@ def test_a_completion_ends_at_any_eos_token_of_either_config_as_in_transformers(
     assert min(len(item["completion"]) for item in read_lines(tmp_path / "out" / "items.jsonl")) <= 5
 
 
-def test_a_model_that_names_no_eos_token_is_said_to_run_on(checkpoint, gsm8k, tmp_path, capsys):
+def test_a_model_that_names_no_eos_token_is_said_to_run_on(generated, checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "model")
-    about = json.loads((checkpoint / "config.json").read_text())
+    about = read_json(checkpoint / "config.json")
     del about["eos_token_id"]
-    (tmp_path / "model" / "config.json").write_text(json.dumps(about | {"eos_token_id": None}))
-    run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
+    write_json(tmp_path / "model" / "config.json", about | {"eos_token_id": None})
+    generated(model=tmp_path / "model")
     assert "names no eos_token_id: completions end after 6 tokens" in capsys.readouterr().err
     (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     with pytest.raises(InputError, match="/generation_config.json: eos_token_id is .*expected token ids from 0 to 263"):
-        run(*generating(tmp_path / "model", gsm8k, tmp_path / "out"))
+        generated(model=tmp_path / "model")
 
 
 def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another_question_begins(
-    checkpoint, make_checkpoint, gsm8k, tmp_path, monkeypatch
+    generated, checkpoint, make_checkpoint, tmp_path, monkeypatch, out
 ):
     rows = [{"question": f"Q{i}?", "answer": f"<<{i}+1={i + 1}>>\n#### {i + 1}"} for i in range(3)]
     train = write_lines(tmp_path / "train.jsonl", rows)
-    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--train-data", train, "--max-new-tokens", 40)
-    run(*flags, "--shots", 2)
-    free = [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
+    flags = words("--train-data", train, "--max-new-tokens 40 --shots 2")
+    generated(flags)
+    free = completions(out)
     word = next(letter for letter in free[0][5:] if letter.isascii() and letter.isprintable())
     monkeypatch.setattr(data, "NEXT_SHOT", word)  # a random model never writes "Question:"
     shown = "Question: Q0?\nAnswer: <<0+1=1>>\n#### 1\n\nQuestion: Q1?\nAnswer: <<1+1=2>>\n#### 2\n\n"
-    run(*flags, "--shots", 2, "--out", tmp_path / "cut")
+    generated(flags, "--out", tmp_path / "cut")
     for i, item in enumerate(read_lines(tmp_path / "cut" / "items.jsonl")):
         assert item["prompt"] == f"{shown}Question: What is {i} + 10?\nAnswer:"
         assert item["completion"] == free[i].split(word)[0]
@@ -262,101 +268,92 @@ def test_shots_are_the_first_training_problems_and_the_answer_ends_where_another
     assert tokenizer.decode(found.tolist()) == free[0]
 
 
-def test_no_problem_is_shown_solved_that_is_to_be_solved(checkpoint, gsm8k, tmp_path, capsys):
+def test_no_problem_is_shown_solved_that_is_to_be_solved(generated, gsm8k, tmp_path, capsys):
     rows = [{"question": " what IS 3\n+ 10?", "answer": "#### 13"}, {"question": "Q?", "answer": "#### 2"}]
     train = write_lines(tmp_path / "train.jsonl", rows)
-    flags = generating(checkpoint, gsm8k, tmp_path / "out", "--shots", 1, "--limit", 2)
-    run(*flags, "--train-data", train)
+    generated("--shots 1 --limit 2 --train-data", train)
     assert "1 of 2 training problems are not shown: they are test problems" in capsys.readouterr().err
     prompts = [item["prompt"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
     assert all(prompt.startswith("Question: Q?\nAnswer: #### 2\n\nQuestion: What is") for prompt in prompts)
     with pytest.raises(InputError, match="--shots 1: the training data has 0 problems to show"):
-        run(*flags, "--train-data", gsm8k)
+        generated("--shots 1 --limit 2 --train-data", gsm8k)
 
 
-def test_texts_longer_than_the_model_was_made_for_are_said(checkpoint, gsm8k, tmp_path, capsys):
-    config = json.loads((checkpoint / "config.json").read_text())
+def test_texts_longer_than_the_model_was_made_for_are_said(generated, checkpoint, gsm8k, tmp_path, capsys):
+    config = read_json(checkpoint / "config.json")
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
     longest = len(data.load_examples("gsm8k", "test", gsm8k)[0].prompt) + 6  # a token is a letter
     for positions, said in ((longest, False), (longest - 1, True)):
-        (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
-        run(*generating(tmp_path, gsm8k, tmp_path / "out"))
+        write_json(tmp_path / "config.json", config | {"max_position_embeddings": positions})
+        generated(model=tmp_path)
         note = f"prompts of up to {longest - 6} tokens and answers of up to 6 (--max-new-tokens) may exceed the "
         note += f"{positions} positions"
         assert (note in capsys.readouterr().err) == said
 
 
-CHANGES = {  # what is changed between two evaluations into one folder -> what the note must name
-    "problems": "prompts",
-    "weights": "weights",
-    "config": "config.json",
-    "generation config": "generation_config.json, stop_ids",
-    "tokenizer": "tokenizer.json",
-    "seed": "seed",
-    "copy of the weights in two files": None,
+def edit(path: Path, **changes) -> None:
+    write_json(path, (read_json(path) if path.exists() else {}) | changes)
+
+
+def edit_a_problem(model: Path, problems: Path) -> None:
+    write_lines(problems, [row | {"question": row["question"].replace("1 +", "7 +")} for row in read_lines(problems)])
+
+
+def edit_weights(model: Path, problems: Path) -> None:
+    """In place: same size and same time."""
+    path = model / "model.safetensors"
+    times, weights = path.stat(), load_file(path)
+    weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
+    save_file(weights, path, metadata={"format": "pt"})
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def store_in_two_files(model: Path, problems: Path) -> None:
+    weights, files = load_file(model / "model.safetensors"), ("model-a.safetensors", "model-b.safetensors")
+    (model / "model.safetensors").unlink()
+    for i, file in enumerate(files):
+        save_file({name: weights[name] for name in list(weights)[i::2]}, model / file)
+    index = {name: files[i % 2] for i, name in enumerate(weights)}
+    write_json(model / "model.safetensors.index.json", {"weight_map": index})
+
+
+CHANGES: dict[str | None, Callable[[Path, Path], object]] = {  # what the note must name -> what has changed
+    "prompts": edit_a_problem,
+    "weights": edit_weights,
+    "config.json": lambda model, _: edit(model / "config.json", rms_norm_eps=0.25),
+    "generation_config.json, stop_ids": lambda model, _: edit(model / "generation_config.json", eos_token_id=[0, 9]),
+    "tokenizer.json": lambda model, _: edit(model / "tokenizer.json", post_processor=None, decoder={"type": "Fuse"}),
+    "seed": lambda model, _: "--seed 1",
+    None: store_in_two_files,
 }
 
 
-@pytest.mark.parametrize("changed", CHANGES)
-def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(checkpoint, tmp_path, capsys, changed):
+@pytest.mark.parametrize("named", CHANGES)
+def test_completions_are_kept_only_if_nothing_that_decides_them_has_changed(
+    checkpoint, generated, gsm8k, out, tmp_path, capsys, named
+):
     model = shutil.copytree(checkpoint, tmp_path / "model")
-    rows = [{"question": f"What is {i} + 10?", "answer": f"#### {10 + i}"} for i in range(3)]
-
-    def evaluated(file: Path, *flags) -> list[str]:
-        run(*generating(model, file, tmp_path / "out", "--temperature", 1, *flags))
-        return [item["completion"] for item in read_lines(tmp_path / "out" / "items.jsonl")]
-
-    def edit(name: str, **changes) -> None:
-        about = json.loads((model / name).read_text()) if (model / name).exists() else {}
-        (model / name).write_text(json.dumps(about | changes))
-
-    file, flags = write_lines(tmp_path / "m.jsonl", rows), []
-    first = evaluated(file)
-    weights = load_file(model / "model.safetensors")
-    if changed == "problems":
-        write_lines(file, [rows[0], rows[1] | {"question": "What is 7 + 10?"}, rows[2]])
-    elif changed == "weights":  # in place: same size and same time
-        times = (model / "model.safetensors").stat()
-        weights["lm_head.weight"] = weights["lm_head.weight"].flip(0).contiguous()
-        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-        os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
-    elif changed == "config":
-        edit("config.json", rms_norm_eps=0.25)
-    elif changed == "generation config":
-        edit("generation_config.json", eos_token_id=[0, 9])
-    elif changed == "tokenizer":
-        edit("tokenizer.json", post_processor=None, decoder={"type": "Fuse"})
-    elif changed == "seed":
-        flags = ["--seed", 1]
-    elif changed == "copy of the weights in two files":
-        names, half = list(weights), len(weights) // 2
-        (model / "model.safetensors").unlink()
-        parts = {"model-a.safetensors": names[:half], "model-b.safetensors": names[half:]}
-        for part, held in parts.items():
-            save_file({name: weights[name] for name in held}, model / part)
-        index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
-        (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    marked = [json.loads(line) | {"completion": "kept"} for line in (tmp_path / "out" / "generations.jsonl").open()]
-    write_lines(tmp_path / "out" / "generations.jsonl", marked)
+    generated("--temperature 1", model=model)
+    flags = CHANGES[named](model, gsm8k) or ""
+    kept = [record | {"completion": "kept"} for record in read_lines(out / "generations.jsonl")]
+    write_lines(out / "generations.jsonl", kept)
     capsys.readouterr()
-    again = evaluated(file, *flags)
+    generated("--temperature 1", flags, model=model)
     said = capsys.readouterr().err
-    if CHANGES[changed]:
-        assert f"made with other {CHANGES[changed]}: starting over" in said and "kept" not in again
-    else:
-        assert "starting over" not in said and again == ["kept"] * 3 and first != again
+    assert (f"made with other {named}: starting over" in said) == ("starting over" in said) == bool(named)
+    assert set(completions(out)) == {"kept"} if named is None else "kept" not in completions(out)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    run(*generating(checkpoint, gsm8k, whole))
-    run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(generated, out, tmp_path):
+    whole = tmp_path / "whole"
+    generated("--out", whole)
+    generated("--limit 3")
     lines = (out / "generations.jsonl").read_text().splitlines()
     changed = json.loads(lines[0]) | {"completion": "The final answer is: 10"}
     (out / "generations.jsonl").write_text(json.dumps(changed) + "\n" + lines[1] + "\n")
     (out / "generations-0.jsonl").write_text(lines[2][:20])  # torn off by a kill
-    score = run(*generating(checkpoint, gsm8k, out))
+    score = generated()
     kept = changed["id"]
     found, wanted = read_lines(out / "items.jsonl"), read_lines(whole / "items.jsonl")
     for ours, theirs in zip(found, wanted, strict=True):
@@ -368,66 +365,59 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(checkpoint, gsm8k, t
     ]  # fmt: skip
 
 
-def test_flags_that_change_nothing_keep_the_completions(checkpoint, gsm8k, tmp_path, capsys):
-    out = tmp_path / "out"
-    run(*generating(checkpoint, gsm8k, out))
+def test_flags_that_change_nothing_keep_the_completions(generated, out, capsys):
+    generated()
     kept = [record | {"completion": "kept"} for record in read_lines(out / "generations.jsonl")]
-    for flags in (["--shots", 0], ["--seed", 3], ["--temperature", 0], ["--bos", "no"], ["--batch", 2]):
+    for flags in ("--shots 0", "--seed 3", "--temperature 0", "--bos no", "--batch 2"):
         capsys.readouterr()
         write_lines(out / "generations.jsonl", kept)
-        run(*generating(checkpoint, gsm8k, out, *flags))
+        generated(flags)
         assert "starting over" not in capsys.readouterr().err
-        assert {item["completion"] for item in read_lines(out / "items.jsonl")} == {"kept"}
+        assert set(completions(out)) == {"kept"}
 
 
 @pytest.mark.parametrize("change", [{"cut": None}, {"cut": 0}, {"id": 2}])
-def test_a_line_that_is_no_record_of_a_completion_is_made_again(checkpoint, gsm8k, tmp_path, change):
-    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
-    file = tmp_path / "out" / "generations.jsonl"
+def test_a_line_that_is_no_record_of_a_completion_is_made_again(generated, out, change):
+    generated()
+    file = out / "generations.jsonl"
     first = read_lines(file)
     damaged = {key: value for key, value in (first[2] | change).items() if value is not None}
     write_lines(file, [*first[:2], damaged, *first[3:]])
-    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
+    generated()
     assert sorted(read_lines(file), key=str) == sorted(first, key=str)
 
 
-def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(checkpoint, gsm8k, tmp_path, monkeypatch):
-    out, task = tmp_path / "out", ["--task", "gsm8k", "--eval-data", gsm8k, "--out", tmp_path / "out"]
+def test_an_earlier_score_is_gone_while_a_folder_is_evaluated_again(generated, gsm8k, tmp_path, monkeypatch, out):
+    task = words("--task gsm8k --eval-data", gsm8k, "--out", out)
     texts = write_lines(tmp_path / "texts.jsonl", [{"id": i, "completion": f"#### {10 + i}"} for i in range(7)])
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    for step, argv in (
-        ("complete", generating(checkpoint, gsm8k, out)),
-        ("score", [*task, "--completions", texts]),
-    ):
-        run(*generating(checkpoint, gsm8k, out, "--limit", 3))
+    for step, evaluate_again in (("complete", generated), ("score", lambda: run(task, "--completions", texts))):
+        generated("--limit 3")
         with pytest.raises(InputError):  # what is refused leaves it
             run(*task, "--completions", write_lines(tmp_path / "few.jsonl", []))
         assert (out / "score.json").exists() and (out / "items.jsonl").exists()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(evaluate, step, stop)
-            run(*argv)
+            evaluate_again()
         assert not (out / "score.json").exists() and not (out / "items.jsonl").exists()
         assert len(read_lines(out / "generations.jsonl")) == 3
 
 
-def test_answers_that_memory_has_no_room_for_are_one_error_and_leave_what_is_there(checkpoint, gsm8k, tmp_path):
-    run(*generating(checkpoint, gsm8k, tmp_path / "out"))
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+def test_answers_that_memory_has_no_room_for_are_one_error_and_leave_what_is_there(generated, out):
+    generated()
+    before = {path: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(InputError, match=r"no memory for .* of 3 sequences of 2\d{9} tokens; lower --max-new-tokens"):
-        run(*generating(checkpoint, gsm8k, tmp_path / "out", "--max-new-tokens", 2**31 - 1))
-    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        generated("--max-new-tokens", 2**31 - 1)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_generations_and_items_of_a_folder_are_scored_into_it_again_as_a_file_of_completions(
-    checkpoint, gsm8k, tmp_path
-):
-    out = tmp_path / "out"
-    first = run(*generating(checkpoint, gsm8k, out))
+def test_generations_and_items_of_a_folder_are_scored_into_it_again_as_a_file_of_completions(generated, gsm8k, out):
+    first = generated()
     for name in ("generations.jsonl", "items.jsonl"):
-        again = run("--task", "gsm8k", "--eval-data", gsm8k, "--completions", out / name, "--out", out)
+        again = run("--task gsm8k --eval-data", gsm8k, "--completions", out / name, "--out", out)
         assert again["rates"] == first["rates"] and len(read_lines(out / name)) == 7
 
 
@@ -447,18 +437,18 @@ def test_a_run_of_training_is_its_base_with_its_adapter_or_the_model_it_wrote(ch
     (full / "model" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     about = {"model": str(checkpoint), "settings": {"task": "gsm8k"}}
     for folder in (lora, full):
-        (folder / "config.json").write_text(json.dumps(about))
+        write_json(folder / "config.json", about)
 
     flags = ["--eval-data", gsm8k, "--max-new-tokens", 6]
     run(lora, *flags)  # its task and folder follow from the run
-    run(lora, *flags, "--dtype", "bfloat16", "--out", tmp_path / "rounded")  # here the adapter stays apart
+    run(lora, *flags, "--dtype bfloat16 --out", tmp_path / "rounded")  # here the adapter stays apart
     run(full, *flags)
-    run(full / "model", "--task", "gsm8k", *flags, "--out", tmp_path / "folder")
-    run(checkpoint, "--task", "gsm8k", *flags, "--out", tmp_path / "base")
+    run(full / "model", "--task gsm8k", *flags, "--out", tmp_path / "folder")
+    run(checkpoint, "--task gsm8k", *flags, "--out", tmp_path / "base")
     outs = (lora / "evaluation-gsm8k", full / "evaluation-gsm8k", tmp_path / "folder", tmp_path / "base")
-    texts = [[item["completion"] for item in read_lines(out / "items.jsonl")] for out in outs]
+    texts = [completions(out) for out in outs]
     assert texts[0] == texts[1] == texts[2] != texts[3]
-    rounded = [item["completion"] for item in read_lines(tmp_path / "rounded" / "items.jsonl")]
+    rounded = completions(tmp_path / "rounded")
     assert sum(a[:1] == b[:1] for a, b in zip(rounded, texts[0], strict=True)) >= 4, "the adapter got lost"
 
 
@@ -471,16 +461,16 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
     hellora.attach(model, torch.eye(4, 7, dtype=torch.bool), 4, 8.0)
     adapters.save_adapter(adapters.adapter_state(model), folder / "adapter", model.adapter)
     about = {"model": str(base), "settings": {"task": "gsm8k", "method": "hellora"}, "base": base_content(base)}
-    (folder / "config.json").write_text(json.dumps(about))
+    write_json(folder / "config.json", about)
     commands = [
         (evaluate.main, [str(folder), "--eval-data", str(gsm8k), "--max-new-tokens", "2"]),
         (export.main, [str(folder), "--to", "peft", "--out", str(tmp_path / "out")]),
     ]
-    config = json.loads((base / "config.json").read_text())
+    config = read_json(base / "config.json")
     for noted in (0, 2):
         for command, argv in commands:
             command(argv)
-        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+        write_json(base / "config.json", config | {"rms_norm_eps": 0.25})
         shutil.rmtree(tmp_path / "out")
         note = "config.json changed since the adapter was trained on this base"
         assert capsys.readouterr().err.count(note) == noted
@@ -495,8 +485,8 @@ def test_an_adapter_is_evaluated_and_exported_only_on_the_base_that_it_was_train
 
 def test_two_processes_score_the_same_as_one(checkpoint, tmp_path):
     problems = write_lines(tmp_path / "problems.jsonl", PROBLEMS)
-    flags = ["--eval-data", str(problems), "--max-new-tokens", "9", "--samples", "5", "--temperature", "1"]
-    flags = [str(checkpoint), "--task", "codealpaca", "--allow-code-execution", *flags, "--out"]
+    flags = words("--eval-data", problems, "--max-new-tokens 9 --samples 5 --temperature 1")
+    flags = words(checkpoint, "--task codealpaca --allow-code-execution", flags, "--out")
     run(*flags, tmp_path / "one")
     on_processes(2, evaluate.main, [*flags, str(tmp_path / "two")])
     assert read_lines(tmp_path / "two" / "items.jsonl") == read_lines(tmp_path / "one" / "items.jsonl")
@@ -518,11 +508,11 @@ def test_own_rows_without_an_answer_are_completed_and_only_the_others_are_measur
     template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[{% endif %}"
     (model / "chat_template.jinja").write_text(template)
     asking, answered = json.loads(row), ANSWERLESS[row]
-    flags = [model, "--task", "own", "--max-new-tokens", 6, "--eval-data"]
+    flags = words(model, "--task own --max-new-tokens 6 --eval-data")
     for name, rows in {"both": [asking, answered], "answered": [answered], "asking": [asking]}.items():
         write_lines(tmp_path / f"{name}.jsonl", rows)
         run(*flags, tmp_path / f"{name}.jsonl", "--out", tmp_path / name)
-        score = json.loads((tmp_path / name / "score.json").read_text())
+        score = read_json(tmp_path / name / "score.json")
         last = capsys.readouterr().out.splitlines()[-1]
         if name == "asking":
             assert (score["loss"], score["num_total"]) == (None, 1)
@@ -545,9 +535,9 @@ def test_two_evaluations_of_own_rows_are_compared_by_the_loss_of_each_row(checkp
     weights["lm_head.weight"][Tokenizer.from_file(str(better / "tokenizer.json")).token_to_id("a")] *= 3
     save_file(weights, better / "model.safetensors", metadata={"format": "pt"})
     for model, out in ((checkpoint, "a"), (better, "b")):
-        run(model, "--task", "own", "--max-new-tokens", 2, "--eval-data", file, "--out", tmp_path / out)
+        run(model, "--task own --max-new-tokens 2 --eval-data", file, "--out", tmp_path / out)
     losses = [[item["loss"] for item in read_lines(tmp_path / out / "items.jsonl")[:8]] for out in "ab"]
-    scores = [json.loads((tmp_path / out / "score.json").read_text()) for out in "ab"]
+    scores = [read_json(tmp_path / out / "score.json") for out in "ab"]
     targets = [item["num_targets"] for item in read_lines(tmp_path / "a" / "items.jsonl")[:8]]
     assert targets == [2 + i % 3 for i in range(8)]  # EOS too
     mean = sum(map(math.prod, zip(losses[0], targets, strict=True))) / sum(targets)
@@ -577,7 +567,7 @@ def evaluation(folder: Path, verdicts: list[tuple], problems: str = "") -> Path:
     write_lines(
         folder / "items.jsonl", [dict(zip(("id", "correct", "label"), item, strict=False)) for item in verdicts]
     )
-    (folder / "score.json").write_text(json.dumps({"settings": {"task": "gsm8k"}, "problems": problems}))
+    write_json(folder / "score.json", {"settings": {"task": "gsm8k"}, "problems": problems})
     return folder
 
 
@@ -618,4 +608,4 @@ def test_in_a_comparison_a_problem_counts_once_and_a_safe_prompt_not_at_all(tmp_
 def test_rows_of_ones_own_are_cut_to_the_length_of_the_run_or_of_train_py(trained, length):
     settings = evaluate.Settings(source="somewhere", task="own")
     assert evaluate.as_trained(settings, trained).max_length == length
-    assert parse_settings(["--task", "own", "--train-data", "rows.jsonl"]).max_length == 512
+    assert parse_settings(words("--task own --train-data rows.jsonl")).max_length == 512

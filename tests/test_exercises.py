@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import call
 
 from command.cli import run
 
@@ -28,7 +29,7 @@ def written(source: str) -> SimpleNamespace:
 def check_file(file: Path, capsys) -> tuple[int, str]:
     """Exit status and output of the command."""
     with pytest.raises(SystemExit) as ended:
-        run(lambda: check.main(["--module", str(file)]) or sys.exit(0))
+        run(lambda: call(check, "--module", file) or sys.exit(0))
     return ended.value.code, capsys.readouterr().out
 
 

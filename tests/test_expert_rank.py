@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import call
 from safetensors.torch import load_file
 
 import hellora
@@ -11,7 +12,7 @@ from model import MoEConfig, MoETransformer, load_model
 from recipes.methods import flat_rank
 from run.adapters import load_adapter
 
-STEPS = ["--steps", "2", "--batch", "3", "--sample", "0.005", "--lr", "0.02"]
+STEPS = "--steps 2 --batch 3 --sample 0.005 --lr 0.02"
 
 
 @pytest.mark.parametrize("num_hot, expert_rank", [(8, 32), (64, 4)])
@@ -28,12 +29,10 @@ def test_the_flat_rank_keeps_the_budget_to_the_last_parameter(r, k, E, rank):
     assert flat_rank(r, k, E) == rank and rank * E == r * k
 
 
-@pytest.mark.parametrize(
-    "flags", [["--method", "lora-flat"], ["--method", "hellora", "--expert-rank", "3", "--k", "5"]]
-)
+@pytest.mark.parametrize("flags", ["--method lora-flat", "--method hellora --expert-rank 3 --k 5"])
 def test_pairs_of_another_rank_train_are_saved_and_add_alpha_over_r_b_a(flags, tmp_path):
-    train.main([*flags, *STEPS, "--out", str(tmp_path / "run")])
-    rank = {"lora-flat": 1, "hellora": 3}[flags[1]]
+    call(train, flags, STEPS, "--out", tmp_path / "run")
+    rank = {"lora-flat": 1, "hellora": 3}[flags.split()[1]]
     factors = load_file(tmp_path / "run/adapter/adapter.safetensors")
     A, B = (factors[f"layers.1.mlp.experts.lora.down_proj.lora_{name}"] for name in "AB")
     assert A.shape[1] == B.shape[2] == rank and B.abs().max() > 0
@@ -54,14 +53,14 @@ def test_pairs_of_another_rank_train_are_saved_and_add_alpha_over_r_b_a(flags, t
 @pytest.mark.parametrize(
     "flags, modules",
     [
-        (["--targets", "attention", "--k", "5"], {"experts", "self_attn"}),
-        (["--experts", "none"], {"self_attn", "gate"}),
-        (["--experts", "none", "--targets", "attention"], {"self_attn"}),
-        (["--targets", "pure", "--k", "5"], {"experts"}),
+        ("--targets attention --k 5", {"experts", "self_attn"}),
+        ("--experts none", {"self_attn", "gate"}),
+        ("--experts none --targets attention", {"self_attn"}),
+        ("--targets pure --k 5", {"experts"}),
     ],
 )
 def test_what_has_a_pair_follows_targets_and_experts(flags, modules, tmp_path):
-    train.main([*flags, *STEPS, "--out", str(tmp_path / "run")])
+    call(train, flags, STEPS, "--out", tmp_path / "run")
     moved = {name for name, B in load_file(tmp_path / "run/adapter/adapter.safetensors").items() if "lora_B" in name}
     kinds = {part for part in ("experts", "self_attn", "gate") for name in moved if f".{part}." in name}
     assert kinds == modules

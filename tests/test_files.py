@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from conftest import write_lines
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
-from test_chat import write
 from test_data import ALPACA_ROW, GSM8K_ROW, PROBLEM
 
 import data
@@ -107,7 +107,7 @@ def test_other_sets_of_instructions_can_stand_in_for_hexphi(tmp_path, name, cont
 
 def test_rows_without_an_output_are_left_out_and_counted(tmp_path, capsys):
     rows = [ALPACA_ROW, {**ALPACA_ROW, "output": " \n"}, {**ALPACA_ROW, "output": "last"}, ALPACA_ROW]
-    path = write(tmp_path / "a.jsonl", rows)
+    path = write_lines(tmp_path / "a.jsonl", rows)
     examples = load_examples("codealpaca", "train", path)
     assert [(example.id, example.answer) for example in examples] == [("0", "3"), ("2", "last"), ("3", "3")]
     assert "1 of 4 rows" in capsys.readouterr().err
@@ -170,11 +170,7 @@ def test_a_wrong_file_is_one_line_with_its_name_the_place_and_what_is_expected(t
     assert all(part.strip() in message for part in parts), message
 
 
-def test_a_missing_file_or_a_folder_in_place_of_a_file_is_a_wrong_input(tmp_path):
-    with pytest.raises(InputError, match="absent.jsonl.*No such file.*expected GSM8K rows.*--task own"):
-        load_examples("gsm8k", "train", tmp_path / "absent.jsonl")
-    with pytest.raises(InputError, match="is a folder, not a file of rows; expected GSM8K rows"):
-        load_examples("gsm8k", "train", tmp_path)
+def test_a_folder_that_is_none_of_hexphi_or_has_an_empty_file_is_a_wrong_input(tmp_path):
     with pytest.raises(InputError, match="folder without category_N.csv.*expected a HEx-PHI folder"):
         load_examples("saferpaca", "test", tmp_path)
     (tmp_path / "category_1.csv").write_text("x\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import fcntl
 import io
-import json
 import math
 import os
 import pty
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LOADABLE
+from conftest import LOADABLE, write_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer
 
 import generate as command
 import hellora
 from command.cli import InputError
-from generate import Decoding, Settings, Speaker, generate, nucleus_sample, stream, text_behind, tokens
+from generate import Decoding, Settings, Speaker, generate, nucleus_sample, text_behind, tokens
 from model import load_model
 from run import adapters
 
@@ -86,14 +85,6 @@ def test_a_sequence_says_the_same_alone_and_in_any_batch(model, prompts, tempera
         for batch_size in (1, 2, 3, 5, 8, 100)
     )
     assert all(completions == alone for completions in batched)
-
-
-def test_parts_of_the_work_on_several_processes_add_up_to_the_whole(model, prompts):
-    decoding, options = Decoding(NEW, 0.8, samples=3, seed=5), {"eos_ids": (40,), "batch_size": 3}
-    todo = [(index, sample) for index in range(len(prompts)) for sample in range(3)]
-    parts = [list(stream(model, prompts, todo[process::2], decoding, **options)) for process in range(2)]
-    completions = {(index, sample): ids for part in parts for index, sample, ids in part}
-    assert [completions[pick] for pick in todo] == generate(model, prompts, decoding, **options)
 
 
 @pytest.mark.parametrize("mine", [3, 0])
@@ -259,7 +250,7 @@ def test_a_run_is_asked_in_the_prompt_of_its_task_and_adapter_none_is_its_base(t
         ("tiny-math", f"{question}\nAnswer the above question. First think step by step and then answer the final"),
         ("tiny-code", f"### Instruction:\n{question}\n\n### Response:\n"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({"model": "tiny", "settings": {"task": task}}))
+        write_json(tmp_path / "config.json", {"model": "tiny", "settings": {"task": task}})
         trained, base = (Speaker(Settings(str(tmp_path), adapter=name, max_new_tokens=9)) for name in (None, "none"))
         assert shown in trained.reader.tokenizer.decode(trained.ids(question))
         assert base.ids(question) == trained.ids(question)
@@ -288,20 +279,6 @@ def test_a_prompt_is_answered_on_the_command_line_and_each_line_of_a_pipe_by_its
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello!\n\n  \nWhat now?"))
     command.main(["tiny", "--max-new-tokens", "12"])
     assert capsys.readouterr().out == alone and alone.count("\n") >= 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["tiny", "a", "--top-p", "0.5"], "greedy decoding does not sample"),
-        (["tiny", "\ud800"], "the prompt is not text in UTF-8"),
-        (["tiny", "a", "--max-new-tokens", "0"], "got '0'"),
-        ([], "the following arguments are required: model"),
-    ],
-)
-def test_wrong_flags_are_one_error(flags, message):
-    with pytest.raises(InputError, match=message):
-        command.main(flags)
 
 
 class Terminal:

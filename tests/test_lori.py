@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from test_hellora import ALPHA, HOT, L, R, fresh_model
+from conftest import same
+from test_hellora import ALPHA, HOT, R, fresh_model
 
 import hellora
 import lora
@@ -54,34 +55,6 @@ def trained_d(ids: torch.Tensor) -> MoETransformer:
     return model
 
 
-def test_A_never_changes_and_all_of_B_trains_in_stage_d(ids):
-    model, untouched = trained_d(ids), adapted()
-    before = {name: p for name, p in untouched.named_parameters() if name.endswith("lora_A")}
-    assert len(before) == L * (5 + 3)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in model.named_parameters() if name.endswith("lora_B")}
-
-
-def test_the_entries_kept_are_the_top_tenth_of_all_matrices_together(ids):
-    state = adapters.adapter_state(trained_d(ids))
-    kept = lori.top_entries(state, share=0.1)
-    values = torch.cat([state[f"{name}.lora_B"].abs().flatten() for name in kept])
-    chosen = torch.cat([state[f"{name}.lora_B"].abs().flatten()[at] for name, at in kept.items()])
-    assert len(chosen) == int(0.1 * len(values))
-    threshold = values.sort(descending=True).values[len(chosen) - 1]
-    assert chosen.min() == threshold  # and nothing above it is left out
-    assert int((values > threshold).sum()) <= len(chosen)
-    shares = [len(at) / state[f"{name}.lora_B"].numel() for name, at in kept.items()]
-    assert max(shares) > 2 * min(shares)  # one threshold for the model, not a tenth of each matrix
-
-
-def test_equal_magnitudes_keep_the_earlier_entry_and_the_count_exact():
-    state = {"b.lora_B": -torch.ones(3, 5), "a.lora_B": torch.ones(4, 2)}
-    kept = lori.top_entries(state, share=0.5)
-    assert {name: at.tolist() for name, at in kept.items()} == {"a": list(range(8)), "b": [0, 1, 2]}
-
-
 def with_random_B() -> MoETransformer:
     """As after stage D; the earlier an expert stands in its stack, the larger its entries."""
     model, noise = adapted(), torch.Generator().manual_seed(7)
@@ -111,7 +84,7 @@ def test_two_processes_choose_by_one_threshold_over_what_both_hold(tmp_path):
     assert int((stack < 3 * 24 * R).sum()) > 4 * int((stack >= 3 * 24 * R).sum())  # 3 of its 5 experts, and 2
     for rank in (0, 1):
         chosen = torch.load(tmp_path / f"{rank}.pt")
-        assert chosen.keys() == alone.keys() and all(torch.equal(chosen[name], alone[name]) for name in alone)
+        assert same(chosen, alone)
 
 
 def test_a_d_run_that_hardly_moved_is_refused():
@@ -151,48 +124,9 @@ def test_a_vector_of_values_trains_as_a_masked_matrix_does(ids):
     assert all(B.any() == (name != "layers.1.mlp.gate") for name, B in dense.items())
 
 
-def test_the_file_of_stage_s_is_a_tenth_of_that_of_stage_d_and_a_bit_for_every_entry(tmp_path, ids):
-    dense, compact = trained_d(ids), adapted()
-    lori.sparsify(compact, lori.top_entries(adapters.adapter_state(dense)))
-    sizes = {}
-    for name, model in (("d", dense), ("s", compact)):
-        adapters.save_adapter(adapters.adapter_state(model), tmp_path / name, model.adapter)
-        file = (tmp_path / name / "adapter.safetensors").read_bytes()
-        sizes[name] = len(file) - 8 - int.from_bytes(file[:8], "little")  # without the names
-    entries = sizes["d"] // 4
-    assert sizes["s"] <= 4 * (entries // 10) + entries // 8 + len(matrices(dense))
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_a_saved_adapter_leaves_A_out_and_loads_to_the_same_logits(tmp_path, ids, sparse):
-    model, other = trained_d(ids), fresh_model()
-    if sparse:
-        kept = lori.top_entries(adapters.adapter_state(model))
-        kept["layers.0.mlp.gate"] = kept["layers.0.mlp.gate"][:0]
-        model = adapted()
-        lori.sparsify(model, kept)
-        step(model, optimizer_of(model), ids)
-    state = adapters.adapter_state(model)
-    assert not any(name.endswith("lora_A") for name in state)
-    adapters.save_adapter(state, tmp_path, model.adapter)
-    adapters.load_adapter(other, tmp_path)
-    assert torch.equal(model(ids)[0], other(ids)[0])
-    hellora.merge(other)
-    assert torch.allclose(model(ids)[0], other(ids)[0], atol=1e-4)
-
-
 def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
     model = trained_d(ids)
     adapters.save_adapter(adapters.adapter_state(model), tmp_path, replace(model.adapter, seed=6))
     other = fresh_model()
     with pytest.raises(InputError, match="another checksum"):
         adapters.load_adapter(other, tmp_path)
-
-
-def test_a_run_whose_training_has_not_ended_is_said_to_have_no_adapter_yet(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="has no adapter: its training has not ended; wait for it, or continue it"):
-        adapters.read_adapter(tmp_path / "adapter")
-    (tmp_path / "adapter").mkdir()
-    with pytest.raises(InputError, match="adapter.json is missing; expected the adapter/ folder of a run"):
-        adapters.read_adapter(tmp_path / "adapter")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import free_port, on_processes
+from conftest import call, free_port, losses, on_processes, read_json, words, write_lines
 from safetensors.torch import load_file
 
 import evaluate
@@ -20,11 +20,7 @@ from model import load_model
 from training_step import load_for_process
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["--batch", "7", "--micro-batch", "2", "--sample", "0.2", "--k", "3", "--lr", "1e-4"]
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+FLAGS = "--batch 7 --micro-batch 2 --sample 0.2 --k 3 --lr 1e-4"
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +28,31 @@ def rows(tmp_path_factory) -> Path:
     """Few rows, of different lengths: the embedded tasks take each process longer to read than to learn."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows = [{"prompt": f"{i} and {'one ' * i}", "completion": f" is {i} more"} for i in range(14)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(path, rows)
     return path
 
 
 @pytest.fixture(scope="module")
 def flags(rows) -> list[str]:
-    return [*FLAGS, "--task", "own", "--train-data", str(rows)]
+    return words(FLAGS, "--task own --train-data", rows)
 
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory) -> Path:
     """The run of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    train.main([*flags, "--steps", "4", "--out", str(out)])
+    call(train, flags, "--steps 4 --out", out)
     return out
 
 
 def on_machines(main: Callable, *flags: str, count: int = 4) -> None:
-    on_processes(count, main, list(flags), per_machine=2)
+    on_processes(count, main, words(*flags), per_machine=2)
 
 
 def test_two_agents_of_torchrun_give_the_bits_of_two_processes_of_one(flags, alone, tmp_path):
     at = f"127.0.0.1:{free_port()}"
-    launch = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", at, "train.py"]
-    run = [*flags, "--steps", "4", "--shard", "full", "--out"]
+    launch = words("--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_endpoint", at, "train.py")
+    run = words(flags, "--steps 4 --shard full --out")
     command = [sys.executable, "-m", "torch.distributed.run", *launch, *run, str(tmp_path / "agents")]
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
     agents = [subprocess.Popen(command, stderr=subprocess.PIPE, **options) for _ in range(2)]
@@ -89,17 +85,17 @@ def completions(out: Path) -> dict[str, str]:
 
 
 def test_hybrid_sharding_trains_saves_resumes_and_evaluates_as_one_process_does(flags, rows, alone, tmp_path):
-    run = [*flags, "--out", str(tmp_path / "run"), "--save-every", "2", "--shard", "hybrid"]
-    on_machines(train.main, *run, "--steps", "2")
-    on_machines(train.main, *run, "--steps", "4", "--resume")
-    assert json.loads((tmp_path / "run/result.json").read_text())["shard"] == "hybrid"
+    run = words(flags, "--out", tmp_path / "run", "--save-every 2 --shard hybrid")
+    on_machines(train.main, *run, "--steps 2")
+    on_machines(train.main, *run, "--steps 4 --resume")
+    assert read_json(tmp_path / "run/result.json")["shard"] == "hybrid"
     assert losses(tmp_path / "run") == pytest.approx(losses(alone), abs=1e-5)
     ours, want = (load_file(out / "adapter/adapter.safetensors") for out in (tmp_path / "run", alone))
     assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
     # Two processes have two prompts and two have one, so that they end at different steps.
-    score = ["--eval-data", str(rows), "--limit", "6", "--batch", "1", "--max-new-tokens", "7"]
-    evaluate.main([str(alone), *score, "--out", str(tmp_path / "one")])
-    on_machines(evaluate.main, str(alone), *score, "--out", str(tmp_path / "hybrid"), "--shard", "hybrid")
-    scores = [json.loads((tmp_path / name / "score.json").read_text()) for name in ("hybrid", "one")]
+    score = words("--eval-data", rows, "--limit 6 --batch 1 --max-new-tokens 7")
+    call(evaluate, alone, score, "--out", tmp_path / "one")
+    on_machines(evaluate.main, str(alone), *score, "--out", str(tmp_path / "hybrid"), "--shard hybrid")
+    scores = [read_json(tmp_path / name / "score.json") for name in ("hybrid", "one")]
     assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], abs=1e-5)
     assert completions(tmp_path / "hybrid") == completions(tmp_path / "one") and len(completions(tmp_path / "one")) == 6

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SHARED, SIZES, on_processes
+from conftest import SHARED, SIZES, call, on_processes
 from torch import Tensor
 
 import hellora
@@ -224,7 +224,7 @@ def test_the_base_is_held_as_asked_or_in_the_first_way_that_fits(monkeypatch, ca
 
 
 def test_hellora_on_olmoe_sends_0_19_gigabytes_per_step_where_fsdp_sends_28():
-    replicated, sharded = lab.benchmarks.plan.main(["--gpus", "2", "--batch", "64"])  # two micro-batches of 16 each
+    replicated, sharded = call(lab.benchmarks.plan, "--gpus 2 --batch 64")  # two micro-batches of 16 each
     assert replicated["sent_per_step"] == 4 * 47_218_688  # 2 (N - 1) / N of the gradients
     weights = 2 * 6_919_161_856 + 4 * 47_218_688
     assert sharded["sent_per_step"] == pytest.approx((2 * 2 * weights + 4 * 47_218_688) / 2, rel=1e-3)
@@ -232,9 +232,9 @@ def test_hellora_on_olmoe_sends_0_19_gigabytes_per_step_where_fsdp_sends_28():
 
 
 def test_hybrid_sharding_needs_the_memory_of_one_machine_and_sends_only_gradients_to_the_other():
-    flags = ["--model", "mixtral-8x7b", "--micro-batch", "8"]
-    none, hybrid, full = lab.benchmarks.plan.main([*flags, "--gpus", "16", "--machines", "2"])
-    one_machine = lab.benchmarks.plan.main([*flags, "--gpus", "8"])[1]
+    flags = "--model mixtral-8x7b --micro-batch 8"
+    none, hybrid, full = call(lab.benchmarks.plan, flags, "--gpus 16 --machines 2")
+    one_machine = call(lab.benchmarks.plan, flags, "--gpus 8")[1]
     assert all(hybrid[term] == one_machine[term] for term in (*memory.Plan._fields, "total", "fits"))
     gradients = none["gradients"]
     assert none["sent_between_machines"] == 2 * 15 * gradients // 16
@@ -245,7 +245,7 @@ def test_hybrid_sharding_needs_the_memory_of_one_machine_and_sends_only_gradient
 
 
 def test_the_plan_of_mixtral_fits_two_gpus_sharded_and_not_replicated(capsys):
-    rows = lab.benchmarks.plan.main(["--model", "mixtral-8x7b", "--gpus", "2", "--micro-batch", "4"])
+    rows = call(lab.benchmarks.plan, "--model mixtral-8x7b --gpus 2 --micro-batch 4")
     assert [row["fits"] for row in rows] == [False, True]
     assert rows[0]["weights"] == 2 * 46_702_792_704
     assert "sent per step" in capsys.readouterr().out

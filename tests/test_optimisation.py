@@ -1,13 +1,11 @@
 """Settings of training that are off by default on real tasks: schedules, weight decay, what is learnt, dropout."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import with_tokenizer
+from conftest import call, read_lines, words
 from safetensors.torch import load_file
 
 import data
@@ -24,19 +22,13 @@ from training_step import batch_gradients
 STEPS, BATCH = 6, 3
 
 
-@pytest.fixture(scope="module")
-def base(make_checkpoint, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    return with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True))
-
-
 def flags(base: Path, out: Path, *more: str) -> list[str]:
-    sizes = ["--rank", "4", "--steps", str(STEPS), "--batch", str(BATCH), "--sample", "0.005", "--lr", "0.01"]
-    return ["--model", str(base), "--method", "lora", *sizes, "--out", str(out), *more]
+    sizes = words("--rank 4 --steps", STEPS, "--batch", BATCH, "--sample 0.005 --lr 0.01")
+    return words("--model", base, "--method lora", sizes, "--out", out, *more)
 
 
 def records(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_lines(out / "log.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------- rate and decay
@@ -63,7 +55,7 @@ def test_the_rate_of_every_step_is_that_of_transformers_scheduler(schedule, warm
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_logs_the_rate(schedule, base, tmp_path):
-    chosen = ["--schedule", schedule, "--lr-warmup", "2", "--weight-decay", "0.3", "--loss-on", "all"]
+    chosen = words("--schedule", schedule, "--lr-warmup 2 --weight-decay 0.3 --loss-on all")
     train.main(flags(base, tmp_path / "run", *chosen))
     got = load_file(tmp_path / "run/adapter/adapter.safetensors")
 
@@ -88,12 +80,12 @@ def test_a_run_takes_the_steps_of_torchs_adamw_under_transformers_scheduler_and_
 
 
 def test_a_run_goes_on_only_under_the_schedule_and_for_the_steps_it_began_with(base, tmp_path):
-    given = flags(base, tmp_path / "run", "--schedule", "linear", "--save-every", "2")
+    given = flags(base, tmp_path / "run", "--schedule linear --save-every 2")
     train.main(given)
     with pytest.raises(InputError, match="schedule linear then, cosine now"):
-        train.main([*given, "--schedule", "cosine", "--resume"])
+        call(train, given, "--schedule cosine --resume")
     with pytest.raises(InputError, match="saved with steps 6, now it is 8"):
-        train.main([*given, "--steps", "8", "--resume"])
+        call(train, given, "--steps 8 --resume")
 
 
 @pytest.mark.parametrize("task", ["tiny-math", "tiny-code", "tiny-safety"])
@@ -101,7 +93,7 @@ def test_the_rate_of_an_embedded_task_falls_after_a_warm_up_unless_flags_say_oth
     settings = parse_settings(["--task", task])
     assert (settings.lr, settings.schedule, settings.lr_warmup) == (6e-3, "linear", 0.1)
     for none in ("0", "0.0", "0."):
-        settings = parse_settings(["--task", task, "--schedule", "constant", "--lr-warmup", none])
+        settings = parse_settings(words("--task", task, "--schedule constant --lr-warmup", none))
         assert (settings.schedule, settings.lr_warmup) == ("constant", None)
     assert parse_settings(["--task", task, "--lr-warmup", "20"]).lr_warmup == 20
 

@@ -106,14 +106,15 @@ def test_the_load_balancing_loss_is_that_of_transformers_for_every_sequence(form
 
 
 @pytest.mark.parametrize("family", LOADABLE)
-def test_the_balancing_loss_of_a_step_is_that_of_transformers(make_checkpoint, family):
+def test_the_balancing_loss_and_the_counts_of_a_step_are_those_of_transformers(make_checkpoint, family):
     checkpoint, (one, *_) = make_checkpoint(family), items(50)
     model = load_model(checkpoint.folder)
     step = batch_gradients(model, [one], 1, ALONE, aux_weight=0.5, aux_form="concat")
-    _, _, router_logits = ask_transformers(checkpoint.hf, torch.tensor([one.ids]))
+    _, chosen, router_logits = ask_transformers(checkpoint.hf, torch.tensor([one.ids]))
     E, K = model.config.num_experts, model.config.num_experts_per_tok
     want = load_balancing_loss_func(tuple(router_logits[:, 0].detach()), E, K)
     torch.testing.assert_close(step.aux_loss.float(), want, rtol=1e-5, atol=0)
+    assert step.counts.tolist() == [layer.flatten().bincount(minlength=E).tolist() for layer in chosen]
 
 
 @pytest.mark.parametrize("form", ["concat", "layer"])

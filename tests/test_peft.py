@@ -1,6 +1,5 @@
 """Adapters that PEFT made by itself: read here, they compute what PEFT computes. docs/your-data.md lists them."""
 
-import json
 import math
 import re
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import with_tokenizer
+from conftest import call, read_json, words
 from safetensors.torch import load_file, save_file
 from test_export import change_config, linear_for_every_matrix, logits
 from transformers import AutoModelForCausalLM
@@ -176,14 +175,9 @@ def test_a_linear_layer_that_has_no_adapter_here_is_refused_by_name(make_checkpo
         read_any_adapter(tmp_path, read_config(base))
 
 
-@pytest.fixture
-def base(olmoe, tmp_path) -> Path:
-    return with_tokenizer(shutil.copytree(olmoe.folder, tmp_path / "base"))
-
-
 def trained_from(base: Path, adapter: Path, out: Path, method: str) -> dict[str, torch.Tensor]:
-    flags = ["--model", base, "--method", method, "--init-adapter", adapter, "--steps", 3, "--batch", 2, "--out", out]
-    train.main([str(flag) for flag in (*flags, "--sample", 0.005)])
+    flags = words("--method", method, "--init-adapter", adapter, "--steps 3 --batch 2 --sample 0.005")
+    call(train, "--model", base, flags, "--out", out)
     return adapters.read_adapter(out / "adapter")[1]
 
 
@@ -214,9 +208,9 @@ def test_a_run_starts_from_dora_where_a_magnitude_that_is_not_there_is_the_norm_
 def test_evaluate_takes_the_folder_of_an_adapter_of_peft(base, tmp_path):
     saved_under_5(base, tmp_path / "adapter", UNDER_5["rsLoRA"])
     change_config(tmp_path / "adapter", {"base_model_name_or_path": str(base)})
-    out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
-    evaluate.main([str(tmp_path / "adapter"), "--task", "tiny-math", *out])
-    assert json.loads((tmp_path / "out/score.json").read_text())["num_total"] == 2
+    out = words("--limit 2 --max-new-tokens 2 --out", tmp_path / "out")
+    call(evaluate, tmp_path / "adapter", "--task tiny-math", out)
+    assert read_json(tmp_path / "out/score.json")["num_total"] == 2
 
 
 def test_a_run_that_starts_from_an_adapter_of_peft_takes_the_base_that_it_names(base, tmp_path, capsys):

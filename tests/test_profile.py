@@ -1,9 +1,7 @@
 """profile.py: what it counts is what transformers' router chooses, for real tokens, in one process or two."""
 
-import json
 import math
 import random
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_processes
+from conftest import call, on_processes, read_json, write_json
 from test_model import ask_transformers
 
 import data
@@ -67,19 +65,6 @@ def test_counts_and_gate_mass_are_those_of_transformers_router(make_checkpoint, 
     torch.testing.assert_close(counted.gate_mass, torch.tensor(mass, dtype=torch.float64), rtol=1e-4, atol=1e-5)
     assert (counted.num_tokens, counted.num_experts_per_tok) == (sum(LENGTHS), config.num_experts_per_tok)
     assert profile.count_experts(load_model(checkpoint.folder), make_batches(items, 3)).tolist() == counts
-
-
-def test_padding_is_never_counted_whatever_its_token_id(olmoe):
-    model = load_model(olmoe.folder)
-    items = make_items(model.config.vocab_size)
-    alone = profile.profile_routing(model, make_batches(items, 1))
-    for pad_id in (1, 37):
-        (batch,) = make_batches(items, len(items), pad_id)
-        wider = data.Batch(F.pad(batch.input_ids, (0, 6), value=pad_id), batch.lengths, F.pad(batch.labels, (0, 6)))
-        for padded in (batch, wider):
-            counted = profile.profile_routing(model, [padded])
-            assert counted.counts.equal(alone.counts) and counted.num_tokens == alone.num_tokens
-            torch.testing.assert_close(counted.gate_mass, alone.gate_mass, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -206,28 +191,13 @@ GOOD = {
 }  # fmt: skip
 
 
-def test_a_saved_profile_loads_as_it_was_and_holds_the_documented_keys(olmoe, tmp_path):
-    model = load_model(olmoe.folder)
-    counted = profile.profile_routing(model, make_batches(make_items(model.config.vocab_size), 3))
-    path = tmp_path / "new folder" / "profile.json"
-    profiles.save_profile(replace(counted, model="a model", task="a task"), path)
-    loaded = profiles.load_profile(path)
-    assert loaded.counts.equal(counted.counts) and loaded.gate_mass.equal(counted.gate_mass)
-    assert (loaded.num_tokens, loaded.num_experts_per_tok) == (counted.num_tokens, counted.num_experts_per_tok)
-    assert loaded.half_counts.equal(counted.half_counts)
-    content = json.loads(path.read_text())
-    assert content.keys() == GOOD.keys() | {"half_counts"}
-    assert (content["model"], content["task"]) == ("a model", "a task")
-    assert [file.name for file in path.parent.iterdir()] == ["profile.json"]
-
-
 # ---------------------------------------------------------------------------------------------------- command
 
 
 def test_warmup_by_command_prints_the_table_last_and_writes_both_files(tmp_path, capsys):
     out, picture = tmp_path / "made" / "profile.json", tmp_path / "profile.svg"
-    flags = ["--count-on", "lora", "--sample", "0.004", "--batch", "3", "--k", "5"]
-    counted = profile.main([*flags, "--out", str(out), "--plot", str(picture)])
+    flags = "--count-on lora --sample 0.004 --batch 3 --k 5"
+    counted = call(profile, flags, "--out", out, "--plot", picture)
     printed = capsys.readouterr().out.splitlines()
     assert printed[-6:] == list(statistics.table(counted.counts, 5))
     assert profiles.load_profile(out).counts.equal(counted.counts)
@@ -239,27 +209,27 @@ def two_profiles(tmp_path) -> list[str]:
     """A good profile and one whose layer 1 uses other experts."""
     paths = [tmp_path / name for name in ("a.json", "b.json")]
     for path, second in zip(paths, ([0, 5, 5], [5, 5, 0]), strict=True):
-        path.write_text(json.dumps(GOOD | {"counts": [[5, 1, 4], second]}))
+        write_json(path, GOOD | {"counts": [[5, 1, 4], second]})
     return list(map(str, paths))
 
 
 def test_compare_prints_and_draws_the_overlap_of_two_profiles(two_profiles, tmp_path, capsys):
     picture = tmp_path / "new" / "overlap.png"
-    profile.main(["compare", *two_profiles, "--plot", str(picture)])
+    call(profile, "compare", two_profiles, "--plot", picture)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:3] == [["layer", "overlap", "only", "A", "only", "B"], ["0", "1.000", "-", "-"],
                          ["1", "0.333", "2", "0"]]  # fmt: skip
     assert lines[3][1:3] == ["overlap", "0.667,"] and lines[4] == "the same set in 1 of 2 layers".split()
     assert matplotlib.image.imread(picture).std() > 0.1
-    profile.main(["compare", *two_profiles, "--k", "3"])
+    call(profile, "compare", two_profiles, "--k 3")
     assert "Jaccard overlap 1.000, mean of the layers (by chance 1.000)" in capsys.readouterr().out
 
 
 def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_path, capsys):
     out = tmp_path / "p.json"
-    counted = profile.main(["--sample", "0.004", "--batch", "4", "--out", str(out)])
+    counted = call(profile, "--sample 0.03 --batch 4 --out", out)
     capsys.readouterr()
-    profile.main(["advise", str(out), "--coverage", "0.5", "1", "--targets", "pure"])
+    call(profile, "advise", out, "--coverage 0.5 1 --targets pure")
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("tiny-math on tiny,") and "rank 8" in head
     assert [int(row.split()[0]) for row in rows[:7]] == [1, 2, 4, 8, 16, 32, 64]
@@ -267,7 +237,7 @@ def test_advise_reads_the_model_the_rank_and_the_counts_from_the_profile(tmp_pat
     assert statistics.top_share(counted.counts, k).mean() >= 0.5 > statistics.top_share(counted.counts, k - 1).mean()
     assert rows[8].startswith("to cover 100% of the routed tokens: k = ")
     assert "the hot sets of two halves of the text overlap by" in rows[-1]
-    profile.main(["advise", str(out), "--rank", "4", "--targets", "pure"])
+    call(profile, "advise", out, "--rank 4 --targets pure")
     at_rank_4 = capsys.readouterr().out.splitlines()[2].split()
     assert 2 * int(at_rank_4[3].replace(",", "")) == int(rows[0].split()[3].replace(",", ""))
 
@@ -279,10 +249,10 @@ PUBLISHED = sorted((Path(__file__).parent.parent / "results" / "published").glob
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_advice_on_published_counts_needs_no_network_and_says_what_k_experts_cover(path, capsys):
-    about = json.loads(path.read_text())
+    about = read_json(path)
     K = about["num_experts_per_tok"]
     shares = [sum(sorted(row)[-K:]) / sum(row) for row in about["counts"]]  # of the K hottest, layer by layer
-    profile.main(["advise", str(path)])
+    call(profile, "advise", path)
     said = capsys.readouterr().out
     assert f"{about['num_tokens']:,} tokens" in said
     assert f"k = {K} covers {sum(shares) / len(shares):.1%}\n" in said

@@ -1,10 +1,10 @@
 """profile.py --prompt: what it prints of each token is what the model does."""
 
-import json
 import re
 
 import pytest
 import torch
+from conftest import read_json
 
 import data
 import profile
@@ -45,7 +45,7 @@ def test_a_run_shows_its_hot_experts_and_what_its_adapter_changed(run, tmp_path,
     profile.main(["--model", run, "--prompt", TEXT, "--plot", str(tmp_path / "p.png")])
     out = capsys.readouterr().out
     after, before = expected_experts(run), expected_experts("tiny")
-    lists = json.loads((Subject(run).adapter / "adapter.json").read_text())["hot"]
+    lists = read_json(Subject(run).adapter / "adapter.json")["hot"]
     shown = experts_printed(out)
     assert len(shown) == after.shape[1]
     for t, layers in enumerate(shown):

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from conftest import call, read_json
 
 import evaluate
 import hellora
@@ -145,10 +146,11 @@ def shape(line: str) -> str:
     return re.sub(r"\d[\d,.]*", "#", re.sub(r"runs/[\w/-]+|/\S+", "X", line)).rstrip()
 
 
-def test_what_the_readme_says_the_demo_prints_is_what_is_printed(tmp_path, capsys):
+def test_what_the_readme_says_the_demo_prints_is_what_is_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.TINY_TRAIN", 2000)
     excerpt = re.search(r"```\n(python evaluate\.py tiny.*?)```", README, re.S)[1].splitlines()
-    train.main(["--method", "hellora", "--k", "8", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "run")])
-    evaluate.main([str(tmp_path / "run"), "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "4"])
+    call(train, "--method hellora --k 8 --steps 2 --batch 4 --out", tmp_path / "run")
+    call(evaluate, tmp_path / "run", "--task tiny-math --limit 2 --max-new-tokens 4")
     printed = capsys.readouterr().out.replace("1 process\n", "2 processes\n").splitlines()
     makefile = (ROOT / "Makefile").read_text().replace("$(RUN)", "runs/demo")
     for line in excerpt:
@@ -171,7 +173,7 @@ def test_the_scores_in_the_readme_agree_with_their_counts():
 def finished(task: str, method: str, seed: int = 0, flags: str = "") -> tuple[dict, dict]:
     """The record of a finished run of the tables, and its scores on its own task. flags: as in the file's name."""
     (path,) = (ROOT / "results/runs").glob(f"{task}-{method}{flags}-seed{seed}-????????.json")
-    record = json.loads(path.read_text())
+    record = read_json(path)
     return record, record["scores"][task]
 
 
@@ -203,7 +205,7 @@ def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
 
 
 def test_the_published_accuracies_are_those_of_the_file():
-    found = json.loads((ROOT / "results/published/moe-sieve-accuracy.json").read_text())["results"]["olmoe-gsm8k"]
+    found = read_json(ROOT / "results/published/moe-sieve-accuracy.json")["results"]["olmoe-gsm8k"]
     head, values = re.search(r"^\| (all 64 \(LoRA\).*) \|\n.*\n\| (.*) \|$", PAGES["docs/methods.md"], re.M).groups()
     stated = dict(zip(head.split(" | "), values.split(" | "), strict=True))
     assert len(stated) == 6
@@ -229,10 +231,10 @@ def test_the_table_of_planned_memory_is_what_bench_plans(capsys):
 
 
 def test_every_number_that_a_run_writes_is_in_the_glossary(tmp_path, capsys):
-    flags = "--method dr-lora --router-aux-loss 0.01 --steps 2 --batch 2 --sample 0.01 --valid-share 0.002".split()
-    train.main([*flags, "--out", str(tmp_path / "run")])
+    flags = "--method dr-lora --router-aux-loss 0.01 --steps 2 --batch 2 --sample 0.01 --valid-share 0.002"
+    call(train, flags, "--out", tmp_path / "run")
     record = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = read_json(tmp_path / "run" / "result.json")
     page = PAGES["docs/glossary.md"]
     log, rest = page.split("## log.jsonl")[1].split("## result.json")
     assert not [key for key in record if f"`{key}`" not in log]

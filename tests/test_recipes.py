@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+from conftest import call, read_json, words
 
 import data
 import evaluate
@@ -39,7 +40,7 @@ def test_a_recipe_is_accepted_for_every_task_of_its_benchmark_and_as_a_file(reci
     tasks = [task for task, row in data.TASKS.items() if row.benchmark == benchmark]
     assert len(tasks) == 2  # a real one, and an embedded one
     for task in tasks:
-        named = parse_settings(["--recipe", recipe, "--task", task, "--lr", "0.125"])
+        named = parse_settings(words("--recipe", recipe, "--task", task, "--lr 0.125"))
         assert named.method == recipe
         assert named.lr_warmup == PUBLISHED.get((recipe, "gsm8k"), {}).get("lr_warmup")  # not the embedded task's
         assert parse_settings(["--task", task, f"@{FILES[recipe, benchmark]}", "--lr", "0.125"]) == replace(
@@ -48,25 +49,25 @@ def test_a_recipe_is_accepted_for_every_task_of_its_benchmark_and_as_a_file(reci
 
 
 def test_any_flag_overrides_a_recipe_also_with_the_value_that_is_otherwise_the_default():
-    given = ["--method", "lora", "--max-length", "512", "--sample", "0.1", "--steps", "7", "--lora-dropout", "0"]
-    settings = parse_settings(["--recipe", "moe-sieve", "--task", "gsm8k", *given])
+    given = "--method lora --max-length 512 --sample 0.1 --steps 7 --lora-dropout 0"
+    settings = parse_settings(words("--recipe moe-sieve --task gsm8k", given))
     found = settings.method, settings.max_length, settings.sample, settings.steps, settings.lora_dropout
     assert found == ("lora", 512, 0.1, 7, 0.0) and settings.epochs is None
     assert (settings.batch, settings.targets, settings.schedule) == (64, "shared", "linear")
-    assert parse_settings(["--recipe", "dr-lora", "--task", "gsm8k", "--epochs", "2"]).steps is None
+    assert parse_settings(words("--recipe dr-lora --task gsm8k --epochs 2")).steps is None
 
 
 @pytest.mark.parametrize("recipe", PAPERS)
 def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, tmp_path, capsys):
-    small = ["--steps", "2", "--batch", "3", "--sample", "0.005", "--rank", "8", "--alpha", "16"]
-    train.main(["--recipe", recipe, *small, "--out", str(tmp_path / "run")])
+    small = "--steps 2 --batch 3 --sample 0.005 --rank 8 --alpha 16"
+    call(train, "--recipe", recipe, small, "--out", tmp_path / "run")
     said = capsys.readouterr().out
     assert f"--recipe {recipe} sets --method {recipe} " in said and "Not from the paper" in said
     assert "--batch" not in said and "--steps" not in said and "--epochs" not in said  # given otherwise
-    about = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    about = read_json(tmp_path / "run/config.json")["settings"]
     assert about["recipe"] == recipe and about["loss_on"] == ("all" if recipe == "moe-sieve" else "answer")
-    out = ["--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
-    evaluate.main([str(tmp_path / "run"), *out])
+    out = words("--limit 2 --max-new-tokens 2 --out", tmp_path / "out")
+    call(evaluate, tmp_path / "run", out)
     first = json.loads((tmp_path / "out/items.jsonl").read_text().splitlines()[0])["prompt"]
     assert first.startswith("Question: ") == (about["prompt"] == "question" or recipe == "dr-lora")
     assert first.count("Question: ") == {"dr-lora": 9, "moe-sieve": 1}.get(recipe, 0)

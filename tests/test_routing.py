@@ -70,19 +70,6 @@ def test_overlap_by_chance_is_the_mean_over_all_pairs_of_sets(num_hot, experts):
     assert statistics.chance_overlap(num_hot, experts) == pytest.approx(mean)
 
 
-def test_overlap_table_names_what_only_one_of_two_sets_has():
-    hot_a = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]).bool()
-    hot_b = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]]).bool()
-    header, *layers, mean, same = statistics.overlap_table(hot_a, hot_b)
-    assert [line.split() for line in layers] == [
-        ["0", "1.000", "-", "-"],
-        ["1", "0.333", "2", "1"],
-        ["2", "0.000", "2", "3", "0", "1"],
-    ]
-    assert mean == "Jaccard overlap 0.444, mean of the layers (by chance 0.389)"  # 1/6 * 1 + 4/6 * 1/3
-    assert same == "the same set in 1 of 3 layers"
-
-
 # ------------------------------------------------------------------------------------------- how many experts
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import call, losses, read_json, same, words, write_json, write_lines
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -32,16 +32,12 @@ from run.state import Checkpoints, last_state, load_tensors, save_state, states
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("fork")
-SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4"]
-SMALL += ["--schedule", "constant", "--lr-warmup", "0"]  # so that a run can be extended
+SMALL = words("--batch 2 --micro-batch 1 --sample 0.005 --k 3 --rank 4")
+SMALL += words("--schedule constant --lr-warmup 0")  # so that a run can be extended
 
 
 def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter/adapter.safetensors")
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def start(*flags: str) -> multiprocessing.Process:
@@ -51,7 +47,7 @@ def start(*flags: str) -> multiprocessing.Process:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        train.main([*flags])
+        call(train, *flags)
 
     process = FORK.Process(target=quiet)
     process.start()
@@ -59,17 +55,13 @@ def start(*flags: str) -> multiprocessing.Process:
 
 
 def torchrun(*flags: str) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return [*launch, "train.py", *flags]
+    launch = words(sys.executable, "-m torch.distributed.run --standalone --nproc_per_node 2")
+    return words(launch, "train.py", *flags)
 
 
 def contents(out: Path) -> dict[Path, tuple[bytes, int]]:
     """Content and time of every file of a run."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*") if path.is_file()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +74,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 )
 def test_a_killed_run_ends_with_the_bits_of_one_left_alone_under_any_schedule_and_dropout(tmp_path, flags):
     """Every method is killed and resumed in test_validation.py."""
-    flags = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--rank", "4", "--steps", "5", *flags.split()]
+    flags = words("--batch 2 --micro-batch 1 --sample 0.005 --rank 4 --steps 5", flags)
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    train.main([*flags, "--out", str(uncut)])
+    call(train, flags, "--out", uncut)
     once = [*flags, "--save-every", "2", "--out", str(cut)]
     process = start(*once)
     while not states(cut / "checkpoint"):
@@ -93,7 +85,7 @@ def test_a_killed_run_ends_with_the_bits_of_one_left_alone_under_any_schedule_an
     process.kill()
     process.join()
     assert not (cut / "result.json").exists()
-    train.main([*once, "--resume"])
+    call(train, once, "--resume")
     assert losses(cut) == losses(uncut) and same(adapter(cut), adapter(uncut))
     assert (cut / "adapter/adapter.json").read_bytes() == (uncut / "adapter/adapter.json").read_bytes()
 
@@ -101,10 +93,10 @@ def test_a_killed_run_ends_with_the_bits_of_one_left_alone_under_any_schedule_an
 def test_ten_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
     flags = [*SMALL, "--steps", "40"]
     uncut, cut = tmp_path / "uncut", tmp_path / "cut"
-    train.main([*flags, "--out", str(uncut)])
+    call(train, flags, "--out", uncut)
     rng, while_saving = random.Random(0), 0
     for kill in range(10):
-        process = start(*flags, "--save-every", "1", "--out", str(cut), *["--resume"] * (cut / "config.json").exists())
+        process = start(*flags, "--save-every 1 --out", str(cut), *["--resume"] * (cut / "config.json").exists())
         # Every other kill comes while a state is being written, at one of its first, or later.
         deadline = time.monotonic() + (10 if kill % 2 else rng.uniform(0.4, 1.2))
         patience = rng.randrange(1, 40)
@@ -120,28 +112,28 @@ def test_ten_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
         process.kill()
         process.join()
         for state in states(cut / "checkpoint"):  # whatever has its final name is complete
-            digests = json.loads((state / "state.json").read_text())["sha256"]
+            digests = read_json(state / "state.json")["sha256"]
             assert all(sha256(state / name) == digest for name, digest in digests.items())
     assert while_saving >= 2
-    train.main([*flags, "--save-every", "1", "--out", str(cut), "--resume"])
+    call(train, flags, "--save-every 1 --out", cut, "--resume")
     assert same(adapter(cut), adapter(uncut)) and losses(cut) == losses(uncut)
     assert [state.name for state in states(cut / "checkpoint")] == ["step-00000039", "step-00000040"]  # --keep 2
 
 
 def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
-    flags = ["--batch", "5", "--micro-batch", "2", "--sample", "0.005", "--k", "3"]
-    flags += ["--lr", "1e-4", "--schedule", "constant", "--lr-warmup", "0"]  # AdamW turns rounding into steps
-    train.main([*flags, "--steps", "6", "--out", str(tmp_path / "uncut")])
+    flags = words("--batch 5 --micro-batch 2 --sample 0.005 --k 3")
+    flags += words("--lr 1e-4 --schedule constant --lr-warmup 0")  # AdamW turns rounding into steps
+    call(train, flags, "--steps 6 --out", tmp_path / "uncut")
     out, environment = tmp_path / "run", os.environ | {"OMP_NUM_THREADS": "1"}
 
     def on_two(*more: str) -> None:
-        command = torchrun(*flags, "--out", str(out), "--save-every", "2", *more)
+        command = torchrun(*flags, "--out", str(out), "--save-every 2", *more)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
 
-    on_two("--steps", "2", "--shard", "full")
-    train.main([*flags, "--out", str(out), "--save-every", "2", "--steps", "4", "--resume"])
-    on_two("--steps", "6", "--shard", "none", "--resume")
+    on_two("--steps 2 --shard full")
+    call(train, flags, "--out", out, "--save-every 2 --steps 4 --resume")
+    on_two("--steps 6 --shard none --resume")
     assert losses(out) == pytest.approx(losses(tmp_path / "uncut"), abs=1e-5)
     ours, want = adapter(out), adapter(tmp_path / "uncut")
     assert max((ours[name] - want[name]).abs().max().item() for name in want) < 1e-5
@@ -165,7 +157,7 @@ def test_processes_that_see_other_checkpoints_say_so_before_one_waits_for_the_ot
 def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_path):
     flags = [*SMALL, "--out", str(tmp_path / "run"), "--save-every", "1"]
     job = subprocess.Popen(
-        torchrun(*flags, "--steps", "1000"),
+        torchrun(*flags, "--steps 1000"),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
@@ -179,58 +171,25 @@ def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_pa
     os.kill(int(children[-1]), signal.SIGKILL)
     assert job.wait(60) != 0
     done = int(last_state(checkpoints).name.removeprefix("step-"))
-    result = train.main([*flags, "--steps", str(done + 2), "--resume"])
+    result = call(train, flags, "--steps", done + 2, "--resume")
     assert result["steps"] == done + 2 == len(losses(tmp_path / "run"))
-
-
-def test_a_full_disk_is_an_error_and_the_state_before_it_loads(tmp_path):
-    out = tmp_path / "run"
-    train.main([*SMALL, "--steps", "2", "--save-every", "1", "--out", str(out)])
-
-    def with_little_room() -> None:
-        size = sum(file.stat().st_size for file in last_state(out / "checkpoint").iterdir())
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-        try:
-            train.main([*SMALL, "--steps", "4", "--save-every", "1", "--out", str(out), "--resume"])
-        except RunError as error:
-            assert re.search("step-00000003 cannot be written.*the last good checkpoint is .*step-00000002", str(error))
-            os._exit(17)
-
-    process = FORK.Process(target=with_little_room)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 17
-    assert not list((out / "checkpoint").glob(".*"))  # nothing half-written
-    assert train.main([*SMALL, "--steps", "3", "--out", str(out), "--resume"])["steps"] == 3
 
 
 def test_what_may_not_change_on_resuming_is_named_and_more_steps_are_welcome(tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL, "--save-every", "1", "--out", str(out)]
-    train.main([*flags, "--steps", "2"])
+    call(train, flags, "--steps 2")
     (out / "result.json").rename(tmp_path / "result.json")  # as if it had been killed just before its end
     with pytest.raises(InputError, match="add --resume to continue"):
-        train.main([*flags, "--steps", "2"])
+        call(train, flags, "--steps 2")
     (tmp_path / "result.json").rename(out / "result.json")
     with pytest.raises(InputError, match="method hellora then, hellori-d now, .*lr 0.006 then, 0.1 now"):
-        train.main([*flags, "--steps", "2", "--resume", "--lr", "0.1", "--method", "hellori-d"])
+        call(train, flags, "--steps 2 --resume --lr 0.1 --method hellori-d")
     before = contents(out)
     with pytest.raises(InputError, match="1 steps are fewer than the 2"):
-        train.main([*flags, "--steps", "1", "--resume"])
+        call(train, flags, "--steps 1 --resume")
     assert contents(out) == before
-    assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
-
-
-def test_a_damaged_state_is_refused_by_name(tmp_path):
-    out = tmp_path / "run"
-    flags = [*SMALL, "--save-every", "1", "--out", str(out), "--steps", "2"]
-    train.main(flags)
-    state = last_state(out / "checkpoint")
-    content = bytearray((state / "model.safetensors").read_bytes())
-    content[-5] ^= 1
-    (state / "model.safetensors").write_bytes(content)
-    with pytest.raises(InputError, match="step-00000002: model.safetensors is damaged; remove it to continue"):
-        train.main([*flags[:-1], "3", "--resume"])
+    assert call(train, flags, "--steps 3 --resume")["steps"] == 3
 
 
 def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
@@ -247,9 +206,9 @@ def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatc
         return done
 
     monkeypatch.setattr(training_step, "batch_gradients", sometimes)
-    flags = [*SMALL, "--steps", "4", "--save-every", "1"]
+    flags = words(SMALL, "--steps 4 --save-every 1")
     with pytest.raises(RunError) as caught:
-        train.main([*flags, "--out", str(tmp_path / "stop")])
+        call(train, flags, "--out", tmp_path / "stop")
     message = str(caught.value)
     assert "step 2: loss nan" in message and "step-00000001" in message and re.search(r"on examples \d+ \d+;", message)
     calls.clear()
@@ -263,17 +222,17 @@ def test_a_nan_loss_stops_the_run_or_is_skipped_and_counted(tmp_path, monkeypatc
         calls[:] = [1] * (2 - first)
         cut = [*flags, "--out", str(tmp_path / f"cut{first}"), "--on-nonfinite", "skip"]
         with pytest.raises(RunError, match="every step was skipped") if first == 1 else nullcontext():
-            train.main([*cut, "--steps", str(first)])  # the last --steps counts
-        train.main([*cut, "--resume"])
+            call(train, cut, "--steps", first)  # the last --steps counts
+        call(train, cut, "--resume")
         calls[:] = [1] * (2 - first)
-        train.main([*flags, "--out", str(tmp_path / f"uncut{first}"), "--on-nonfinite", "skip"])
+        call(train, flags, "--out", tmp_path / f"uncut{first}", "--on-nonfinite skip")
         assert same(adapter(tmp_path / f"cut{first}"), adapter(tmp_path / f"uncut{first}"))
 
 
 def test_an_adapted_expert_that_no_token_reached_is_reported_and_as_drawn(tmp_path, capsys):
-    flags = ["--experts", "cold", "--batch", "1", "--steps", "2", "--sample", "0.005", "--out", str(tmp_path / "run")]
+    flags = words("--experts cold --batch 1 --steps 2 --sample 0.005 --out", tmp_path / "run")
     idle = train.main(flags)["idle_hot_experts"]
-    content = json.loads((tmp_path / "run/adapter/adapter.json").read_text())
+    content = read_json(tmp_path / "run/adapter/adapter.json")
     assert idle and all(int(name.split(":")[1]) in content["hot"][int(name.split(":")[0])] for name in idle)
     A, B = (adapter(tmp_path / "run")[f"layers.0.mlp.experts.lora.up_proj.lora_{part}"] for part in "AB")
     drawn = torch.empty(A.shape[1:])
@@ -284,21 +243,8 @@ def test_an_adapted_expert_that_no_token_reached_is_reported_and_as_drawn(tmp_pa
     assert f"{len(idle)} adapted experts" in capsys.readouterr().out
 
 
-def test_a_log_that_lost_lines_or_was_torn_is_refused_on_resuming(tmp_path):
-    out = tmp_path / "run"
-    flags = [*SMALL, "--save-every", "1", "--out", str(out)]
-    train.main([*flags, "--steps", "2"])
-    uncut = (out / "log.jsonl").read_text()
-    for left in (uncut.splitlines()[0] + "\n", uncut[:-20], ""):
-        (out / "log.jsonl").write_text(left)
-        with pytest.raises(InputError, match="not the log of a run from its first step on"):
-            train.main([*flags, "--steps", "3", "--resume"])
-    (out / "log.jsonl").write_text(uncut)
-    assert train.main([*flags, "--steps", "3", "--resume"])["steps"] == 3
-
-
 def test_a_resume_of_nothing_says_that_it_starts(tmp_path, capsys):
-    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run"), "--resume"])
+    call(train, SMALL, "--steps 1 --out", tmp_path / "run", "--resume")
     assert capsys.readouterr().out.startswith(f"--resume: there is nothing in {tmp_path / 'run'} yet")
 
 
@@ -311,17 +257,17 @@ def begun(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("begun")
     shutil.copytree(TINY, folder / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__", "*.md"))
     rows = ({"question": f"{i} and {i % 7}?", "answer": f"It is\n#### {i + i % 7}"} for i in range(24))
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "hot.json").write_text(json.dumps([[1, 2], [3, 4], [5, 6], [7, 8]]))
+    write_lines(folder / "data.jsonl", rows)
+    write_json(folder / "hot.json", [[1, 2], [3, 4], [5, 6], [7, 8]])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HELLORA_CACHE", str(folder / "cache"))
-        train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "2"])
+        call(train, ON_DATA, LISTED, "--out run --steps 2")
     return folder
 
 
 ON_DATA = "--model model --task gsm8k --train-data data.jsonl --batch 4 --sample 0.2 --save-every 1".split()
-LISTED = ["--experts", "hot.json", "--rank", "4"]
+LISTED = "--experts hot.json --rank 4"
 
 
 @pytest.fixture
@@ -353,18 +299,18 @@ def edit_a_weight(folder: Path) -> None:
 
 
 def edit_the_config(folder: Path) -> None:
-    config = json.loads((folder / "model/config.json").read_text())
-    (folder / "model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    config = read_json(folder / "model/config.json")
+    write_json(folder / "model/config.json", config | {"rms_norm_eps": 1e-3})
 
 
 def edit_the_tokenizer(folder: Path) -> None:
-    tokenizer = json.loads((folder / "model/tokenizer.json").read_text())
-    (folder / "model/tokenizer.json").write_text(json.dumps(tokenizer | {"normalizer": {"type": "Lowercase"}}))
+    tokenizer = read_json(folder / "model/tokenizer.json")
+    write_json(folder / "model/tokenizer.json", tokenizer | {"normalizer": {"type": "Lowercase"}})
 
 
 def other_experts(folder: Path) -> None:
     """As many as before, so that every tensor fits."""
-    (folder / "hot.json").write_text(json.dumps([[1, 2], [3, 4], [5, 9], [7, 8]]))
+    write_json(folder / "hot.json", [[1, 2], [3, 4], [5, 9], [7, 8]])
 
 
 @pytest.mark.parametrize(
@@ -383,7 +329,7 @@ def test_a_run_is_not_resumed_on_other_rows_weights_or_experts(copied, change, s
     change(copied)
     before = contents(copied / "run")
     with pytest.raises(InputError, match=says):
-        train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "3", "--resume"])
+        call(train, ON_DATA, LISTED, "--out run --steps 3 --resume")
     if change is not other_experts:  # noticed when config.json is written already
         assert contents(copied / "run") == before
 
@@ -391,28 +337,28 @@ def test_a_run_is_not_resumed_on_other_rows_weights_or_experts(copied, change, s
 def test_the_same_content_under_another_time_resumes(copied):
     for name in ("model/model.safetensors", "data.jsonl", "hot.json"):
         (copied / name).write_bytes((copied / name).read_bytes())
-    assert train.main([*ON_DATA, *LISTED, "--out", "run", "--steps", "3", "--resume"])["steps"] == 3
+    assert call(train, ON_DATA, LISTED, "--out run --steps 3 --resume")["steps"] == 3
 
 
 def test_an_adapter_to_start_from_must_have_been_trained_on_the_same_weights(copied):
     edit_a_weight(copied)
     for start in ("run", "run/adapter"):
         with pytest.raises(InputError, match="is not the base that this adapter was trained on"):
-            train.main([*ON_DATA, "--out", "next", "--steps", "1", "--init-adapter", start])
+            call(train, ON_DATA, "--out next --steps 1 --init-adapter", start)
     assert not (copied / "next").exists()
 
 
 def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, capsys):
-    profile.main([*ON_DATA[:6], "--sample", "0.5", "--out", "counts.json"])
-    flags = [*ON_DATA, "--k", "2", "--steps", "1", "--profile", "counts.json"]
-    train.main([*flags, "--out", "same"])
+    call(profile, ON_DATA[:6], "--sample 0.5 --out counts.json")
+    flags = words(ON_DATA, "--k 2 --steps 1 --profile counts.json")
+    call(train, flags, "--out same")
     assert "note:" not in capsys.readouterr().out
     reorder(copied)
-    train.main([*flags, "--out", "other"])
+    call(train, flags, "--out other")
     assert "note: the profile is of other training data of gsm8k" in capsys.readouterr().out
     reorder(copied, back=True)
     edit_a_weight(copied)
-    train.main([*flags, "--out", "weights"])
+    call(train, flags, "--out weights")
     assert "note: the profile is of other weights of model" in capsys.readouterr().out
 
 
@@ -423,20 +369,20 @@ def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, c
 def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, capsys, saving):
     out = tmp_path / "run"
     flags = [*SMALL, "--steps", "2", "--out", str(out)]
-    result = train.main([*flags, *saving])
+    result = call(train, flags, saving)
     before = contents(out)
     others = "--micro-batch 2 --save-every 2 --keep 1 --shard none --activation-checkpointing --on-nonfinite skip"
     for more in (saving, ["--resume"], others.split()):
         capsys.readouterr()
-        again = train.main([*flags, *more])
-        assert again == result == json.loads((out / "result.json").read_text())
+        again = call(train, flags, more)
+        assert again == result == read_json(out / "result.json")
         assert "holds this run already, with all its 2 steps: nothing to do" in capsys.readouterr().out
         assert contents(out) == before
     if saving:
         return
     for steps in ("1", "3"):  # there is no checkpoint to continue from, and the results are not thrown away
         with pytest.raises(InputError, match="a run that ended after 2 steps, and no checkpoint to continue from"):
-            train.main([*flags, "--resume", "--steps", steps])
+            call(train, flags, "--resume --steps", steps)
     assert contents(out) == before
 
 
@@ -446,7 +392,7 @@ def test_a_finished_run_is_left_alone_when_its_command_is_repeated(tmp_path, cap
 def test_results_of_an_earlier_run_are_gone_before_the_first_step_of_the_next(tmp_path, monkeypatch, steps, saving):
     out = tmp_path / "run"
     flags = [*SMALL, *saving, "--out", str(out), "--steps"]
-    train.main([*flags, steps])
+    call(train, flags, steps)
     if not saving:
         (out / "result.json").unlink()  # as if it had been killed before this
 
@@ -455,10 +401,10 @@ def test_results_of_an_earlier_run_are_gone_before_the_first_step_of_the_next(tm
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training_step, "batch_gradients", broken)
-        train.main([*flags, "4"])
+        call(train, flags, "4")
     assert not any((out / name).exists() for name in ("result.json", "loss.png", "adapter"))
-    train.main([*flags, "4"])
-    train.main([*SMALL, "--steps", "4", "--out", str(tmp_path / "uncut")])
+    call(train, flags, "4")
+    call(train, SMALL, "--steps 4 --out", tmp_path / "uncut")
     assert same(adapter(out), adapter(tmp_path / "uncut")) and losses(out) == losses(tmp_path / "uncut")
 
 

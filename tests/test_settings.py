@@ -1,14 +1,12 @@
 """The table of methods: whatever the method and the targets, what is said to train is what trains, and nothing else."""
 
 import itertools
-import json
-import shutil
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
-from conftest import with_tokenizer
+from conftest import call, read_json, words, write_json
 from safetensors.torch import load_file
 
 import hellora
@@ -27,18 +25,6 @@ SIDES = {  # d_in, d_out of the fixture's matrices: width 48, 6 heads of 8 that 
 BESIDE = {"all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate"), "gate": ("gate",), "pure": ()}
 ADAPTED = {"hellora": 3, "hellori-d": 3, "hellori-s": 3, "moe-sieve": 1}  # experts a layer: 3 a token, a quarter of 7
 FACTORS = {"lori-d": "B", "hellori-d": "B", "lori-s": "b", "hellori-s": "b", "dora": "ABm"}  # b: a tenth of B
-
-
-@pytest.fixture(scope="module")
-def base(make_checkpoint, tmp_path_factory) -> Path:
-    """A small random checkpoint with a tokenizer that knows the digits."""
-    folder = tmp_path_factory.mktemp("base")
-    return with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder, dirs_exist_ok=True))
-
-
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    monkeypatch.setattr("data.TINY_TRAIN", 300)  # rows that are made and encoded for every run
 
 
 @pytest.fixture
@@ -74,9 +60,9 @@ EVERY_KIND = itertools.product(("lora", "dora", "lori-d", "lori-s", "dr-lora"), 
 def test_every_method_and_every_choice_of_targets_trains_what_it_says(
     method, targets, base, trained_models, tmp_path, capsys
 ):
-    flags = ["--model", base, "--method", method, "--targets", targets, "--rank", R, "--alpha", 6, "--steps", STEPS]
-    flags += ["--batch", 3, "--sample", 0.03, "--lr", 0.01, "--out", tmp_path / "run"]
-    result = train.main([str(flag) for flag in flags])
+    flags = words("--model", base, "--method", method, "--targets", targets, "--rank", R, "--alpha 6 --steps", STEPS)
+    flags += words("--batch 3 --sample 0.03 --lr 0.01 --out", tmp_path / "run")
+    result = call(train, flags)
 
     # It counts what it says: by hand, in result.json, in print, and in the file.
     assert result["trainable"] == expected(method, targets)
@@ -89,6 +75,9 @@ def test_every_method_and_every_choice_of_targets_trains_what_it_says(
     tensors = load_file(tmp_path / "run/adapter/adapter.safetensors")
     values = {name: t for name, t in tensors.items() if t.is_floating_point()}
     assert sum(t.numel() for t in values.values()) == expected(method, targets)
+    if FACTORS.get(method) == "b":  # where they stand: a bit for every entry of B
+        bits = sum(t.nbytes for t in tensors.values()) - 4 * expected(method, targets)
+        assert bits <= 10 * expected(method, targets) // 8 + len(tensors)
 
     # It trains what it says, where it says.
     model = trained_models[-1]
@@ -122,26 +111,26 @@ def profiled(path: Path) -> Path:
     """A profile whose experts 0, 1, 2 have the tokens, and whose experts 4, 5 have the weight."""
     counts, mass = [30, 29, 28, 5, 4, 3, 0], [1.0, 1.0, 1.0, 1.0, 9.0, 7.0, 0.0]
     about = {"model": "m", "task": "t", "num_tokens": 33, "num_experts_per_tok": 3}
-    path.write_text(json.dumps(about | {"counts": [counts] * L, "gate_mass": [mass] * L}))
+    write_json(path, about | {"counts": [counts] * L, "gate_mass": [mass] * L})
     return path
 
 
 @pytest.mark.parametrize(
     "flags, hot",
     [
-        (["--k", "2"], [0, 1]),
-        (["--k", "2", "--scores", "counts"], [0, 1]),
-        (["--k", "2", "--scores", "gate-mass"], [4, 5]),
-        (["--experts", "coverage", "--coverage", "0.8"], [0, 1, 2]),
-        (["--experts", "coverage", "--coverage", "0.8", "--scores", "gate-mass"], [4, 5]),
-        (["--experts", "cold", "--k", "2", "--scores", "gate-mass"], [0, 6]),
-        (["--experts", "greedy", "--k", "1", "--scores", "gate-mass"], [4]),
+        ("--k 2", [0, 1]),
+        ("--k 2 --scores counts", [0, 1]),
+        ("--k 2 --scores gate-mass", [4, 5]),
+        ("--experts coverage --coverage 0.8", [0, 1, 2]),
+        ("--experts coverage --coverage 0.8 --scores gate-mass", [4, 5]),
+        ("--experts cold --k 2 --scores gate-mass", [0, 6]),
+        ("--experts greedy --k 1 --scores gate-mass", [4]),
     ],
 )
 def test_experts_are_chosen_by_tokens_or_by_the_weight_they_get(flags, hot, base, tmp_path):
-    flags += ["--model", base, "--steps", 1, "--batch", 2, "--profile", profiled(tmp_path / "p.json")]
-    train.main([str(flag) for flag in (*flags, "--rank", 2, "--out", tmp_path / "run")])
-    assert json.loads((tmp_path / "run/adapter/adapter.json").read_text())["hot"] == [hot] * L
+    profile = profiled(tmp_path / "p.json")
+    call(train, flags, "--model", base, "--steps 1 --batch 2 --rank 2 --profile", profile, "--out", tmp_path / "run")
+    assert read_json(tmp_path / "run/adapter/adapter.json")["hot"] == [hot] * L
 
 
 def test_the_loss_and_the_validations_are_drawn(tmp_path):

@@ -7,40 +7,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import SHARED, with_tokenizer
+from conftest import SHARED, call, with_tokenizer
 from safetensors.torch import load_file
-from test_export import logits, make_run, merged, peft_folder
+from test_export import logits, make_run, merged
 
 import bench
-import data
-import evaluate
 import export
 import hellora
 import train
 from lab.paper import params
-from lora import LoRALinear
-from model import MoETransformer, load_model, read_config
+from model import load_model, read_config
 from run import adapters
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-def adapted_linears(model: MoETransformer) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-@pytest.mark.parametrize("family", [*SHARED, "olmoe"])
-def test_shared_adapts_what_all_adapts_and_the_shared_experts_projections_but_not_their_gate(family, make_checkpoint):
-    found = {}
-    for targets in ("all", "shared"):
-        model = load_model(make_checkpoint(family).folder)
-        L, E = len(model.config.moe_layers), model.config.num_experts
-        hellora.attach(model, torch.ones(L, E, dtype=torch.bool), r=3, alpha=5.0, targets=targets)
-        found[targets] = adapted_linears(model)
-    layers = model.config.moe_layers if family in SHARED else ()
-    added = {f"layers.{i}.mlp.shared_expert.{projection}" for i in layers for projection in PROJECTIONS}
-    assert found["shared"] - found["all"] == added and found["all"] < found["shared"] | {""}
-    assert ("shared_expert.down_proj" in " ".join(adapters.report(model))) == (family in SHARED)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lori", "lori-s"])
@@ -57,46 +34,16 @@ def test_a_saved_adapter_loads_and_merges_in_memory_and_on_disk(family, kind, ma
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()  # the order of a sum is another
 
 
-@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("family", SHARED)
-def test_the_adapter_goes_to_peft_and_comes_back(family, compact, make_checkpoint, tmp_path):
-    base = make_checkpoint(family).folder
-    make_run(base, tmp_path, targets="shared")
-    adapter, state = adapters.read_adapter(tmp_path / "adapter")
-    out = peft_folder(base, tmp_path, tmp_path / "peft", compact=compact)
-    got, tensors = adapters.read_any_adapter(out, read_config(base))
-    assert (got.targets, got.hot) == ("shared", adapter.hot)
-    assert tensors.keys() == state.keys() and all(torch.equal(tensors[name], state[name]) for name in state)
-
-
-@pytest.mark.parametrize("family", SHARED)
-def test_moe_sieve_trains_them_resumes_bit_for_bit_is_scored_and_exported(
-    family, make_checkpoint, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(data, "TINY_TRAIN", 40)
-    base = str(with_tokenizer(shutil.copytree(make_checkpoint(family).folder, tmp_path / "base")))
-    small = "--steps 4 --batch 2 --sample 1 --rank 4 --save-every 2 --method moe-sieve --micro-batch 1".split()
-    alone, cut = tmp_path / "alone", tmp_path / "cut"
-    result = train.main([*small, "--model", base, "--out", str(alone)])
-    config = read_config(tmp_path / "base")
+def test_moe_sieve_trains_them_and_is_exported_under_the_names_of_the_hub(family, make_checkpoint, tmp_path):
+    base, run = with_tokenizer(shutil.copytree(make_checkpoint(family).folder, tmp_path / "base")), tmp_path / "run"
+    result = call(train, "--method moe-sieve --steps 2 --batch 2 --sample 0.1 --rank 4 --model", base, "--out", run)
+    config = read_config(base)
     assert result["trainable"] == params.size(config, "moe-sieve", 1, "shared", r=4).trainable
-    state = load_file(alone / "adapter/adapter.safetensors")
+    state = load_file(run / "adapter/adapter.safetensors")
     B = [tensor for name, tensor in state.items() if ".shared_expert." in name and name.endswith("lora_B")]
     assert len(B) == 3 * len(config.moe_layers) and all(tensor.any() for tensor in B)
-
-    shutil.copytree(alone, cut)  # as a crash after the second step leaves it
-    for path in (cut / "adapter", cut / "checkpoint/step-00000004"):
-        shutil.rmtree(path)
-    (cut / "result.json").unlink()
-    train.main([*small, "--model", base, "--out", str(cut), "--resume"])
-    assert "after step 2" in capsys.readouterr().out
-    resumed = load_file(cut / "adapter/adapter.safetensors")
-    assert resumed.keys() == state.keys() and all(torch.equal(resumed[name], state[name]) for name in state)
-
-    score = evaluate.main([str(cut), "--limit", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "score")])
-    assert score["num_total"] == 2
-    export.main([str(cut), "--to", "merged", "--out", str(tmp_path / "merged")])  # which compares the logits
-    export.main([str(cut), "--to", "peft", "--out", str(tmp_path / "peft")])
+    call(export, run, "--to peft --out", tmp_path / "peft")
     keys = load_file(tmp_path / "peft/adapter_model.safetensors")
     name = f"base_model.model.model.layers.2.mlp.{config.family.shared_expert}.up_proj.lora_B.weight"
     assert torch.equal(keys[name], state["layers.2.mlp.shared_expert.up_proj.lora_B"])
@@ -105,10 +52,7 @@ def test_moe_sieve_trains_them_resumes_bit_for_bit_is_scored_and_exported(
 @pytest.mark.parametrize("model, shared", [("qwen1.5-moe-a2.7b", 24 * 737_280), ("deepseek-moe-16b", 27 * 466_944)])
 def test_the_plan_of_moe_sieve_holds_factors_of_the_shared_experts(model, shared):
     """3 r (2048 + width) per layer, r = 32; width 5632 in Qwen1.5-MoE, 2 x 1408 in DeepSeekMoE."""
-    plans = [
-        bench.main(["plan", "--model", model, "--method", "moe-sieve", *flags])[0]
-        for flags in ([], ["--targets", "all"])
-    ]
+    plans = [call(bench, "plan --model", model, "--method moe-sieve", flags)[0] for flags in ([], ["--targets", "all"])]
     adapters, without = (plan["adapters"] for plan in plans)
     assert adapters - without == 4 * shared
     assert plans[0]["activations"] > plans[1]["activations"]

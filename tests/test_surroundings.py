@@ -2,10 +2,8 @@
 
 import importlib
 import itertools
-import json
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -19,7 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import free_port
+from conftest import call, free_port, read_json, same, words
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -33,13 +31,12 @@ from command.files import LOCK, claimed
 from hub.checkpoint import TINY
 from machine.processes import Processes
 from run.log import Signals
-from run.settings import parse_settings
 from run.state import states
 from run.subject import Subject
 
 FORK = multiprocessing.get_context("fork")
-SMALL = ["--batch", "2", "--micro-batch", "1", "--sample", "0.005", "--k", "3", "--rank", "4"]
-SMALL += ["--schedule", "constant", "--lr-warmup", "0", "--steps", "3"]  # so that a run can be extended
+SMALL = words("--batch 2 --micro-batch 1 --sample 0.005 --k 3 --rank 4")
+SMALL += words("--schedule constant --lr-warmup 0 --steps 3")  # so that a run can be extended
 
 # ------------------------------------------------------------------------- every command that writes, in each of many
 
@@ -84,7 +81,7 @@ SURROUNDINGS = {  # the surrounding, and the exit status of each of COMMANDS in 
 def finished(tmp_path_factory) -> Path:
     """The folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    train.main([*SMALL, "--out", str(out)])
+    call(train, SMALL, "--out", out)
     return out
 
 
@@ -111,14 +108,6 @@ def test_a_command_does_its_work_or_ends_with_one_line(command, surrounding, fin
     assert errors == (err.splitlines()[-1:] if status else [])
     assert any((tmp_path / "out").iterdir()) if status == 0 else not list(tmp_path.rglob("*.part"))
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}  # nothing half-written beside it
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_where_nothing_can_be_written_the_place_is_named(command, finished, tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
-    for place in (tmp_path / "file/out", Path("/proc/nothing/out")):
-        status, err = outcome(command, place, finished, monkeypatch, capsys)
-        assert status == 2 and str(place) in err and err.count("\n") == 1, err
 
 
 # --------------------------------------------------------------------------------------------- processes of a group
@@ -156,7 +145,7 @@ def damaged(tmp_path) -> Path:
 
 
 def test_the_process_that_finds_a_fault_names_it(damaged, tmp_path):
-    flags = [*SMALL, "--model", str(damaged), "--shard", "full", "--out", str(tmp_path / "run")]
+    flags = words(SMALL, "--model", damaged, "--shard full --out", tmp_path / "run")
     (_, other), (status, line) = group(2, lambda: train.main(flags), tmp_path)
     assert status == 2 and line.startswith("error (process 1 of 2): ") and line.count("\n") == 1
     assert "model.layers.1.self_attn.o_proj.weight holds NaN or infinity" in line
@@ -165,9 +154,9 @@ def test_the_process_that_finds_a_fault_names_it(damaged, tmp_path):
 
 
 def test_a_fault_that_the_main_process_finds_for_all_is_one_line(tmp_path):
-    train.main([*SMALL, "--out", str(tmp_path / "run"), "--save-every", "1"])
+    call(train, SMALL, "--out", tmp_path / "run", "--save-every 1")
     (tmp_path / "run/result.json").unlink()
-    ended = group(2, lambda: train.main([*SMALL, "--out", str(tmp_path / "run")]), tmp_path)
+    ended = group(2, lambda: call(train, SMALL, "--out", tmp_path / "run"), tmp_path)
     assert [status for status, _ in ended] == [2, 2] and ended[1][1] == ""
     assert ended[0][1].startswith("error (process 0 of 2): ") and "add --resume to continue" in ended[0][1]
 
@@ -199,16 +188,16 @@ def wait_for_steps(process: multiprocessing.Process, out: Path, steps: int = 1) 
 def test_a_second_training_in_a_folder_ends_at_once_and_a_killed_one_leaves_no_lock(tmp_path):
     out = tmp_path / "run"
     flags = [*SMALL, "--out", str(out), "--save-every", "1"]
-    first = in_background(lambda: train.main([*flags, "--steps", "500"]))
+    first = in_background(lambda: call(train, flags, "--steps 500"))
     wait_for_steps(first, out, 2)  # by now there is a checkpoint of the first
     for more in ([], ["--resume"], ["--seed", "1"]):
         with pytest.raises(InputError, match=f"run is in use by process {first.pid} on .*; wait for its end, or name"):
-            train.main([*flags, *more])
+            call(train, flags, more)
     first.kill()
     first.join()
     assert (out / LOCK).exists()
     done = int(states(out / "checkpoint")[-1].name.removeprefix("step-"))
-    train.main([*flags, "--steps", str(done + 1), "--resume"])
+    call(train, flags, "--steps", done + 1, "--resume")
     assert not (out / LOCK).exists()
 
 
@@ -242,7 +231,7 @@ def test_a_folder_that_stays_empty_goes_with_those_that_were_made_for_it_and_no_
 
 def test_a_second_evaluation_into_a_folder_ends_at_once_and_a_killed_one_does_not_matter(tmp_path):
     out = tmp_path / "out"
-    flags = ["tiny", "--task", "tiny-math", "--limit", "2", "--max-new-tokens", "2", "--out", str(out)]
+    flags = words("tiny --task tiny-math --limit 2 --max-new-tokens 2 --out", out)
     with claimed(out), pytest.raises(InputError, match=f"out is in use by process {os.getpid()} on "):
         evaluate.main(flags)
     out.mkdir()
@@ -279,7 +268,7 @@ def test_a_disk_without_room_for_the_results_is_named_before_the_first_step(flag
     # Rank 4 on 3 experts: about 170 kB of factors, three times that in each checkpoint.
     monkeypatch.setattr("run.output.shutil.disk_usage", lambda path: usage(600_000 if not flags else 1_400_000))
     with pytest.raises(InputError, match=f"MB free, and this run writes up to .*{held}.* or lower --keep"):
-        train.main([*SMALL, *flags, "--out", str(tmp_path / "runs/run")])
+        call(train, SMALL, flags, "--out", tmp_path / "runs/run")
     assert not (tmp_path / "runs").exists()
 
 
@@ -292,19 +281,19 @@ def test_a_disk_that_is_full_during_the_run_is_one_line_that_names_the_last_chec
         path.symlink_to("/dev/full")
 
     flags = [*SMALL, "--save-every", "1", "--out", str(tmp_path / "run")]
-    train.main([*flags, "--steps", "2"])
+    call(train, flags, "--steps 2")
     monkeypatch.setattr(run.log, "write_jsonl", on_a_full_disk)
     says = "log.jsonl cannot be written .No space left on device.; the last good checkpoint is .*step-00000002$"
     with pytest.raises(RunError, match=says):
-        train.main([*flags, "--resume"])
+        call(train, flags, "--resume")
     monkeypatch.setattr(run.log, "write_jsonl", real)
     (tmp_path / "log.jsonl").rename(tmp_path / "run/log.jsonl")
-    assert train.main([*flags, "--resume"])["steps"] == 3
+    assert call(train, flags, "--resume")["steps"] == 3
 
 
 def test_a_picture_that_fails_is_a_note_and_the_run_is_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("run.log.draw_loss", Mock(side_effect=OSError("no room")))
-    train.main([*SMALL, "--out", str(tmp_path / "run")])
+    call(train, SMALL, "--out", tmp_path / "run")
     assert "a picture could not be drawn (OSError: no room)" in capsys.readouterr().err
     assert (tmp_path / "run/result.json").exists() and (tmp_path / "run/adapter/adapter.json").exists()
 
@@ -315,20 +304,20 @@ def test_a_picture_that_fails_is_a_note_and_the_run_is_finished(tmp_path, monkey
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_lets_the_step_finish_saves_and_ends(number, tmp_path):
     out = tmp_path / "run"
-    process = in_background(lambda: train.main([*SMALL, "--steps", "400", "--out", str(out)]))
+    process = in_background(lambda: call(train, SMALL, "--steps 400 --out", out))
     wait_for_steps(process, out)
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 128 + number
     (state,) = states(out / "checkpoint")
-    assert steps_done(out) == json.loads((state / "state.json").read_text())["step"]
+    assert steps_done(out) == read_json(state / "state.json")["step"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr("run.log.Recorder.show", lambda *args: os.kill(os.getpid(), signal.SIGHUP))  # in every step
     try:
-        assert train.main([*SMALL, "--out", str(tmp_path / "run")])["steps"] == 3
+        assert call(train, SMALL, "--out", tmp_path / "run")["steps"] == 3
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -336,25 +325,8 @@ def test_a_signal_that_is_ignored_stays_ignored_as_nohup_asks(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------- what is written
 
 
-def test_full_fine_tuning_writes_the_dtype_that_is_asked_for(tmp_path):
-    flags = [*SMALL[:6], "--steps", "2", "--method", "fft"]
-    train.main([*flags, "--out", str(tmp_path / "float32")])
-    train.main([*flags, "--save-dtype", "bfloat16", "--out", str(tmp_path / "bfloat16")])
-    whole, half = (load_file(tmp_path / name / "model/model.safetensors") for name in ("float32", "bfloat16"))
-    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
-    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
-    assert json.loads((tmp_path / "bfloat16/model/config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-def test_config_json_names_the_versions_of_what_a_run_rests_on(tmp_path):
-    train.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
-    versions = json.loads((tmp_path / "run/config.json").read_text())["versions"]
-    assert versions.keys() == {"python", "torch", "numpy", "tokenizers", "jinja2", "safetensors"}
-    assert all(re.match(r"\d+\.\d+", number) for number in versions.values())
-
-
 def test_a_sparse_run_is_extended_in_its_first_stage_and_not_in_the_second(tmp_path, monkeypatch):
-    flags = [*SMALL[:-2], "--method", "hellori-s", "--save-every", "1", "--out"]  # without --steps 3
+    flags = words(SMALL[:-2], "--method hellori-s --save-every 1 --out")  # without --steps 3
     step, numbers = train.train_step, itertools.count(1)
 
     def interrupt_in_step(last: int) -> None:
@@ -368,21 +340,21 @@ def test_a_sparse_run_is_extended_in_its_first_stage_and_not_in_the_second(tmp_p
     cut, straight = tmp_path / "cut", tmp_path / "straight"
     interrupt_in_step(3)  # the last of stage D
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, str(cut), "--steps", "3"])
+        call(train, flags, cut, "--steps 3")
     interrupt_in_step(7)  # two more steps of stage D, and the first of stage S
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, str(cut), "--resume", "--steps", "4"])
+        call(train, flags, cut, "--resume --steps 4")
     monkeypatch.setattr(train, "train_step", step)
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
     for more in (["--steps", "5"], ["--steps", "3"], ["--epochs", "1"]):
         with pytest.raises(InputError, match="stage D of this run did 4 steps, .*; expected --steps 4, or another"):
-            train.main([*flags, str(cut), "--resume", *more])
+            call(train, flags, cut, "--resume", more)
     assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
-    train.main([*flags, str(cut), "--resume", "--steps", "4"])
-    train.main([*flags, str(straight), "--steps", "4"])
+    call(train, flags, cut, "--resume --steps 4")
+    call(train, flags, straight, "--steps 4")
     for stage in ("stage-d", "."):
         ours, theirs = (load_file(out / stage / "adapter/adapter.safetensors") for out in (cut, straight))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert same(ours, theirs)
 
 
 # ------------------------------------------------------------------------------------------------- names of models
@@ -399,50 +371,18 @@ def test_the_revision_of_a_hub_id_is_asked_for_and_recorded(tmp_path, monkeypatc
 
     monkeypatch.setattr("hub.checkpoint.snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    profile.main(["--model", "a/b", "--revision", "v2", "--sample", "0.005", "--out", "counts.json"])
-    assert json.loads(Path("counts.json").read_text())["model"] == "a/b@v2"
-    train.main([*SMALL, "--steps", "1", "--model", "a/b@v2", "--out", "run"])
-    config = json.loads(Path("run/config.json").read_text())
+    call(profile, "--model a/b --revision v2 --sample 0.005 --out counts.json")
+    assert read_json(Path("counts.json"))["model"] == "a/b@v2"
+    call(train, SMALL, "--steps 1 --model a/b@v2 --out run")
+    config = read_json(Path("run/config.json"))
     assert (config["model"], config["hub_commit"]) == ("a/b@v2", "0123abcd")
     assert set(asked) == {("a/b", "v2")}
     with pytest.raises(InputError, match="model a/b@v2 then, a/b now"):
-        train.main([*SMALL, "--steps", "1", "--model", "a/b", "--out", "run"])
-    export.main(["run", "--to", "peft", "--out", "adapter"])
-    config = json.loads(Path("adapter/adapter_config.json").read_text())
+        call(train, SMALL, "--steps 1 --model a/b --out run")
+    call(export, "run --to peft --out adapter")
+    config = read_json(Path("adapter/adapter_config.json"))
     assert (config["base_model_name_or_path"], config["revision"]) == ("a/b", "v2")
     assert Subject("adapter").base == "a/b@v2"
-
-
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        (["--model", "tiny", "--revision", "v2"], "--revision v2 is one of a hub id, and the model is tiny"),
-        (["--model", "a/b@v1", "--revision", "v2"], "and the model is a/b@v1"),
-        (["--model", "run"], "'run' has no config.json of a model; it is a run of train.py; merge its adapter first"),
-        (["--model", "fft"], "it is a run of train.py; name fft/model"),
-        (["--model", "run/adapter"], "it is the adapter of a run of train.py; name the model that it was trained on"),
-        (["--model", "runn"], "no such run or model: .* not a folder, and the hub has no such .*; did you mean run?"),
-        (["--model", "tinny"], "did you mean tiny?"),
-    ],
-)
-def test_a_model_that_is_something_else_is_named_with_what_to_do(flags, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("run", "fft", "fft/model"):
-        Path(name).mkdir()
-        Path(name, "config.json").write_text('{"model": "tiny", "settings": {}}')
-    Path("run/adapter").mkdir()
-    Path("run/adapter/adapter.json").write_text("{}")
-    with pytest.raises(InputError, match=says):
-        train.main([*SMALL, *flags])
-
-
-def test_an_adapter_brings_the_base_that_it_was_trained_on(tmp_path):
-    train.main([*SMALL, "--steps", "1", "--model", "tiny-mixtral", "--out", str(tmp_path / "run")])
-    export.main([str(tmp_path / "run"), "--to", "peft", "--out", str(tmp_path / "peft")])
-    for name, model in (("run", "tiny-mixtral"), ("peft", str(TINY / "mixtral"))):
-        assert parse_settings(["--init-adapter", str(tmp_path / name)]).model == model
-    assert parse_settings(["--init-adapter", str(tmp_path / "run"), "--model", "tiny"]).model == "tiny"
-    assert parse_settings([]).model == "tiny"
 
 
 def test_a_signal_that_arrives_while_processes_agree_is_not_lost(monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_processes, with_tokenizer
+from conftest import call, on_processes, read_json, read_lines, same, with_tokenizer, words, write_lines
 from safetensors.torch import load_file
 
 import data
@@ -29,8 +29,8 @@ from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
-FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2 --sample 1".split()
-VALID = ["--valid-data", "valid.jsonl", "--valid-every", "1"]
+FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2 --sample 1"
+VALID = words("--valid-data valid.jsonl --valid-every 1")
 
 # The last method of each kind that trains differently.
 TRAINED_APART = {(m.kind, m.sparse, m.grows, m.experts is None): name for name, m in METHODS.items()}.values()
@@ -43,7 +43,7 @@ def folder(make_checkpoint, tmp_path_factory) -> Path:
     with_tokenizer(shutil.copytree(make_checkpoint("olmoe").folder, folder / "base"))
     for name, answer, numbers in (("train", 3, range(10)), ("valid", 7, (1, 2, 3, 4, 6))):
         rows = [{"prompt": f"{i} + {i} =", "completion": f"the {(i * answer) % 10}"} for i in numbers]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_lines(folder / f"{name}.jsonl", rows)
     return folder
 
 
@@ -54,20 +54,19 @@ def here(folder, monkeypatch):
 
 def run(out: Path, *flags: str, method: str = "hellora") -> dict:
     size = [] if METHODS[method].experts is None else ["--rank", "7" if METHODS[method].flat else "4"]
-    return train.main(["--model", "base", *FLAGS, "--method", method, *size, "--out", str(out), *flags])
+    return call(train, "--model base", FLAGS, "--method", method, size, "--out", out, *flags)
 
 
 def log(out: Path, key: str) -> list:
-    return [json.loads(line).get(key) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [record.get(key) for record in read_lines(out / "log.jsonl")]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-def same(a: Path, b: Path) -> bool:
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def same_weights(a: Path, b: Path) -> bool:
+    return same(weights(a), weights(b))
 
 
 def items_of(folder: Path, name: str) -> list[data.Encoded]:
@@ -98,13 +97,13 @@ def test_rows_of_text_alone_are_evaluated_by_their_loss_which_is_that_of_transfo
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     flags = f"base --task own --eval-data {tmp_path}/text.jsonl --dtype float32 --out {tmp_path}/out".split()
     result = evaluate.main(flags)
-    total, targets, words = 0.0, 0, json.loads(Path("base/tokenizer.json").read_text())["model"]["vocab"]
+    total, targets, words = 0.0, 0, read_json(Path("base/tokenizer.json"))["model"]["vocab"]
     for text in texts:
         ids = torch.tensor([[words[word] for word in text.split()] + [words["<eos>"]]])
         total += olmoe.hf(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
         targets += ids.shape[1] - 1
     assert (result["loss"], result["num_targets"]) == (pytest.approx(total / targets, abs=1e-5), targets)
-    items = [json.loads(line) for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()]
+    items = read_lines(tmp_path / "out" / "items.jsonl")
     assert [(item["prompt"], item["completion"], item["reference"]) for item in items] == [("", "", t) for t in texts]
 
 
@@ -136,8 +135,8 @@ def test_a_killed_run_that_is_resumed_has_the_validations_and_the_best_and_last_
         for key in ("loss", "valid_loss"):
             assert log(cut / stage, key) == log(uncut / stage, key)
         for name in (kind, BEST[kind]):
-            assert same(cut / stage / name, uncut / stage / name)
-        kept = [json.loads((out / stage / BEST[kind] / "validation.json").read_text()) for out in (uncut, cut)]
+            assert same_weights(cut / stage / name, uncut / stage / name)
+        kept = [read_json(out / stage / BEST[kind] / "validation.json") for out in (uncut, cut)]
         losses = log(uncut / stage, "valid_loss")
         assert kept[0] == kept[1] == {"step": 1 + losses.index(min(losses)), "valid_loss": min(losses)}
     names = ("last_valid_loss", "best_valid_loss", "best_step")
@@ -149,8 +148,8 @@ def test_the_best_result_is_that_of_a_run_which_ends_at_its_step(tmp_path):
     best = run(tmp_path / "long", *VALID)["best_step"]
     assert 1 <= best < STEPS  # or this test would show nothing
     run(tmp_path / "short", "--steps", str(best))
-    assert same(tmp_path / "long/adapter-best", tmp_path / "short/adapter")
-    assert not same(tmp_path / "long/adapter", tmp_path / "short/adapter")
+    assert same_weights(tmp_path / "long/adapter-best", tmp_path / "short/adapter")
+    assert not same_weights(tmp_path / "long/adapter", tmp_path / "short/adapter")
     assert (tmp_path / "long/adapter-best/adapter.json").read_text() == (
         tmp_path / "short/adapter/adapter.json"
     ).read_text()
@@ -172,7 +171,7 @@ def cut_after(step: int, out: Path, monkeypatch, *flags: str) -> None:
 
 @pytest.mark.parametrize("first, flags", [(3, ["--patience", "1"]), (5, [])])
 def test_an_extended_run_is_a_straight_one_also_where_it_first_ended_between_two_validations(first, flags, tmp_path):
-    flags = [*VALID[:2], "--valid-every", "2", "--lr", "0.02", "--save-every", "3", *flags]
+    flags = words(VALID[:2], "--valid-every 2 --lr 0.02 --save-every 3", flags)
     straight, extended = tmp_path / "straight", tmp_path / "extended"
     whole = run(straight, *flags)
     short = run(extended, *flags, "--steps", str(first))
@@ -183,7 +182,7 @@ def test_an_extended_run_is_a_straight_one_also_where_it_first_ended_between_two
     names = ("steps", "best_step", "best_valid_loss", "last_valid_loss")
     assert [result[name] for name in names] == [whole[name] for name in names]
     for name in ("adapter", "adapter-best"):
-        assert same(extended / name, straight / name)
+        assert same_weights(extended / name, straight / name)
 
 
 @pytest.mark.parametrize("killed, steps", [(3, 3), (5, 7)])
@@ -200,17 +199,17 @@ def test_a_run_that_is_killed_and_ends_sooner_keeps_the_best_of_the_steps_that_i
     result = run(out, *flags, "--steps", str(steps), "--resume")
     run(tmp_path / "straight", *flags, "--steps", str(killed // 2 * 2))
     assert (result["best_step"], result["last_valid_loss"]) == (killed // 2 * 2, losses[steps])
-    assert json.loads((out / "adapter-best/validation.json").read_text())["step"] == result["best_step"]
-    assert same(out / "adapter-best", tmp_path / "straight/adapter")
+    assert read_json(out / "adapter-best/validation.json")["step"] == result["best_step"]
+    assert same_weights(out / "adapter-best", tmp_path / "straight/adapter")
     assert not list(out.glob(".adapter*"))
 
 
 def test_two_processes_validate_as_one_does(tmp_path):
     flags = [*VALID, "--lr", "0.001"]  # AdamW turns rounding into steps
     one = run(tmp_path / "one", *flags)
-    command = ["--model", "base", *FLAGS, "--rank", "4", *flags, "--shard", "full", "--out", str(tmp_path / "two")]
+    command = words("--model base", FLAGS, "--rank 4", flags, "--shard full --out", tmp_path / "two")
     on_processes(2, train.main, command)
-    two = json.loads((tmp_path / "two/result.json").read_text())
+    two = read_json(tmp_path / "two/result.json")
     assert log(tmp_path / "two", "valid_loss") == pytest.approx(log(tmp_path / "one", "valid_loss"), abs=1e-5)
     assert two["best_step"] == one["best_step"]
     ours, theirs = weights(tmp_path / "one/adapter-best"), weights(tmp_path / "two/adapter-best")
@@ -230,7 +229,7 @@ def test_patience_is_the_number_of_validations_after_the_best():
 
 @pytest.mark.parametrize("method", ["hellora", "lori-s", "fft"])
 def test_a_run_out_of_patience_stops_says_so_and_is_finished(method, tmp_path, monkeypatch, capsys):
-    out, flags = tmp_path / "run", [*VALID, "--patience", "2", "--save-every", "1"]
+    out, flags = tmp_path / "run", words(VALID, "--patience 2 --save-every 1")
     losses = itertools.cycle([3.0, 2.0, 4.0, 5.0])  # in each stage
     monkeypatch.setattr("run.validation.held_out_loss", lambda *args: (next(losses), 1))
     result = run(out, *flags, method=method)
@@ -263,7 +262,7 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
             ids = torch.arange(2, 14).view(2, 6)
             assert torch.allclose(subject(ids)[0], want(ids)[0], atol=1e-4)
             assert ("the best of the run" in capsys.readouterr().err) == (there == "adapter-best")
-        export.main([str(out), "--to", "peft", "--out", str(tmp_path / f"{name}-peft")])
+        call(export, out, "--to peft --out", tmp_path / f"{name}-peft")
         assert (f"{out / name}: the best of the run" in capsys.readouterr().out) == (name == "adapter-best")
 
 
@@ -273,13 +272,13 @@ def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_t
 def test_evaluate_measures_the_loss_that_validation_had(tmp_path, capsys):
     result = run(tmp_path / "run", *VALID)
     for name, loss in (("adapter", result["last_valid_loss"]), ("adapter-best", result["best_valid_loss"])):
-        flags = ["--eval-data", "valid.jsonl", "--max-new-tokens", "3", "--batch", "2", "--out", str(tmp_path / name)]
-        score = evaluate.main([str(tmp_path / "run" / name), *flags])
+        flags = words("--eval-data valid.jsonl --max-new-tokens 3 --batch 2 --out", tmp_path / name)
+        score = call(evaluate, tmp_path / "run" / name, flags)
         assert score["loss"] == pytest.approx(loss, abs=1e-5)
         assert score["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert (score["num_total"], score["num_targets"]) == (5, sum(x.num_targets for x in items_of(Path(), "valid")))
-        kept = [json.loads(line) for line in (tmp_path / name / "items.jsonl").read_text().splitlines()]
-        rows = [json.loads(line) for line in Path("valid.jsonl").read_text().splitlines()]
+        kept = read_lines(tmp_path / name / "items.jsonl")
+        rows = read_lines(Path("valid.jsonl"))
         assert [(item["prompt"], item["reference"]) for item in kept] == [tuple(row.values()) for row in rows]
         assert all(isinstance(item["completion"], str) for item in kept)
         assert re.search(r"^loss \d+\.\d{4} nats per target token, perplexity ", capsys.readouterr().out, re.M)
@@ -295,7 +294,7 @@ def test_a_share_is_held_out_at_random_by_seed_and_is_not_trained_on(tmp_path, m
     seen, real = [], training_step.batch_gradients
     step = lambda model, items, *a, **k: seen.extend(items) or real(model, items, *a, **k)  # noqa: E731
     monkeypatch.setattr(training_step, "batch_gradients", step)
-    run(tmp_path / "run", "--valid-share", "0.2")
+    run(tmp_path / "run", "--valid-share 0.2")
     rest, held_out = split(items_of(Path(), "train"), 0.2, seed=0)
     assert {item.example for item in seen} == {item.example for item in rest}
     assert [bool(loss) for loss in log(tmp_path / "run", "valid_loss")] == [False, False, True] * 2 + [False]
@@ -305,18 +304,18 @@ def test_rows_that_are_trained_on_are_noted_and_others_are_not(tmp_path, capsys)
     said = "10 of 10 rows to validate on are among the rows to train on"
     Path("copy.jsonl").write_text(Path("train.jsonl").read_text())
     Path("twice.jsonl").write_text(2 * Path("train.jsonl").read_text().splitlines(keepends=True)[0])
-    run(tmp_path / "copy", "--valid-data", "copy.jsonl", "--steps", "1")
+    run(tmp_path / "copy", "--valid-data copy.jsonl --steps 1")
     assert said in capsys.readouterr().err
-    run(tmp_path / "share", "--train-data", "twice.jsonl", "--valid-share", "0.5", "--steps", "1")
+    run(tmp_path / "share", "--train-data twice.jsonl --valid-share 0.5 --steps 1")
     assert "1 of 1 rows to validate on are among" in capsys.readouterr().err
-    run(tmp_path / "other", "--valid-data", "valid.jsonl", "--steps", "1")
+    run(tmp_path / "other", "--valid-data valid.jsonl --steps 1")
     assert "among the rows" not in capsys.readouterr().err
 
 
 def test_a_run_is_not_resumed_on_other_validation_rows(tmp_path):
     Path("changing.jsonl").write_text(Path("valid.jsonl").read_text())
-    flags = ["--valid-data", "changing.jsonl", "--save-every", "1", "--steps", "1"]
-    run(tmp_path / "run", *flags)
+    flags = "--valid-data changing.jsonl --save-every 1 --steps 1"
+    run(tmp_path / "run", flags)
     Path("changing.jsonl").write_text(Path("valid.jsonl").read_text().replace("the 7", "the 8"))
     with pytest.raises(InputError, match="the validation data changed since the run"):
-        run(tmp_path / "run", *flags, "--steps", "2", "--resume")
+        run(tmp_path / "run", flags, "--steps 2 --resume")

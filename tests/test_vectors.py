@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import call, read_json
 
 from command.cli import InputError, run
 from examples import numpy_moe
@@ -41,7 +42,7 @@ def test_ours_passes_every_vector(name):
 
 
 def test_the_numpy_port_passes_what_it_offers_and_the_rest_is_not_offered(capsys):
-    check.main(["--module", "examples.numpy_moe", "--tolerance", "1e-12"])
+    call(check, "--module examples.numpy_moe --tolerance 1e-12")
     place, *lines = capsys.readouterr().out.splitlines()
     assert place == f"checking {ROOT / 'examples/numpy_moe.py'}"
     found = {line.split()[0]: line for line in lines}
@@ -65,7 +66,7 @@ def test_the_numpy_port_is_short_and_says_that_its_two_forms_agree(capsys):
 
 @pytest.mark.parametrize("writer", make.WRITERS, ids=lambda writer: writer.__name__)
 def test_the_files_hold_what_the_plain_formulas_give(writer):
-    stored, made = json.loads((VECTORS / f"{writer.__name__}.json").read_text()), json.loads(make.content(writer))
+    stored, made = read_json(VECTORS / f"{writer.__name__}.json"), json.loads(make.content(writer))
     for one, other in zip(stored["cases"], made["cases"], strict=True):
         found = list(check.errors(check.as_arrays(one.pop("outputs")), check.as_arrays(other.pop("outputs"))))
         assert found and all(error < 1e-12 for _, error in found)  # libraries differ in the last digit of exp
@@ -213,7 +214,7 @@ def test_a_wrong_model_ends_with_status_1_and_the_name_of_the_mistake(tmp_path, 
         "    return ours.counts(folder, input_ids, np.full_like(lengths, input_ids.shape[1]))\n"
     )
     with pytest.raises(SystemExit) as ended:
-        run(lambda: check.main(["--model", str(tmp_path / "padded_port.py")]))
+        run(lambda: call(check, "--model", tmp_path / "padded_port.py"))
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and err == "error: 1 case failed\n"
     assert "counts: layer 0 is the first value that differs (0 before it agree)" in out
@@ -221,7 +222,7 @@ def test_a_wrong_model_ends_with_status_1_and_the_name_of_the_mistake(tmp_path, 
 
 
 def test_the_values_of_the_whole_model_are_those_of_transformers(questions):
-    made, stored = make_whole_model.content(), json.loads(whole_model.FILE.read_text())
+    made, stored = make_whole_model.content(), read_json(whole_model.FILE)
     assert made.keys() == stored.keys()
     for key in ("sequences", "prompt_lengths", "count_sequences", "counts", "pairs", "r", "alpha", "lr"):
         assert made[key] == stored[key], key
@@ -257,7 +258,7 @@ def test_a_wrong_port_ends_with_status_1_and_names_the_case_and_the_array(tmp_pa
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        run(lambda: check.main(["--module", "half_right_port"]))
+        run(lambda: call(check, "--module half_right_port"))
     out, err = capsys.readouterr()
     assert ended.value.code == 1 and err == "error: 9 cases failed\n"
     assert "pass_at_k        2 passed, 4 FAILED" in out and "2 of 5 pass, k 3: the result is off by" in out
@@ -282,4 +283,4 @@ def test_modules_of_a_port_may_have_the_names_of_ours(tmp_path):
 @pytest.mark.parametrize("module", ["no_such_port", "json", "sys", "examples/no_such_file.py"])
 def test_a_module_without_our_functions_is_wrong_input(module):
     with pytest.raises(InputError, match=module):
-        check.main(["--module", module])
+        call(check, "--module", module)
