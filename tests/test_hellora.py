@@ -158,7 +158,7 @@ def test_a_damaged_or_foreign_adapter_is_refused(tmp_path, damage, says):
     with pytest.raises(InputError, match=says):
         adapters.load_adapter(fresh_model(), tmp_path)
     with pytest.raises(InputError, match=says):
-        adapters.read_factors(tmp_path, model.config)  # as exports do
+        adapters.read_own_adapter(tmp_path, model.config)  # as exports do
 
 
 def edit(folder, tensors=None, **changes) -> None:

@@ -39,7 +39,7 @@ LAYERS = (0, 4, 8, 12, 15)  # of OLMoE-1B-7B, in the text of Figure 4
 PAPER_SAVED, PAPER_SAME = 38.7, (11, 16)  # % of adapter FLOPs (abstract); layers with an equal hot set (Figure 3)
 SIEVE_TENTH = 0.979  # mean Jaccard overlap (MoE-Sieve, by bootstrap)
 A_TENTH, ALL_DATA = "base model, a tenth", "base model, all data"
-WAYS = {  # of counting: share of the training data, --warmup of profile.py
+WAYS = {  # of counting: share of the training data, --count-on of profile.py
     A_TENTH: (0.1, "none"),
     "LoRA warm-up, a tenth": (0.1, "lora"),
     ALL_DATA: (1.0, "none"),
