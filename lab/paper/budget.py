@@ -19,9 +19,9 @@ def points(tables: list[Table], records: Records, tune: Tune) -> list[dict]:
     for table in tables:
         column = table.columns[0]
         for row in (row for row in table.rows if "experts" not in row.change):
-            first = table.first_runs(row, column, tune)[0]
+            first = table.runs(row, column, tune)[0]
             trainable = records.record(first).get("trainable")
-            values = next(iter(table.values(row, column, records.scores, tune).values()))
+            values = table.values(row, column, records.scores, tune)
             if trainable and values:
                 family = "HELLoRA" if row.method == "hellora" else "LoRA"
                 point = {

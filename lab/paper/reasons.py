@@ -79,7 +79,7 @@ def measured(table: Table, column: Column, records: Records, tune: Tune) -> Valu
     """The measures of every method of a table on the task of a column, without methods that have none."""
     values = {}
     for row in (row for row in table.rows if row.method != "base"):
-        found = map(records.record, table.first_runs(row, column, tune))
+        found = map(records.record, table.runs(row, column, tune))
         done = {seed: record["effects"] for seed, record in enumerate(found) if "effects" in record}
         if done:
             values[row.name] = {name: {seed: of(each) for seed, each in done.items()} for name, of in MEASURES.items()}

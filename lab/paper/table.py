@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     count_on: str = "base"  # of the paper's own methods: --count-on
 
 
-SIEVE, BEST, COMMON = "MoE-Sieve, full size", "ours, best rate", "ours, common rate"  # who found a score, and how
+SIEVE, OURS = "MoE-Sieve, full size", "ours"  # who found a score
 SCALES = {
     "tiny": Scale("tiny", "tiny-mixtral", "tiny-math", "tiny-code", "tiny-safety"),
     "paper": Scale(
@@ -45,7 +45,7 @@ class Column(NamedTuple):
     title: str
     task: str  # field of Scale
     metric: str
-    tuned: bool = False  # at the best rate of each row's sweep (rates.py), and beside it at the common rate
+    tuned: bool = False  # at the best rate of each row's sweep (rates.py), and not at one common rate
     change: dict = {}  # other fields of every Run
     note: str = ""  # on these runs
 
@@ -91,14 +91,10 @@ class Table:
         fields["count_on"] = None if counted == "base" else counted  # train.py's default
         return Run(task, row.method, seed, model, **fields)
 
-    def runs(self, row: Row, column: Column, seed: int, tune: Tune) -> dict[str, Run | None]:
-        """The runs of a cell for one seed: at the best rate, where the column asks for it, and at the common one."""
-        run = self.run(row, column, seed)
-        return {BEST: tune(run), COMMON: run} if column.tuned else {COMMON: run}
-
-    def first_runs(self, row: Row, column: Column, tune: Tune) -> list[Run | None]:
-        """The run of each seed at the best rate, or at the common one where the column has no other."""
-        return [next(iter(self.runs(row, column, seed, tune).values())) for seed in range(self.seeds)]
+    def runs(self, row: Row, column: Column, tune: Tune) -> list[Run | None]:
+        """The run of each seed: at the best rate, if the column asks for it; None while its sweep lacks runs."""
+        runs = [self.run(row, column, seed) for seed in range(self.seeds)]
+        return [tune(run) for run in runs] if column.tuned else runs
 
     def to_sweep(self) -> list[Run]:
         """The runs, of one seed, that stand at the best rates of their sweeps."""
@@ -108,8 +104,10 @@ class Table:
     def needed(self, tune: Tune) -> Needed:
         """Every run of the table and the tasks that it is scored on, all rows of one seed before the next."""
         needed: Needed = {}
-        for seed, column, row in itertools.product(range(self.seeds), self.columns, self.rows):
-            for run in self.runs(row, column, seed, tune).values():
+        cells = list(itertools.product(self.columns, self.rows))
+        by_cell = [self.runs(row, column, tune) for column, row in cells]
+        for of_seed in zip(*by_cell, strict=True):
+            for run, (column, _) in zip(of_seed, cells, strict=True):
                 if run:
                     needed.setdefault(run, set()).add(self.task(column))
         return needed
@@ -129,19 +127,17 @@ class Table:
             rows += [cell.record(self.title, column) for cell in cells]
         return Section(self.title, lines[0 if self.notes else 1 :], rows)
 
-    def values(self, row: Row, column: Column, scores: Scores, tune: Tune) -> dict[str, dict[int, float]]:
-        """Our scores in %, by rate and by seed, of the seeds that were run."""
-        values: dict[str, dict[int, float]] = {}
-        for seed in range(self.seeds):
-            for rate, run in self.runs(row, column, seed, tune).items():
-                by_seed = values.setdefault(rate, {})
-                score = run and scores(run, self.task(column))
-                if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
-                    by_seed[seed] = 100 * value
+    def values(self, row: Row, column: Column, scores: Scores, tune: Tune) -> dict[int, float]:
+        """Our scores in %, by seed, of the seeds that were run."""
+        values = {}
+        for seed, run in enumerate(self.runs(row, column, tune)):
+            score = run and scores(run, self.task(column))
+            if score and (value := score.get(column.metric, score["rates"].get(column.metric))) is not None:
+                values[seed] = 100 * value
         return values
 
-    def cell(self, row: Row, column: Column, ours: dict[str, dict[str, dict[int, float]]]) -> "Cell":
-        """The numbers of a row in a column.  ours: of each row, by rate and by seed"""
+    def cell(self, row: Row, column: Column, ours: dict[str, dict[int, float]]) -> "Cell":
+        """The numbers of a row in a column.  ours: of each row, by seed"""
         other = next((each for each in self.rows if each.name == row.against), None)
         place = [each.metric for each in self.columns].index(column.metric)  # the paper has each metric once
         printed, reference = (each.paper[place] if each and place < len(each.paper) else None for each in (row, other))
@@ -152,10 +148,10 @@ class Table:
             theirs = sieve_accuracies()
             values, others = (theirs.get(each.sieve, {}) if each else {} for each in (row, other))
             sides[SIEVE] = Side(values, paired(values, others))
-        for rate, by_seed in ours[row.name].items():
-            if row.method == "base":  # for every seed the same
-                by_seed = dict(list(by_seed.items())[:1])
-            sides[rate] = Side(by_seed, paired(by_seed, ours[other.name][rate] if other else {}))
+        by_seed = ours[row.name]
+        if row.method == "base":  # for every seed the same
+            by_seed = dict(list(by_seed.items())[:1])
+        sides[OURS] = Side(by_seed, paired(by_seed, ours[other.name] if other else {}))
         return Cell(row, printed, claimed, sides)
 
 
@@ -172,11 +168,11 @@ class Cell(NamedTuple):
     row: Row
     paper: float | None
     claimed: float | None  # the paper's difference from the row that this one is compared with
-    sides: dict[str, Side]  # SIEVE, BEST and COMMON, as far as the column has them
+    sides: dict[str, Side]  # OURS, and SIEVE if the column has it
     lr: float | None = None  # the best rate
 
     def record(self, table: str, column: Column) -> dict:
-        """The cell for JSON. ours: at the best rate, where the column has it."""
+        """The cell for JSON."""
         sides = {name: self.as_dict(side) for name, side in self.sides.items()}
         return {
             "table": table,
@@ -187,9 +183,8 @@ class Cell(NamedTuple):
             "paper": self.paper,
             "paper_difference": self.claimed,
             "sieve": sides.get(SIEVE) or self.as_dict(Side({}, [])),
-            "ours": sides.get(BEST) or sides[COMMON],
+            "ours": sides[OURS],
             "lr": self.lr,
-            "common": sides[COMMON],
         }
 
     def as_dict(self, side: Side) -> dict:
@@ -218,18 +213,19 @@ def learning_rate(run: Run | None) -> float | None:
 
 
 def show(cells: list[Cell]) -> list[str]:
-    """The rows of one column as a Markdown table; MoE-Sieve's columns only where it has a number."""
+    """The rows of one column as a Markdown table; MoE-Sieve's columns and the rate only where there is one."""
     sides = [name for name in cells[0].sides if name != SIEVE or any(cell.sides[SIEVE].values for cell in cells)]
     heads = ["method", "compared with", "paper", "difference"]
+    has_rate = any(cell.lr for cell in cells)
     for name in sides:
-        heads += ["rate"] if name == BEST else []
-        heads += ["ours" if name == COMMON and BEST not in sides else name, "difference", "verdict"]
+        heads += ["rate"] if name == OURS and has_rate else []
+        heads += [name, "difference", "verdict"]
     rows = []
     for cell in cells:
         claimed = claim_text(cell.claimed) if cell.row.against else ""
         line = [cell.row.name, cell.row.against or "", number_text(cell.paper), claimed]
         for name in sides:
-            line += [number_text(cell.lr, "g")] if name == BEST else []
+            line += [number_text(cell.lr, "g")] if name == OURS and has_rate else []
             line += cell.texts(name)
         rows.append(line)
     return grid(heads, rows)

@@ -107,18 +107,18 @@ def test_a_model_that_refuses_everything_is_half_right():
     assert validation_score("tiny-code", {"pass@1": 0.25}) == 25
 
 
-def test_a_cell_has_the_score_at_the_best_rate_beside_that_at_the_common_rate():
+def test_a_cell_has_the_score_at_the_best_rate_and_the_rate():
     table = replace(TABLES["table9"], seeds=2)
     tune = lambda run: replace(run, lr=0.012)  # noqa: E731
     scores = lambda run, task: {"accuracy": run.lr or 0.006, "rates": {}}  # noqa: E731
     section = table.section(scores, tune)
-    assert {(round(row["ours"]["mean"], 9), round(row["common"]["mean"], 9)) for row in section.rows} == {(1.2, 0.6)}
-    assert {row["lr"] for row in section.rows} == {0.012}
+    assert {(round(row["ours"]["mean"], 9), row["lr"]) for row in section.rows} == {(1.2, 0.012)}
     [line] = [line for line in section.lines if line.startswith("| 8 at random")]
-    assert line.index("0.012") < line.index("1.2 ± 0.0 (2)") < line.index("0.6 ± 0.0 (2)")
+    assert line.index("0.012") < line.index("1.2 ± 0.0 (2)")
     rows = table.section(scores, lambda run: None).rows  # no sweep is complete
-    assert {(row["ours"]["n"], row["common"]["n"], row["lr"]) for row in rows} == {(0, 2, None)}
-    assert len(table.needed(lambda run: None)) == 2 * len(table.rows)
+    assert {(row["ours"]["n"], row["lr"]) for row in rows} == {(0, None)}
+    assert table.needed(lambda run: None) == {}
+    assert len(table.needed(tune)) == 2 * len(table.rows)
 
 
 def test_full_fine_tuning_has_a_tenth_of_the_rate_of_a_table():

@@ -8,7 +8,7 @@ import pytest
 from lab.paper import published, tables
 from lab.paper.published import sieve_accuracies
 from lab.paper.runs import Run
-from lab.paper.table import BEST, Column, Row, Table
+from lab.paper.table import OURS, Column, Row, Table
 from lab.paper.verdicts import estimate, is_equivalent, spread_ratio, t_quantile, verdict
 
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 7: 2.365, 10: 2.228, 30: 2.042}  # printed in every book of statistics
@@ -155,12 +155,12 @@ def test_moe_sieve_is_equivalent_to_lora_where_its_paper_says_so_with_the_interv
 
 def test_the_claims_of_other_papers_stand_where_they_have_no_value_in_this_one():
     rows, (math_, code, *_) = {row.name: row for row in tables.METHODS.rows}, tables.METHODS.columns
-    ours = {name: {BEST: {0: 50.0, 1: 51.0, 2: 49.0}} for name in rows}
-    ours["DR-LoRA"] = {BEST: {0: 54.0, 1: 55.1, 2: 53.2}}
+    ours = {name: {0: 50.0, 1: 51.0, 2: 49.0} for name in rows}
+    ours["DR-LoRA"] = {0: 54.0, 1: 55.1, 2: 53.2}
     cell = tables.METHODS.cell(rows["DR-LoRA"], math_, ours)
-    assert (cell.claimed, cell.verdict(cell.sides[BEST])) == (2.2, "same direction")
+    assert (cell.claimed, cell.verdict(cell.sides[OURS])) == (2.2, "same direction")
     cell = tables.METHODS.cell(rows["MoE-Sieve"], math_, ours)
-    assert (cell.claimed, cell.verdict(cell.sides[BEST])) == (0.0, "equivalent")
+    assert (cell.claimed, cell.verdict(cell.sides[OURS])) == (0.0, "equivalent")
     assert tables.METHODS.cell(rows["MoE-Sieve"], code, ours).claimed is None
     for row in (*tables.HELLORI.rows, *tables.ROUTER.rows):
         assert not row.claims
