@@ -5,7 +5,7 @@
     python bench.py full --keep-at DIR              # leaves the checkpoint, for profile.py, train.py, ...
 
 A checkpoint in bfloat16 is written in shards and loaded. The experts that 16 examples use are counted. The hottest of
-each layer get HELLoRA's pairs, and these train for three steps. The examples are as long as GSM8K's; their tokens are
+each layer get HELLoRA's pairs, and these train for a few steps. The examples are as long as GSM8K's; their tokens are
 random. Peak memory stands beside the plan's. The speed stands beside that of the best grouped matmul of this run.
 
 A checkpoint that is kept has the tokenizer of the embedded model, whose ids are a part of the vocabulary.
@@ -47,7 +47,7 @@ from training_step import batch_gradients, load_for_process
 
 TOKENS = {"eos_token_id": 0, "pad_token_id": 1}  # of the embedded tokenizer
 SHAPE = PRESETS["olmoe-1b-7b"] | TOKENS | {"torch_dtype": "bfloat16"}
-RANK, BATCH, EXAMPLES, STEPS = 32, 4, 16, 3
+RANK, BATCH, EXAMPLES = 32, 4, 16
 CPU = torch.device("cpu")
 SHARD_BYTES = 10**9
 
@@ -101,11 +101,11 @@ def train(model: MoETransformer, batches: list[list[data.Encoded]]) -> dict:
     return {"tokens": tokens, "losses": losses, "seconds": times, **rates, "peak_bytes": peak_resident()}
 
 
-def measure(folder: Path) -> dict:
+def measure(folder: Path, steps: int) -> dict:
     """Count, choose, load and train, as train.py does; says each number as it comes."""
     config, before, began = read_config(folder), peak_resident(), time.perf_counter()
-    items = examples(EXAMPLES, config.vocab_size)
-    counted = count_task(folder, items, BATCH, ALONE, dtype=torch.bfloat16, shard=None, warmup=None, seed=0)
+    items = examples(max(EXAMPLES, steps * BATCH), config.vocab_size)
+    counted = count_task(folder, items[:EXAMPLES], BATCH, ALONE, dtype=torch.bfloat16, shard=None, warmup=None, seed=0)
     row = {"resident_before_bytes": before, "seconds_profile": time.perf_counter() - began}
     say(f"loaded, and counted the experts of {counted.num_tokens} tokens, in {row['seconds_profile']:.0f} s")
 
@@ -118,7 +118,7 @@ def measure(folder: Path) -> dict:
     row["seconds_load"] = time.perf_counter() - began
     say(f"loaded again, with adapters, in {row['seconds_load']:.0f} s")
     with freed_memory_kept(CPU):
-        row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(STEPS)])
+        row |= train(model, [items[i * BATCH : (i + 1) * BATCH] for i in range(steps)])
         rows = max(row["tokens"]) * config.num_experts_per_tok
         speed = grouped_matmul_speed(model.layers[-1].mlp.experts.gate_up_proj, rows)
     planned = memory.plan(
@@ -147,6 +147,7 @@ class Settings:
     layers: int = flag(
         SHAPE["num_hidden_layers"], "number of layers", type=cli.number(int, 1, SHAPE["num_hidden_layers"])
     )
+    steps: int = flag(3, "training steps", type=cli.number(int, 1))
     keep_at: str | None = flag(None, "new folder for the checkpoint (default: a temporary one)", metavar="DIR")
     json: str | None = flag(None, "write the numbers here", metavar="FILE")
 
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
             size = other.submit(write_random, folder, shape, SHARD_BYTES).result()
         written = time.perf_counter() - began
         say(f"wrote {size / 1e9:.2f} GB ({settings.layers} layers) in {written:.0f} s")
-        row = {"layers": settings.layers, "bytes": size, "seconds_write": written} | measure(folder)
+        row = {"layers": settings.layers, "bytes": size, "seconds_write": written} | measure(folder, settings.steps)
     speed, fastest = row["flops_per_s"] / 1e9, row["grouped_matmul_flops_per_s"] / 1e9
     peak, before, planned = (row[f"{name}_bytes"] / 1e9 for name in ("peak", "resident_before", "planned"))
     say(
