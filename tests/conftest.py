@@ -256,6 +256,12 @@ def few_rows():
         yield
 
 
+@pytest.fixture
+def all_rows(monkeypatch):
+    """All rows of the embedded tasks, as a process has them that a test starts."""
+    monkeypatch.setattr("data.TINY_TRAIN", 2000)
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory) -> Callable[..., Checkpoint]:
     """make_checkpoint("olmoe", clip_qkv=0.5): that change of SIZES as a Checkpoint, made once a session."""

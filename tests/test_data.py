@@ -96,8 +96,7 @@ def test_tiny_rows_are_rows_of_their_big_brother(tmp_path, tiny, big, split):
     assert load_examples(big, split, path) == examples
 
 
-def test_no_tiny_test_question_is_trained_on(monkeypatch):
-    monkeypatch.setattr(data, "TINY_TRAIN", 2000)
+def test_no_tiny_test_question_is_trained_on(all_rows):
     trained = {example.row["question"] for example in load_examples("tiny-math", "train")}
     assert not trained & {example.row["question"] for example in load_examples("tiny-math", "test")}
     descriptions = [

@@ -103,7 +103,7 @@ def test_fast_versions_give_the_values_and_gradients_of_the_reference_formulas(
         torch.testing.assert_close(grad, want_grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: n + m)
 
 
-def test_a_run_on_the_reference_formulas_has_the_losses_of_the_fast_versions(base, tmp_path):
+def test_a_run_on_the_reference_formulas_has_the_losses_of_the_fast_versions(all_rows, base, tmp_path):
     flags = words("--model", base, "--method hellora --k 2 --rank 2 --lr 0.01 --batch 2")
     flags += words("--steps 4 --sample 0.01 --lora-dropout 0.1")
     call(train, flags, "--out", tmp_path / "fast")

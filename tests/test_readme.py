@@ -146,8 +146,7 @@ def shape(line: str) -> str:
     return re.sub(r"\d[\d,.]*", "#", re.sub(r"runs/[\w/-]+|/\S+", "X", line)).rstrip()
 
 
-def test_what_the_readme_says_the_demo_prints_is_what_is_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data.TINY_TRAIN", 2000)
+def test_what_the_readme_says_the_demo_prints_is_what_is_printed(all_rows, tmp_path, capsys):
     excerpt = re.search(r"```\n(python evaluate\.py tiny.*?)```", README, re.S)[1].splitlines()
     call(train, "--method hellora --k 8 --steps 2 --batch 4 --out", tmp_path / "run")
     call(evaluate, tmp_path / "run", "--task tiny-math --limit 2 --max-new-tokens 4")

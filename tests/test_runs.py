@@ -120,7 +120,7 @@ def test_ten_kills_at_random_moments_also_while_saving_change_no_bit(tmp_path):
     assert [state.name for state in states(cut / "checkpoint")] == ["step-00000039", "step-00000040"]  # --keep 2
 
 
-def test_saved_on_two_processes_and_resumed_on_one_and_back(tmp_path):
+def test_saved_on_two_processes_and_resumed_on_one_and_back(all_rows, tmp_path):
     flags = words("--batch 5 --micro-batch 2 --sample 0.005 --k 3")
     flags += words("--lr 1e-4 --schedule constant --lr-warmup 0")  # AdamW turns rounding into steps
     call(train, flags, "--steps 6 --out", tmp_path / "uncut")
@@ -154,7 +154,7 @@ def test_processes_that_see_other_checkpoints_say_so_before_one_waits_for_the_ot
     assert not observer.load_state_dict.called
 
 
-def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(tmp_path):
+def test_a_process_that_dies_ends_the_job_within_seconds_and_resume_works(all_rows, tmp_path):
     flags = [*SMALL, "--out", str(tmp_path / "run"), "--save-every", "1"]
     job = subprocess.Popen(
         torchrun(*flags, "--steps 1000"),
