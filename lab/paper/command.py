@@ -127,10 +127,12 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
     if to_sweep:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
-        missing = sweeps.missing(to_sweep)
+        missing, known = sweeps.missing(to_sweep), needed_by(tables, sweeps)
         cli.say(*dry_run(missing, sweep_place) if to_sweep else ())
-        cli.say("# then the runs at the best rates, and:" if missing else "")
-        cli.say(*dry_run(needed_by(tables, sweeps), place))
+        if missing:
+            cli.say("# then the runs at the best rates" + (", and:" if known else ""))
+        if known or not missing:
+            cli.say(*dry_run(known, place))
         return []
     if (tables or to_sweep) and not settings.no_run:
         with claimed(place.scratch):

@@ -18,7 +18,7 @@ from lab.paper.page import Section
 from lab.paper.rates import LIMIT, QUESTION, SEEDS, Sweeps, swept, validation_score, write_validation
 from lab.paper.runs import Run
 from lab.paper.table import Row
-from lab.paper.tables import K2, K8, TABLES
+from lab.paper.tables import K2, K8, ONE_RATE, TABLES
 from model import MoETransformer, read_config
 from recipes.methods import METHODS, flat_rank
 
@@ -126,7 +126,7 @@ def test_full_fine_tuning_has_a_tenth_of_the_rate_of_a_table():
     fast = replace(table, change={"lr": 0.01})
     rates = {row.method: fast.run(row, table.columns[0]).lr for row in table.rows}
     assert rates.pop("fft") == 0.001 and set(rates.values()) == {0.01}
-    code = {row.method: table.run(row, table.columns[1]).lr for row in table.rows}  # at a constant rate
+    code = {row.method: table.run(row, ONE_RATE[1]).lr for row in table.rows}
     assert code.pop("fft") == 3e-4 and set(code.values()) == {3e-3}
 
 
@@ -155,12 +155,14 @@ def test_the_rows_of_table_9_have_the_parameters_that_it_says():
 
 def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    reproduce.main(["table9", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
+    reproduce.main(["table2", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
     lines = capsys.readouterr().out.splitlines()
     [end_of_sweeps, further, end] = [i for i, line in enumerate(lines) if line.startswith("# ")]
-    assert further == end_of_sweeps + 1 and "best rates" in lines[further]
+    assert further == end_of_sweeps + 1 and "best rates, and:" in lines[further]
     assert "validation/tiny-math-test.jsonl" in lines[end_of_sweeps - 1] and "--seed 101" in lines[end_of_sweeps - 1]
-    assert "--seed 0" in lines[end - 1] and "--lr" not in lines[end - 2]  # the common rate is the task's
+    assert "--seed 0" in lines[end - 1] and "--lr 0.003 --schedule constant" in lines[end - 2]  # the one rate
+    reproduce.main(["table9", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
+    assert capsys.readouterr().out.splitlines()[-1] == "# then the runs at the best rates"
     with pytest.raises(InputError):
         reproduce.main(["table10", "--dry-run"])
 
