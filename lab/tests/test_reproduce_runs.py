@@ -140,13 +140,9 @@ def test_at_the_papers_scale_its_own_methods_count_while_lora_trains_as_its_reci
     assert catcher.run(catcher.rows[0], column) == Run("gsm8k", "hellora", 0, SCALES["paper"].olmoe)
 
 
-def test_all_rows_of_a_seed_come_before_the_next_seed(tmp_path, capsys):
-    reproduce.main(["table7", "--dry-run", "--seeds", "3", "--out", str(tmp_path)])
-    said = capsys.readouterr().out.splitlines()
-    said = said[said.index("# then the runs at the best rates, and:") :]  # behind the sweeps
-    seeds = [line.split("--seed ")[1].split()[0] for line in said if " train.py " in line]
-    assert seeds == ["0"] * 4 + ["1"] * 4 + ["2"] * 4
-    assert said[-1].startswith("# 12 runs to make, 1 at a time")
+def test_all_rows_of_a_seed_come_before_the_next_seed():
+    needed = replace(TABLES["table7"], seeds=3).needed(lambda run: run)
+    assert [run.seed for run in needed] == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_a_score_is_found_again_only_if_text_was_decoded_as_now(contents, tmp_path, monkeypatch):
