@@ -114,8 +114,8 @@ def check_fits(profile: RoutingProfile, config: MoEConfig, path: str | Path) -> 
     if counted != expected:
         sizes = "{} layers of {} experts, {} per token".format
         raise InputError(
-            f"{path} is of a model with {sizes(*counted)}; this one has {sizes(*expected)}; name "
-            f"the model that was counted, or profile this one"
+            f"{path} is of a model with {sizes(*counted)}; this one has {sizes(*expected)}; "
+            "name the model that was counted, or profile this one"
         )
 
 

@@ -227,6 +227,9 @@ def dense_factors(
             setattr(model.get_submodule(module), leaf, nn.Parameter(unknown, factor.requires_grad))
     if adapter.kind == "lori":
         init_factors(model)
+    for name, _ in model.named_parameters():
+        if name.endswith("lora_m") and name not in state:  # only an adapter of PEFT may lack it
+            raise InputError(f"{folder}: {name} is missing; is the adapter damaged, or of another model?")
     fill_adapter(model, adapter, state, folder)
     by_matrix = {}
     for name, matrices in adapted_matrices(adapter, config).items():

@@ -172,3 +172,12 @@ def test_layers_are_reported_by_their_number_in_the_model(make_checkpoint):
     hellora.attach(model, adapters.hot_mask([[1, 4], [0], [2, 3, 5]], model.config), 2, 3.0)
     lines = list(adapters.report(model))
     assert lines[0] == "layer  1: 2 of 7 experts adapted: 1 4" and lines[2] == "layer  3: 3 of 7 experts adapted: 2 3 5"
+
+
+def test_rank_expert_list_and_targets_are_checked():
+    with pytest.raises(InputError, match="expected 1..24"):
+        hellora.attach(fresh_model(), HOT, 25, ALPHA)
+    with pytest.raises(InputError, match="the expert list is for"):
+        hellora.attach(fresh_model(), HOT[:1], R, ALPHA)
+    with pytest.raises(InputError, match="targets 'most' is unknown"):
+        hellora.attach(fresh_model(), HOT, R, ALPHA, targets="most")

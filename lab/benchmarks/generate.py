@@ -106,9 +106,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise InputError("the comparison needs transformers: pip install -r requirements-dev.txt")
     if settings.shape:
         model = our_model(SHAPES[settings.shape], device, dtype)
+        hf = transformers_model(model).eval()
     else:
-        model = load_model(resolve(settings.model), dtype=dtype, device=device)
-    hf = transformers_model(model).eval()
+        from transformers import AutoModelForCausalLM
+
+        folder = resolve(settings.model)
+        model = load_model(folder, dtype=dtype, device=device)
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     rng = np.random.default_rng(settings.seed)
     lengths = {name: draw_lengths(deciles, settings.prompts, rng) for name, deciles in LENGTHS.items()}
     prompts = [rng.integers(model.config.vocab_size, size=n).tolist() for n in lengths["prompt"]]

@@ -29,7 +29,7 @@ from recipes.methods import METHODS, Recipe, num_hot_experts
 
 POSITIVE = cli.number(int, 1)
 GPU_GB, MACHINE_GB = 80, 24  # memory, unless a flag says otherwise
-CPU_SPARE = 0.25  # share of a machine's memory: freed tensors leave gaps, oneDNN keeps its kernels (docs/speed.md)
+CPU_SPARE = 0.25  # share of a machine's memory, for the interpreter and gaps between tensors (docs/speed.md)
 
 
 @dataclass(frozen=True)

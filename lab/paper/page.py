@@ -97,7 +97,7 @@ def summary(sections: list[Section], out: Path) -> list[str]:
             label = f"{table}: {name} - {row['compared_with']}"
             shown.append({"name": label, "claimed": row["paper_difference"], **difference})
     draw_differences(shown, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
-    note = "The claims on math, in points, each method at its best learning rate. Table 3 is at a constant one."
+    note = "The claims on math, in points, each method at its best learning rate."
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
     return [note, "", *grid(heads, lines), "", "![Differences with intervals](differences.png)", "", *spread(cells)]
 

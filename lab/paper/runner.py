@@ -20,7 +20,7 @@ from statistics import median
 
 from command import cli
 from command.cli import InputError, RunError
-from command.files import read_json, writable
+from command.files import claimed, read_json, writable
 from hub.checkpoint import EMBEDDED
 from lab import ROOT
 from lab.paper.runs import EFFECTS, Records, Run, outdated, spent, summarize
@@ -97,7 +97,8 @@ def remove_old(folder: Path) -> None:
     except InputError:  # there is none
         return
     if made_by != commit():
-        cli.note(f"{folder} was made by {made_by}; it is made again")
+        with claimed(folder):  # or a train.py that has outlived its reproduce.py still writes there
+            cli.note(f"{folder} was made by {made_by}; it is made again")
         shutil.rmtree(folder)
 
 

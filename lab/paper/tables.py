@@ -60,9 +60,7 @@ HELLORI = Table(
 MIXTRAL = Table(
     "Table 3: methods on math, Mixtral-8x7B",
     columns=(MATH,),
-    notes=(
-        "Our rates come from sweeps of three rates with one seed, around the best rate on the other embedded model.",
-    ),
+    notes=("Our sweeps have three rates and one seed, around the best rate on the other embedded model.",),
     model="mixtral",
     rows=(
         Row("LoRA", "lora", (67.73,)),
