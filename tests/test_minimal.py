@@ -25,6 +25,10 @@ import ours  # noqa: E402
 STEPS = 10
 
 
+def test_it_trains_on_as_many_rows_as_train_py(all_rows):
+    assert minimal.num_train == data.TINY_TRAIN
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> SimpleNamespace:
     """Ten steps of train.py with the settings of minimal.py, and ten of minimal.py on the same rows."""

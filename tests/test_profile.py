@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import call, on_processes, read_json, write_json
+from conftest import call, on_processes, read_json, words, write_json
 from test_model import ask_transformers
 
 import data
@@ -259,3 +259,11 @@ def test_advice_on_published_counts_needs_no_network_and_says_what_k_experts_cov
     even = K / len(about["counts"][0])
     assert ("there is hardly a hot set" in said) == (sum(shares) / len(shares) < 2 * even)
     assert ("qwen" in path.name) <= ("receive 11.6% of the routed tokens, and an even split gives 6.7%" in said)
+
+
+def test_the_command_on_two_processes_writes_the_counts_of_one(base, tmp_path):
+    flags = words("--model", base, "--sample 0.05 --batch 4 --out")
+    call(profile, flags, tmp_path / "one.json")
+    on_processes(2, profile.main, words(flags, tmp_path / "two.json"))
+    one, two = (read_json(tmp_path / name) for name in ("one.json", "two.json"))
+    assert one["counts"] == two["counts"] and one["num_tokens"] == two["num_tokens"]

@@ -47,6 +47,20 @@ def test_two_processes_give_the_losses_and_the_adapter_of_one(base, tmp_path, fl
     assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < 1e-5
 
 
+def test_activation_checkpointing_is_set_on_every_layer(base, tmp_path, monkeypatch):
+    fit, models = train.fit, []
+
+    def seen(run, model, out):
+        models.append(model)
+        return fit(run, model, out)
+
+    monkeypatch.setattr(train, "fit", seen)
+    for flags in ("", "--activation-checkpointing"):
+        call(train, "--model", base, "--steps 1 --batch 2 --sample 0.01", flags, "--out", tmp_path / f"run{flags}")
+    without, with_it = ([layer.activation_checkpointing for layer in model.layers] for model in models)
+    assert not any(without) and all(with_it)
+
+
 def test_same_seed_same_bits_and_another_seed_another_run(base, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         call(train, "--model", base, "--steps 2 --batch 5 --sample 0.05 --seed", seed, "--out", tmp_path / name)
