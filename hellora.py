@@ -221,6 +221,7 @@ def move_to_front(experts: nn.Module, ids: list[int]) -> None:
     order = ids + [e for e in range(len(experts.expert_ids)) if e not in set(ids)]
     if order != experts.expert_ids:
         rows = experts.position[order]
+        # A model whose weights have yet to be read has nothing to move: they are read in the order of `expert_ids`.
         for stack in (experts.gate_up_proj, experts.down_proj):
             stack.data = stack.data[rows]
         experts.set_order(order)

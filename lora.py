@@ -131,6 +131,8 @@ def hot_weights(gate_up_proj: Tensor, down_proj: Tensor, n: int) -> dict[str, Te
 class LoRAExperts(nn.Module):
     """Experts of which the first n in the stack are hot: each of their projections has a pair of its own.
 
+    With HELLORA_PLAIN=1, ops.NAME is the function NAME above; otherwise the one in ops/lora.py.
+
     The adapters take part in every step, even if no token reaches a hot expert. Their gradient is then zero and not
     None: FSDP2 reduces only parameters that have a gradient on a process, and would mix up parameters silently.
     """

@@ -7,6 +7,7 @@
 The file reads top to bottom. `main` counts which experts the task uses, chooses the hot ones, and trains what the
 method asks for. `load` builds the model without weights, attaches the adapters, which freezes the rest, shards, and
 only then reads the weights, each process its own. `fit` is the loop; training_step.py is the step that it takes.
+What the flags leave open is in recipes/methods.py: the recipe of the task, and the row of the method.
 """
 
 import command.start  # noqa: F401
@@ -67,7 +68,7 @@ def train_claimed(settings: Settings) -> dict:
         started = time.perf_counter()
         run = count_and_choose(run)
         result |= {"adapted_share": adapted_share(run), "seconds_profile": time.perf_counter() - started}
-    run = replace(run, shard=choose_sharding(run, partial(attach, run)))
+    run = replace(run, shard=choose_sharding(run, partial(attach_adapters, run)))
     with ops.using(compiled):
         trained = train_lori_s(run) if run.method.sparse else train(run, run.out)[0]
     result |= {"shard": run.shard} | trained
@@ -129,7 +130,7 @@ def adapted_share(run: Run) -> float:
 # -------------------------------------------------------------------------------------------------- build the model
 
 
-def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None = None) -> None:
+def attach_adapters(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None = None) -> None:
     """Put the run's adapters on a model. positions: the entries of B that LoRI-S keeps (`top_entries`)."""
     s = run.settings
     if run.hot is not None:
@@ -149,14 +150,17 @@ def attach(run: Run, model: MoETransformer, positions: dict[str, Tensor] | None 
 
 
 def load(run: Run, positions: dict[str, Tensor] | None = None) -> MoETransformer:
-    """The base model with the run's adapters, as this process is to hold it."""
+    """The base model with the run's adapters, as this process is to hold it.
+
+    `model.load_model` builds it without weights, has `attach_adapters` called and the model sharded, and then reads.
+    """
     dtype, compute_dtype = run.dtypes
     model = load_for_process(
         run.folder,
         dtype,
         run.processes.device,
         shard=run.shard,
-        attach=partial(attach, run, positions=positions),
+        attach=partial(attach_adapters, run, positions=positions),
         compute_dtype=compute_dtype if compute_dtype != dtype else None,
     )
     for layer in model.layers:

@@ -167,7 +167,7 @@ def batch_gradients(
         nll, selected, routing = model(
             batch.input_ids.to(device), batch.lengths, labels=batch.labels.to(device), output_routing=True
         )
-        chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, T, K], without padding
+        chosen = selected[:, selected[0, ..., 0] >= 0]  # [L, B, S, K] -> [L, T, K], without padding
         # DEVIATION from LoRI: the loss is the mean over the target tokens of the global batch; LoRI averages sums.
         loss = nll / targets
         losses[0] += loss.detach()

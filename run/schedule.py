@@ -31,5 +31,5 @@ def warmup_steps(warmup: int | float | None, steps: int) -> int:
 
 def rate(lr: float, schedule: str, step: int, steps: int, warmup: int) -> float:
     """The learning rate of `step`, counted from 1, of `steps`, the first `warmup` of which warm up."""
-    t = step - 1
+    t = step - 1  # so that a warm-up begins with a step at rate 0, as in transformers
     return lr * t / warmup if t < warmup else lr * SCHEDULES[schedule]((t - warmup) / (steps - warmup))

@@ -191,7 +191,7 @@ def test_a_second_training_in_a_folder_ends_at_once_and_a_killed_one_leaves_no_l
     first = in_background(lambda: call(train, flags, "--steps 500"))
     wait_for_steps(first, out, 2)  # by now there is a checkpoint of the first
     for more in ([], ["--resume"], ["--seed", "1"]):
-        with pytest.raises(InputError, match=f"run is in use by process {first.pid} on .*; wait for its end, or name"):
+        with pytest.raises(InputError, match=f"run is in use by process {first.pid} on .*; wait for its end"):
             call(train, flags, more)
     first.kill()
     first.join()

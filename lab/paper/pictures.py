@@ -69,7 +69,9 @@ def draw_speeds(rows: list[dict], title: str, path: Path) -> None:
     """
     figure, (left, right) = new_figure(title, 5.5, panels=2)
     places = np.arange(len(rows))
-    paper, ours, half, memory = ([row[key] or 0 for row in rows] for key in ("paper", "ours", "half", "memory"))
+    paper, ours, half, memory = (
+        [np.nan if row[key] is None else row[key] for row in rows] for key in ("paper", "ours", "half", "memory")
+    )
     left.barh(places - 0.2, paper, 0.38, color=OTHER, label="paper, two A100")
     left.barh(places + 0.2, ours, 0.38, xerr=half, color=OURS, ecolor="0.5", label="ours, CPU, batches of 8")
     left.axvline(1, color="0.3", linestyle="--", linewidth=1)

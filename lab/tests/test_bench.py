@@ -193,18 +193,8 @@ def small_full(monkeypatch):
 
 
 def test_the_full_size_is_written_in_shards_loaded_profiled_and_trained(small_full, tmp_path, capsys):
-    flags = [
-        "full",
-        "--layers",
-        "3",
-        "--steps",
-        "5",
-        "--keep-at",
-        str(tmp_path / "kept"),
-        "--json",
-        str(tmp_path / "row.json"),
-    ]
-    row = bench.main(flags)
+    flags = [*"full --layers 3 --steps 5 --keep-at".split(), str(tmp_path / "kept")]
+    row = bench.main([*flags, "--json", str(tmp_path / "row.json")])
     assert json.loads((tmp_path / "row.json").read_text()) == row
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "kept", dtype="auto")  # all weights, or it says so
     assert hf.dtype == torch.bfloat16 and hf.config.num_hidden_layers == 3
