@@ -121,7 +121,7 @@ def read_settings(argv: list[str]) -> tuple[Settings, Subject | None]:
         Settings,
         argv,
         prog="evaluate.py",
-        description="Generate completions of a task and score them, or score completions that exist.",
+        description="Generate completions for a task and score them, or score existing completions.",
         epilog="evaluate.py compare A B compares two evaluations of one task.\n"
         "docs/reproduce.md says how an answer is found in a text.",
         example="python evaluate.py runs/demo/hellora --task tiny-math --limit 100 --out runs/scores",

@@ -371,7 +371,7 @@ def compare_checkpoints(folder: Path, base: Path, config: MoEConfig, readings: d
     """A merged checkpoint beside its base. Raises InputError for one of another model."""
     merged, weights = weights_of(folder, read_config(folder)), weights_of(base, config)
     if {key: weight.shape for key, weight in merged.items()} != {key: weight.shape for key, weight in weights.items()}:
-        raise InputError(f"{folder} is of another model than {base}: the weights have other names or shapes")
+        raise InputError(f"{folder} is not of the same model as {base}: names or shapes of weights differ")
     return compare(merged, weights, config, readings)
 
 

@@ -4,8 +4,8 @@
 
 (LoRA, section 4.1; HELLoRA, eq. 3.) A and B of one matrix are a LoRA pair. The paper writes x W + x A B with A [in, r].
 As in every checkpoint, ours are the transposes. The pairs of a layer's hot experts are stacked, [n, r, in] and
-[n, out, r]. W + B A is never formed in training. Dropout is off unless a run asks for it. A token at a cold expert
-passes W alone: the gradient still reaches its input and, through the routing weight, the router's pair.
+[n, out, r]. W + B A is never formed in training. Dropout is off unless a run asks for it. A token at a cold expert goes
+through W alone: the gradient still reaches its input and, through the routing weight, the router's pair.
 
 Dimensions: n hot experts of a layer, r rank, D hidden_size, F intermediate_size of an expert, R routed rows (sorted,
 those of hot experts first), H of them that reach a hot expert, T tokens.

@@ -186,7 +186,7 @@ class Settings:
 
     model: str = flag("tiny", "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id")
     revision: str | None = flag(None, REVISION_HELP)
-    task: str = flag("tiny-math", "task whose training data is counted", choices=list(data.TASKS))
+    task: str = flag("tiny-math", "task on whose training data experts are counted", choices=list(data.TASKS))
     train_data: str | None = flag(None, "your rows, or the task's training file", metavar="FILE")
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"))
     sample: float = flag(0.1, "share of the training data to use", type=SHARE)

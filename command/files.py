@@ -167,7 +167,7 @@ def locked(path: Path, folder: Path) -> TextIO:
             owner = file.read() or "another process"
             raise InputError(f"{folder} is in use by {owner}; wait for its end, or stop it") from None
         except OSError as error:  # as some file systems of networks answer
-            note(f"{folder} cannot be locked ({error.strerror}): start no second command with this folder")
+            note(f"{folder} cannot be locked ({error.strerror}): do not start a second command with this folder")
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break
         file.close()  # its owner has just removed it

@@ -30,7 +30,7 @@ def converse(answer: Answer, reset: Callable[[], None]) -> None:
             if line.strip() == "/reset":
                 reset()
             elif line.startswith("/") and len(line.split()) == 1:
-                note(f"{line.strip()} is no command; there is /reset")
+                note(f"{line.strip()} is not a command; the only one is /reset")
             elif line.strip():
                 show(answer(line))
         except EOFError:

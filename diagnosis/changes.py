@@ -109,7 +109,7 @@ def of_router(matrices: dict[str, Matrix]) -> Iterator[Finding]:
     """Whether the router moved, which is not wrong either way."""
     router = [m for m in matrices.values() if m.place.part == ROUTER and m.state == MOVED]
     if router:
-        means = "Tokens reach other experts than in the base; HELLoRA trains it so."
+        means = "Tokens may reach other experts than with the base. In HELLoRA this is intended."
         yield Finding("router-trained", f"the router moved in {len(router)} layers", means, is_fault=False)
     else:
         means = "Tokens choose experts with the base's weights, as far as the hidden states let them."
@@ -164,7 +164,7 @@ def of_merged(comparison: Comparison, readings: dict[str, Reading], config: MoEC
         yield Finding(
             "unexplained",
             f"weights that changed although the adapter has no pair for them: {len(keys)}, the first {keys[0]}",
-            "The checkpoint is of another training, another base, or more than this adapter was merged.",
+            "The checkpoint comes from another training or another base, or more than this adapter was merged.",
             "name the base that the adapter was trained on",
         )
     yield from of_router(comparison.matrices)

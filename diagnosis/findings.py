@@ -68,7 +68,7 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
             "no-expert-pair",
             f"no expert has a LoRA pair; the adapter has {len(parts)} pairs, on {', '.join(sorted({*parts.values()}))}",
             "The experts are those of the base. Where they are stacked parameters (transformers 5), target_modules may "
-            "not reach them, and the training goes on without a word.",
+            "not reach them, and the training continues without a warning.",
             "train again, with target_parameters=['mlp.experts.gate_up_proj', 'mlp.experts.down_proj']",
         )
     elif all(state in (UNMOVED, NO_A) for state in experts):

@@ -184,7 +184,7 @@ class ChatTemplate:
                 longer = message | {"content": message["content"] + "."}
                 if self.write([*messages[:i], longer, *messages[i + 1 :]]) == self.write(messages):
                     turn = f"turn {i + 1} ({message['role']})"
-                    raise InputError(f"the model's chat template leaves out {turn}, or the end of it; remove it")
+                    raise InputError(f"the model's chat template leaves out {turn}, or the end of it; remove that turn")
             if message["role"] == "assistant":
                 given = self.marked(messages[:i], add_generation_prompt=True)
                 if not text.startswith(given):

@@ -91,7 +91,7 @@ def name_and_revision(model: str) -> tuple[str, str | None]:
 def with_revision(model: str, revision: str | None) -> str:
     """ID@REVISION for the flags --model and --revision. Raises InputError for a model that has no revisions."""
     if revision and (model in EMBEDDED or os.path.exists(model) or "@" in model):
-        raise InputError(f"--revision {revision} is one of a hub id, and the model is {model}; leave it out")
+        raise InputError(f"--revision {revision} applies to a hub id, and the model is {model}; leave it out")
     return f"{model}@{revision}" if revision else model
 
 
@@ -237,7 +237,7 @@ def is_harmless(key: str, weight: Stored, weights: dict[str, Stored]) -> bool:
 
 @cache  # once for a command
 def note_stale_index(folder: Path) -> None:
-    note(f"{folder}: read are the weights of {SINGLE}, as by transformers, and not those of {INDEX}")
+    note(f"{folder}: the weights are read from {SINGLE}, as transformers does, and {INDEX} is ignored")
 
 
 def files(folder: Path) -> list[Path]:

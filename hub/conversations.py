@@ -41,10 +41,10 @@ def read_messages(row: Row) -> list[Message]:
         if role != ("user", "assistant")[i % 2]:
             before = roles[first + i - 1] if i else "the beginning"
             raise InputError(
-                f"turn {first + i + 1} is of the {role} after {before}; expected user and assistant in turn"
+                f"turn {first + i + 1} has role {role} after {before}; expected user and assistant to alternate"
             )
     if roles[-1] == "system":
-        raise InputError("no turn is of the user")
+        raise InputError("no turn has the role user")
     return messages[: len(roles) - roles[::-1].index("assistant")] if "assistant" in roles else messages
 
 
@@ -107,7 +107,7 @@ class OwnRows:
         messages = read_messages(row)
         has_answer = messages[-1]["role"] == "assistant"
         if self.answered and not has_answer:
-            raise InputError("no turn is of the assistant: there is nothing to learn")
+            raise InputError("no turn has the role assistant: there is nothing to learn")
         chat = self.template.render(messages) if has_answer else self.template.ask(messages)
         start, end = chat.spans[-1]
         return self.template.spelled(chat.text[:start]), self.template.spelled(chat.text[start:end]), chat

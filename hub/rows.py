@@ -136,7 +136,7 @@ def fetch_from_hub(data: HubDataset, instead: str) -> Path:
     except GatedRepoError:
         how = f"ask for access at {page}, log in with `hf auth login` or set HF_TOKEN"
         raise InputError(
-            f"{data.name} is gated, and there is no token here that has access; {how}, or {instead}"
+            f"{data.name} is gated, and no token on this machine has access; {how}, or {instead}"
         ) from None
     except Exception as error:  # of the library, its HTTP client or the disk
         raise InputError(f"{page} cannot be downloaded ({first_line(error)}); {instead}") from None
@@ -200,7 +200,7 @@ def csv_rows(path: Path, columns: list[str] | None = None) -> list[tuple[str, Ro
             if None in row or None in row.values():
                 raise InputError(f"{place}: more or fewer fields than {', '.join(reader.fieldnames)}")
             if columns is None and is_header(row):
-                raise InputError(f"{place}: the names of the columns once more, as in files put together; remove it")
+                raise InputError(f"{place}: a second header line, as in concatenated files; remove it")
             rows.append((place, row))
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.reader.line_num}: not csv ({error})") from None

@@ -115,7 +115,7 @@ def refuse_special(text: str, ids: list[int], special: dict[int, str]) -> None:
     """Raise InputError if text became one of the special tokens."""
     if spelled := special.keys() & ids:
         token = special[min(spelled)]
-        raise InputError(f"the tokenizer makes its special token {token!r} of text: {text!r:.80}; remove it")
+        raise InputError(f"the tokenizer turns text into its special token {token!r}: {text!r:.80}; remove it")
 
 
 # ----------------------------------------------------------------------------------------------------------------- BOS

@@ -1,4 +1,4 @@
-"""What proves the project: the paper's tables, benchmarks, the maker of the embedded models, the docs' pictures."""
+"""The evidence: the paper's tables, benchmarks, the script that makes the embedded models, the docs' pictures."""
 
 from pathlib import Path
 

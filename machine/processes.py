@@ -73,8 +73,8 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """On a CPU, glibc keeps the memory of freed tensors for the next ones meanwhile. Without glibc this does nothing.
 
     By default glibc returns a block above 32 MB to the system. The next tensor of that size gets it back page by page,
-    each filled with zeros first: 660,000 page faults in a step of 32 examples (docs/speed.md). Not for loading: the
-    gaps that freed weights leave are too small for those of the next model, which needs memory of its own.
+    each filled with zeros first. Not for loading: the gaps that freed weights leave are too small for those of the next
+    model, which needs memory of its own.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
@@ -103,7 +103,7 @@ def start_processes(backend: str | None = None, timeout: timedelta | None = None
     told = [f"{name}={value}" for name in alone if (value := os.environ.get(name)) and value != alone[name]]
     if count == 1 and told:
         raise InputError(
-            f"the environment says {' and '.join(told)}, but not all that makes a group of processes; "
+            f"the environment sets {' and '.join(told)}, but not all variables of a process group; "
             "start them with torchrun, or unset these variables"
         )
     if cuda and local >= torch.cuda.device_count():

@@ -124,6 +124,6 @@ def note_origin(profile: RoutingProfile, model: str, task: str, data: str, weigh
     if (profile.model, profile.task) != (model, task):
         say(f"note: the profile is of {profile.task} on {profile.model}, and this run is {task} on {model}")
     elif profile.data not in (None, data):
-        say(f"note: the profile is of other training data of {task} than this run learns from")
+        say(f"note: the profile was counted on other training data of {task} than this run's")
     elif profile.weights not in (None, weights):
-        say(f"note: the profile is of other weights of {model} than this run starts from")
+        say(f"note: the profile was counted on other weights of {model} than this run's")

@@ -105,7 +105,7 @@ def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
     mask = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.bool)
     if len(hot) != len(mask) or not all(0 <= e < config.num_experts for ids in hot for e in ids):
         raise InputError(
-            f"the adapter is for {len(hot)} layers and expert {max(map(max, filter(None, hot)), default=-1)}; "
+            f"the adapter has {len(hot)} layers and experts up to {max(map(max, filter(None, hot)), default=-1)}; "
             f"the model has {len(mask)} layers of {config.num_experts} experts"
         )
     for row, ids in zip(mask, hot, strict=True):
@@ -154,7 +154,8 @@ def place_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tens
 def fill_adapter(model: MoETransformer, adapter: Adapter, state: dict[str, Tensor], folder: str | Path) -> None:
     """Set what `place_adapter` placed. Raises InputError, naming `folder`, unless every tensor fits."""
     if model.adapter != adapter:
-        raise InputError(f"{folder}: lora_A drawn from seed {adapter.seed} has another checksum; a damaged adapter?")
+        drawn = f"lora_A drawn from seed {adapter.seed}"
+        raise InputError(f"{folder}: {drawn} has a different checksum; is the adapter damaged?")
     fill_factors(model, {name: tensor for name, tensor in state.items() if not name.endswith("positions")}, folder)
 
 

@@ -120,6 +120,6 @@ class Validation(Observer):
         remove_folder(self.folder)
         if best:
             note(
-                f"{self.folder} is gone, which held the best result, that of step {best[0]}; a better one will be kept"
+                f"{self.folder}, which held the best result (step {best[0]}), is gone; the next better one will be kept"
             )
         return False

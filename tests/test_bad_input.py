@@ -306,7 +306,7 @@ train --model no-config                              | 'no-config' | config.json
 train --model LONG                                   | longlong
 train --model ''                                     | empty
 train --model tinny                                  | did you mean tiny?
-train --model tiny --revision v2                     | --revision v2 is one of a hub id, and the model is tiny
+train --model tiny --revision v2                     | --revision v2 applies to a hub id, and the model is tiny
 train --model a/b@v1 --revision v2                   | and the model is a/b@v1
 train --model run                                    | 'run' has no config.json of a model | merge its adapter first
 train --model run/adapter                            | the adapter of a run of train.py; name the model that it was
@@ -329,7 +329,7 @@ train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
 train --experts file                                 | file: not readable as JSON
 train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
-train --experts lists-high.json                      | expert 64
+train --experts lists-high.json                      | experts up to 64
 train --experts lists-negative.json                  | 64 experts
 train --experts lists-none.json                      | lists-none.json
 train --experts coverage                             | give both or neither
@@ -445,13 +445,13 @@ train --task gsm8k --train-data blank.jsonl          | 'question'
 train --task gsm8k --train-data gold.jsonl           | gold.jsonl, line 2 | '1/2'
 train --task gsm8k --train-data alpaca.json          | entry 1 | GSM8K rows
 train --task own                                     | task own: this task is your own data; pass | --train-data FILE
-train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 is of the user after user
-train --task own --train-data own-system.jsonl       | line 2: turn 3 is of the system
+train --task own --train-data own-order.jsonl        | own-order.jsonl, line 2: turn 2 has role user after user
+train --task own --train-data own-system.jsonl       | line 2: turn 3 has role system
 train --task own --train-data own-empty.jsonl        | own-empty.jsonl, line 2: turn 2 (assistant) is empty
 train --task own --train-data own-no-turn.jsonl      | line 2: 'messages' is []; expected a list of one turn or more
 train --task own --train-data own-no-turns.json      | own-no-turns.json, line 1: 'messages' is []
-train --task own --train-data own-first.jsonl        | line 2: turn 1 is of the assistant after the beginning
-train --task own --train-data own-alone.jsonl        | line 2: no turn is of the assistant
+train --task own --train-data own-first.jsonl        | line 2: turn 1 has role assistant after the beginning
+train --task own --train-data own-alone.jsonl        | line 2: no turn has the role assistant
 train --task own --train-data own-tool.jsonl         | line 2: turn 2 has 'role' 'tool' | system, user, assistant
 train --task own --train-data own-calls.jsonl        | line 2: turn 2 has 'tool_calls'
 train --task own --train-data own-tools.jsonl        | line 2: the column 'tools'

@@ -215,7 +215,7 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_is_an_error_that_
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = data.load_tokenizer(tmp_path, config(vocab_size=20, eos_token_id=2))
     assert len(data.tokenize(["ab a unknown"], loaded)[0]) > 3  # <unk> stands for text
-    with pytest.raises(InputError, match="makes its special token '<s>' of text: 'a <s> b'"):
+    with pytest.raises(InputError, match="turns text into its special token '<s>': 'a <s> b'"):
         data.tokenize(["ab", "a <s> b"], loaded)
 
 

@@ -352,7 +352,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_reset_forgets_and_ctrl_d_ends():
     talk.type("two\n")
     assert "heard ['one', 'long', 'two']" in talk.read_until("> ")
     talk.type("/forget\n")
-    assert "/forget is no command" in talk.read_until("> ")  # nor a question
+    assert "/forget is not a command" in talk.read_until("> ")  # nor a question
     talk.type("/reset\n")
     talk.read_until("> ")
     talk.type("half a li")

@@ -128,5 +128,5 @@ def test_an_A_that_is_not_the_one_trained_under_is_refused(tmp_path, ids):
     model = trained_d(ids)
     adapters.save_adapter(adapters.adapter_state(model), tmp_path, replace(model.adapter, seed=6))
     other = fresh_model()
-    with pytest.raises(InputError, match="another checksum"):
+    with pytest.raises(InputError, match="a different checksum"):
         adapters.load_adapter(other, tmp_path)

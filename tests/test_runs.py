@@ -355,11 +355,11 @@ def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, c
     assert "note:" not in capsys.readouterr().out
     reorder(copied)
     call(train, flags, "--out other")
-    assert "note: the profile is of other training data of gsm8k" in capsys.readouterr().out
+    assert "note: the profile was counted on other training data of gsm8k" in capsys.readouterr().out
     reorder(copied, back=True)
     edit_a_weight(copied)
     call(train, flags, "--out weights")
-    assert "note: the profile is of other weights of model" in capsys.readouterr().out
+    assert "note: the profile was counted on other weights of model" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------ a run done again

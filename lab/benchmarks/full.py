@@ -85,7 +85,7 @@ def examples(n: int, vocab_size: int) -> list[data.Encoded]:
 
 
 def train(model: MoETransformer, batches: list[list[data.Encoded]]) -> dict:
-    """One step on each batch, as train.py takes it."""
+    """One step on each batch, as train.py takes it, but without clipping."""
     optimizer, losses, times = adamw(model), [], []
     tokens = [sum(len(item.ids) for item in batch) for batch in batches]
     for batch, count in zip(batches, tokens, strict=True):

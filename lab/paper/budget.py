@@ -30,7 +30,8 @@ def points(tables: list[Table], records: Records, tune: Tune) -> list[dict]:
                     "trainable": trainable,
                     "accuracy": estimate(values.values()),
                 }
-                by_run.setdefault(first, point)
+                known = by_run.get(first)  # in another table, which may have more seeds
+                by_run[first] = max(known or point, point, key=lambda point: point["accuracy"].n)
     return sorted(by_run.values(), key=lambda point: point["trainable"])
 
 

@@ -35,9 +35,9 @@ def section() -> Section:
         "hotkN: the N hottest experts of each layer. randkN: N random ones. cov60: the smallest set that covers 60 % "
         "of a layer's tokens. budgetp25_bcount: greedy, one budget for the model. Differences from full_lora are "
         "paired by seed, and so are those from its own choice, the hottest quarter (hotk16 of 64, hotk15 of 60). The "
-        "study claims that the quarter is within 1 point of LoRA and equivalent within 2, but for one of six pairs of "
-        "model and task. A row that is *higher* or *lower* may lie within that margin. The scores of its third task, "
-        "Spider, are not among the published files."
+        "study claims that the quarter is within 1 point of LoRA and equivalent within 2, except in one of six pairs "
+        "of model and task. A row that is *higher* or *lower* may lie within that margin. The scores of its third "
+        "task, Spider, are not among the published files."
     ]
     rows = []
     for study, title in STUDIES.items():

@@ -90,13 +90,17 @@ class Sweeps:
         return [best / 2, best, 2 * best] if best else []
 
     def curve(self, run: Run) -> dict[float, float | None]:
-        """Rate -> mean validation score, for the first rates, and beyond an end that scores best."""
+        """Rate -> mean validation score, for the first rates, and beyond an end that none scores better than."""
         rates = self.first_rates(run)
         scores = [self.score(run, lr) for lr in rates]
-        while scores and None not in scores and scores[0] > max(scores[1:]):
+
+        def is_best(end: float | None) -> bool:
+            return None not in scores and min(scores) < end == max(scores)
+
+        while scores and is_best(scores[0]):
             rates.insert(0, rates[0] / 2)
             scores.insert(0, self.score(run, rates[0]))
-        while scores and None not in scores and scores[-1] > max(scores[:-1]):
+        while scores and is_best(scores[-1]):
             rates.append(rates[-1] * 2)
             scores.append(self.score(run, rates[-1]))
         return dict(zip(rates, scores, strict=True))
@@ -131,13 +135,15 @@ class Sweeps:
     def section(self, runs: dict[str, Run], out: Path) -> Section:
         """Validation score against learning rate, as a table and as a picture.  runs: name -> one of each sweep"""
         curves = {name: self.curve(run) for name, run in runs.items()}
-        curves = {name: curve for name, curve in curves.items() if None not in curve.values()}
+        left_out = [name for name, curve in curves.items() if None in curve.values()]
+        curves = {name: curve for name, curve in curves.items() if name not in left_out}
         rates = sorted({lr for curve in curves.values() for lr in curve})
         rows = []
         for name, curve in curves.items():
             best = max(curve, key=curve.get)
             texts = {lr: f"**{score:.1f}**" if lr == best else f"{score:.1f}" for lr, score in curve.items()}
             rows.append([name, *(texts.get(lr, "") for lr in rates)])
+        rows += [[name, "not run", *[""] * (len(rates) - 1)] for name in left_out]
         title = "Score against learning rate"
         lines = ["No sweep is complete yet."]
         if curves:
@@ -154,6 +160,6 @@ class Sweeps:
 
 NOTE = (
     "Accuracy on 500 validation problems of tiny-math in %, the mean of two seeds unused in tables, at learning rates "
-    "that double. The best of each row is bold. A sweep goes on while its best rate is at an end. The picture leaves "
-    "out full fine-tuning, whose rates are far smaller."
+    "that double. The best of each row is bold. A sweep continues as long as its best rate is the smallest or the "
+    "largest. The picture leaves out full fine-tuning, whose rates are far smaller."
 )

@@ -144,7 +144,7 @@ def cost(table: Table, records: Records) -> tuple[list[str], list[dict]]:
         shown.append([row.name, mean_text(estimate(added), missing=missing)])
         rows.append({"way": row.name, "cost": added})
     note = (
-        f"What counting adds to the training, in % of its time. The paper says about {PAPER_COST} %, after which "
-        f"{PAPER_NET} times LoRA's throughput are left (§4.4)."
+        f"What counting adds to the training, in % of its time. The paper says about {PAPER_COST} %, which "
+        f"leaves {PAPER_NET} times LoRA's throughput (§4.4)."
     )
     return ["", note, "", *grid(["counted on", "added, %"], shown)], rows

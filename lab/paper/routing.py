@@ -159,8 +159,8 @@ def figure1(out: Path, *, may_run: bool) -> Section:
         f"{on_gsm8k['layer 7']:.1f} %. HELLoRA saves {on_gsm8k['flops saved']:.1f} % of LoRA's adapter FLOPs on these "
         f"counts. The abstract says {PAPER_SAVED} %.", "",
         "CV is the standard deviation divided by the mean of the counts of a layer's experts, averaged over the "
-        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2). Little used are "
-        "the experts of a layer that receive less than half of an even share.", "",
+        "layers. The global CV is that of the counts summed over the layers (MoE-Sieve, Table 2). Little used: "
+        "the share of a layer's experts that receive less than half of an even share.", "",
         *grid(
             ["", "K of E", "top K, mean", "least..most", "layer 7", "top quarter", "little used", "CV", "/ global CV",
              "FLOPs saved"],
@@ -216,7 +216,7 @@ def figure3(out: Path, *, may_run: bool) -> Section:
         "The published counts of OLMoE are of whole training sets. The hot sets of the embedded model are compared "
         "with those after LoRA fine-tuning, counted on all training data. The last row of each "
         "task compares the base model's hot sets on a tenth and on all data. We computed the paper's mean from its "
-        f"text: the same set in {same} of {layers} layers, and one other expert elsewhere.", "",
+        f"text: the same set in {same} of {layers} layers, and sets that differ by one expert in the others.", "",
         *grid(["the K hottest experts", "Jaccard", "same set in layers", "by chance"], [*printed, *shown]), "",
         "Counts against sums of routing weights, for the hottest quarter (MoE-Sieve, sections 3.3 and 6.3):", "",
         *grid(["", "Jaccard, mean of the layers"], [[row["name"], f"{row['mean']:.2f}"] for row in masses]),

@@ -154,7 +154,7 @@ def make(needed: Needed, place: Workplace) -> dict[Run, Exception]:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
     for run in pending(left, place.records).keys() - failed:
         failed[run] = RunError(f"{run.title}: the code, the model or the data changed; give the command again")
     return failed

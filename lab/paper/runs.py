@@ -5,7 +5,8 @@
     records.find(run)                              # its record, or None if it has yet to be made
 
 A record is found again by what decides its numbers: the settings, the weights of the base model, the training data and
-the test problems, all by content. A changed task or model therefore never reuses an old result.
+the test problems, all by content. A changed task or model therefore never reuses an old result. Changed code does: the
+record names its commit.
 """
 
 import hashlib
@@ -197,9 +198,7 @@ class Records:
         score = self.record(run).get("scores", {}).get(task)
         if score is None:
             return None
-        now = self.evaluated(run, task)
-        same = all(now.get(name) == value for name, value in score["evaluation"].items())
-        return score if same else None  # what an older score does not name was as it is now
+        return score if score["evaluation"] == self.evaluated(run, task) else None
 
     def evaluated(self, run: Run, task: str) -> dict:
         """What decides a score besides the model, by content."""
@@ -239,10 +238,11 @@ def check_content(run: Run, records: Records, config: dict) -> None:
 
 def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float], scored: dict[str, Path]) -> dict:
     """The record of a run that has ended. folder: of train.py. scored: the folder of each task's evaluation."""
-    config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+    config, result = (read_json(folder / name, missing={}) for name in ("config.json", "result.json"))  # base: no run
     check_content(run, records, config)
     path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
     earlier = None if outdated(run, records, folder) else earlier
+    timed = earlier["seconds"] if earlier else {}  # its training took as long as it took the first time
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
     kept += ("optimizer_bytes", "seconds_profile")
     record = {
@@ -252,7 +252,7 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
         **{name: result[name] for name in kept if name in result},
         "losses": loss_curve(folder / "log.jsonl"),
         "scores": earlier["scores"] if earlier else {},
-        "seconds": (earlier["seconds"] if earlier else {}) | seconds,
+        "seconds": timed | seconds | {name: timed[name] for name in timed if name == "train"},
         **({"effects": read_json(folder / EFFECTS)} if (folder / EFFECTS).is_file() else {}),
         "versions": config.get("versions"),
         "commit": config.get("commit"),

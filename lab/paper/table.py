@@ -188,9 +188,8 @@ class Cell(NamedTuple):
         }
 
     def as_dict(self, side: Side) -> dict:
-        values, difference = list(side.values.values()), estimate(side.differences)._asdict()
-        mean = estimate(values)._asdict()
-        return {"by_seed": values, **mean, "difference": difference, "verdict": self.verdict(side)}
+        mean, difference = estimate(side.values.values())._asdict(), estimate(side.differences)._asdict()
+        return {"by_seed": side.values, **mean, "difference": difference, "verdict": self.verdict(side)}
 
     def verdict(self, side: Side) -> str:
         return verdict(side.differences, self.claimed) if self.row.against else "-"

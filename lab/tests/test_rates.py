@@ -73,6 +73,17 @@ def test_a_sweep_whose_best_rate_is_at_an_end_goes_on(best):
     assert rates == sorted(rates) and best not in (rates[0], rates[-1])
 
 
+@pytest.mark.parametrize(("scores", "best"), [((60, 60, 40, 30, 20), 1.5e-3), ((20, 30, 40, 60, 60), 0.096)])
+def test_a_sweep_goes_on_while_its_end_is_as_good_as_the_best(scores, best):
+    class Tied(MadeUp):
+        def scores(self, run: Run, task: str) -> dict:
+            known = dict(zip((3e-3 * 2**i for i in range(5)), scores, strict=True))
+            beyond = 70 if run.lr == pytest.approx(best) else 10
+            return {"accuracy": known.get(run.lr, beyond) / 100, "rates": {}}
+
+    assert Sweeps(Tied()).at_best(RUN).lr == pytest.approx(best)
+
+
 @pytest.mark.parametrize("elsewhere", [{"task": "tiny-code"}, {"model": "tiny-mixtral"}])
 def test_other_tasks_and_models_try_the_rates_around_the_best_on_math(elsewhere):
     run = replace(RUN, **elsewhere)

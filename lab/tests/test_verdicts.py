@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from lab.paper import published, tables
@@ -97,7 +98,7 @@ def test_a_table_has_the_means_and_paired_differences_of_its_runs():
     section = TABLE.section(made_up, untuned)
     math_rows = {row["row"]: row for row in section.rows if row["column"] == "GSM8K"}
     ours = math_rows["HELLoRA"]["ours"]
-    assert ours["by_seed"] == pytest.approx([47.0, 50.0, 46.0])
+    assert ours["by_seed"] == pytest.approx({0: 47.0, 1: 50.0, 2: 46.0})
     assert (ours["mean"], ours["n"]) == (pytest.approx(143 / 3), 3)
     differences = [-3.0, -2.0, -2.0]
     assert ours["difference"]["mean"] == pytest.approx(statistics.mean(differences))
@@ -115,14 +116,19 @@ def test_a_table_has_the_means_and_paired_differences_of_its_runs():
     assert not_run[-3:] == ["not run"] * 3
 
 
-def test_a_ratio_of_standard_deviations_has_the_interval_of_the_f_distribution_in_books():
-    values = [1.0, 3.0, 2.0, 5.0, 4.0]
-    for others, F in (([2 * v for v in values], 9.60), ([0.5 * v for v in [*values, 0.9, 2.2, 3.7]], 5.52)):
-        # the upper 2.5 % points of F(4, 4) and F(4, 7); the lower one of F(4, 7) is 1 / 9.07, of F(7, 4)
-        low = 9.60 if len(others) == 5 else 9.07
-        ratio, least, most = spread_ratio(values, others)
-        assert ratio == pytest.approx(statistics.stdev(values) / statistics.stdev(others))
-        assert (ratio / least, most / ratio) == pytest.approx((math.sqrt(F), math.sqrt(low)), rel=0.01)
+def test_the_interval_of_a_ratio_of_standard_deviations_holds_the_ratios_that_pitmans_test_accepts():
+    """x and y have one standard deviation if x + y and x - y are uncorrelated (Pitman 1939): the t-test of that.
+
+    The ends of the interval are the ratios c at which the test of x and c y is just at 5 %.
+    """
+    values, others = {3: 1.0, 1: 3.0, 2: 2.0, 5: 5.0, 4: 4.0}, {1: 1.5, 2: 2.5, 3: 1.2, 4: 2.7, 5: 2.9, 9: 70.0}
+    ratio, least, most = spread_ratio(values, others)
+    x, y = (np.array([of[seed] for seed in range(1, 6)]) for of in (values, others))
+    assert ratio == pytest.approx(x.std() / y.std())
+    for c in (least, most):
+        r = np.corrcoef(x + c * y, x - c * y)[0, 1]
+        assert abs(r) * math.sqrt(3 / (1 - r**2)) == pytest.approx(T[3], abs=1e-3)
+    assert least < ratio < most
 
 
 def test_moe_sieves_own_seeds_stand_in_the_column_of_gsm8k_with_the_same_rule():
