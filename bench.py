@@ -1,6 +1,7 @@
 """Measure speed and memory: one file of lab/benchmarks per command, each a fair comparison within one run.
 
     python bench.py step                 # a training step, beside the frozen base and beside transformers + peft
+    python bench.py growth               # how a step's time grows with k, with the rank and with the batch
     python bench.py generate             # decoding, beside transformers' generate
     python bench.py full                 # OLMoE-1B-7B's full size on this machine, with random weights
     python bench.py gpu                  # checks and measures a GPU (--device cpu --shape small: the rehearsal)
@@ -12,9 +13,9 @@ Compare the ratios within one run: the absolute numbers depend on the machine. `
 import command.start  # noqa: F401
 
 from command import cli
-from lab.benchmarks import full, generate, gpu, plan, step
+from lab.benchmarks import full, generate, gpu, growth, plan, step
 
-COMMANDS = {each.__name__.rpartition(".")[2]: each.main for each in (step, generate, plan, full, gpu)}
+COMMANDS = {each.__name__.rpartition(".")[2]: each.main for each in (step, growth, generate, plan, full, gpu)}
 
 
 def main(argv: list[str] | None = None) -> object:

@@ -15,7 +15,7 @@ import bench
 import data
 from command.cli import InputError
 from hub.weights import init_weights
-from lab.benchmarks import full, step, subjects
+from lab.benchmarks import full, growth, step, subjects
 from lab.benchmarks.measure import allocated_peak, saved_bytes, times_as_fast
 from lab.benchmarks.subjects import make_ours
 from lab.benchmarks.workload import make_batches
@@ -235,3 +235,19 @@ def test_the_plan_of_a_machine_without_a_gpu_says_memory_and_hours(capsys):
     for wrong in ([*flags, "--gpus", "2"], ["plan", "--tokens-per-s", "20"]):
         with pytest.raises(InputError, match="--cpu"):
             bench.main(wrong)
+
+
+def test_growth_is_the_time_of_each_repetition_over_that_of_the_frozen_base(monkeypatch, tmp_path):
+    """Made-up steps: the base takes 1 s and then 2 s in a repetition, a row k or r tenths of that longer."""
+
+    def measure(settings: step.Settings, batch: int) -> list[dict]:
+        longer = {"floor": 0, "lora": settings.rank, "hellora": settings.rank / 2} | growth.BY_NUMBER
+        return [{"name": n, "seconds": [1 + longer[n] / 10, 2 + longer[n] / 5] * 3} for n in settings.names]
+
+    monkeypatch.setattr(step, "measure", measure)
+    made = growth.main(["--repeats", "3", "--json", str(tmp_path / "g.json"), "--plot", str(tmp_path / "g.png")])
+    found = {(point["series"], point["line"], point["value"]): point for point in made}
+    assert found["k", "hellora", 16]["mean"] == pytest.approx(2.6) and found["k", "hellora", 16]["half"] < 1e-9
+    assert [found["rank", "lora", r]["mean"] for r in (2, 8, 32)] == pytest.approx([1.2, 1.8, 4.2])
+    assert found["batch", "hellora", 32]["mean"] == pytest.approx(1.4)
+    assert json.loads((tmp_path / "g.json").read_text()) == made and (tmp_path / "g.png").stat().st_size > 10_000
