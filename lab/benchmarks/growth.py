@@ -74,7 +74,7 @@ def draw(made: list[dict], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("k (64: LoRA on all experts)" if name == "k" else name)
         axes.axhline(1, color="0.6", linewidth=0.8)
-    panels[-1].legend(frameon=False)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
