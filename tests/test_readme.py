@@ -198,7 +198,7 @@ def test_the_scores_of_the_embedded_tasks_are_those_of_the_finished_runs():
     for task, what, *columns in rows:
         for method, column in zip(("lora", "hellora"), columns, strict=True):
             for seed, stated in enumerate(re.findall(r"[\d.]+ %", column)):
-                _, found = finished(task, method, seed, "" if task == "tiny-math" else "-constant-lr0.003")
+                _, found = finished(task, method, seed, "" if task == "tiny-math" else "-lr0.012")
                 share = found[keys[what]] if what in keys else found["rates"]["over-refusal, lori"]
                 assert stated == f"{100 * share:.1f} %", (task, method, seed)
 
