@@ -64,8 +64,14 @@ def compile_elementwise(device: torch.device, dtype: torch.dtype) -> dict[str, C
 def using(functions: dict[str, Callable]) -> Iterator[None]:
     """Meanwhile, ops.NAME is the function of that name."""
     before = {name: globals()[name] for name in functions}
-    globals().update(functions)
+    put(functions)
     try:
         yield
     finally:
-        globals().update(before)
+        put(before)
+
+
+def put(functions: dict[str, Callable]) -> None:
+    globals().update(functions)
+    if "weighted_swiglu" in functions:
+        experts.weighted_swiglu = functions["weighted_swiglu"]  # which `lora_down` calls

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ops
+import ops.experts
 from ops.experts import fits, group_product, grouped_linear, grouped_outer, slices, weighted_swiglu, whole_tiles
 from ops.kernels import one_kernel
 
@@ -45,7 +45,7 @@ def lora_down(
     """W h and the products of down's pair, with h the `weighted_swiglu`.  gate_up [R, 2F], W [G, D, F] -> [R, D]"""
     A, B = down
     sources = gate_up[:num_rows].detach(), weight[:num_rows].detach()
-    hidden = ops.weighted_swiglu(gate_up, weight)  # [R, F]
+    hidden = ops.experts.weighted_swiglu(gate_up, weight)  # [R, F]
     return lora_recomputing(hidden, W, A, B.mT.contiguous(), offsets, num_rows, dropout, activated, *sources)
 
 

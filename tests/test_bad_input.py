@@ -374,7 +374,7 @@ train --init-adapter run --k 8                       | contradicts --init-adapte
 train --init-adapter lori                            | kind lori | lora
 train --method hellori-d --init-adapter lori --seed 1 | --seed 0
 train --init-adapter run-layers                      | 5 layers | 4 layers of 64
-train --init-adapter run-experts                     | expert 64 | 64 experts
+train --init-adapter run-experts                     | experts up to 64 | 64 experts
 train --init-adapter run-k --sample 0.001            | (3, | (2,
 train --init-adapter run-rank --sample 0.001         | (3, 8, 48)
 train --init-adapter run-flip                        | run-flip/adapter | sha256
@@ -495,7 +495,7 @@ evaluate run-model --task tiny-math                  | run-model
 evaluate run-no-adapter                              | run-no-adapter has no adapter | --resume
 evaluate run-flip                                    | run-flip/adapter | sha256
 evaluate run-pickle                                  | run-pickle/adapter
-evaluate run-experts                                 | expert 64
+evaluate run-experts                                 | experts up to 64
 evaluate run-k                                       | (3,
 evaluate peft-other --task tiny-math                 | another model or rank
 evaluate peft-base --task tiny-math                  | does not name a base model | base_model_name_or_path
@@ -544,7 +544,7 @@ export run-list --to merged --out new                | run-list
 export run-model --to merged --out new               | run-model
 export run-flip --to merged --out new                | sha256
 export run-no-adapter --to peft --out new            | run-no-adapter has no adapter | --resume
-export run-experts --to peft --out new               | expert 64
+export run-experts --to peft --out new               | experts up to 64
 export run --to merged --out notes                   | not empty
 export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new
@@ -559,7 +559,7 @@ export check peft-base --base nowhere/at-all         | nowhere/at-all
 export check nowhere/at-all --base tiny              | nowhere/at-all
 export check peft-base --base tiny --adapter peft-base | --adapter has no meaning with the adapter
 export check tiny --base tiny --adapter tiny         | holds no adapter
-export check tiny-mixtral --base tiny                | of another model
+export check tiny-mixtral --base tiny                | not of the same model
 export check peft-base --base tiny --profile absent.json | absent.json
 generate                                             | the following arguments are required: model
 generate tiny a --top-p 0.5                          | greedy decoding does not sample

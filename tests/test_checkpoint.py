@@ -242,7 +242,7 @@ def test_of_a_whole_file_and_a_stale_index_the_weights_are_those_of_transformers
     assert (tmp_path / INDEX).is_file() and (tmp_path / "model.safetensors").is_file()
     ours, theirs = load_model(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
-    assert f"model.safetensors, as by transformers, and not those of {INDEX}" in capsys.readouterr().err
+    assert f"model.safetensors, as transformers does, and {INDEX} is ignored" in capsys.readouterr().err
 
 
 def test_as_many_experts_as_the_bound_are_read_and_more_are_refused():

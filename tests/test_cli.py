@@ -103,7 +103,7 @@ def test_the_main_process_prints_and_of_errors_one_process_of_every_machine(
 def test_a_part_of_a_group_is_refused_where_processes_would_have_to_meet(given, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="but not all that makes a group of processes; start them with torchrun"):
+    with pytest.raises(InputError, match="but not all variables of a process group; start them with torchrun"):
         start_processes()
 
 

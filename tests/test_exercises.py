@@ -70,7 +70,7 @@ WRONG = [  # exercise, code of its solution, the same with a mistake, what the c
     ("linear", 'factors["B"].T', 'factors["B"].reshape(factors["B"].shape[::-1])', "B read as its transpose"),
     ("moe_layer", 'factors[name]["A"][i], "B": factors[name]["B"][i]',
      'factors[name]["A"][::-1][i], "B": factors[name]["B"][::-1][i]',
-     "rows of a stacked adapter in another order than rising expert id"),
+     "rows of a stacked adapter not in ascending order of expert id"),
     ("moe_layer", STACKS, 'name, stack in (W | {"gate_proj": W["up_proj"], "up_proj": W["gate_proj"]}).items()',
      "gate and up swapped"),
     ("moe_layer", "weights[token, place, None] * ", "",

@@ -142,9 +142,9 @@ half a character   | saferpaca test a.jsonl  | {"prompt": "\\ud83d"} | line 1 | 
 broken inside      | gsm8k train a.json      | GOOD ¶ { ¶ "question": 1, ¶ } | line 2 | not readable as JSON
 key twice          | own train a.jsonl       | {"text": "a", "text": "b"} | the key 'text' has two values
 key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "?"}]}] | the key 'role' has two
-header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | once more
-in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | names of the columns
-after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | names of
+header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | second header
+in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | second header
+after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | second header
 semicolons         | own train a.csv         | prompt;completion ¶ a;b ¶ | line 1 | names separated by commas
 tabs               | codealpaca train a.csv  | instruction⇥output ¶ a⇥b ¶ | line 1 | names separated by commas
 tsv                | own train a.tsv         | prompt⇥completion ¶ a⇥b ¶ | it begins with 'prompt | csv if its name
@@ -307,7 +307,7 @@ def test_hexphi_comes_from_the_hub_where_the_users_token_has_access(hub, capsys)
     [
         (
             GatedRepoError("403", response=Mock()),
-            "is gated, and there is no token .* ask for access at .*HF_TOKEN, or pass",
+            "is gated, and no token .* ask for access at .*HF_TOKEN, or pass",
         ),
         (
             LocalEntryNotFoundError("offline mode is enabled"),

@@ -90,7 +90,7 @@ misread(
 )
 misread(
     "packed_deltas",
-    "the orientation of PEFT's packed stack told by its shape, which fails if it is square",
+    "the orientation of PEFT's packed stack inferred from its shape, which fails if it is square",
     before_peft_0_19=lambda i: i.before_peft_0_19 and i.lora_A.shape[1] != len(i.lora_B),
 )
 
@@ -147,7 +147,7 @@ misread("expert", "LoRI's positions column by column", factors=lambda i: by_colu
 misread("moe_layer", "adapters on the first experts, not on the hot ones", hot=lambda i: np.arange(len(i.hot)))
 misread(
     "moe_layer",
-    "rows of a stacked adapter in another order than rising expert id",
+    "rows of a stacked adapter not in ascending order of expert id",
     factors=lambda i: {n: pair if n == "router" else reordered(pair) for n, pair in i.factors.items()},
 )
 misread("init_A", "the same A for every matrix", name=lambda i: "")
@@ -324,7 +324,7 @@ def renormalise(model: MoETransformer) -> None:
     set_config(model, norm_topk_prob=True)
 
 
-@wrong_model("another default of rope_theta")
+@wrong_model("a different default for rope_theta")
 def other_theta(model: MoETransformer) -> None:
     set_config(model, rope_theta=1e6)
 
