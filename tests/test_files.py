@@ -144,7 +144,7 @@ key twice          | own train a.jsonl       | {"text": "a", "text": "b"} | the 
 key twice inside   | own train a.json        | [{"messages": [{"role": "user", "role": "?"}]}] | the key 'role' has two
 header again       | own train a.csv         | prompt,completion ¶ a,b ¶ prompt,completion ¶ | line 3 | second header
 in other case      | own train a.csv         | text ¶ a ¶ "Text " ¶ | line 3 | second header
-after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | second header
+after a mark       | own train a.csv         | BOMprompt,completion ¶ a,b ¶ BOMprompt,completion ¶ | line 3 | header
 semicolons         | own train a.csv         | prompt;completion ¶ a;b ¶ | line 1 | names separated by commas
 tabs               | codealpaca train a.csv  | instruction⇥output ¶ a⇥b ¶ | line 1 | names separated by commas
 tsv                | own train a.tsv         | prompt⇥completion ¶ a⇥b ¶ | it begins with 'prompt | csv if its name
