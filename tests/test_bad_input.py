@@ -401,6 +401,7 @@ train --profile profile-empty.json                   | not a table
 train --profile profile-narrow.json                  | not a table
 train --profile profile-ragged.json                  | not a table
 train --experts broken.jsonl                         | broken.jsonl
+train --lr 0                                         | got '0'; expected a number above 0
 train --lr-warmup 1.5                                | whole number at least 1, or a share
 train --lr-warmup 6 --steps 6                        | 6 steps of warm-up in a run of 6
 train --weight-decay 0.1 --method dr-lora            | --weight-decay 0.1 | dr-lora keeps dimensions

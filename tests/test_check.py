@@ -157,6 +157,11 @@ def test_every_layout_is_healthy_is_measured_as_the_plain_formula_says_and_compu
         W, delta = weights[f"{key}.weight"], SCALE * pair["lora_B"] @ pair["lora_A"]
         assert matrices[key].ratio == pytest.approx(float(delta.norm() / W.norm()), rel=1e-5)
         weights[f"{key}.weight"] = W + delta
+    shown = by_expert(matrices, config)
+    for layer, expert in zip(*(ids.tolist() for ids in shown.has_pair.nonzero(as_tuple=True)), strict=True):
+        of_expert = [m for m in matrices.values() if (m.place.layer, m.place.expert) == (layer, expert)]
+        delta, W = (math.hypot(*(getattr(m, name) for m in of_expert)) for name in ("change", "weight"))
+        assert len(of_expert) == 3 and float(shown.ratio[layer, expert]) == pytest.approx(delta / W)
     model = load_model(base)
     load_adapter(model, folder)
     save_file(weights, shutil.copytree(base, tmp_path / "merged") / "model.safetensors", metadata={"format": "pt"})
@@ -620,7 +625,10 @@ def test_the_factors_of_peft_before_19_are_judged_by_their_names_in_the_file(bas
     capsys.readouterr()
     assert changed(torch.zeros_like, "lora_B") == {"unmoved": True, "router-trained": False}
     assert "none of the 84 pairs on experts moved: B is zero" in capsys.readouterr().out
-    assert changed(lambda A: A / A.abs().max() * A.shape[1] ** -0.5, "lora_A") == {"A-untrained": True} | healthy
+    as_drawn = lambda A: A / A.abs().max() * A.shape[1] ** -0.5  # noqa: E731
+    assert changed(as_drawn, "lora_A") == {"A-untrained": True} | healthy
+    state = {name: as_drawn(A) if "lora_A" in name and "experts" not in name else A for name, A in state.items()}
+    assert changed(as_drawn, "lora_A") == {"A-untrained": False} | healthy  # as where A is frozen
 
 
 @pytest.mark.parametrize(

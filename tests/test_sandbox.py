@@ -640,3 +640,16 @@ def test_a_tool_that_does_not_isolate_is_not_believed(monkeypatch, tmp_path):
             assert os.geteuid() == 0 and LEVELS[-1].tool and "chmod o+x" in str(error)
         finally:
             sandbox._level.cache_clear()
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(-1, "5 6"), (20, "5 6"), (3, "3 3")])
+def test_seconds_of_processor_time_are_one_below_the_end_where_the_process_may_have_them(allowed, expected):
+    code = f"""
+        import os, resource
+        from scoring.sandbox_inside import _give_up_rights
+        resource.setrlimit(resource.RLIMIT_CPU, (min(allowed := {allowed}, 9), allowed))
+        _give_up_rights(os.getuid(), 5)
+        print(*resource.getrlimit(resource.RLIMIT_CPU))
+    """
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
