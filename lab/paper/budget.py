@@ -30,8 +30,8 @@ def points(tables: list[Table], records: Records, tune: Tune) -> list[dict]:
                     "trainable": trainable,
                     "accuracy": estimate(values.values()),
                 }
-                known = by_run.get(first)  # in another table, which may have more seeds
-                by_run[first] = max(known or point, point, key=lambda point: point["accuracy"].n)
+                known = by_run.setdefault(first, point)  # by the name in the first table, with the most seeds
+                known["accuracy"] = max(known["accuracy"], point["accuracy"], key=lambda estimate: estimate.n)
     return sorted(by_run.values(), key=lambda point: point["trainable"])
 
 
