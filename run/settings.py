@@ -183,6 +183,8 @@ def check(settings: Settings) -> None:
             refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
     if (s.coverage is not None) != (experts == "coverage"):
         raise InputError("--coverage and --experts coverage go together; give both or neither")
+    if experts == "none" and (s.targets or method.targets) == "pure":
+        raise InputError("--experts none --targets pure: nothing would train; leave one of them out")
     if (method.grows or method.flat) and experts != "all":
         raise InputError(f"--experts {experts}: --method {s.method} adapts all experts; leave it out")
     if method.grows or method.flat:

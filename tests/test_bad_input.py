@@ -401,6 +401,7 @@ train --profile profile-empty.json                   | not a table
 train --profile profile-narrow.json                  | not a table
 train --profile profile-ragged.json                  | not a table
 train --experts broken.jsonl                         | broken.jsonl
+train --experts none --targets pure                  | nothing would train; leave one of them out
 train --lr 0                                         | got '0'; expected a number above 0
 train --lr-warmup 1.5                                | whole number at least 1, or a share
 train --lr-warmup 6 --steps 6                        | 6 steps of warm-up in a run of 6
