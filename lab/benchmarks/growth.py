@@ -28,7 +28,7 @@ SERIES = {"rank": (2, 8, 32), "batch": (2, 8, 32)}  # of each, the others as in 
 class Settings:
     """The flags of `bench.py growth`."""
 
-    repeats: int = flag(5, "times each row is timed", type=step.POSITIVE)
+    repeats: int = flag(5, "times each row is timed", type=cli.number(int, 2))
     json: str | None = flag(None, "write the points", metavar="FILE")
     plot: str | None = flag(None, "draw them", metavar="FILE.png")
 
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> list[dict]:
     made = points(settings.repeats)
     say(*grid(
         ["", "value", "row", "time / frozen base"],
-        [[p["series"], str(p["value"]), p["line"], f"{p['mean']:.2f} ± {p['half'] or 0:.2f}"] for p in made],
+        [[p["series"], str(p["value"]), p["line"], f"{p['mean']:.2f} ± {p['half']:.2f}"] for p in made],
     ))  # fmt: skip
     if out:
         write_json(out, made)

@@ -80,8 +80,10 @@ class Settings:
         table, scale = TABLES[name], SCALES[self.scale]
         columns, rows = table.columns, table.rows
         if self.quick or self.scale != "tiny":
-            each_once = {column[1:3]: column for column in reversed(columns)}.values()  # at whichever rate
-            columns = [column._replace(tuned=False, change={}, note="") for column in reversed(each_once)]
+            each_once = {}  # at whichever rate
+            for column in columns:
+                each_once.setdefault((column.task, column.metric), column._replace(tuned=False, change={}, note=""))
+            columns = [*each_once.values()]
         elif self.data:
             columns = [column._replace(tuned=False) for column in columns]
         if self.scale == "paper" or self.model:  # the counts in results/profiles are of the embedded model

@@ -98,7 +98,8 @@ def summary(sections: list[Section], out: Path) -> list[str]:
             shown.append({"name": label, "claimed": row["paper_difference"], **difference})
     draw_differences(shown, MARGIN, "Differences on tiny-math, and on GSM8K in the paper", out / "differences.png")
     note = (
-        "The claims on math, in points, each method at its best learning rate, whichever experts and modules it adapts."
+        "The claims on math, in points, each method at its best learning rate. Other choices of experts and modules "
+        "share the rate of their method."
     )
     heads = ["claim", "paper", "full size (MoE-Sieve)", "ours", "verdict"]
     return [note, "", *grid(heads, lines), "", "![Differences with intervals](differences.png)", "", *spread(cells)]

@@ -242,7 +242,9 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
     check_content(run, records, config)
     path, earlier = records.find(run) or (records.folder / f"{records.name(run)}.json", None)
     earlier = None if outdated(run, records, folder) else earlier
-    timed = earlier["seconds"] if earlier else {}  # its training took as long as it took the first time
+    timed = earlier["seconds"] if earlier else {}
+    if "train" in timed:  # which train.py has not repeated
+        seconds = seconds | {"train": timed["train"]}
     kept = ("steps", "first_loss", "last_loss", "trainable", "trainable_percent", "adapted_share", "adapter_bytes")
     kept += ("optimizer_bytes", "seconds_profile")
     record = {
@@ -252,7 +254,7 @@ def summarize(run: Run, records: Records, folder: Path, seconds: dict[str, float
         **{name: result[name] for name in kept if name in result},
         "losses": loss_curve(folder / "log.jsonl"),
         "scores": earlier["scores"] if earlier else {},
-        "seconds": timed | seconds | {name: timed[name] for name in timed if name == "train"},
+        "seconds": timed | seconds,
         **({"effects": read_json(folder / EFFECTS)} if (folder / EFFECTS).is_file() else {}),
         "versions": config.get("versions"),
         "commit": config.get("commit"),
