@@ -261,6 +261,8 @@ def load_examples(
         note(f"{len(rows) - len(examples)} of {len(rows)} rows of {task} have an empty output and are left out")
     if own and own.ignored:
         note(f"{path}: not read: the columns {', '.join(map(repr, sorted(own.ignored)))}")
+    if own and own.num_cut:
+        note(f"{path}: not read: the last turn of {own.num_cut} chats, a user's, which the assistant does not answer")
     return examples[:limit]
 
 

@@ -92,7 +92,9 @@ class Settings(DecodingFlags):
     )
     code_rule: str | None = flag(None, "how code is found in a text (default: extracted)", choices=list(code.RULES))
     allow_code_execution: bool = flag(False, "run model-written code even if the sandbox only limits resources")
-    timeout: float = flag(3.0, "seconds a program may run", type=number(float, 0, 3600, above=True))
+    timeout: float | None = flag(
+        None, "seconds a program may run (default: 3)", type=number(float, 0, 3600, above=True)
+    )
     workers: int | None = flag(None, "programs run at once (default: one per core)", type=POSITIVE)
 
     @property
@@ -170,6 +172,8 @@ def check_task_flags(settings: Settings) -> None:
     owners = {
         "refusal_rule": "hexphi",
         "code_rule": "humaneval",
+        "timeout": "humaneval",
+        "workers": "humaneval",
         "shots": "gsm8k",
         "max_length": "own",
         "prompt": "gsm8k",
@@ -395,7 +399,7 @@ def score(settings: Settings, examples: list[Example], answers: Answers) -> tupl
     if settings.benchmark == "own":
         return loss.score(items, [example.answer for example, _ in pairs], answers.losses)
     if settings.benchmark == "humaneval":
-        return code.score(items, records, settings.code_rule or "extracted", settings.timeout, settings.workers)
+        return code.score(items, records, settings.code_rule or "extracted", settings.timeout or 3.0, settings.workers)
     if settings.benchmark == "gsm8k":
         return gsm8k.score(items, [str(record["answer"]) for record in records], settings.shots or 0)
     return refusals.score(items, records, settings.refusal_rule or "lori")

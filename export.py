@@ -279,9 +279,9 @@ def check(argv: list[str]) -> None:
     ignore_keys(settings.ignore_config_keys)
     base, subject = resolve(settings.base), Subject(settings.source, base=settings.base)
     config = read_config(base)
+    readings = read_readings(settings, subject, config)
     counts = read_counts(settings, config)
     plot, record = (path and writable(path) for path in (settings.plot, settings.json))
-    readings = read_readings(settings, subject, config)
     losses = row_losses(settings.data, readings, base, config) if settings.data else None
     findings = [*of_pairs(readings[AS_READ], config), *of_order(readings, config, losses)] if readings else []
     if subject.adapter:

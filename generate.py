@@ -78,10 +78,9 @@ class DecodingFlags:
         """The decoding with what the flags say. Raises InputError for flags that contradict each other."""
         given = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
         decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
-        if decoding.top_p < 1 and decoding.temperature == 0:
-            raise InputError(
-                f"--top-p {decoding.top_p:g}: greedy decoding does not sample; add a --temperature above 0"
-            )
+        for name, value in (("top-p", self.top_p), ("seed", self.seed)):
+            if value is not None and decoding.temperature == 0:
+                raise InputError(f"--{name} {value:g}: greedy decoding does not sample; add a --temperature above 0")
         return decoding
 
 

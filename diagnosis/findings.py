@@ -56,6 +56,14 @@ def of_pairs(reading: Reading, config: MoEConfig) -> Iterator[Finding]:
     experts = [states[key] for key, part in parts.items() if part == EXPERTS]
     if reading.problems and not reading.pairs:
         return  # nothing could be read
+    if parts and reading.missing:
+        yield Finding(
+            "missing",
+            f"modules that adapter_config.json names and that have no pair: {len(reading.missing)}, the first "
+            f"{reading.missing[0]}",
+            "They compute what the base computes. The file is damaged, or the training did not save them.",
+            "save the adapter again, or name in adapter_config.json only what it adapts",
+        )
     if not parts:
         yield Finding(
             "empty",

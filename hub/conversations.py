@@ -24,7 +24,7 @@ NAMES = {  # column -> key of the role, key of the text, the role that each name
 
 
 def read_messages(row: Row) -> list[Message]:
-    """The messages of a row, up to the last of the assistant, if there is one.
+    """The messages of a row.
 
     Raises InputError, which names a turn that is wrong.
     """
@@ -45,7 +45,7 @@ def read_messages(row: Row) -> list[Message]:
             )
     if roles[-1] == "system":
         raise InputError("no turn has the role user")
-    return messages[: len(roles) - roles[::-1].index("assistant")] if "assistant" in roles else messages
+    return messages
 
 
 def read_turn(turn: object, number: int, column: str) -> Message:
@@ -86,6 +86,7 @@ class OwnRows:
         """
         self.template, self.formats, self.answered, self.columns = template, formats, answered, None
         self.ignored: set[str] = set()  # columns that were not read
+        self.num_cut = 0  # chats whose last turn was not read, since the assistant does not answer it
 
     def __call__(self, row: Row) -> tuple[str, str] | tuple[str, str, Chat]:
         """The prompt and the answer of a row; of a chat those of its last turn, and the chat."""
@@ -105,7 +106,10 @@ class OwnRows:
         if read:
             return read(row)
         messages = read_messages(row)
-        has_answer = messages[-1]["role"] == "assistant"
+        has_answer = any(message["role"] == "assistant" for message in messages)
+        if has_answer and messages[-1]["role"] == "user":
+            messages.pop()
+            self.num_cut += 1
         if self.answered and not has_answer:
             raise InputError("no turn has the role assistant: there is nothing to learn")
         chat = self.template.render(messages) if has_answer else self.template.ask(messages)

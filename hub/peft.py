@@ -136,6 +136,7 @@ class Reading:
     layout: Layout | None = None  # of packed stacks
     packed: dict[str, int] = field(default_factory=dict)  # PEFT's name of each packed stack -> its rank
     problems: list[str] = field(default_factory=list)  # what cannot be read, or changes what the factors mean
+    missing: list[str] = field(default_factory=list)  # modules that adapter_config.json names, without a pair
 
     @property
     def is_swapped(self) -> bool:
@@ -177,7 +178,66 @@ def read_pairs(
             reading.scales |= dict.fromkeys(parts, scale)
         except InputError as error:
             problems.append(str(error))
+    if not problems:
+        reading.missing = missing_modules(reading.pairs, settings, family, shapes)
     return reading
+
+
+def missing_modules(pairs: dict[str, Factors], settings: dict, family: Family, shapes: Shapes) -> list[str]:
+    """What adapter_config.json names and has no pair: matrices, and of the experts of a layer all gate_proj, say.
+
+    That some experts of a layer have no pair is no fault.
+    """
+    layers = settings.get("layers_to_transform")  # of modules; parameters are adapted in every layer
+    layers = [layers] if isinstance(layers, int) else layers
+    named, held = {}, set()  # module -> its path in the layer, if it lacks a pair only where another layer has one
+    for key, shape in shapes.items():
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", key)
+        if not match or len(shape) != 2:
+            continue
+        module, path = (re.sub(r"\.experts\.\d+\.", ".experts.*.", name) for name in (key, match[2]))
+        if key in pairs:
+            held |= {module, path}
+        elif is_parameter(key, settings, family):
+            named[module] = None
+        elif is_module(key, settings, family) and (layers is None or int(match[1]) in layers):
+            named[module] = path if "*" in path else None  # under transformers 5 this does not reach stacked experts
+    return [module for module, path in named.items() if module not in held and (path is None or path in held)]
+
+
+def is_parameter(key: str, settings: dict, family: Family) -> bool:
+    """Whether adapter_config.json names a matrix as a parameter of transformers 5, or names the stack that holds it."""
+    module, _, expert = name_under_5(key, family).partition(".experts.")
+    if expert and (selection := settings.get("moe_sieve_selection")):
+        return f"{module}.experts" in selection
+    stack = "down_proj" if key.endswith(family.projections[2]) else "gate_up_proj"
+    parameter = f"{module}.experts.{stack}" if expert else f"{module}.weight"
+    return matches(parameter, settings.get("target_parameters"))
+
+
+def is_module(key: str, settings: dict, family: Family) -> bool:
+    """Whether adapter_config.json names a matrix as a module, by its name on the hub or under transformers 5."""
+    modules, excluded, other = (
+        settings.get("target_modules"),
+        settings.get("exclude_modules"),
+        name_under_5(key, family),
+    )
+    if settings.get("moe_sieve_selection") and ".experts." in key:
+        return False
+    if modules == "all-linear":  # which the router is not under transformers 5
+        return not key.endswith(f".{family.moe}.{family.router}") and not matches(other, excluded)
+    return any(matches(name, modules) and not matches(name, excluded) for name in (key, other))
+
+
+def name_under_5(key: str, family: Family) -> str:
+    return key.replace(f".{family.moe}.", ".mlp.")
+
+
+def matches(name: str, patterns: str | list[str] | None) -> bool:
+    """Whether PEFT finds a name by these: a regular expression for all of it, or ends of names."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == end or name.endswith(f".{end}") for end in patterns or ())
 
 
 def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:

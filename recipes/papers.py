@@ -21,6 +21,7 @@ INSTEAD = {  # given flags that exclude flags of a recipe
     "init_adapter": ("--targets", "--rank", "--alpha"),
     "steps": ("--epochs",),
     "epochs": ("--steps",),
+    "profile": ("--sample", "--count-on"),
 }
 
 
@@ -33,7 +34,7 @@ def recipe_flags(given: dict, argv: list[str]) -> tuple[list[str], list[str]]:
     path = FILES.get((name, data.TASKS[task].benchmark))
     if path is None:
         known = ", ".join(task for task, row in data.TASKS.items() if (name, row.benchmark) in FILES)
-        raise InputError(f"--recipe {name} has no settings for {task}; its paper has some for {known}")
+        raise InputError(f"--recipe {name} has no settings for {task}; it has some for {known}")
     if not METHODS[given["method"]].adapts:
         raise InputError(f"--recipe {name} sets an adapter's rank, and --method fft has no adapter; leave one out")
     excluded = {arg.partition("=")[0] for arg in argv}

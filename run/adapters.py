@@ -7,6 +7,7 @@ Dimensions: L layers with experts, E experts per layer, r rank.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -103,11 +104,10 @@ def read_adapter(folder: str | Path) -> tuple[Adapter, dict[str, Tensor]]:
 def hot_mask(hot: list[list[int]], config: MoEConfig) -> Tensor:
     """An Adapter's lists of experts as a mask for this model.  -> bool [L, E]"""
     mask = torch.zeros(len(config.moe_layers), config.num_experts, dtype=torch.bool)
-    if len(hot) != len(mask) or not all(0 <= e < config.num_experts for ids in hot for e in ids):
-        raise InputError(
-            f"the adapter has {len(hot)} layers and experts up to {max(map(max, filter(None, hot)), default=-1)}; "
-            f"the model has {len(mask)} layers of {config.num_experts} experts"
-        )
+    if len(hot) != len(mask):
+        raise InputError(f"experts are listed for {len(hot)} layers; the model has experts in {len(mask)} layers")
+    if unknown := [e for ids in hot for e in ids if not 0 <= e < config.num_experts]:
+        raise InputError(f"expert {unknown[0]} is listed; the model's experts are 0 to {config.num_experts - 1}")
     for row, ids in zip(mask, hot, strict=True):
         row[ids] = True
     return mask
@@ -120,6 +120,8 @@ def read_hot(path: str | Path, config: MoEConfig) -> Tensor:
     lists = isinstance(hot, list) and any(hot) and all(isinstance(ids, list) for ids in hot)
     if not lists or any(type(e) is not int for ids in hot for e in ids):
         raise InputError(f"{path}: expected a JSON list of expert ids for every layer; it holds {hot!r:.60}")
+    if twice := [e for ids in hot for e, times in Counter(ids).items() if times > 1]:
+        raise InputError(f"{path}: expert {twice[0]} is listed twice for one layer; list it once")
     try:
         return hot_mask(hot, config)
     except InputError as error:

@@ -50,9 +50,9 @@ def check_out(out: Path, settings: dict) -> None:
 def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict | None:
     """result.json of the run in `out` if that has done all `steps` already, else None.
 
-    content: digests of the base model and the data, as for `write_config`. Raises InputError if the run in
-    `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a checkpoint and
-    is not to `resume`.
+    content: digests of the base model, the data and what flags name, as for `write_config`. Raises InputError if the
+    run in `out` had others, if it has ended after another number of steps without a checkpoint, or if it has a
+    checkpoint and is not to `resume`.
     """
     before = read_json(out / "config.json", dict, missing={})
     if not before:
@@ -60,6 +60,8 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
     changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
     kinds = {"data": "the training data", "valid": "the validation data"}
     changed += [name for kind, name in kinds.items() if before.get(kind) != content.get(kind)]
+    given = before.get("given", {})
+    changed += [f"what {flag} names" for flag, digest in content["given"].items() if given.get(flag) != digest]
     if changed:
         names = " and ".join(changed)
         raise InputError(f"{names} changed since the run in --out {out} began; restore it, or name another folder")
@@ -86,7 +88,8 @@ def remove_results(folder: Path, is_new: bool) -> None:
 def write_config(out: Path, settings: dict, content: dict) -> None:
     """Make the run folder: config.json with the settings as resolved, versions and commit.
 
-    content: {"base": digests of the base model's files, "data" and perhaps "valid": those of the examples}
+    content: {"base": digests of the base model's files, "data" and perhaps "valid": those of the examples, "given":
+    those of the files that flags name}
     """
     config = {
         "model": settings["model"],

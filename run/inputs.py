@@ -14,6 +14,7 @@ import data
 import hellora
 from command import cli
 from command.cli import InputError, note, say
+from command.files import json_sha256, sha256
 from hub.checkpoint import resolve
 from hub.config import ignore_keys
 from machine.processes import Processes, start_processes
@@ -26,7 +27,7 @@ from run.folder import check_out
 from run.report import package
 from run.schedule import warmup_steps
 from run.settings import Settings
-from run.subject import began, content_of, run_config
+from run.subject import Subject, began, content_of, run_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def prepare(settings: Settings) -> Run:
     if METHODS[settings.method].grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     warmup_steps(settings.lr_warmup, steps)  # the same
-    content = processes.once(lambda: content_of(folder, settings.init_adapter)) | described
+    content = processes.once(lambda: content_of(folder, settings.init_adapter) | given_content(settings)) | described
     return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start)
 
 
@@ -102,6 +103,18 @@ def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor 
     if s.experts and s.experts not in hellora.POLICIES:
         return s, adapters.read_hot(s.experts, config), None
     return s, None, None
+
+
+def given_content(settings: Settings) -> dict:
+    """What config.json says of the files that choose or start the adapter.  -> {"given": {flag: digest}}"""
+    s, given = settings, {}
+    if s.init_adapter:
+        given["--init-adapter"] = json_sha256(Subject(s.init_adapter).adapter_content)
+    elif s.experts and s.experts not in hellora.POLICIES:
+        given["--experts"] = sha256(Path(s.experts))
+    if s.profile:
+        given["--profile"] = sha256(Path(s.profile))
+    return {"given": given}
 
 
 def sized(settings: Settings, config: MoEConfig) -> Settings:

@@ -29,6 +29,7 @@ MODEL_HELP = (
     "'tiny' or 'tiny-mixtral' (embedded), a checkpoint folder, or a hub id (default: tiny, or the base of "
     "--init-adapter)"
 )
+METHOD_HELP = "which experts get an adapter, and what trains (default: hellora, or that of --init-adapter)"
 EXPERTS_HELP = f"policy: {', '.join(hellora.POLICIES)}; or a JSON file of expert lists (default: by method)"
 TARGETS_HELP = (
     "other modules to adapt: all: attention and router; shared: these and shared experts; attention; gate: the "
@@ -61,15 +62,20 @@ class Settings:
     bos: str = flag("auto", BOS_HELP, choices=("auto", "yes", "no"), **TASK)
     max_length: int = flag(512, "cut-off length of an example, in tokens", type=number(int, 8), **TASK)
     ignore_config_keys: str | None = flag(None, IGNORE_HELP, metavar="KEYS", **TASK)
-    method: str = flag("hellora", "which experts get an adapter, and what trains", choices=list(METHODS), **CHOICE)
+    method: str | None = flag(None, METHOD_HELP, choices=list(METHODS), **CHOICE)
     k: int | float | None = flag(None, K_HELP, type=count_or_share, **CHOICE)
     experts: str | None = flag(None, EXPERTS_HELP, type=experts_flag, **CHOICE)
     coverage: float | None = flag(None, "share of the routed tokens, for --experts coverage", type=SHARE, **CHOICE)
     scores: str | None = flag(None, "what ranks experts (default: counts)", choices=("counts", "gate-mass"), **CHOICE)
     profile: str | None = flag(None, "counts to choose experts by (default: count now)", metavar="FILE", **CHOICE)
-    sample: float = flag(0.1, "share of the training data to count on", type=SHARE, **CHOICE)
-    count_on: str = flag(
-        "base", COUNT_ON_HELP, choices=("base", "lora"), type=count_on_flag, alias="--warmup", **CHOICE
+    sample: float | None = flag(None, "share of the training data to count on (default: 0.1)", type=SHARE, **CHOICE)
+    count_on: str | None = flag(
+        None,
+        f"{COUNT_ON_HELP} (default: base)",
+        choices=("base", "lora"),
+        type=count_on_flag,
+        alias="--warmup",
+        **CHOICE,
     )
     targets: str | None = flag(None, TARGETS_HELP, choices=list(hellora.TARGETS), **ADAPTER)
     rank: int | None = flag(None, "rank r of a LoRA pair (default: by task, below)", type=POSITIVE, **ADAPTER)
@@ -109,7 +115,7 @@ class Settings:
     seed: int = flag(0, "seed of every random choice", type=number(int, 0, 2**31 - 1), **STEP)
     out: str | None = flag(None, "run folder (default: runs/TASK-METHOD...)", metavar="RUN", **FOLDER)
     save_every: int | None = flag(None, "steps between checkpoints (default: none)", type=POSITIVE, **FOLDER)
-    keep: int = flag(2, "checkpoints to keep", type=POSITIVE, **FOLDER)
+    keep: int | None = flag(None, "checkpoints to keep (default: 2)", type=POSITIVE, **FOLDER)
     report_to: str = flag("none", "service that also gets the log", choices=("none", *PACKAGES), **FOLDER)
     resume: bool = flag(False, "continue from the last checkpoint in --out", **FOLDER)
     micro_batch: int = flag(16, "examples per forward pass", type=POSITIVE, **MACHINE)
@@ -130,15 +136,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     settings = parse_flags(argv)
     if settings.recipe:
         flags, comments = recipe_flags(asdict(settings), argv)
-        say(*comments, f"--recipe {settings.recipe} sets {' '.join(flags)}")
+        say(*comments, f"--recipe {settings.recipe}, for {settings.task}, sets {' '.join(flags)}")
         settings = parse_flags([*flags, *argv])
     check(settings)
     return resolved(settings)
 
 
 def parse_flags(argv: list[str]) -> Settings:
-    """The settings of a command line as they are given. @FILE stands for the flags in a file."""
-    return cli.parse(
+    """The settings of a command line as they are given, but for the method. @FILE stands for the flags in a file."""
+    settings = cli.parse(
         Settings,
         argv,
         prog="train.py",
@@ -148,9 +154,13 @@ def parse_flags(argv: list[str]) -> Settings:
         example="torchrun --nproc_per_node 2 train.py --task own --train-data chats.jsonl --method hellora --k 8",
         fromfile_prefix_chars="@",
     )
+    if settings.method:
+        return settings
+    return replace(settings, method=settings.init_adapter and method_of_start(settings.init_adapter) or "hellora")
 
 
 CHOSEN_WITH_AN_ADAPTER = ("k", "experts", "coverage", "scores", "targets", "rank", "expert_rank", "alpha", "profile")
+COUNTING = ("sample", "count_on")
 
 
 def check(settings: Settings) -> None:
@@ -169,7 +179,7 @@ def check(settings: Settings) -> None:
         )
     if not method.adapts:
         reason = f": --method {s.method} trains every weight, without adapters; leave it out"
-        refuse((*CHOSEN_WITH_AN_ADAPTER, "init_adapter"), reason)
+        refuse((*CHOSEN_WITH_AN_ADAPTER, *COUNTING, "init_adapter"), reason)
         if s.lora_dropout:
             raise InputError(f"--lora-dropout{reason}")
     if s.prompt != "lori" and data.TASKS[s.task].benchmark != "gsm8k":
@@ -183,8 +193,10 @@ def check(settings: Settings) -> None:
             refuse((name,), f" {getattr(s, name)} has no meaning with {chosen}; leave it out")
     if (s.coverage is not None) != (experts == "coverage"):
         raise InputError("--coverage and --experts coverage go together; give both or neither")
-    if experts == "none" and (s.targets or method.targets) == "pure":
-        raise InputError("--experts none --targets pure: nothing would train; leave one of them out")
+    if experts == "none":
+        refuse(("expert_rank",), " has no meaning with --experts none; leave it out")
+        if (s.targets or method.targets) == "pure":
+            raise InputError("--experts none --targets pure: nothing would train; leave one of them out")
     if (method.grows or method.flat) and experts != "all":
         raise InputError(f"--experts {experts}: --method {s.method} adapts all experts; leave it out")
     if method.grows or method.flat:
@@ -204,29 +216,45 @@ def check(settings: Settings) -> None:
         if method.sparse or method.grows:
             raise InputError(f"--init-adapter: --method {s.method} starts from zero; choose another method")
         refuse(CHOSEN_WITH_AN_ADAPTER, " contradicts --init-adapter, which sets it; leave one out")
-    if s.profile and s.count_on == "lora":
-        raise InputError("--count-on lora is a way to count, and --profile has the counts already; leave one out")
+        if (own := method_of_start(s.init_adapter)) not in (None, s.method):
+            raise InputError(
+                f"--init-adapter {s.init_adapter} is of --method {own}, not {s.method}; give --method {own}, or none"
+            )
+    if s.profile:
+        refuse(COUNTING, " says how to count, and --profile has the counts already; leave one out")
+    if not s.save_every:
+        refuse(("keep",), " has no meaning without --save-every; give both or neither")
 
 
-def base_of_start(folder: str) -> str:
-    """The model that the adapter of --init-adapter was trained on. Raises InputError if there is no adapter."""
+def start_of(folder: str) -> Subject:
+    """The run or the adapter that --init-adapter names. Raises InputError if there is no adapter."""
     subject = Subject(folder)
     if subject.adapter is None:
         expected = "a run of train.py, its adapter folder, or one that PEFT saved"
         raise InputError(f"--init-adapter {folder} holds no adapter; expected {expected}")
-    return subject.base
+    return subject
+
+
+def method_of_start(folder: str) -> str | None:
+    """The method of the run that --init-adapter names. None: PEFT saved it, or the method starts from zero alone."""
+    name = (start_of(folder).run or {"settings": {}})["settings"].get("method")
+    method = METHODS.get(name)
+    return name if method and not (method.sparse or method.grows) else None
 
 
 def resolved(settings: Settings) -> Settings:
     """The settings with what the task's recipe and the method decide."""
     s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
-    model = s.model or (base_of_start(s.init_adapter) if s.init_adapter else "tiny")
+    model = s.model or (start_of(s.init_adapter).base if s.init_adapter else "tiny")
     k = "" if s.k is None else f"-k{s.k}"
     full = not method.adapts
     s = replace(
         s,
         model=with_revision(model, s.revision),
-        experts=s.experts or method.experts,
+        experts=s.experts or s.init_adapter or method.experts,
+        sample=s.sample or 0.1,
+        count_on=s.count_on or "base",
+        keep=s.keep or 2,
         lr=s.lr or (recipe.fft_lr if full else recipe.lr),
         schedule=s.schedule or recipe.schedule,
         lr_warmup=(recipe.lr_warmup if s.lr_warmup is None else s.lr_warmup) or None,

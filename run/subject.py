@@ -56,7 +56,14 @@ class Subject:
     @cached_property
     def folder(self) -> Path:
         """The checkpoint's folder. Raises InputError if there is no such checkpoint."""
-        return resolve(self.base)
+        try:
+            return resolve(self.base)
+        except InputError as error:
+            if self.run is None or self.base != self.run["model"] or os.path.isabs(self.base):
+                raise
+            raise InputError(
+                f"{self.name} was trained on {self.base}, seen from the folder that train.py ran in: {error}"
+            ) from None
 
     @cached_property
     def config(self) -> MoEConfig:
@@ -71,10 +78,15 @@ class Subject:
     @property
     def content(self) -> dict[str, str]:
         """What decides the completions: `digests`, and those of the adapter's files."""
+        return self.digests | self.adapter_content
+
+    @property
+    def adapter_content(self) -> dict[str, str]:
+        """Digests of the adapter's files; {} without an adapter."""
         if self.adapter is None:
-            return self.digests
+            return {}
         files = {name: sha256(self.adapter / name) for name in OF_ADAPTER if (self.adapter / name).is_file()}
-        return self.digests | files | {"adapter": digests.combined(sorted(self.adapter.glob("*.safetensors")))}
+        return files | {"adapter": digests.combined(sorted(self.adapter.glob("*.safetensors")))}
 
     def check_base(self) -> None:
         """Raise InputError if the adapter of a run was trained on other weights than those of the checkpoint."""

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command import cli
-from command.cli import InputError, flag, say
+from command.cli import InputError, flag, note, say
 from command.files import json_sha256, read_json
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
+
+# Of evaluation.json and of score.json: what makes two scores differ, besides model and problems.
+WAYS = ("dtype", "max_new_tokens", "temperature", "top_p", "seed", "prompts", "stop_ids")
+RULES = {"code_rule": "extracted", "refusal_rule": "lori", "timeout": 3.0, "protection": None}  # and their defaults
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ def compare(argv: list[str]) -> dict:
     example = "python evaluate.py compare runs/demo/before runs/demo/after"
     pair = cli.parse(Pair, argv, prog="evaluate.py compare", description=text, example=example)
     a, b = map(Path, pair.folders)
-    (task_a, problems_a), (task_b, problems_b) = read_about(a), read_about(b)
+    (task_a, problems_a, ways_a), (task_b, problems_b, ways_b) = read_about(a), read_about(b)
     if task_a != task_b:
         raise InputError(f"{a} is of {task_a} and {b} of {task_b}; expected two of one task")
     is_loss = task_a == "own"
@@ -38,6 +42,10 @@ def compare(argv: list[str]) -> dict:
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
     if problems_a != problems_b:
         raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
+    for name in sorted(ways_a.keys() & ways_b.keys()):  # how completions of a file were made is not known
+        if ways_a[name] != ways_b[name]:
+            each = f"{ways_a[name]!s:.20} in {a}, {ways_b[name]!s:.20} in {b}"
+            note(f"{name} differs: {each}; the difference of the scores may come from that")
     pairs = [(of_a[example], of_b[example]) for example in of_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
     p = mcnemar(only_a, only_b)
@@ -80,10 +88,14 @@ def problems_digest(problems: dict[str, dict]) -> str:
     return json_sha256(texts)
 
 
-def read_about(folder: Path) -> tuple[str, str]:
-    """The task of an evaluation folder, and the digest of its problems."""
+def read_about(folder: Path) -> tuple[str, str, dict]:
+    """The task of an evaluation folder, the digest of its problems, and what else decides a score but for the model."""
     about = read_json(folder / "score.json", dict)
+    decoded = read_json(folder / "evaluation.json", dict, missing={})
     try:
-        return about["settings"]["task"], about["problems"]
-    except (TypeError, KeyError):
+        settings = about["settings"]
+        ways = {name: decoded[name] for name in WAYS if name in decoded}
+        ways |= {name: settings.get(name, default) for name, default in RULES.items()}
+        return settings["task"], about["problems"], ways
+    except (TypeError, KeyError, AttributeError):
         raise InputError(f"{folder / 'score.json'}: not a score of evaluate.py; expected its --out folder") from None

@@ -115,6 +115,7 @@ lists-short.json     | [[1, 2], [3]]
 lists-high.json      | [[1], [2], [3], [64]]
 lists-negative.json  | [[1], [2], [3], [-1]]
 lists-none.json      | [[], [], [], []]
+lists-twice.json     | [[1], [2, 5, 2], [3], [4]]
 answers.jsonl        | {"id": 0, "completion": "7"}
 answers-id.jsonl     | {"id": 400, "completion": "7"}
 answers-twice.jsonl  | {"id": 0, "completion": "7"} ¶ {"id": "0", "completion": "8"}
@@ -328,9 +329,9 @@ train --experts warm                                 | 'warm' | coverage
 train --experts LONG                                 | longlong
 train --experts notes                                | 'notes' | coverage
 train --experts file                                 | file: not readable as JSON
-train --experts lists-short.json                     | lists-short.json | 4 layers of 64 experts
-train --experts lists-high.json                      | experts up to 64
-train --experts lists-negative.json                  | 64 experts
+train --experts lists-short.json                     | lists-short.json | listed for 2 layers | experts in 4 layers
+train --experts lists-high.json                      | lists-high.json | expert 64 is listed | 0 to 63
+train --experts lists-negative.json                  | lists-negative.json | expert -1 is listed
 train --experts lists-none.json                      | lists-none.json
 train --experts coverage                             | give both or neither
 train --rank 49 --task gsm8k --train-data absent.jsonl | 49 | 1..48
@@ -368,13 +369,20 @@ train --init-adapter lori --method hellori-s         | starts from zero
 train --init-adapter run --rank 4                    | --rank contradicts --init-adapter
 train --steps 3 --epochs 1                           | contradict
 train --router-aux-form layer                        | both or neither
-train --profile profile.json --count-on lora       | --count-on lora | --profile
+train --profile profile.json --count-on lora         | --count-on | --profile
+train --profile profile.json --sample 0.1            | --sample | --profile
+train --method fft --sample 0.1                      | --sample | trains every weight
+train --method fft --count-on base                   | --count-on | trains every weight
+train --experts none --expert-rank 4                 | --expert-rank has no meaning with --experts none
+train --keep 2                                       | --keep has no meaning without --save-every
+train --experts lists-twice.json                     | lists-twice.json | expert 2 is listed twice
 train --init-adapter notes                           | --init-adapter notes holds no adapter
 train --init-adapter run --k 8                       | contradicts --init-adapter
-train --init-adapter lori                            | kind lori | lora
+train --init-adapter lori --method hellora           | lori is of --method hellori-d, not hellora
+train --init-adapter run --method moe-sieve          | run is of --method hellora, not moe-sieve
 train --method hellori-d --init-adapter lori --seed 1 | --seed 0
-train --init-adapter run-layers                      | 5 layers | 4 layers of 64
-train --init-adapter run-experts                     | experts up to 64 | 64 experts
+train --init-adapter run-layers                      | listed for 5 layers | experts in 4 layers
+train --init-adapter run-experts                     | expert 64 is listed | 0 to 63
 train --init-adapter run-k --sample 0.001            | (3, | (2,
 train --init-adapter run-rank --sample 0.001         | (3, 8, 48)
 train --init-adapter run-flip                        | run-flip/adapter | sha256
@@ -497,7 +505,7 @@ evaluate run-model --task tiny-math                  | run-model
 evaluate run-no-adapter                              | run-no-adapter has no adapter | --resume
 evaluate run-flip                                    | run-flip/adapter | sha256
 evaluate run-pickle                                  | run-pickle/adapter
-evaluate run-experts                                 | experts up to 64
+evaluate run-experts                                 | expert 64 is listed
 evaluate run-k                                       | (3,
 evaluate peft-other --task tiny-math                 | another model or rank
 evaluate peft-base --task tiny-math                  | does not name a base model | base_model_name_or_path
@@ -546,7 +554,7 @@ export run-list --to merged --out new                | run-list
 export run-model --to merged --out new               | run-model
 export run-flip --to merged --out new                | sha256
 export run-no-adapter --to peft --out new            | run-no-adapter has no adapter | --resume
-export run-experts --to peft --out new               | experts up to 64
+export run-experts --to peft --out new               | expert 64 is listed
 export run --to merged --out notes                   | not empty
 export run --to peft --out file                      | not empty
 export run --to peft --out file/new                  | file/new

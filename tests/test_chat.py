@@ -393,6 +393,14 @@ def test_such_a_column_is_an_error_in_rows_of_the_papers_tasks_too(task, tmp_pat
         data.load_examples(task, "train", write_lines(tmp_path / "rows.jsonl", [row | {"history": [["a", "b"]]}]))
 
 
+def test_a_last_turn_that_nobody_answers_is_left_out_and_counted(config, tmp_path, capsys):
+    answered = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": answered + more} for more in ([], answered[:1], answered, answered + answered[:1])]
+    _, items = read(tmp_path, config, rows)
+    assert [len(item.spans) for item in items] == [1, 1, 2, 2]
+    assert "the last turn of 2 chats, a user's" in capsys.readouterr().err
+
+
 def test_other_columns_are_named_once_as_not_read(config, tmp_path, capsys):
     further = ({"image_id": 1, "source": ""}, {"image_id": 2, "notes": {"a": 1}, "context_length": 9})
     read(tmp_path, config, [ALL["prompt"] | columns for columns in further])

@@ -228,9 +228,14 @@ def renamed(state: dict) -> None:
         state[name.replace("lora_A.weight", "lora_A.default.weight")] = state.pop(name)
 
 
+def without_pairs(part: str) -> Callable:
+    return in_file(lambda state: [state.pop(name) for name in list(state) if part in name])
+
+
 FAULTY: dict[str, Callable] = {  # the name of a fault -> how an adapter that has it is written
     "not-finite": times(torch.nan, "layers.0.mlp.gate.lora_A"),
-    "no-expert-pair": in_file(lambda state: [state.pop(name) for name in list(state) if ".experts." in name]),
+    "missing": without_pairs("layers.1.mlp.experts."),
+    "no-expert-pair": without_pairs(".experts."),
     "empty": times(0),
     "unmoved": times(0, ".experts.", "lora_B"),
     "unread": in_file(renamed),

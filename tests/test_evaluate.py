@@ -368,7 +368,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(generated, out, tmp_
 def test_flags_that_change_nothing_keep_the_completions(generated, out, capsys):
     generated()
     kept = [record | {"completion": "kept"} for record in read_lines(out / "generations.jsonl")]
-    for flags in ("--shots 0", "--seed 3", "--temperature 0", "--bos no", "--batch 2"):
+    for flags in ("--shots 0", "--temperature 0", "--bos no", "--batch 2"):
         capsys.readouterr()
         write_lines(out / "generations.jsonl", kept)
         generated(flags)
@@ -581,6 +581,24 @@ def test_two_evaluations_are_compared_on_the_items_where_they_differ(tmp_path, c
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == "McNemar exact p 0.2188 on 6 items that differ"
     assert out[0].endswith("a: 0.667 (6/9, 95% CI 0.354..0.879)")
+
+
+def test_what_else_two_evaluations_differ_in_is_noted(tmp_path, capsys):
+    decoded = {"temperature": 0.0, "max_new_tokens": 7, "prompts": "abc", "dtype": "float32", "weights": "x"}
+    a, b = (evaluation(tmp_path / name, [("0", T), ("1", F)]) for name in "ab")
+    for folder, changes in ((a, {"began": "1"}), (b, {"began": "2", "weights": "y"})):
+        write_json(folder / "evaluation.json", decoded | changes)
+    run("compare", a, b)
+    assert capsys.readouterr().err == ""  # models, and when they were asked, are what is compared
+    write_json(b / "evaluation.json", decoded | {"temperature": 0.2, "prompts": "abd", "dtype": "bfloat16"})
+    score = read_json(b / "score.json")
+    write_json(
+        b / "score.json", score | {"settings": score["settings"] | {"code_rule": "lori", "refusal_rule": "lori"}}
+    )
+    run("compare", a, b)
+    noted = [line.partition(" differs: ")[::2] for line in capsys.readouterr().err.splitlines()]
+    assert [name for name, _ in noted] == ["code_rule", "dtype", "prompts", "temperature"]
+    assert noted[-1][1].startswith(f"0.0 in {a}, 0.2 in {b};")
 
 
 def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_path):

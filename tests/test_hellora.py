@@ -144,7 +144,7 @@ def saved(folder, model: MoETransformer) -> None:
     [
         (lambda f: (f / "adapter.json").unlink(), "adapter.json is missing"),
         (lambda f: (f / "adapter.safetensors").unlink(), "missing"),
-        (lambda f: edit(f, hot=[[0]]), "has 1 layers"),
+        (lambda f: edit(f, hot=[[0]]), "listed for 1 layers"),
         (lambda f: edit(f, r=8), "lora_A is .*4, .*, expected .*8, "),
         (lambda f: edit(f, targets="pure"), "unexpected"),
         (lambda f: edit(f, {"a": torch.ones(1)}), "missing, expected"),

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 import evaluate
 import train
 from command.cli import InputError
+from hub.peft import Reading
 from model import load_model, read_config
 from run import adapters
-from run.adapters import load_adapter, read_any_adapter
+from run.adapters import load_adapter, read_any_adapter, read_loosely
 from run.settings import parse_settings
 from run.subject import content_of
 
@@ -130,6 +131,36 @@ def test_adapters_of_peft_compute_the_same_here(transformers, name, family, make
     assert (plain - want).abs().max() > 0.05 * want.abs().max()
 
 
+def modules_of(reading: Reading) -> set[str]:
+    """The matrices that have a pair; of a layer's experts, one for all that have a pair on gate_proj, say."""
+    return {re.sub(r"experts\.\d+", "experts.*", key) for key in reading.pairs}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+@pytest.mark.parametrize("transformers, name", ROWS)
+def test_modules_that_adapter_config_names_and_the_file_lacks_are_told(
+    transformers, name, family, make_checkpoint, tmp_path
+):
+    """Nothing is missing from a file as PEFT saved it. Taken out: a layer, and a module of attention in all layers."""
+    made = make_checkpoint(family)
+    if name == SWAPPED:
+        saved_before_19(made.folder, tmp_path)
+    else:
+        save, rows = (saved_under_5, UNDER_5) if transformers == 5 else (saved_under_4, UNDER_4)
+        save(made.folder, tmp_path, rows[name])
+    config, file = read_config(made.folder), tmp_path / "adapter_model.safetensors"
+    tensors, whole = load_file(file), read_loosely(tmp_path, config)
+    assert not whole.problems and not whole.missing
+    parts = sorted({part for key in tensors for part in re.findall(r"layers\.\d+\.|[qkvo]_proj\.", key)})
+    cuts = {part: {key: t for key, t in tensors.items() if part not in key} for part in parts}
+    cuts = {part: rest for part, rest in cuts.items() if rest}
+    assert cuts
+    for part, rest in cuts.items():
+        save_file(rest, file)
+        cut = read_loosely(tmp_path, config)
+        assert set(cut.missing) == modules_of(whole) - modules_of(cut), part
+
+
 @pytest.mark.parametrize(
     "stacks, targets",
     [
@@ -185,6 +216,8 @@ def test_a_run_starts_from_pairs_of_several_ranks_and_what_was_added_to_them_sta
     saved_under_5(base, tmp_path / "adapter", UNDER_5["ranks and alphas by pattern"])
     adapter, before = read_any_adapter(tmp_path / "adapter", read_config(base))
     said = capsys.readouterr().err
+    with pytest.raises(InputError, match="is of kind lora; this --method trains dora"):
+        trained_from(base, tmp_path / "adapter", tmp_path / "run", "dora")
     assert adapter.r == 7 and "have another rank or scale than rank 7" in said
     after = trained_from(base, tmp_path / "adapter", tmp_path / "run", "lora")
     changed = 0

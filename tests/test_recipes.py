@@ -62,7 +62,7 @@ def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, t
     small = "--steps 2 --batch 3 --sample 0.005 --rank 8 --alpha 16"
     call(train, "--recipe", recipe, small, "--out", tmp_path / "run")
     said = capsys.readouterr().out
-    assert f"--recipe {recipe} sets --method {recipe} " in said and "Not from the paper" in said
+    assert f"--recipe {recipe}, for tiny-math, sets --method {recipe} " in said and "Not from the paper" in said
     assert "--batch" not in said and "--steps" not in said and "--epochs" not in said  # given otherwise
     about = read_json(tmp_path / "run/config.json")["settings"]
     assert about["recipe"] == recipe and about["loss_on"] == ("all" if recipe == "moe-sieve" else "answer")

@@ -266,7 +266,8 @@ def begun(tmp_path_factory) -> Path:
     return folder
 
 
-ON_DATA = "--model model --task gsm8k --train-data data.jsonl --batch 4 --sample 0.2 --save-every 1".split()
+ON_ROWS = "--model model --task gsm8k --train-data data.jsonl --batch 4 --save-every 1".split()
+ON_DATA = [*ON_ROWS, "--sample", "0.2"]
 LISTED = "--experts hot.json --rank 4"
 
 
@@ -321,7 +322,7 @@ def other_experts(folder: Path) -> None:
         (edit_a_weight, "weights changed"),
         (edit_the_config, "config.json changed"),
         (edit_the_tokenizer, "tokenizer.json changed"),
-        (other_experts, "was saved with experts or entries of B"),
+        (other_experts, "what --experts names changed"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -330,8 +331,40 @@ def test_a_run_is_not_resumed_on_other_rows_weights_or_experts(copied, change, s
     before = contents(copied / "run")
     with pytest.raises(InputError, match=says):
         call(train, ON_DATA, LISTED, "--out run --steps 3 --resume")
-    if change is not other_experts:  # noticed when config.json is written already
-        assert contents(copied / "run") == before
+    assert contents(copied / "run") == before
+
+
+def other_adapter(folder: Path) -> None:
+    call(train, ON_DATA, LISTED, "--out run2 --steps 3")
+    shutil.rmtree(folder / "run/adapter")
+    shutil.copytree(folder / "run2/adapter", folder / "run/adapter")
+
+
+def other_counts(folder: Path) -> None:
+    call(profile, ON_DATA[:6], "--sample 0.75 --out counts.json")
+
+
+@pytest.mark.parametrize(
+    "flag, names, change",
+    [
+        ("--experts", "hot.json", other_experts),
+        ("--profile", "counts.json", other_counts),
+        ("--init-adapter", "run", other_adapter),
+    ],
+)
+def test_a_finished_run_is_not_taken_for_one_whose_flag_names_other_content(flag, names, change, copied, capsys):
+    call(profile, ON_DATA[:6], "--sample 0.5 --out counts.json")
+    rows = ON_ROWS if flag == "--profile" else ON_DATA
+    again = [*rows, flag, names, *words("--out next --steps 2")]
+    call(train, again)
+    call(train, again)
+    assert "holds this run already" in capsys.readouterr().out
+    change(copied)
+    before = contents(copied / "next")
+    for more in ("", "--resume"):
+        with pytest.raises(InputError, match=f"what {flag} names changed since the run"):
+            call(train, again, more)
+    assert contents(copied / "next") == before
 
 
 def test_the_same_content_under_another_time_resumes(copied):
@@ -350,7 +383,7 @@ def test_an_adapter_to_start_from_must_have_been_trained_on_the_same_weights(cop
 
 def test_counts_of_other_rows_are_noted_and_counts_of_the_same_are_not(copied, capsys):
     call(profile, ON_DATA[:6], "--sample 0.5 --out counts.json")
-    flags = words(ON_DATA, "--k 2 --steps 1 --profile counts.json")
+    flags = words(ON_ROWS, "--k 2 --steps 1 --profile counts.json")
     call(train, flags, "--out same")
     assert "note:" not in capsys.readouterr().out
     reorder(copied)

@@ -12,7 +12,7 @@ from command.files import claimed, writable, write_json
 from lab.paper import budget, effects, moved, params, published, reasons, routing, speed
 from lab.paper.page import Section, write_page
 from lab.paper.rates import LIMIT, SAMPLES, SEEDS, Sweeps, swept, write_validation
-from lab.paper.runner import Needed, Workplace, dry_run, make
+from lab.paper.runner import Needed, Workplace, dry_run, make, pending
 from lab.paper.runs import Records, Run, spent
 from lab.paper.table import SCALES, Table
 from lab.paper.tables import TABLES
@@ -27,10 +27,11 @@ FIGURES = {
     "fig5": lambda out, may_run: speed.figure5(out),
     "fig6": routing.figure6,
 }
-ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve", "table9", "rates")
-ORDER += ("budgets", "catcher", "reasons", *(f"fig{n}" for n in (1, 3, 4, 5, 6)))
+ORDER = ("params", *(f"table{n}" for n in range(2, 9)), "hellori", "router", "topup", "sieve")
+ORDER += ("table9", "table9-code", "table9-safety", "rates", "budgets", "catcher", "reasons")
+ORDER += tuple(f"fig{n}" for n in (1, 3, 4, 5, 6))
 RESTS_ON = {"budgets": ("table2", "table9"), "reasons": ("table2",)}  # tables whose runs it shows
-EMBEDDED_RANKS = ("table9",)  # its rows have one budget where the recipe's rank is 8
+EMBEDDED_RANKS = ("table9", "table9-code", "table9-safety")  # their rows have one budget where the recipe's rank is 8
 QUICK = {  # by scale: enough to learn something, or to see that every part works
     "tiny": {"steps": 40, "lr": 1e-2},
     "paper": {"steps": 10},
@@ -127,6 +128,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         names = tuple(each for each in names if each not in EMBEDDED_RANKS)
         if not names:
             raise InputError(f"{name} has ranks for the embedded model; leave out --scale paper")
+    if settings.dry_run and settings.no_run:
+        raise InputError("--dry-run and --no-run contradict each other; give one of them")
     out = settings.json and writable(settings.json)
     place, sweep_place = settings.workplace(), settings.sweep_place()
     further = (RESTS_ON.get(name, ()) for name in names if name != "reasons" or settings.is_embedded)
@@ -138,8 +141,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
         write_validation(Path(sweep_place.records.data))
     if settings.dry_run:
         missing, known = sweeps.missing(to_sweep), needed_by(tables, sweeps)
-        cli.say(*dry_run(missing, sweep_place) if to_sweep else ())
         if missing:
+            cli.say(*dry_run(missing, sweep_place))
             cli.say("# then the runs at the best rates" + (", and:" if known else ""))
         if known or not missing:
             cli.say(*dry_run(known, place))
@@ -151,6 +154,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
             if any("profile" in row.change for table in tables for row in table.rows):
                 routing.count_after_tuning()
             failed |= make(needed_by(tables, sweeps), place)
+    if settings.no_run and (left := pending(needed_by(tables, sweeps), place.records)):
+        cli.note(f"--no-run: {len(left)} runs of these tables are not there; their cells rest on the others")
     sections = [section(name, settings, place, sweeps) for name in names]
     for each in sections:
         cli.say(*each.text())

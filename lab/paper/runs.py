@@ -148,7 +148,8 @@ class Records:
     def evaluate_flags(self, run: Run, source: str, task: str, out: str) -> list[str]:
         """The arguments of evaluate.py for the model that `source` names."""
         batch = BATCH if run.model in EMBEDDED else None  # no effect on scores
-        given = {"task": task, "seed": run.seed, "dtype": run.dtype, "batch": batch, "out": out}
+        seed = run.seed if evaluate.default_decoding(task).temperature else None
+        given = {"task": task, "seed": seed, "dtype": run.dtype, "batch": batch, "out": out}
         return [source, *flags(self.evaluation(task) | given)]
 
     def evaluation(self, task: str) -> dict:

@@ -179,8 +179,8 @@ def test_a_table_with_a_sweep_shows_its_commands_first(tmp_path, capsys, monkeyp
     lines = capsys.readouterr().out.splitlines()
     [end_of_sweeps, further, end] = [i for i, line in enumerate(lines) if line.startswith("# ")]
     assert further == end_of_sweeps + 1 and "best rates, and:" in lines[further]
-    assert "validation/tiny-math-test.jsonl" in lines[end_of_sweeps - 1] and "--seed 101" in lines[end_of_sweeps - 1]
-    assert "--seed 0" in lines[end - 1] and "--lr 0.003 --schedule constant" in lines[end - 2]  # the one rate
+    assert "validation/tiny-math-test.jsonl" in lines[end_of_sweeps - 1] and "-seed101 " in lines[end_of_sweeps - 1]
+    assert "-seed0 " in lines[end - 1] and "--lr 0.003 --schedule constant" in lines[end - 2]  # the one rate
     reproduce.main(["table9", "--dry-run", "--out", str(tmp_path), "--seeds", "1"])
     assert capsys.readouterr().out.splitlines()[-1] == "# then the runs at the best rates"
     with pytest.raises(InputError):
@@ -228,6 +228,13 @@ def test_what_rests_on_sweeps_says_so_where_there_are_none(name, flags, tmp_path
     reproduce.main([name, "--no-run", "--out", str(tmp_path / "out"), *flags])
     text = capsys.readouterr().out
     assert "not run" in text or "No sweep is complete yet" in text or "No run is finished yet" in text
+
+
+def test_no_run_says_how_many_runs_its_tables_lack(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    reproduce.main(["table8", "--no-run", "--seeds", "3", "--out", str(tmp_path / "out")])
+    base, trained = 3, 3 * 3  # on each of three tasks: the base model, and a run of each seed
+    assert f"{base + trained} runs of these tables are not there" in capsys.readouterr().err
 
 
 def test_committed_sweeps_are_read_in_a_new_clone(tmp_path, monkeypatch, capsys):
