@@ -29,7 +29,7 @@ from training_step import held_out_loss
 
 ROOT = Path(__file__).parent.parent
 STEPS = 7
-FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2 --sample 1"
+FLAGS = f"--task own --train-data train.jsonl --lr 0.05 --steps {STEPS} --batch 3 --micro-batch 2"
 VALID = words("--valid-data valid.jsonl --valid-every 1")
 
 # The last method of each kind that trains differently.
@@ -53,7 +53,7 @@ def here(folder, monkeypatch):
 
 
 def run(out: Path, *flags: str, method: str = "hellora") -> dict:
-    size = [] if METHODS[method].experts is None else ["--rank", "7" if METHODS[method].flat else "4"]
+    size = "" if METHODS[method].experts is None else f"--sample 1 --rank {7 if METHODS[method].flat else 4}"
     return call(train, "--model base", FLAGS, "--method", method, size, "--out", out, *flags)
 
 
@@ -207,7 +207,7 @@ def test_a_run_that_is_killed_and_ends_sooner_keeps_the_best_of_the_steps_that_i
 def test_two_processes_validate_as_one_does(tmp_path):
     flags = [*VALID, "--lr", "0.001"]  # AdamW turns rounding into steps
     one = run(tmp_path / "one", *flags)
-    command = words("--model base", FLAGS, "--rank 4", flags, "--shard full --out", tmp_path / "two")
+    command = words("--model base", FLAGS, "--sample 1 --rank 4", flags, "--shard full --out", tmp_path / "two")
     on_processes(2, train.main, command)
     two = read_json(tmp_path / "two/result.json")
     assert log(tmp_path / "two", "valid_loss") == pytest.approx(log(tmp_path / "one", "valid_loss"), abs=1e-5)

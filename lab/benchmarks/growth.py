@@ -1,10 +1,11 @@
-"""How the time of a step grows with k, with the rank and with the batch, as multiples of the frozen base's.
+"""How the time of a step grows with k, E, the rank and the batch, as multiples of the frozen base's.
 
     OMP_NUM_THREADS=2 python bench.py growth --json results/growth.json --plot docs/growth.png
 
 Each point is a ratio within one run: all rows of a point are timed in turn, on the same batches (step.py).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from lab.paper.pictures import COLORS, POINT, new_figure
 from lab.paper.verdicts import Estimate, estimate
 
 LINES = ("hellora", "lora")
-SERIES = {"rank": (2, 8, 32), "batch": (2, 8, 32)}  # of each, the others as in step.py at batch 8
+BATCH = 8
+SERIES = {"experts": (16, 64, 128), "rank": (2, 8, 32), "batch": (2, 8, 32)}  # of each, the others as in step.py
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,9 @@ class Settings:
     plot: str | None = flag(None, "draw them", metavar="FILE.png")
 
 
-def ratios(settings: step.Settings, batch: int) -> dict[str, Estimate]:
+def ratios(settings: step.Settings, batch: int = BATCH, **changes: int) -> dict[str, Estimate]:
     """The time of a step over that of the frozen base, by row, with the interval over the repetitions."""
-    rows = {row["name"]: row for row in step.measure(settings, batch) if row.get("seconds")}
+    rows = {row["name"]: row for row in step.measure(settings, batch, **changes) if row.get("seconds")}
     times = {name: np.reshape(row["seconds"], (settings.repeats, -1)) for name, row in rows.items()}
     return {
         name: estimate([1 / times_as_fast(a[None], b[None]) for a, b in zip(of, times["floor"], strict=True)])
@@ -44,19 +46,25 @@ def ratios(settings: step.Settings, batch: int) -> dict[str, Estimate]:
     }
 
 
-def points(repeats: int) -> list[dict]:
+def points(repeats: int) -> Iterator[dict]:
     """series, line, value, and the ratio."""
     basis = step.Settings(rank=step.RANKS["small"], dtype="float32", repeats=repeats, names=("floor", *LINES))
-    made = []
     by_k = {**BY_NUMBER, "hellora": 8, "lora": 64}
-    for name, ratio in ratios(replace(basis, names=("floor", *by_k)), 8).items():
-        made.append({"series": "k", "line": "hellora", "value": by_k[name], **ratio._asdict()})
+    for name, ratio in ratios(replace(basis, names=("floor", *by_k))).items():
+        yield {"series": "k", "line": "hellora", "value": by_k[name], **ratio._asdict()}
     for series, values in SERIES.items():
         for value in values:
-            changed = replace(basis, rank=value) if series == "rank" else basis
-            for name, ratio in ratios(changed, value if series == "batch" else 8).items():
-                made.append({"series": series, "line": name, "value": value, **ratio._asdict()})
-    return made
+            for name, ratio in measured(basis, series, value).items():
+                yield {"series": series, "line": name, "value": value, **ratio._asdict()}
+
+
+def measured(basis: step.Settings, series: str, value: int) -> dict[str, Estimate]:
+    """The ratios with one thing changed. Of more experts, as many are hot."""
+    if series == "experts":
+        return ratios(basis, num_experts=value)
+    if series == "rank":
+        return ratios(replace(basis, rank=value))
+    return ratios(basis, value)
 
 
 def draw(made: list[dict], path: Path) -> None:
@@ -84,11 +92,11 @@ def main(argv: list[str]) -> list[dict]:
         Settings,
         argv,
         prog="bench.py growth",
-        description="How the time of a step grows with k, with the rank and with the batch.",
+        description="How the time of a step grows with k, with the number of experts, the rank and the batch.",
         example="OMP_NUM_THREADS=2 python bench.py growth --plot growth.png",
     )
     out, picture = (name and writable(name) for name in (settings.json, settings.plot))
-    made = points(settings.repeats)
+    made = list(points(settings.repeats))
     say(*grid(
         ["", "value", "row", "time / frozen base"],
         [[p["series"], str(p["value"]), p["line"], f"{p['mean']:.2f} ± {p['half']:.2f}"] for p in made],

@@ -74,9 +74,9 @@ class Settings:
 # ------------------------------------------------------------------------------------------------------- measurement
 
 
-def measure(settings: Settings, batch: int) -> list[dict]:
-    """The rows of one size of batch."""
-    shape, dtype = SHAPES[settings.shape], getattr(torch, settings.dtype)
+def measure(settings: Settings, batch: int, **changes: int) -> list[dict]:
+    """The rows of one size of batch. changes: of the shape's config.json."""
+    shape, dtype = SHAPES[settings.shape] | changes, getattr(torch, settings.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = make_batches(batch, max(1, EXAMPLES // batch), shape["vocab_size"], device)
     base = our_model(shape, device, dtype)

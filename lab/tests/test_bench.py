@@ -240,8 +240,8 @@ def test_the_plan_of_a_machine_without_a_gpu_says_memory_and_hours(capsys):
 def test_growth_is_the_time_of_each_repetition_over_that_of_the_frozen_base(monkeypatch, tmp_path):
     """Made-up steps: the base takes 1 s and then 2 s in a repetition, a row k or r tenths of that longer."""
 
-    def measure(settings: step.Settings, batch: int) -> list[dict]:
-        longer = {"floor": 0, "lora": settings.rank, "hellora": settings.rank / 2} | growth.BY_NUMBER
+    def measure(settings: step.Settings, batch: int, num_experts: int = 64) -> list[dict]:
+        longer = {"floor": 0, "lora": settings.rank * num_experts / 64, "hellora": settings.rank / 2} | growth.BY_NUMBER
         return [{"name": n, "seconds": [1 + longer[n] / 10, 2 + longer[n] / 5] * 3} for n in settings.names]
 
     monkeypatch.setattr(step, "measure", measure)
@@ -249,5 +249,6 @@ def test_growth_is_the_time_of_each_repetition_over_that_of_the_frozen_base(monk
     found = {(point["series"], point["line"], point["value"]): point for point in made}
     assert found["k", "hellora", 16]["mean"] == pytest.approx(2.6) and found["k", "hellora", 16]["half"] < 1e-9
     assert [found["rank", "lora", r]["mean"] for r in (2, 8, 32)] == pytest.approx([1.2, 1.8, 4.2])
+    assert [found["experts", "lora", E]["mean"] for E in (16, 64, 128)] == pytest.approx([1.2, 1.8, 2.6])
     assert found["batch", "hellora", 32]["mean"] == pytest.approx(1.4)
     assert json.loads((tmp_path / "g.json").read_text()) == made and (tmp_path / "g.png").stat().st_size > 10_000
