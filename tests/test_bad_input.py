@@ -573,12 +573,15 @@ export check tiny-mixtral --base tiny                | not of the same model
 export check peft-base --base tiny --profile absent.json | absent.json
 generate                                             | the following arguments are required: model
 generate tiny a --top-p 0.5                          | greedy decoding does not sample
+generate tiny a --seed 5                             | --seed 5: greedy decoding does not sample
 generate tiny a --max-new-tokens 0                   | got '0'
 generate tiny HALF                                   | the prompt is not text in UTF-8
 evaluate tiny --task own                             | your own data | --eval-data FILE
 evaluate tiny --task own --eval-data own-empty.jsonl | own-empty.jsonl, line 2: turn 2 (assistant) is empty
 evaluate --task own --completions answers.jsonl      | measured by the loss
 evaluate tiny --task tiny-math --max-length 64       | --max-length 64 | no meaning
+evaluate tiny --task tiny-math --timeout 2           | --timeout 2 | no meaning
+evaluate tiny --task tiny-safety --workers 2         | --workers 2 | no meaning
 profile --out p.json --task own                      | your own data | --train-data FILE
 profile --out p.json --task own --train-data own-mixed.jsonl | line 2
 profile                                              | --out

@@ -398,6 +398,7 @@ def test_a_last_turn_that_nobody_answers_is_left_out_and_counted(config, tmp_pat
     rows = [{"messages": answered + more} for more in ([], answered[:1], answered, answered + answered[:1])]
     _, items = read(tmp_path, config, rows)
     assert [len(item.spans) for item in items] == [1, 1, 2, 2]
+    assert items[1].ids == items[0].ids and items[3].ids == items[2].ids != items[0].ids
     assert "the last turn of 2 chats, a user's" in capsys.readouterr().err
 
 

@@ -161,6 +161,17 @@ def test_modules_that_adapter_config_names_and_the_file_lacks_are_told(
         assert set(cut.missing) == modules_of(whole) - modules_of(cut), part
 
 
+@pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj", "up_proj"]])
+def test_stacked_experts_that_an_older_peft_did_not_reach_by_their_names_are_not_called_missing(
+    modules, make_checkpoint, tmp_path
+):
+    """PEFT 0.18 finds no linear layer in the experts of transformers 5, and saves attention alone."""
+    made = make_checkpoint("olmoe")
+    saved_under_5(made.folder, tmp_path, {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]})
+    change_config(tmp_path, {"target_modules": modules})
+    assert not read_loosely(tmp_path, read_config(made.folder)).missing
+
+
 @pytest.mark.parametrize(
     "stacks, targets",
     [
