@@ -43,7 +43,7 @@ from model import MoETransformer
 from recipes.papers import EVALUATION
 from run.subject import Subject, began
 from scoring import code, gsm8k, loss, refusals, sandbox
-from scoring.comparison import compare, problems_digest
+from scoring.comparison import DEFAULTS, compare, problems_digest
 from scoring.completions import check_folder, claim, read_completions, remove_score, write_generations
 from scoring.statistics import describe
 from training_step import summed_loss
@@ -399,10 +399,11 @@ def score(settings: Settings, examples: list[Example], answers: Answers) -> tupl
     if settings.benchmark == "own":
         return loss.score(items, [example.answer for example, _ in pairs], answers.losses)
     if settings.benchmark == "humaneval":
-        return code.score(items, records, settings.code_rule or "extracted", settings.timeout or 3.0, settings.workers)
+        rule, timeout = settings.code_rule or DEFAULTS["code_rule"], settings.timeout or DEFAULTS["timeout"]
+        return code.score(items, records, rule, timeout, settings.workers)
     if settings.benchmark == "gsm8k":
         return gsm8k.score(items, [str(record["answer"]) for record in records], settings.shots or 0)
-    return refusals.score(items, records, settings.refusal_rule or "lori")
+    return refusals.score(items, records, settings.refusal_rule or DEFAULTS["refusal_rule"])
 
 
 def check_protection(allowed: bool) -> str:

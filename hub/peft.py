@@ -179,7 +179,10 @@ def read_pairs(
         except InputError as error:
             problems.append(str(error))
     if not problems:
-        reading.missing = missing_modules(reading.pairs, settings, family, shapes)
+        try:
+            reading.missing = missing_modules(reading.pairs, settings, family, shapes)
+        except (re.error, TypeError) as error:
+            problems.append(f"adapter_config.json: its target or exclude modules are no names or patterns ({error})")
     return reading
 
 

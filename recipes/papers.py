@@ -18,7 +18,7 @@ EVALUATION = {  # recipe, task -> how its paper evaluates, by the names of evalu
     ("moe-sieve", "gsm8k"): {"max_new_tokens": 1024},  # as in its code
 }
 INSTEAD = {  # given flags that exclude flags of a recipe
-    "init_adapter": ("--targets", "--rank", "--alpha"),
+    "init_adapter": ("--method", "--targets", "--rank", "--alpha"),
     "steps": ("--epochs",),
     "epochs": ("--steps",),
     "profile": ("--sample", "--count-on"),

@@ -355,12 +355,12 @@ def read_any_adapter(folder: str | Path, config: MoEConfig) -> tuple[Adapter, di
 # ---------------------------------------------------------------------------------------- what a run starts from
 
 
-def read_start(folder: str, config: MoEConfig, kind: str, seed: int) -> tuple[Adapter, dict[str, Tensor]]:
+def read_start(folder: Path, config: MoEConfig, kind: str, seed: int) -> tuple[Adapter, dict[str, Tensor]]:
     """The adapter from which a run starts, whose pairs are of this kind. Raises InputError if it cannot start there."""
     adapter, state = read_any_adapter(folder, config)
     given = f"--init-adapter {folder}"
     if adapter.kind != kind:
-        raise InputError(f"{given} is of kind {adapter.kind}; this --method trains {kind}")
+        raise InputError(f"{given} has pairs of kind {adapter.kind}, and --method trains {kind}; give another --method")
     if kind == "lori" and adapter.seed != seed:
         raise InputError(f"{given} has its A from --seed {adapter.seed}; give the same")
     if any(name.endswith("positions") for name in state):

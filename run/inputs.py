@@ -14,7 +14,7 @@ import data
 import hellora
 from command import cli
 from command.cli import InputError, note, say
-from command.files import json_sha256, sha256
+from command.files import json_sha256
 from hub.checkpoint import resolve
 from hub.config import ignore_keys
 from machine.processes import Processes, start_processes
@@ -26,8 +26,8 @@ from run import adapters
 from run.folder import check_out
 from run.report import package
 from run.schedule import warmup_steps
-from run.settings import Settings
-from run.subject import Subject, began, content_of, run_config
+from run.settings import Settings, start_of
+from run.subject import BEST, began, content_of, run_config
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def prepare(settings: Settings) -> Run:
     if METHODS[settings.method].grows:
         drlora.growth_steps(steps)  # an error now, not in the middle of the run
     warmup_steps(settings.lr_warmup, steps)  # the same
-    content = processes.once(lambda: content_of(folder, settings.init_adapter) | given_content(settings)) | described
+    given = processes.once(lambda: content_of(folder, settings.init_adapter) | given_content(settings, config, hot))
+    content = given | described
     return Run(settings, folder, config, content, processes, items, held_out, steps, counted, hot, start)
 
 
@@ -97,7 +98,10 @@ def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor 
     """
     s = settings
     if s.init_adapter:
-        adapter, tensors = adapters.read_start(s.init_adapter, config, METHODS[s.method].kind, s.seed)
+        folder = start_of(s.init_adapter).adapter
+        if folder.name in BEST.values():
+            note(f"{folder}: the run starts from the best by validation loss")
+        adapter, tensors = adapters.read_start(folder, config, METHODS[s.method].kind, s.seed)
         s = replace(s, rank=adapter.r, expert_rank=adapter.expert_rank, alpha=adapter.alpha, targets=adapter.targets)
         return s, adapters.hot_mask(adapter.hot, config), tensors
     if s.experts and s.experts not in hellora.POLICIES:
@@ -105,15 +109,19 @@ def read_given(settings: Settings, config: MoEConfig) -> tuple[Settings, Tensor 
     return s, None, None
 
 
-def given_content(settings: Settings) -> dict:
-    """What config.json says of the files that choose or start the adapter.  -> {"given": {flag: digest}}"""
+def given_content(settings: Settings, config: MoEConfig, hot: Tensor | None) -> dict:
+    """What config.json says of the files that choose or start the adapter.  -> {"given": {flag: digest}}
+
+    hot: as of `read_given`. Raises InputError if --profile is not a file of counts.
+    """
     s, given = settings, {}
     if s.init_adapter:
-        given["--init-adapter"] = json_sha256(Subject(s.init_adapter).adapter_content)
-    elif s.experts and s.experts not in hellora.POLICIES:
-        given["--experts"] = sha256(Path(s.experts))
-    if s.profile:
-        given["--profile"] = sha256(Path(s.profile))
+        given["--init-adapter"] = json_sha256(start_of(s.init_adapter).adapter_content)
+    elif hot is not None:
+        given["--experts"] = json_sha256(hot.tolist())
+    if s.profile:  # a run that resumes has counts of its own
+        counted = load_profile(s.profile, config)
+        given["--profile"] = json_sha256([counted.counts.tolist(), counted.gate_mass.tolist()])
     return {"given": given}
 
 

@@ -235,6 +235,14 @@ def start_of(folder: str) -> Subject:
     return subject
 
 
+def base_of_start(folder: str) -> str:
+    """The model that the adapter of --init-adapter was trained on. Raises InputError if it does not say."""
+    subject = start_of(folder)
+    if subject.base == folder:
+        raise InputError(f"--init-adapter {folder} does not say which model it adapts; add --model")
+    return subject.base
+
+
 def method_of_start(folder: str) -> str | None:
     """The method of the run that --init-adapter names. None: PEFT saved it, or the method starts from zero alone."""
     name = (start_of(folder).run or {"settings": {}})["settings"].get("method")
@@ -245,13 +253,13 @@ def method_of_start(folder: str) -> str | None:
 def resolved(settings: Settings) -> Settings:
     """The settings with what the task's recipe and the method decide."""
     s, recipe, method = settings, RECIPES[settings.task], METHODS[settings.method]
-    model = s.model or (start_of(s.init_adapter).base if s.init_adapter else "tiny")
+    model = s.model or (base_of_start(s.init_adapter) if s.init_adapter else "tiny")
     k = "" if s.k is None else f"-k{s.k}"
     full = not method.adapts
     s = replace(
         s,
         model=with_revision(model, s.revision),
-        experts=s.experts or s.init_adapter or method.experts,
+        experts=None if s.init_adapter else s.experts or method.experts,
         sample=s.sample or 0.1,
         count_on=s.count_on or "base",
         keep=s.keep or 2,

@@ -39,7 +39,7 @@ class Subject:
         place = Path(name)
         self.adapter: Path | None = None  # the adapter's folder; None: the checkpoint is all
         if self.run is None:
-            self.adapter = place if os.path.isfile(place / "adapter_config.json") else None  # that PEFT saved
+            self.adapter = place if any(os.path.isfile(place / file) for file in OF_ADAPTER) else None
             self.base = base or base_of(place) or name
         elif (place / "model").is_dir():  # of full fine-tuning
             self.base = str(result_of(self.run, place, "model"))
@@ -59,11 +59,10 @@ class Subject:
         try:
             return resolve(self.base)
         except InputError as error:
-            if self.run is None or self.base != self.run["model"] or os.path.isabs(self.base):
+            if self.run is None or self.base != self.run["model"]:
                 raise
-            raise InputError(
-                f"{self.name} was trained on {self.base}, seen from the folder that train.py ran in: {error}"
-            ) from None
+            where = "" if os.path.isabs(self.base) else " (if that is a path, seen from the folder train.py ran in)"
+            raise InputError(f"{self.name} was trained on {self.base}{where}: {error}") from None
 
     @cached_property
     def config(self) -> MoEConfig:

@@ -10,9 +10,11 @@ from command.files import json_sha256, read_json
 from hub import rows
 from scoring.statistics import describe, mcnemar, share
 
-# Of evaluation.json and of score.json: what makes two scores differ, besides model and problems.
-WAYS = ("dtype", "max_new_tokens", "temperature", "top_p", "seed", "prompts", "stop_ids")
-RULES = {"code_rule": "extracted", "refusal_rule": "lori", "timeout": 3.0, "protection": None}  # and their defaults
+# What makes two scores differ, besides model and problems: of evaluation.json, and of score.json with defaults.
+OF_TEXTS = ("max_new_tokens", "temperature", "top_p", "seed", "stop_ids")  # which no loss depends on
+OF_ALL = ("dtype", "prompts")
+DEFAULTS = {"code_rule": "extracted", "refusal_rule": "lori", "timeout": 3.0}
+RULES = DEFAULTS | {"protection": None}
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,13 @@ def compare(argv: list[str]) -> dict:
         raise InputError(f"{len(alone)} ids are in one folder only (first: {alone[0]}); evaluate both on the same")
     if problems_a != problems_b:
         raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
-    for name in sorted(ways_a.keys() & ways_b.keys()):  # how completions of a file were made is not known
+    for name in sorted(ways_a.keys() & ways_b.keys()):
         if ways_a[name] != ways_b[name]:
-            each = f"{ways_a[name]!s:.20} in {a}, {ways_b[name]!s:.20} in {b}"
-            note(f"{name} differs: {each}; the difference of the scores may come from that")
+            each = f"{name} differs: {ways_a[name]!s:.20} in {a}, {ways_b[name]!s:.20} in {b}"
+            each = (
+                "the prompts differ: --shots, --prompt, --bos, --max-length or template" if name == "prompts" else each
+            )
+            note(f"{each}; the difference of the scores may come from that")
     pairs = [(of_a[example], of_b[example]) for example in of_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
     p = mcnemar(only_a, only_b)
@@ -94,7 +99,10 @@ def read_about(folder: Path) -> tuple[str, str, dict]:
     decoded = read_json(folder / "evaluation.json", dict, missing={})
     try:
         settings = about["settings"]
-        ways = {name: decoded[name] for name in WAYS if name in decoded}
+        if settings.get("completions"):  # of a file, and how that was made is not known
+            decoded = {}
+        names = OF_ALL if settings["task"] == "own" else OF_ALL + OF_TEXTS
+        ways = {name: decoded[name] for name in names if name in decoded}
         ways |= {name: settings.get(name, default) for name, default in RULES.items()}
         return settings["task"], about["problems"], ways
     except (TypeError, KeyError, AttributeError):

@@ -259,6 +259,8 @@ PEFT = {  # changes of adapter_config.json, and the width of the factors of a la
     "peft-dora": ({"use_dora": True}, {"A": 256, "B": 256}),
     "peft-other": ({}, {"A": 40, "B": 40}),
     "peft-half": ({}, {"A": 256}),
+    "peft-regex": ({"target_modules": "*proj"}, {"A": 128, "B": 128}),
+    "peft-number": ({"target_modules": 5}, {"A": 128, "B": 128}),
     "peft-base": ({"base_model_name_or_path": None}, {"A": 256}),
 }
 DAMAGED = {
@@ -389,6 +391,8 @@ train --init-adapter run-flip                        | run-flip/adapter | sha256
 train --init-adapter peft-dora                       | lora_m
 train --init-adapter peft-other                      | another model or rank
 train --init-adapter peft-half                       | lora_A alone
+train --init-adapter peft-regex                      | target or exclude modules | nothing to repeat
+train --init-adapter peft-number                     | target or exclude modules | not iterable
 train --profile absent.json                          | absent.json
 train --profile notes                                | notes
 train --profile ''                                   | empty

@@ -596,9 +596,34 @@ def test_what_else_two_evaluations_differ_in_is_noted(tmp_path, capsys):
         b / "score.json", score | {"settings": score["settings"] | {"code_rule": "lori", "refusal_rule": "lori"}}
     )
     run("compare", a, b)
-    noted = [line.partition(" differs: ")[::2] for line in capsys.readouterr().err.splitlines()]
-    assert [name for name, _ in noted] == ["code_rule", "dtype", "prompts", "temperature"]
-    assert noted[-1][1].startswith(f"0.0 in {a}, 0.2 in {b};")
+    noted = capsys.readouterr().err.splitlines()
+    said = [
+        "code_rule differs: ",
+        "dtype differs: ",
+        "the prompts differ: ",
+        f"temperature differs: 0.0 in {a}, 0.2 in {b};",
+    ]
+    assert len(noted) == 4 and all(text in line for text, line in zip(said, noted, strict=True))
+    score["settings"]["completions"] = "given.jsonl"  # scored where an earlier evaluation had generated
+    write_json(b / "score.json", score)
+    run("compare", a, b)
+    assert capsys.readouterr().err == ""
+
+
+def test_decoding_is_no_reason_for_a_difference_of_losses(tmp_path, capsys):
+    folders = [tmp_path / name for name in "ab"]
+    for folder, changes in zip(
+        folders, ({}, {"temperature": 0.7, "max_new_tokens": 9, "dtype": "bfloat16"}), strict=True
+    ):
+        evaluation(folder, [("0", T)])
+        write_lines(folder / "items.jsonl", [{"id": "0", "loss": 1.5}])
+        score = read_json(folder / "score.json")
+        write_json(folder / "score.json", score | {"settings": score["settings"] | {"task": "own"}})
+        decoded = {"temperature": 0.0, "max_new_tokens": 7, "dtype": "float32"}
+        write_json(folder / "evaluation.json", decoded | changes)
+    run("compare", *folders)
+    [noted] = capsys.readouterr().err.splitlines()
+    assert "dtype differs" in noted
 
 
 def test_evaluations_of_other_problems_with_the_same_ids_are_not_compared(tmp_path):

@@ -227,7 +227,7 @@ def test_a_run_starts_from_pairs_of_several_ranks_and_what_was_added_to_them_sta
     saved_under_5(base, tmp_path / "adapter", UNDER_5["ranks and alphas by pattern"])
     adapter, before = read_any_adapter(tmp_path / "adapter", read_config(base))
     said = capsys.readouterr().err
-    with pytest.raises(InputError, match="is of kind lora; this --method trains dora"):
+    with pytest.raises(InputError, match="has pairs of kind lora, and --method trains dora"):
         trained_from(base, tmp_path / "adapter", tmp_path / "run", "dora")
     assert adapter.r == 7 and "have another rank or scale than rank 7" in said
     after = trained_from(base, tmp_path / "adapter", tmp_path / "run", "lora")

@@ -57,6 +57,12 @@ def test_any_flag_overrides_a_recipe_also_with_the_value_that_is_otherwise_the_d
     assert parse_settings(words("--recipe dr-lora --task gsm8k --epochs 2")).steps is None
 
 
+def test_a_recipe_leaves_an_adapter_to_start_from_its_method(tmp_path):
+    call(train, "--method lora --rank 3 --steps 1 --batch 3 --out", tmp_path / "run")
+    settings = parse_settings(words("--recipe moe-sieve --init-adapter", tmp_path / "run"))
+    assert (settings.method, settings.experts, settings.batch) == ("lora", None, 64)
+
+
 @pytest.mark.parametrize("recipe", PAPERS)
 def test_a_recipe_runs_is_printed_and_recorded_and_evaluate_follows_it(recipe, tmp_path, capsys):
     small = "--steps 2 --batch 3 --sample 0.005 --rank 8 --alpha 16"

@@ -164,6 +164,11 @@ def test_init_adapter_goes_on_from_a_run_or_from_what_peft_saved(base, tmp_path)
         assert all(torch.allclose(after[name], before[name], atol=1e-8) for name in before)
         content = read_json(out / "adapter/adapter.json")
         assert (content["r"], content["alpha"]) == (4, 6.0)
+    shutil.move(tmp_path / "first/adapter", tmp_path / "alone")
+    with pytest.raises(InputError, match="does not say which model it adapts; add --model"):
+        call(train, once, tmp_path / "nothing", "--init-adapter", tmp_path / "alone")
+    alone = words("--model", base, "--init-adapter", tmp_path / "alone")
+    losses.add(call(train, once, tmp_path / "from-alone", alone)["first_loss"])
     (loss,) = losses
     fresh = call(train, once, tmp_path / "fresh", "--k 2 --model", base)
     assert loss < fresh["first_loss"] - 0.05  # it had learnt something

@@ -249,6 +249,22 @@ def test_a_run_out_of_patience_stops_says_so_and_is_finished(method, tmp_path, m
     assert not steps and again["steps"] == result["steps"] and again["best_step"] == result["best_step"]
 
 
+def test_a_run_that_starts_from_one_with_patience_starts_from_its_best_and_notices_another_best(tmp_path, capsys):
+    run(tmp_path / "first", *VALID, "--patience", "2", "--seed", "3")
+    once, losses = "--steps 1 --lr 1e-12 --batch 3 --task own --train-data train.jsonl --init-adapter", {}
+    for start in ("first", "first/adapter", "first/adapter-best"):
+        out = tmp_path / start.replace("/", "-from-")
+        losses[start] = call(train, once, tmp_path / start, "--out", f"{out}-next")["first_loss"]
+    assert losses["first"] == losses["first/adapter-best"] != losses["first/adapter"]
+    again = words(once, tmp_path / "first", "--out", tmp_path / "first-next")
+    call(train, again)
+    assert "the run starts from the best by validation loss" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "first/adapter-best")
+    shutil.copytree(tmp_path / "first/adapter", tmp_path / "first/adapter-best")
+    with pytest.raises(InputError, match="what --init-adapter names changed"):
+        call(train, again)
+
+
 def test_with_patience_the_best_is_what_the_other_commands_take_and_without_it_the_last(tmp_path, capsys):
     for flags, name in ((VALID, "adapter"), ([*VALID, "--patience", "2"], "adapter-best")):
         out = tmp_path / name

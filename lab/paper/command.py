@@ -154,8 +154,8 @@ def reproduce(names: tuple[str, ...], argv: list[str]) -> list[Section]:
             if any("profile" in row.change for table in tables for row in table.rows):
                 routing.count_after_tuning()
             failed |= make(needed_by(tables, sweeps), place)
-    if settings.no_run and (left := pending(needed_by(tables, sweeps), place.records)):
-        cli.note(f"--no-run: {len(left)} runs of these tables are not there; their cells rest on the others")
+    if settings.no_run and (left := sweeps.missing(to_sweep) | pending(needed_by(tables, sweeps), place.records)):
+        cli.note(f"--no-run: at least {len(left)} runs are not there; without --no-run they are made")
     sections = [section(name, settings, place, sweeps) for name in names]
     for each in sections:
         cli.say(*each.text())
