@@ -1,7 +1,7 @@
 """Measure speed and memory: one file of lab/benchmarks per command, each a fair comparison within one run.
 
     python bench.py step                 # a training step, beside the frozen base and beside transformers + peft
-    python bench.py growth               # how a step's time grows with k, with the rank and with the batch
+    python bench.py growth               # how a step's time grows with k, the number of experts, the rank and the batch
     python bench.py generate             # decoding, beside transformers' generate
     python bench.py full                 # OLMoE-1B-7B's full size on this machine, with random weights
     python bench.py gpu                  # checks and measures a GPU (--device cpu --shape small: the rehearsal)

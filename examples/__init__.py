@@ -1,1 +1,1 @@
-"""The method without PyTorch, to read beside the README."""
+"""The method in small files, to read beside the README: plain PyTorch, NumPy, a notebook, exercises."""

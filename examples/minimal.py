@@ -6,9 +6,9 @@
     4. Train the pairs.
     5. Merge them into the weights, and answer questions that training did not show.
 
-The model is the OLMoE in tiny/, the task tiny-math. From the rest of the repository, which is the same method for real
-models, fast and on many processes, this file takes only the rows of that task. The weights are a dict of tensors under
-the names of the checkpoint. The pairs (A, B) are a dict under the same names.
+The model is the OLMoE in tiny/, the task tiny-math. This file takes only the rows of that task from the rest of the
+repository, which has the same method for real models, fast and on many processes. The weights are a dict of tensors
+under the names of the checkpoint. The pairs (A, B) are a dict under the same names.
 
 Dimensions: B sequences, S positions, T real tokens in a batch, L layers, E experts per layer, K experts per token,
 D hidden_size, F intermediate_size of an expert, Hq heads, Dh head_dim, V vocabulary, r rank.

@@ -148,7 +148,7 @@ def parse_flags(argv: list[str]) -> Settings:
         Settings,
         argv,
         prog="train.py",
-        description="Fine-tune a mixture-of-experts model, by default on the experts that a task uses most.\n"
+        description="Fine-tune a mixture-of-experts model, by default with LoRA on the experts that a task uses most.\n"
         "@FILE reads flags from a file.",
         epilog=defaults_by_task(),
         example="torchrun --nproc_per_node 2 train.py --task own --train-data chats.jsonl --method hellora --k 8",

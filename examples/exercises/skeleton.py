@@ -2,7 +2,7 @@
 
     python tests/vectors/check.py --module examples/exercises/skeleton.py
 
-The check says which functions are right. Of a wrong one it names the cases, and the usual mistake that gives the same
+The check says which functions are right. For a wrong one it names the cases, and the usual mistake that gives the same
 result. The solutions are in solutions.py. examples/minimal.py shows where each part stands in the method.
 
 All arrays are NumPy's. T tokens, B sequences, S positions, L layers, E experts per layer, K experts per token,

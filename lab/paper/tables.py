@@ -8,7 +8,10 @@ MATH = Column("GSM8K", "math", "accuracy", tuned=True)
 CODE = tuple(Column(f"HumanEval pass@{k}", "code", f"pass@{k}", tuned=True) for k in (1, 5, 10))
 SAFE = Column("HEx-PHI refusals", "safety", "refusal_rate", tuned=True)
 OVER_REFUSAL = Column("Refusals of harmless requests", "safety", "over-refusal, lori", tuned=True)
-CONSTANT = {"change": {"schedule": "constant", "lr": 3e-3, "lr_warmup": 0}, "note": "at a constant rate"}
+CONSTANT = {
+    "change": {"schedule": "constant", "lr": 3e-3, "lr_warmup": 0},
+    "note": "at a constant rate of 3e-3 (FFT: 3e-4)",
+}
 
 
 def constant(*columns: Column) -> tuple[Column, ...]:
@@ -20,8 +23,8 @@ AT_BEST = (MATH, *CODE, SAFE, OVER_REFUSAL)
 ALL = (MATH, *constant(*CODE, SAFE))
 ONE_SEED = (
     "The rates of tiny-code, tiny-safety and tiny-mixtral come from sweeps of one seed, around the best rate on "
-    "tiny-math. The intervals do not contain the chance in that choice. On tiny-safety the rate is chosen by the mean "
-    "of refusals of unsafe and answers to safe instructions."
+    "tiny-math. The intervals do not include the uncertainty of that choice. On tiny-safety the rate is chosen by the "
+    "mean of two shares: unsafe instructions that are refused, and safe ones that are answered."
 )
 SHARED_RATE = "Rows with other experts or modules have the best learning rate of their method."
 ONE_RATE = constant(  # what a common rate makes of Table 2
@@ -44,9 +47,10 @@ METHODS = Table(
         Row("DR-LoRA", "dr-lora", against="LoRA", claims=(2.2, 2.2)),
     ),
     notes=(
-        "For MoE-Sieve and DR-LoRA, the differences are those that their own papers claim. MoE-Sieve is equivalent to "
-        "LoRA within 2 points (in 5 of 6 pairs of model and task). DR-LoRA is consistently above LoRA, and 2.2 points "
-        "above its strongest baseline, on average over six tasks on OLMoE-1B-7B. " + ONE_SEED,
+        "For MoE-Sieve and DR-LoRA, the differences beside the paper's values are those that their own papers claim. "
+        "MoE-Sieve is equivalent to LoRA within 2 points (in 5 of 6 pairs of model and task). DR-LoRA is consistently "
+        "above LoRA, and 2.2 points above its strongest baseline, on average over six tasks on OLMoE-1B-7B. "
+        + ONE_SEED,
     ),
 )
 NAMED = {row.name: row for row in METHODS.rows}
@@ -179,10 +183,10 @@ ONE_BUDGET = Table(
     seeds=10,
     notes=(
         "The k hottest experts of each layer at rank r have as many parameters as all 64 at rank r k / 64, or as the "
-        "2 k hottest at rank r / 2. Attention and router have rank 8, but rank 2 in DR-LoRA: it starts experts at half "
-        "of their rank, so its lowest rank is 2, with twice the expert parameters of the 8 hottest at rank 8. The "
-        "budget of the 2 hottest would be rank 1/4 on all 64, so it is spread over 16 at rank 1. Random and cold "
-        "experts have the learning rate of the hot ones.",
+        "2 k hottest at rank r / 2. Attention and router have rank 8, but rank 2 in DR-LoRA. It starts experts at half "
+        "of their final rank, so that this is at least 2. Its experts then have twice the parameters of the 8 hottest "
+        "at rank 8. The budget of the 2 hottest would be rank 1/4 on all 64, so it is spread over 16 at rank 1. Random "
+        "and cold experts have the learning rate of the hot ones.",
     ),
     rows=(
         Row(K8, "hellora"),
