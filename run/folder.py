@@ -60,7 +60,7 @@ def earlier_result(out: Path, content: dict, steps: int, resume: bool) -> dict |
     changed = [name for name, digest in content["base"].items() if before["base"].get(name) != digest]
     kinds = {"data": "the training data", "valid": "the validation data"}
     changed += [name for kind, name in kinds.items() if before.get(kind) != content.get(kind)]
-    given = before.get("given", content["given"])  # of an earlier version: not known
+    given = before.get("given", {})
     changed += [f"what {flag} names" for flag, digest in content["given"].items() if given.get(flag) != digest]
     if changed:
         names = " and ".join(changed)

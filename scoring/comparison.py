@@ -46,11 +46,9 @@ def compare(argv: list[str]) -> dict:
         raise InputError(f"{a} and {b} are of different problems; evaluate both on the same")
     for name in sorted(ways_a.keys() & ways_b.keys()):
         if ways_a[name] != ways_b[name]:
-            each = f"{name} differs: {ways_a[name]!s:.20} in {a}, {ways_b[name]!s:.20} in {b}"
-            each = (
-                "the prompts differ: --shots, --prompt, --bos, --max-length or template" if name == "prompts" else each
-            )
-            note(f"{each}; the difference of the scores may come from that")
+            each = f"{ways_a[name]!s:.20} in {a}, {ways_b[name]!s:.20} in {b}"
+            each = "by --shots, --prompt, --bos, --max-length or the template" if name == "prompts" else each
+            note(f"{name} differs: {each}; the difference of the scores may come from that")
     pairs = [(of_a[example], of_b[example]) for example in of_a]
     only_a, only_b = sum(x > y for x, y in pairs), sum(y > x for x, y in pairs)
     p = mcnemar(only_a, only_b)

@@ -600,7 +600,7 @@ def test_what_else_two_evaluations_differ_in_is_noted(tmp_path, capsys):
     said = [
         "code_rule differs: ",
         "dtype differs: ",
-        "the prompts differ: ",
+        "prompts differs: by --shots",
         f"temperature differs: 0.0 in {a}, 0.2 in {b};",
     ]
     assert len(noted) == 4 and all(text in line for text, line in zip(said, noted, strict=True))

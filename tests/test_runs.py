@@ -359,6 +359,9 @@ def test_a_finished_run_is_not_taken_for_one_whose_flag_names_other_content(flag
     call(train, again)
     call(train, again)
     assert "holds this run already" in capsys.readouterr().out
+    call(profile, ON_DATA[:6], "--sample 0.5 --out counts.json")  # the same counts, at another time
+    call(train, again)
+    assert "holds this run already" in capsys.readouterr().out
     change(copied)
     before = contents(copied / "next")
     for more in ("", "--resume"):
